@@ -1,0 +1,45 @@
+"""Noise in snnTorch neurons, likelihood-ratio training without backpropagation through time, robustness evaluation."""
+
+from .convert import add_noise, noise_off, noise_on, remove_noise, reset
+from .estimators import Vanilla
+from .neurons import (
+    SLSTM,
+    UNSUPPORTED,
+    Alpha,
+    Lapicque,
+    Leaky,
+    RLeaky,
+    RSynaptic,
+    SConv2dLSTM,
+    Synaptic,
+)
+from .noise import MembraneNoise
+from .optim import attach, closure
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "SLSTM",
+    "Alpha",
+    "Lapicque",
+    "Leaky",
+    "MembraneNoise",
+    "RLeaky",
+    "RSynaptic",
+    "SConv2dLSTM",
+    "Synaptic",
+    "Vanilla",
+    "add_noise",
+    "attach",
+    "closure",
+    "noise_off",
+    "noise_on",
+    "remove_noise",
+    "reset",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in UNSUPPORTED:
+        raise AttributeError(f"snntorch_lr has no {name}: {UNSUPPORTED[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

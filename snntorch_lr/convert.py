@@ -1,0 +1,114 @@
+"""Adds noise to an existing snnTorch network, takes it away, and switches it on and off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .neurons import NoisyNeuron, noisy_neurons, reset_state, spiking_neurons, to_noisy, to_plain
+from .noise import MembraneNoise
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def add_noise(net: Net, sigma: float | Tensor = 0.5, learn: bool = True, only: Iterable[str] | None = None) -> Net:
+    """Gives every snnTorch neuron of a network learnable Gaussian membrane noise, in place.
+
+    The neurons stay the same objects, so parameters, buffers, settings, shared modules, hooks and optimizers that hold
+    the weights are kept. The new noise levels are parameters: build the optimizer afterwards, or add them to it.
+    Neurons that have noise already are left as they are.
+
+    Args:
+        net: any module; neurons are found at any depth, and in plain lists and dicts too.
+        sigma: initial noise level of every neuron, in units of the membrane potential; a float, or a tensor that
+            broadcasts against the membrane of every neuron.
+        learn: whether the noise levels are parameters.
+        only: names of the neurons to convert, as in ``net.named_modules()``; all by default.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ValueError: if there is no snnTorch neuron, a name in ``only`` is not one, or a neuron cannot have noise. The
+            network is not changed then.
+    """
+    neurons = dict(spiking_neurons(net))
+    if not neurons:
+        raise ValueError(f"{type(net).__name__} has no snnTorch neuron to add noise to")
+    chosen = list(neurons) if only is None else [only] if isinstance(only, str) else list(only)
+    unknown = [name for name in chosen if name not in neurons]
+    if unknown:
+        raise ValueError(f"no snnTorch neuron is called {', '.join(unknown)}; there are {', '.join(neurons)}")
+    todo = {name: neurons[name] for name in chosen if name not in noisy_neurons(net)}
+    converted: list[NoisyNeuron] = []
+    try:
+        for name, neuron in todo.items():
+            noise = MembraneNoise(sigma, learn).train(neuron.training)
+            to_noisy(neuron, noise.to(_placement(neuron)), name)
+            assert isinstance(neuron, NoisyNeuron)
+            converted.append(neuron)
+    except ValueError:
+        for neuron in converted:
+            to_plain(neuron)
+        raise
+    return net
+
+
+def remove_noise(net: Net) -> Net:
+    """Turns noisy neurons back into snnTorch's own, in place; weights, buffers and settings stay, σ is dropped.
+
+    Returns:
+        The same network, which then runs without this package.
+    """
+    for _, neuron in spiking_neurons(net):
+        if isinstance(neuron, NoisyNeuron):
+            to_plain(neuron)
+    return net
+
+
+def reset(net: nn.Module) -> None:
+    """Zeroes the state of every snnTorch neuron of this network, nested or not, and of no other network.
+
+    Call it at the start of a forward pass, in place of ``snntorch.utils.reset``. States are also cut from the graph
+    of the last forward pass, so that the network can be deep-copied.
+    """
+    for _, neuron in spiking_neurons(net):
+        reset_state(neuron)
+
+
+def noise_off(net: nn.Module) -> AbstractContextManager[None]:
+    """Context in which the network runs without noise, whatever its mode; the former state comes back afterwards."""
+    return _switched(net, False, None)
+
+
+def noise_on(net: nn.Module, generator: torch.Generator | None = None) -> AbstractContextManager[None]:
+    """Context in which the network runs with noise, also in evaluation mode.
+
+    Args:
+        net: a network with noisy neurons.
+        generator: where the noise is drawn from, instead of torch's global generator; on the network's device.
+    """
+    return _switched(net, True, generator)
+
+
+@contextmanager
+def _switched(net: nn.Module, forced: bool, generator: torch.Generator | None) -> Iterator[None]:
+    noises = [neuron.noise for neuron in noisy_neurons(net).values() if neuron.noise is not None]
+    before = [(noise, noise.forced, noise.generator) for noise in noises]
+    for noise in noises:
+        noise.forced, noise.generator = forced, generator
+    try:
+        yield
+    finally:
+        for noise, was_forced, was_generator in before:
+            noise.forced, noise.generator = was_forced, was_generator
+
+
+def _placement(neuron: nn.Module) -> Tensor:
+    """A tensor whose device and floating dtype the neuron's own parameters have."""
+    floating = [value for value in (*neuron.parameters(), *neuron.buffers()) if value.is_floating_point()]
+    return floating[0] if floating else torch.zeros(())

@@ -1,0 +1,141 @@
+"""Noise with a learnable level, and the scores of its distributions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Sampler = Callable[[Tensor, "torch.Generator | None"], Tensor]
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A symmetric density f of standard noise ε (location 0, scale 1).
+
+    Attributes:
+        sample: draws ε with the shape, dtype and device of a given tensor, from a generator or the global one.
+        location_score: −d log f(ε) / dε. The score of the mean is this over σ; because the family is a
+            location-scale one, the score of log σ is ε · location_score(ε) − 1.
+    """
+
+    sample: Sampler
+    location_score: Callable[[Tensor], Tensor]
+
+
+def _gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def _exponential(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.empty_like(like, requires_grad=False).exponential_(generator=generator)
+
+
+def _laplace(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return _exponential(like, generator) - _exponential(like, generator)
+
+
+def _logistic(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return _exponential(like, generator).log() - _exponential(like, generator).log()
+
+
+DISTRIBUTIONS = {
+    "gaussian": Distribution(_gaussian, lambda epsilon: epsilon),
+    "laplace": Distribution(_laplace, torch.sign),
+    "logistic": Distribution(_logistic, lambda epsilon: torch.tanh(epsilon / 2)),
+}
+
+
+class MembraneNoise(nn.Module):
+    """Additive noise on the membrane potential, u = μ + σ ε, with a learnable level σ > 0.
+
+    The noisy potential is what the neuron carries on to the next time step. σ is learned as log σ, so that no
+    optimizer step can make it negative. It is the standard deviation for ``"gaussian"``, and the scale parameter
+    for ``"laplace"`` and ``"logistic"`` (standard deviations √2 σ and π/√3 σ).
+
+    Args:
+        sigma: noise level, in units of the membrane potential: a float, or a tensor that broadcasts against the
+            membrane as snnTorch's ``beta`` does (``[features]``, ``[channels, 1, 1]``).
+        learn: whether σ is a parameter; otherwise it is a buffer.
+        distribution: ``"gaussian"``, ``"laplace"`` or ``"logistic"``.
+        at_eval: keep the noise when the network is in evaluation mode. By default it is off there, like dropout.
+
+    Raises:
+        ValueError: if sigma is not positive and finite, or the distribution is unknown.
+
+    Source: the scheme of arXiv 2302.10802, which learns synaptic weights and noise levels; the scores are those of
+    any location-scale family.
+    """
+
+    log_sigma: Tensor
+
+    def __init__(
+        self,
+        sigma: float | Tensor = 0.5,
+        learn: bool = True,
+        distribution: str = "gaussian",
+        at_eval: bool = False,
+    ) -> None:
+        super().__init__()
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(f"unknown noise distribution {distribution!r}; choose one of {', '.join(DISTRIBUTIONS)}")
+        level = torch.as_tensor(sigma).detach().clone()
+        if not level.is_floating_point():
+            level = level.to(torch.get_default_dtype())
+        if level.numel() == 0 or not bool(((level > 0) & level.isfinite()).all()):
+            raise ValueError(f"sigma must be positive and finite, got {sigma}; for a neuron without noise: noise=False")
+        if learn:
+            self.log_sigma = nn.Parameter(level.log())
+        else:
+            self.register_buffer("log_sigma", level.log())
+        self.distribution = distribution
+        self.at_eval = at_eval
+        # Set for a while by noise_on / noise_off; never saved.
+        self.forced: bool | None = None
+        self.generator: torch.Generator | None = None
+
+    @property
+    def sigma(self) -> Tensor:
+        """Noise level σ, positive, in the shape that it was given in."""
+        return self.log_sigma.exp()
+
+    @property
+    def active(self) -> bool:
+        """Whether the neuron draws noise now."""
+        return (self.training or self.at_eval) if self.forced is None else self.forced
+
+    def sample(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Standard noise ε (scale 1) with the shape, dtype and device of ``like``."""
+        return DISTRIBUTIONS[self.distribution].sample(like, self.generator if generator is None else generator)
+
+    def location_score(self, epsilon: Tensor) -> Tensor:
+        """Score of the mean times σ, from standard noise ε of any shape; the same shape."""
+        return DISTRIBUTIONS[self.distribution].location_score(epsilon)
+
+    def scale_score(self, epsilon: Tensor) -> Tensor:
+        """Score of log σ, from standard noise ε of any shape; the same shape."""
+        return epsilon * self.location_score(epsilon) - 1
+
+    def extra_repr(self) -> str:
+        """Level (mean over neurons) and distribution, for ``print(net)``."""
+        level = self.sigma.detach()
+        mean = f"{level.mean().item():.3g}" if math.prod(level.shape) == 1 else f"mean {level.mean().item():.3g}"
+        return f"sigma={mean}, learn={isinstance(self.log_sigma, nn.Parameter)}, distribution={self.distribution!r}"
+
+
+def make_noise(noise: bool | str | MembraneNoise | None) -> MembraneNoise | None:
+    """The noise that a neuron's ``noise=`` argument asks for, or None for a neuron without noise.
+
+    Raises:
+        ValueError: if the argument names no noise.
+    """
+    if noise is None or noise is False:
+        return None
+    if noise is True or noise == "membrane":
+        return MembraneNoise()
+    if isinstance(noise, MembraneNoise):
+        return noise
+    raise ValueError(f'noise={noise!r} is not a noise; use True, False, "membrane" or a MembraneNoise(...)')

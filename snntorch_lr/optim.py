@@ -1,0 +1,124 @@
+"""The optimizer hook: ``optimizer.step(closure)`` takes its gradient from a likelihood-ratio estimator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .estimators import ESTIMATORS, LossFn, Vanilla
+from .graph import leaves
+from .validate import check_optimizer
+
+
+class Closure:
+    """A forward pass and its data, for ``optimizer.step``. Made by ``closure``.
+
+    An optimizer that ``attach`` was called on hands it to the estimator. Otherwise it is an ordinary PyTorch closure:
+    called, it clears the gradients of the parameters that the loss reaches, and backpropagates the mean loss.
+    """
+
+    def __init__(self, loss_fn: LossFn, inputs: Any, targets: Any) -> None:
+        self.loss_fn = loss_fn
+        self.inputs = inputs
+        self.targets = targets
+
+    def __call__(self) -> Tensor:
+        """Backpropagates, and returns the mean loss, detached."""
+        with torch.enable_grad():
+            loss = self.loss_fn(self.inputs, self.targets).mean()
+            for parameter in leaves([loss]):
+                parameter.grad = None
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+
+def closure(loss_fn: LossFn, inputs: Any, targets: Any) -> Closure:
+    """What ``optimizer.step`` is called with: ``optimizer.step(closure(loss_fn, images, labels))``.
+
+    Args:
+        loss_fn: forward pass and loss, called as ``loss_fn(inputs, targets)``; returns one loss per sample,
+            shape ``[batch]``.
+        inputs: passed on as they are.
+        targets: batch first; with an estimator they arrive repeated for every noise copy.
+    """
+    return Closure(loss_fn, inputs, targets)
+
+
+class Hook:
+    """Handle of an optimizer that ``attach`` was called on; ``remove()`` gives it back to backpropagation.
+
+    Attributes:
+        estimator: what computes the gradients.
+        optimizer: the optimizer, unchanged and reachable.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, estimator: Vanilla) -> None:
+        self.optimizer = optimizer
+        self.estimator = estimator
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def remove(self) -> None:
+        """Takes the hook off; ``optimizer.step`` works as if it had never been there."""
+        self._handle.remove()
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # args[0] is the optimizer itself.
+        given = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not isinstance(given, Closure):
+            got = "step() was called without a closure" if given is None else "step() got an ordinary closure"
+            raise RuntimeError(
+                f"{got}, but this optimizer takes its gradients from a likelihood-ratio estimator: call "
+                "optimizer.step(snntorch_lr.closure(loss_fn, inputs, targets)). For a loop of your own, call "
+                "hook.remove() and estimator.backward(loss_fn, inputs, targets) before step()"
+            )
+
+        def estimate() -> Tensor:
+            optimizer.zero_grad()
+            return self.estimator.backward(given.loss_fn, given.inputs, given.targets)
+
+        rest = {key: value for key, value in kwargs.items() if key != "closure"}
+        return (args[0], estimate, *args[2:]), rest
+
+
+def attach(
+    optimizer: torch.optim.Optimizer,
+    net: nn.Module,
+    estimator: str | Vanilla = "vanilla",
+    copies: int = 16,
+    **options: Any,
+) -> Hook:
+    """Makes an optimizer train by the likelihood ratio: ``step(closure(...))`` fills ``.grad`` and updates.
+
+    Each ``step`` clears the gradients, lets the estimator add its own, and updates. For gradient clipping or
+    accumulation use the estimator without a hook.
+
+    Args:
+        optimizer: any ``torch.optim`` optimizer, with any parameter groups.
+        net: the network that it trains.
+        estimator: ``"vanilla"``, or an estimator of this network.
+        copies: K, noise copies of each sample; not used with an estimator that exists already.
+        **options: further arguments of the estimator (``baseline=``, ``antithetic=``, ``seed=``).
+
+    Returns:
+        A handle with ``remove()``.
+
+    Raises:
+        ValueError: if the network has no noisy neuron, the optimizer has a hook already, or an option is wrong.
+    """
+    if isinstance(estimator, str):
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
+        estimator = ESTIMATORS[estimator](net, copies=copies, **options)
+    elif options:
+        raise ValueError(f"{', '.join(options)} belongs to the estimator; give it when you make the estimator")
+    elif estimator.net is not net:
+        raise ValueError("the estimator was made for another network than the one that is attached")
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+    if any(isinstance(getattr(hook, "__self__", None), Hook) for hook in hooks):
+        raise ValueError("this optimizer has a likelihood-ratio hook already; call remove() on it first")
+    check_optimizer(net, optimizer)
+    return Hook(optimizer, estimator)

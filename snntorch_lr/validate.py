@@ -1,0 +1,217 @@
+"""What would make the gradient wrong, said before any weight changes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from .graph import ancestors
+from .neurons import NoisyNeuron, noisy_neurons, spiking_neurons
+
+
+def check_network(net: nn.Module) -> dict[str, NoisyNeuron]:
+    """The noisy neurons of a network whose noise is on, by name.
+
+    Raises:
+        ValueError: if there are none, or if a noise level is not positive and finite.
+    """
+    neurons = noisy_neurons(net)
+    if not neurons:
+        raise ValueError(
+            f"{type(net).__name__} has no noisy neuron, and the likelihood ratio needs noise to differentiate: build "
+            "neurons with noise=True, or convert the network with snntorch_lr.add_noise(net)"
+        )
+    active = {name: neuron for name, neuron in neurons.items() if neuron.noise is not None and neuron.noise.active}
+    if not active:
+        raise ValueError(
+            f"the noise of {', '.join(neurons)} is off: call net.train(), leave noise_off(net), or make the noise with "
+            "at_eval=True"
+        )
+    for name, neuron in active.items():
+        assert neuron.noise is not None
+        sigma = neuron.noise.sigma.detach()
+        if not bool(((sigma > 0) & sigma.isfinite()).all()):
+            raise ValueError(
+                f"{name}.noise: sigma must be positive and finite, but is {sigma.min().item():.3g} to "
+                f"{sigma.max().item():.3g}; lower its learning rate (a parameter group of its own) or freeze it"
+            )
+    return active
+
+
+def warn_about_batch_norm(net: nn.Module) -> None:
+    """Warns of BatchNorm layers in training mode, which make one sample's loss depend on the noise of others."""
+    names = [
+        name
+        for name, module in net.named_modules()
+        # snnTorch's BatchNormTT is built of these.
+        if isinstance(module, _BatchNorm) and module.training
+    ]
+    if names:
+        warnings.warn(
+            f"BatchNorm {', '.join(names)} is in training mode: after the first noisy neuron it couples samples and "
+            "copies, and the per-sample likelihood ratio is biased. Freeze its statistics "
+            f"(net.{names[0]}.eval()), or use GroupNorm or LayerNorm",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def check_losses(losses: Any, copies: int, batch: int, net: nn.Module) -> Tensor:
+    """One finite loss per copy and sample, or an error that says what loss_fn should return.
+
+    Args:
+        losses: what ``loss_fn`` returned.
+        copies: number of noise copies.
+        batch: number of samples.
+        net: the network, to look for the first layer with numbers that are not finite.
+
+    Returns:
+        The losses, shape ``[copies * batch]``.
+
+    Raises:
+        TypeError: if it is not a tensor.
+        ValueError: if it has another shape, or values that are not finite.
+    """
+    rows = copies * batch
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"loss_fn must return a tensor of per-sample losses, not {type(losses).__name__}")
+    if losses.numel() == 1 and rows != 1:
+        raise ValueError(
+            "loss_fn returned one number, a mean or sum over the batch; the likelihood ratio needs one loss per sample "
+            f"(shape [{rows}]): use reduction='none'"
+        )
+    if losses.shape != (rows,):
+        hint = ""
+        if losses.dim() > 1 and losses.shape[0] == rows:
+            hint = ": average it over the other dimensions, as in losses.flatten(1).mean(1)"
+        elif losses.shape[:1] == (batch,):
+            hint = (
+                ": does the forward pass go through the noisy neurons, and does the loss use the targets passed to it?"
+            )
+        raise ValueError(
+            f"loss_fn returned losses of shape {tuple(losses.shape)}, but {copies} copies of {batch} samples need "
+            f"shape ({rows},){hint}"
+        )
+    if not bool(losses.isfinite().all()):
+        bad = int((~losses.isfinite()).sum())
+        raise ValueError(
+            f"{bad} of {rows} losses are not finite{_first_non_finite(net)}; no gradient was computed and no weight "
+            "changed. Check the inputs, and lower the learning rate"
+        )
+    return losses
+
+
+def _first_non_finite(net: nn.Module) -> str:
+    for name, value in net.named_parameters():
+        if not bool(value.isfinite().all()):
+            return f", nor is the parameter {name}"
+    for name, neuron in spiking_neurons(net):
+        mem = getattr(neuron, "mem", None)
+        if isinstance(mem, Tensor) and not bool(mem.isfinite().all()):
+            return f", nor is the membrane potential of {name}"
+    return ""
+
+
+class NoiseFreeNeurons:
+    """Watches what noise-free spiking neurons feed during one forward pass.
+
+    A context around the forward pass; ``check`` afterwards. Spikes of a noise-free neuron are a step function of the
+    weights before it: the likelihood ratio has no score for them, and their surrogate gradient is biased.
+
+    Args:
+        net: the network.
+        noisy: its noisy neurons.
+    """
+
+    def __init__(self, net: nn.Module, noisy: Mapping[str, NoisyNeuron]) -> None:
+        noisy_ids = {id(neuron) for neuron in noisy.values()}
+        self._watched = [(name, neuron) for name, neuron in spiking_neurons(net) if id(neuron) not in noisy_ids]
+        self._spikes: dict[Node, str] = {}
+        self._membranes: dict[Node, str] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> NoiseFreeNeurons:
+        for name, neuron in self._watched:
+            self._handles.append(neuron.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        def watch(neuron: nn.Module, _: Any, output: Any) -> None:
+            spikes, *states = output if isinstance(output, tuple) else (output,)
+            if isinstance(spikes, Tensor) and spikes.grad_fn is not None:
+                self._spikes[spikes.grad_fn] = name
+            if getattr(neuron, "reset_mechanism", "none") != "none":
+                for state in states[-1:]:
+                    if isinstance(state, Tensor) and state.grad_fn is not None:
+                        self._membranes[state.grad_fn] = name
+
+        return watch
+
+    def check(self, means: Iterable[Tensor], losses: Tensor) -> None:
+        """Looks for noise-free spikes among what noisy neurons and the loss were computed from.
+
+        Args:
+            means: what noisy neurons sampled around, with their graphs.
+            losses: the losses, with their graph.
+
+        Raises:
+            ValueError: if noise-free spikes feed a noisy neuron.
+        """
+        if not self._spikes:
+            return
+        feeding = {self._spikes[node] for node in ancestors(means) if node in self._spikes}
+        if feeding:
+            names = ", ".join(sorted(feeding))
+            raise ValueError(
+                f"the spikes of {names} have no noise, but feed noisy neurons: the likelihood ratio knows no gradient "
+                f"for the weights before {names}. Give it noise too (noise=True, or add_noise(net)), or freeze those "
+                "weights with requires_grad_(False)"
+            )
+        read = list(ancestors([losses]))
+        spiking = sorted({self._spikes[node] for node in read if node in self._spikes})
+        if spiking:
+            warnings.warn(
+                f"the loss reads spikes of {', '.join(spiking)}, which has no noise: the weights before it get their "
+                "surrogate gradient, which is biased. Give it noise too, or read its membrane potential with "
+                "reset_mechanism='none'",
+                UserWarning,
+                stacklevel=4,
+            )
+        resetting = sorted({self._membranes[node] for node in read if node in self._membranes} - set(spiking))
+        if resetting:
+            warnings.warn(
+                f"the loss reads the membrane potential of {', '.join(resetting)}, which has no noise and resets: the "
+                "gradient ignores that a weight changes when it resets. Use reset_mechanism='none' for a readout",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def check_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Warns of noise levels that the optimizer does not update, because it was built before they existed."""
+    updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [
+        f"{name}.noise"
+        for name, neuron in noisy_neurons(net).items()
+        if neuron.noise is not None
+        and neuron.noise.log_sigma.requires_grad
+        and id(neuron.noise.log_sigma) not in updated
+    ]
+    if missing:
+        warnings.warn(
+            f"the optimizer does not update the noise levels of {', '.join(missing)}: build it after add_noise(net), "
+            "or pass learn=False",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,76 @@
+"""Small float64 networks with two noisy layers, everything that can be learned learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import snntorch_lr as slr
+
+STEPS, BATCH, INPUTS, HIDDEN = 4, 2, 3, 3
+
+NEURONS: dict[str, Any] = {
+    "Leaky": lambda **k: slr.Leaky(beta=0.7, learn_beta=True, **k),
+    "Lapicque": lambda **k: slr.Lapicque(R=1.0, C=2.0, time_step=1, **k),
+    "Synaptic": lambda **k: slr.Synaptic(alpha=0.5, beta=0.7, learn_alpha=True, learn_beta=True, **k),
+    "Alpha": lambda **k: slr.Alpha(alpha=0.8, beta=0.6, learn_beta=True, **k),
+    "RLeaky": lambda **k: slr.RLeaky(beta=0.7, learn_beta=True, linear_features=HIDDEN, **k),
+    "RSynaptic": lambda **k: slr.RSynaptic(
+        alpha=0.5, beta=0.7, learn_alpha=True, learn_beta=True, all_to_all=False, V=0.4, **k
+    ),
+}
+RESETS = ["subtract", "zero", "none"]
+
+
+class TwoLayers(nn.Module):
+    """Linear, neuron, Linear, neuron, Linear readout, driven by an input that changes over time."""
+
+    def __init__(self, neuron: str, reset: str, noise_level: float = 0.6, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        make = NEURONS[neuron]
+        settings = dict(reset_mechanism=reset, learn_threshold=True, init_hidden=True, **options)
+        self.fc1 = nn.Linear(INPUTS, HIDDEN)
+        self.lif1 = make(threshold=0.8, noise=slr.MembraneNoise(noise_level), **settings)
+        self.fc2 = nn.Linear(HIDDEN, HIDDEN)
+        self.lif2 = make(threshold=0.7, noise=slr.MembraneNoise(torch.tensor([0.5, 0.6, 0.7])), **settings)
+        self.readout = nn.Linear(HIDDEN, 2)
+        self.double()
+        with torch.no_grad():
+            for p in (self.fc1.weight, self.fc2.weight, self.readout.weight):
+                p.mul_(1.5)
+            for b in (self.fc1.bias, self.fc2.bias):
+                b.add_(0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From ``[batch, time, inputs]`` to ``[batch, 2]``."""
+        slr.reset(self)
+        out = torch.zeros(())
+        for t in range(STEPS):
+            out = out + self.readout(self.lif2(self.fc2(self.lif1(self.fc1(x[:, t])))))
+        return out
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self(x) - y).square().sum(1)
+
+
+def groups(net: nn.Module) -> dict[str, list[str]]:
+    """Parameters by kind: those whose gradient has a term of its own."""
+    kinds: dict[str, list[str]] = {}
+    for name, _ in net.named_parameters():
+        head, _, last = name.rpartition(".")
+        kind = last
+        if "recurrent" in head or last == "V":
+            kind = "recurrent"
+        elif head == "readout":
+            kind = "readout"
+        kinds.setdefault(kind, []).append(name)
+    return kinds
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(BATCH, STEPS, INPUTS, generator=generator, dtype=torch.float64) * 1.5
+    return x, torch.tensor([[1.0, -1.0], [0.0, 2.0]], dtype=torch.float64)

@@ -1,0 +1,92 @@
+"""Finite differences of a stochastic objective, and the estimator's gradient of the same, both with standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import snntorch_lr as slr
+
+Net = nn.Module
+LossFn = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Measured:
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Measured:
+        v = torch.tensor(values, dtype=torch.float64)
+        return cls(v.mean().item(), v.std().item() / math.sqrt(len(values)))
+
+    def distance(self, other: Measured) -> float:
+        """Difference in standard errors."""
+        return abs(self.mean - other.mean) / math.hypot(self.error, other.error)
+
+
+def directions(net: Net, groups: dict[str, list[str]]) -> dict[str, dict[str, Tensor]]:
+    """One unit direction in parameter space for each group; all components positive, so that few effects cancel."""
+    generator = torch.Generator().manual_seed(5)
+    parameters = dict(net.named_parameters())
+    result = {}
+    for group, names in groups.items():
+        vectors = {n: torch.rand(parameters[n].shape, generator=generator, dtype=torch.float64) for n in names}
+        norm = math.sqrt(sum(float((v**2).sum()) for v in vectors.values()))
+        result[group] = {n: v / norm for n, v in vectors.items()}
+    return result
+
+
+def finite_difference(
+    net: Net,
+    loss_fn: LossFn,
+    inputs: Tensor,
+    targets: Tensor,
+    direction: dict[str, Tensor],
+    *,
+    draws: int = 8_000,
+    repeats: int = 16,
+    step: float = 0.05,
+) -> Measured:
+    """Derivative of the expected loss along a direction, by central differences with common random numbers.
+
+    Runs outside any estimator, so that it shares no code with one beyond the neuron's own forward pass.
+    """
+    parameters = dict(net.named_parameters())
+    start = {n: parameters[n].detach().clone() for n in direction}
+    x, y = (v.repeat(draws, *[1] * (v.dim() - 1)) for v in (inputs, targets))
+
+    def mean_loss(shift: float, seed: int) -> float:
+        for n, v in direction.items():
+            parameters[n].copy_(start[n] + shift * v)
+        torch.manual_seed(seed)
+        return loss_fn(x, y).mean().item()
+
+    with torch.no_grad():
+        values = [(mean_loss(step, 100 + r) - mean_loss(-step, 100 + r)) / (2 * step) for r in range(repeats)]
+        for n, v in start.items():
+            parameters[n].copy_(v)
+    return Measured.of(values)
+
+
+def estimates(
+    estimator: slr.Vanilla, loss_fn: LossFn, inputs: Tensor, targets: Tensor, repeats: int = 48
+) -> list[dict[str, Tensor]]:
+    """Gradients of independent calls of an estimator, by parameter name."""
+    results = []
+    for r in range(repeats):
+        estimator.net.zero_grad()
+        torch.manual_seed(10_000 + r)
+        estimator.backward(loss_fn, inputs, targets)
+        results.append({n: p.grad.clone() for n, p in estimator.net.named_parameters() if p.grad is not None})
+    return results
+
+
+def along(gradients: list[dict[str, Tensor]], direction: dict[str, Tensor]) -> Measured:
+    """Projections of gradients on a direction."""
+    return Measured.of([sum(float((g[n] * v).sum()) for n, v in direction.items() if n in g) for g in gradients])

@@ -1,0 +1,286 @@
+"""The estimator agrees with finite differences of the same objective, and would not if a term were dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import snntorch
+import torch
+from torch import Tensor, nn
+
+import snntorch_lr as slr
+from snntorch_lr import baselines, estimators, neurons, recording
+
+from .networks import HIDDEN, NEURONS, RESETS, STEPS, TwoLayers, data, groups
+from .objective import Measured, along, directions, estimates, finite_difference
+
+pytestmark = pytest.mark.statistical
+LIMIT = 4.0  # standard errors
+
+
+def compare(
+    net: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    only: str | None = None,
+    **options: Any,
+) -> dict[str, tuple[Measured, Measured]]:
+    """Finite difference and estimate for each group of parameters."""
+    kinds = {kind: names for kind, names in groups(net).items() if only in (None, kind)}
+    along_groups = directions(net, kinds)
+    gradients = estimates(slr.Vanilla(net, **{"copies": 4000, **options}), loss, x, y)
+    return {kind: (finite_difference(net, loss, x, y, v), along(gradients, v)) for kind, v in along_groups.items()}
+
+
+def assert_unbiased(results: dict[str, tuple[Measured, Measured]]) -> None:
+    for kind, (expected, estimate) in results.items():
+        assert estimate.distance(expected) < LIMIT, f"{kind}: finite difference {expected}, estimator {estimate}"
+        # A comparison that is too noisy to tell anything from zero would pass whatever the estimator does.
+        assert estimate.error < 0.25, kind
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_is_unbiased(neuron: str, reset: str) -> None:
+    net = TwoLayers(neuron, reset)
+    assert_unbiased(compare(net, net.loss, *data()))
+
+
+@pytest.mark.parametrize(
+    ("options", "level"),
+    [
+        ({"antithetic": True}, 0.6),
+        ({"baseline": "batch-mean"}, 0.6),
+        ({"baseline": "none"}, torch.tensor([0.5, 0.8, 0.6])),
+    ],
+    ids=["antithetic", "batch-mean", "none"],
+)
+def test_is_unbiased_with_every_baseline(options: dict[str, Any], level: Any) -> None:
+    net = TwoLayers("Leaky", "subtract", noise_level=level)
+    assert_unbiased(compare(net, net.loss, *data(), **options))
+
+
+@pytest.mark.parametrize("distribution", ["laplace", "logistic"])
+def test_is_unbiased_with_every_distribution(distribution: str) -> None:
+    net = TwoLayers("Leaky", "subtract")
+    for lif in (net.lif1, net.lif2):
+        lif.noise = slr.MembraneNoise(0.5, distribution=distribution).double()
+    assert_unbiased(compare(net, net.loss, *data()))
+
+
+def test_is_unbiased_with_immediate_reset_and_graded_spikes() -> None:
+    torch.manual_seed(0)
+    net = TwoLayers("Leaky", "subtract")
+    for lif in (net.lif1, net.lif2):
+        lif.reset_delay = False
+        del lif.graded_spikes_factor
+        lif.graded_spikes_factor = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+    assert_unbiased(compare(net, net.loss, *data()))
+
+
+class ConvNet(nn.Module):
+    """Conv2d, BatchNorm in evaluation mode, neuron, MaxPool, Linear, neuron, Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv = nn.Conv2d(1, 2, 3)
+        self.norm = nn.BatchNorm2d(2).eval()
+        self.lif1 = slr.Leaky(beta=0.7, noise=slr.MembraneNoise(torch.full((2, 1, 1), 0.5)), init_hidden=True)
+        self.pool = nn.MaxPool2d(2)
+        self.fc = nn.Linear(2, 3)
+        self.lif2 = slr.Leaky(beta=0.7, threshold=0.5, noise=slr.MembraneNoise(0.6), init_hidden=True)
+        self.readout = nn.Linear(3, 2)
+        self.double()
+        with torch.no_grad():
+            self.conv.bias.add_(0.5)
+            self.fc.weight.mul_(1.5)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        slr.reset(self)
+        out = torch.zeros(())
+        for t in range(STEPS):
+            spikes = self.lif1(self.norm(self.conv(x[:, t])))
+            out = out + self.readout(self.lif2(self.fc(self.pool(spikes).flatten(1))))
+        return (out - y).square().sum(1)
+
+
+def test_is_unbiased_through_convolution_and_pooling() -> None:
+    net = ConvNet()
+    x = torch.rand(2, STEPS, 1, 4, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 2
+    assert_unbiased(compare(net, net.loss, x, data()[1]))
+
+
+class LstmNet(nn.Module):
+    """An SLSTM and an SConv2dLSTM, whose synaptic state carries a graph through time."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        options: dict[str, Any] = {"threshold": 0.1, "learn_threshold": True, "init_hidden": True}
+        options["noise"] = slr.MembraneNoise(0.3)
+        self.convolutional = kind == "SConv2dLSTM"
+        self.cell = slr.SConv2dLSTM(1, 1, 3, **options) if self.convolutional else slr.SLSTM(3, 3, **options)
+        self.readout = nn.Linear(9 if self.convolutional else 3, 2)
+        self.double()
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        slr.reset(self)
+        out = torch.zeros(())
+        for t in range(STEPS):
+            step = x[:, t, :, None, None].expand(-1, -1, 3, 3)[:, :1] if self.convolutional else x[:, t]
+            out = out + self.readout(self.cell(step).flatten(1))
+        return (out - y).square().sum(1)
+
+
+@pytest.mark.parametrize("kind", ["SLSTM", "SConv2dLSTM"])
+def test_is_unbiased_for_lstm_cells(kind: str) -> None:
+    net = LstmNet(kind)
+    assert_unbiased(compare(net, net.loss, *data()))
+
+
+def _drop_sigma_score(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(slr.MembraneNoise, "scale_score", lambda self, epsilon: torch.zeros_like(epsilon))
+
+
+def _halve_location_score(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(slr.MembraneNoise, "location_score", lambda self, epsilon: epsilon / 2)
+
+
+def _sample_membrane_instead_of_margin(patch: pytest.MonkeyPatch) -> None:
+    def add_noise(self: neurons.NoisyNeuron, mean: Tensor) -> Tensor:
+        return (
+            mean + self.noise.sigma * self.noise.sample(mean)
+            if self._recording is None
+            else self._recording.draw(self.noise, mean)
+        )
+
+    patch.setattr(neurons.NoisyNeuron, "_add_noise", add_noise)
+
+
+def _forget_threshold_in_carried_membrane(patch: pytest.MonkeyPatch) -> None:
+    def add_noise(self: neurons.NoisyNeuron, mean: Tensor) -> Tensor:
+        if self._recording is None:
+            return mean + self.noise.sigma * self.noise.sample(mean)
+        return self._recording.draw(self.noise, mean - self.threshold) + self.threshold.detach()
+
+    patch.setattr(neurons.NoisyNeuron, "_add_noise", add_noise)
+
+
+def _detach_before(cls: type, states: tuple[str, ...]) -> Callable[[pytest.MonkeyPatch], None]:
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        original = cls._base_state_function  # type: ignore[attr-defined]
+
+        def detached(self: Any, input_: Tensor) -> Any:
+            for state in states:
+                setattr(self, state, getattr(self, state).detach())
+            return original(self, input_)
+
+        patch.setattr(cls, "_base_state_function", detached)
+
+    return apply
+
+
+def _drop_recurrence(patch: pytest.MonkeyPatch) -> None:
+    original = nn.Linear.forward
+
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        out = original(self, x)
+        recurrent = self.in_features == HIDDEN and self.out_features == HIDDEN and getattr(self, "is_recurrent", False)
+        return out.detach() if recurrent and torch.is_grad_enabled() else out
+
+    patch.setattr(nn.Linear, "forward", forward)
+
+
+def _drop_pathwise(patch: pytest.MonkeyPatch) -> None:
+    original = estimators.Vanilla._accumulate
+    patch.setattr(estimators.Vanilla, "_accumulate", lambda self, losses, r: original(self, losses.detach(), r))
+
+
+def _keep_graph_of_samples(patch: pytest.MonkeyPatch) -> None:
+    original = recording.Recording.draw
+
+    def draw(self: recording.Recording, noise: slr.MembraneNoise, mean: Tensor) -> Tensor:
+        return original(self, noise, mean) + (mean - mean.detach())
+
+    patch.setattr(recording.Recording, "draw", draw)
+
+
+def _pair_unaware_baseline(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(baselines.BASELINES, "leave-one-out", lambda losses, antithetic: baselines.leave_one_out(losses))
+
+
+def _drop_minus_one(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(slr.MembraneNoise, "scale_score", lambda self, epsilon: epsilon * epsilon)
+
+
+def _drop_first_step(patch: pytest.MonkeyPatch) -> None:
+    original = recording.Draw.cotangents
+    seen: set[int] = set()
+
+    def cotangents(self: recording.Draw, weights: Tensor) -> Any:
+        first = id(self.sigma) not in seen
+        seen.add(id(self.sigma))
+        return iter(()) if first else original(self, weights)
+
+    patch.setattr(recording.Draw, "cotangents", cotangents)
+
+
+MUTANTS = [
+    pytest.param("Leaky", "subtract", "log_sigma", _drop_sigma_score, {}, id="score of sigma"),
+    pytest.param("Leaky", "subtract", "log_sigma", _drop_minus_one, {"baseline": "none"}, id="-1 of sigma's score"),
+    pytest.param("Leaky", "subtract", "bias", _halve_location_score, {}, id="half the score of the mean"),
+    pytest.param("Leaky", "subtract", "bias", _drop_first_step, {}, id="first time step"),
+    pytest.param("Leaky", "subtract", "threshold", _sample_membrane_instead_of_margin, {}, id="margin"),
+    pytest.param("Leaky", "none", "threshold", _forget_threshold_in_carried_membrane, {}, id="threshold carried on"),
+    pytest.param("Leaky", "none", "readout", _drop_pathwise, {}, id="pathwise gradient of the readout"),
+    pytest.param("Leaky", "subtract", "bias", _keep_graph_of_samples, {}, id="samples that are not detached"),
+    pytest.param(
+        "Leaky", "subtract", "log_sigma", _pair_unaware_baseline, {"antithetic": True, "copies": 4}, id="pairs"
+    ),
+    pytest.param(
+        "Synaptic",
+        "none",
+        "bias",
+        _detach_before(snntorch.Synaptic, ("syn",)),
+        {},
+        id="synaptic current through time",
+    ),
+    pytest.param("RLeaky", "subtract", "recurrent", _drop_recurrence, {}, id="recurrent weights"),
+    pytest.param(
+        "Alpha",
+        "none",
+        "bias",
+        _detach_before(snntorch.Alpha, ("syn_exc", "syn_inh")),
+        {},
+        id="alpha currents through time",
+    ),
+]
+
+
+@pytest.mark.parametrize(("neuron", "reset", "kind", "mutate", "options"), MUTANTS)
+def test_notices_a_dropped_term(
+    neuron: str,
+    reset: str,
+    kind: str,
+    mutate: Callable[..., None],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = TwoLayers(neuron, reset)
+    for lif in (net.lif1, net.lif2):
+        if hasattr(lif, "recurrent"):
+            lif.recurrent.is_recurrent = True
+    x, y = data()
+    if options.get("copies") == 4:
+        # Bias from pairing fades with the number of copies: few copies of many equal samples show it.
+        x, y = x.repeat(1000, 1, 1), y.repeat(1000, 1)
+    direction = directions(net, {kind: groups(net)[kind]})[kind]
+    small = (x[:2], y[:2])
+    expected = finite_difference(net, net.loss, *small, direction)
+    mutate(monkeypatch)
+    gradients = estimates(slr.Vanilla(net, **{"copies": 4000, **options}), net.loss, x, y)
+    assert along(gradients, direction).distance(expected) > LIMIT
