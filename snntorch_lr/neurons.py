@@ -233,8 +233,9 @@ def to_noisy(neuron: nn.Module, noise: MembraneNoise, name: str = "") -> None:
 def to_plain(neuron: nn.Module) -> None:
     """Turns a noisy neuron back into snnTorch's, in place. A class derived by the user stays, without noise."""
     delattr(neuron, "noise")
+    cls = type(neuron)
     for plain, noisy in NOISY.items():
-        if type(neuron) is noisy:
+        if noisy is cls:
             function = neuron.__dict__.pop("_snn_state_function")
             neuron.__class__ = plain
             neuron.__dict__["state_function"] = function

@@ -24,7 +24,7 @@ class Closure:
         self.inputs = inputs
         self.targets = targets
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Any:  # a tensor; torch types closures as returning float
         """Backpropagates, and returns the mean loss, detached."""
         with torch.enable_grad():
             loss = self.loss_fn(self.inputs, self.targets).mean()

@@ -1,0 +1,1 @@
+"""The experiments of this package: training, evaluation, and the command ``snntorch-lr``."""

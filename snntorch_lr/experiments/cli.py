@@ -1,0 +1,143 @@
+"""The command ``snntorch-lr``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f"{error.name} is missing: pip install 'snntorch-lr[experiments,attacks]'") from error
+
+import torch
+
+from .. import __version__
+from . import report
+from .data import DataError
+from .reproduce import Settings, reproduce
+from .train import Progress as StepProgress
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console()
+
+_EPOCHS = {"digits": 40, "mnist": 4, "fashion-mnist": 4}
+
+
+def _version(value: bool) -> None:
+    if value:
+        console.print(f"snntorch-lr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Noise, likelihood-ratio training and robustness evaluation for snnTorch."""
+
+
+@app.command("reproduce")
+def reproduce_command(
+    dataset: Annotated[str, typer.Option(help="digits (no download), mnist or fashion-mnist.")] = "digits",
+    model: Annotated[str, typer.Option(help="mlp or conv.")] = "mlp",
+    data_root: Annotated[
+        Path | None, typer.Option(help="torchvision root of MNIST and Fashion-MNIST; downloaded there if absent.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data; 40 for digits, 4 otherwise.")] = None,
+    copies: Annotated[int, typer.Option(help="Noise copies of each sample.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    epsilon: Annotated[list[float] | None, typer.Option(help="Attack budget, l∞; may be given again.")] = None,
+    attack_images: Annotated[int, typer.Option(help="Test images to attack.")] = 1000,
+    draws: Annotated[int, typer.Option(help="Noise draws to average over where the noise is on.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Directory for results and checkpoints; runs/DATASET.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")] = False,
+) -> None:
+    """Train surrogate baselines and the likelihood-ratio network, attack them, print and save a table.
+
+    Example: snntorch-lr reproduce --dataset mnist --data-root data --out runs/mnist
+    """
+    with _plain_errors():
+        _run(
+            Settings(
+                dataset=dataset,
+                model=model,
+                epochs=_EPOCHS.get(dataset, 4) if epochs is None else epochs,
+                copies=copies,
+                seed=seed,
+                epsilons=tuple(epsilon) if epsilon else Settings.epsilons,
+                attack_images=attack_images,
+                draws=draws,
+            ),
+            out or Path("runs") / dataset,
+            data_root,
+            device,
+            resume,
+        )
+
+
+def _run(settings: Settings, out: Path, data_root: Path | None, device: str, resume: bool) -> None:
+    with _progress() as bars:
+        results = reproduce(settings, out, data_root, _device(device), resume, lambda n, s: _announce(bars, n, s))
+    header, lines = report.table(results)
+    table = Table(*header, title=f"{settings.dataset}, {settings.model}", caption=report.NOTE)
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    console.print(f"Written: {out}/results.json, table.md, training.png, attacks.png")
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What a user can mend is one line and an exit status, not a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("interrupted; finished epochs are kept: the same command with --resume goes on from there", 130)
+    except ValueError as error:
+        _fail(str(error), 2)
+    except (DataError, OSError) as error:
+        _fail(str(error), 1)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"snntorch-lr: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}; use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device was found; use --device cpu")
+    return device
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    quiet = not console.is_terminal or "CI" in os.environ
+    return Progress(*columns, console=console, disable=quiet)
+
+
+def _announce(bars: Progress, name: str, steps: int) -> StepProgress:
+    task = bars.add_task(name, total=steps, loss=float("nan"))
+    if bars.disable:
+        console.print(f"training: {name}")
+
+    def update(done: int, loss: float) -> None:
+        bars.update(task, completed=done, loss=loss)
+
+    return update

@@ -1,0 +1,110 @@
+"""Image data sets: scikit-learn's digits, which need no download, and MNIST and Fashion-MNIST through torchvision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMES = ("digits", "mnist", "fashion-mnist")
+
+
+class DataError(RuntimeError):
+    """A data set that cannot be read or downloaded; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set of grey images in memory.
+
+    Attributes:
+        name: one of ``NAMES``.
+        train: training images, ``[n, 1, height, width]`` in [0, 1].
+        train_labels: ``[n]``.
+        test: test images, likewise.
+        test_labels: ``[m]``.
+    """
+
+    name: str
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        channels, height, width = self.train.shape[1:]
+        return channels, height, width
+
+    def to(self, device: torch.device) -> Images:
+        """The same images on another device."""
+        return replace(
+            self,
+            train=self.train.to(device),
+            train_labels=self.train_labels.to(device),
+            test=self.test.to(device),
+            test_labels=self.test_labels.to(device),
+        )
+
+
+def load(name: str, root: Path | None = None) -> Images:
+    """Reads a data set; MNIST and Fashion-MNIST are downloaded if they are not under ``root``.
+
+    Args:
+        name: ``"digits"`` (1,797 images of 8 × 8 pixels, a fifth of them for testing), ``"mnist"`` or
+            ``"fashion-mnist"`` (60,000 and 10,000 images of 28 × 28 pixels).
+        root: torchvision root of MNIST and Fashion-MNIST; ``data`` by default.
+
+    Raises:
+        DataError: if the name is unknown, or the data are neither there nor downloadable.
+    """
+    if name == "digits":
+        return _digits()
+    if name not in NAMES:
+        raise DataError(f"unknown data set {name!r}; choose one of {', '.join(NAMES)}")
+    return _torchvision(name, Path("data") if root is None else root)
+
+
+def _digits() -> Images:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    split = train_test_split(digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
+    train, test, train_labels, test_labels = (torch.as_tensor(part) for part in split)
+
+    def scaled(images: Tensor) -> Tensor:
+        return (images.float() / 16).unsqueeze(1)
+
+    return Images("digits", scaled(train), train_labels.long(), scaled(test), test_labels.long())
+
+
+def _torchvision(name: str, root: Path) -> Images:
+    from torchvision import datasets
+
+    kind: Any = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}[name]
+    try:
+        parts = [_read(kind, root, train) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{name} is not under {root} and could not be downloaded ({error}). Connect to the internet, or give the "
+            f"folder that holds {kind.__name__}/raw with --data-root"
+        ) from error
+
+    def scaled(images: Tensor) -> Tensor:
+        return (images.float() / 255).unsqueeze(1)
+
+    (train, train_labels), (test, test_labels) = parts
+    return Images(name, scaled(train), train_labels.long(), scaled(test), test_labels.long())
+
+
+def _read(kind: Any, root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    try:
+        found = kind(str(root), train=train, download=False)
+    except RuntimeError:
+        found = kind(str(root), train=train, download=True)
+    return found.data, found.targets

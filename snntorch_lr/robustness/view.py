@@ -1,0 +1,96 @@
+"""A spiking network as attack libraries expect it: images in, logits out, no state, no surprises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..convert import noise_off, noise_on, reset
+
+Forward = Callable[[Any, Tensor], Tensor]
+
+
+class AttackableView(nn.Module):
+    """Module from images in [0, 1] to logits, for torchattacks and other attack libraries.
+
+    Each call resets every neuron's state, draws fresh noise from a generator of its own, averages the logits over the
+    draws (which makes its gradient an expectation over transformations, EOT), and leaves the network in the mode and
+    state it found: ``train()`` and ``eval()`` of the view, which attack libraries call, do not reach the network, and
+    it always runs in evaluation mode, with noise or without as asked.
+
+    Args:
+        net: the network.
+        forward: called as ``forward(net, images)``; returns logits ``[batch, classes]``, or a record
+            ``[time, batch, classes]`` of output spikes or membrane potentials. ``net(images)`` by default.
+        draws: noise draws to average over, in one batch.
+        noise: whether neurons that have noise draw it; without noise one draw is made.
+        seed: of the view's generator.
+        scale: factor from a record's mean over time to logits. Spike counts of many steps would saturate the softmax
+            and hide the gradient from the attack, rates alone would hardly move it.
+
+    Raises:
+        ValueError: at a call, if images are not in [0, 1], or what ``forward`` returns has another shape.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        forward: Forward | None = None,
+        draws: int = 1,
+        noise: bool = True,
+        seed: int = 0,
+        scale: float = 10.0,
+    ) -> None:
+        super().__init__()
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1, got {draws}")
+        self.net = net
+        self.net_forward: Forward = forward if forward is not None else lambda net, images: net(images)
+        self.draws = draws if noise else 1
+        self.noise = noise
+        self.scale = scale
+        device = next((p.device for p in net.parameters()), torch.device("cpu"))
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def train(self, mode: bool = True) -> AttackableView:
+        """Sets the view's own mode; the network's stays."""
+        self.training = mode
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[batch, classes]`` of images ``[batch, channels, height, width]`` in [0, 1]."""
+        # Attacks clamp in float32: allow for rounding, not for another normalisation.
+        low, high = images.detach().aminmax()
+        if not bool((low >= -1e-5) & (high <= 1 + 1e-5)):
+            raise ValueError(
+                f"images must be in [0, 1], got {low.item():.3g} to {high.item():.3g}; normalise inside forward="
+            )
+        rows = images.repeat(self.draws, *[1] * (images.dim() - 1))
+        switch = noise_on(self.net, self._generator) if self.noise else noise_off(self.net)
+        with _evaluating(self.net), switch:
+            reset(self.net)
+            logits = self.net_forward(self.net, rows)
+            reset(self.net)
+        if logits.dim() == 3:
+            logits = self.scale * logits.mean(0)
+        if logits.dim() != 2 or len(logits) != len(rows):
+            raise ValueError(
+                f"forward returned shape {tuple(logits.shape)} for {len(rows)} images; logits [batch, classes] or a "
+                "record [time, batch, classes] are needed"
+            )
+        return logits.view(self.draws, len(images), -1).mean(0)
+
+
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

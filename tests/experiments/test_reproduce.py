@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import snntorch_lr
+from snntorch_lr.experiments import cli, reproduce
+
+SMALL = ["--epochs", "1", "--copies", "2", "--attack-images", "20", "--draws", "2", "--epsilon", "0.1"]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "digits"
+    result = run("reproduce", *SMALL, "--out", str(directory))
+    assert result.exit_code == 0, result.output
+    return directory
+
+
+def test_results_hold_everything_that_is_needed_to_repeat_them(out: Path) -> None:
+    results = json.loads((out / "results.json").read_text())
+    assert "--seed 0" in results["command"]
+    assert "--epsilon 0.1" in results["command"]
+    assert results["versions"]["snntorch-lr"] == snntorch_lr.__version__
+    assert [(row["network"], row["noise"]) for row in results["rows"]] == [
+        ("surrogate", "none"), ("surrogate, noise", "off"), ("surrogate, noise", "on"),
+        ("likelihood ratio", "off"), ("likelihood ratio", "on"),
+    ]  # fmt: skip
+
+
+def test_worst_case_is_no_better_than_any_attack_or_clean(out: Path) -> None:
+    for row in json.loads((out / "results.json").read_text())["rows"]:
+        shares = {name: share["accuracy"] for name, share in row["attacks"].items()}
+        assert shares["worst 0.1"] <= min(shares["FGSM 0.1"], shares["PGD 0.1"])
+        assert row["attacks"]["FGSM 0.1"]["images"] == 20
+        assert row["clean"]["images"] == 360
+        assert row["clean"]["low"] <= row["clean"]["accuracy"] <= row["clean"]["high"]
+
+
+def test_table_and_figures_are_written(out: Path) -> None:
+    text = (out / "table.md").read_text()
+    assert "| clean |" in text
+    assert "no robustness claim" in text
+    for figure in ("training.png", "attacks.png"):
+        assert (out / figure).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_same_seed_gives_the_same_numbers(out: Path, tmp_path: Path) -> None:
+    assert run("reproduce", *SMALL, "--out", str(tmp_path)).exit_code == 0
+    first, again = (json.loads((path / "results.json").read_text()) for path in (out, tmp_path))
+    assert first["rows"] == again["rows"]
+
+
+def test_finished_runs_are_kept_and_resumed(out: Path) -> None:
+    before = (out / "likelihood-ratio.pt").stat().st_mtime_ns
+    refused = run("reproduce", *SMALL, "--out", str(out))
+    assert refused.exit_code == 2
+    assert "--resume" in refused.stderr
+    assert run("reproduce", *SMALL, "--out", str(out), "--resume").exit_code == 0
+    assert (out / "likelihood-ratio.pt").stat().st_mtime_ns == before
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "train", interrupt)
+    result = run("reproduce", *SMALL, "--out", str(tmp_path))
+    assert result.exit_code == 130
+    assert "--resume" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "cifar"], "digits, mnist, fashion-mnist"),
+        (["--model", "rnn"], "mlp, conv"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--copies", "1"], "--copies must be at least 2"),
+        (["--epsilon", "2"], r"--epsilon must be in \(0, 1\]"),
+        (["--device", "gpu"], "cpu or cuda"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = run("reproduce", *arguments, "--out", str(tmp_path / "x"))
+    assert result.exit_code == 2
+    assert re.search(message, result.stderr)
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_version_and_help() -> None:
+    assert snntorch_lr.__version__ in run("--version").output
+    assert "--data-root" in run("reproduce", "--help").output

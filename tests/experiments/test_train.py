@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from snntorch_lr.experiments import data, models
+from snntorch_lr.experiments.train import METHODS, Recipe, make_network, train
+
+CPU = torch.device("cpu")
+RECIPE = Recipe("likelihood ratio", "digits", "mlp", epochs=3, copies=2, seed=0, num_steps=8, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def images() -> data.Images:
+    digits = data.load("digits")
+    return replace(
+        digits, train=digits.train[:256], train_labels=digits.train_labels[:256],
+        test=digits.test[:50], test_labels=digits.test_labels[:50],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", models.NAMES)
+def test_loss_falls(method: str, model: str, images: data.Images, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, method=method, model=model, copies=8, learning_rate=5e-3)
+    history = train(recipe, images, tmp_path / "c.pt", CPU).history
+    assert history[-1]["train_loss"] < 0.95 * history[0]["train_loss"]
+
+
+def test_networks_of_a_seed_start_from_the_same_weights() -> None:
+    nets = [make_network(replace(RECIPE, method=method), (1, 8, 8)) for method in METHODS]
+    weights = [net.readout.weight for net in nets]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_and_resumed_gives_the_same_weights(method: str, images: data.Images, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, method=method)
+    whole = train(recipe, images, tmp_path / "whole.pt", CPU).net.state_dict()
+
+    def kill(done: int, loss: float) -> None:
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, images, tmp_path / "cut.pt", CPU, progress=kill)
+    torch.rand(5)  # whatever else used the global generator
+    steps: list[int] = []
+    resumed = train(recipe, images, tmp_path / "cut.pt", CPU, resume=True, progress=lambda done, _: steps.append(done))
+    assert steps[0] == 17
+    assert len(resumed.history) == 3
+    for name, value in resumed.net.state_dict().items():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_a_checkpoint_of_other_settings_is_refused(images: data.Images, tmp_path: Path) -> None:
+    train(replace(RECIPE, epochs=1), images, tmp_path / "c.pt", CPU)
+    with pytest.raises(ValueError, match=r"copies=2 \(now 4\)"):
+        train(replace(RECIPE, epochs=1, copies=4), images, tmp_path / "c.pt", CPU, resume=True)
+
+
+def test_unknown_names_are_refused(images: data.Images, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown method"):
+        train(replace(RECIPE, method="magic"), images, tmp_path / "c.pt", CPU)
+    with pytest.raises(ValueError, match="mlp, conv"):
+        models.build("transformer", (1, 8, 8))

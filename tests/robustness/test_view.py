@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import snntorch as snn
+import torch
+import torchattacks
+from torch import Tensor, nn
+
+import snntorch_lr as slr
+from snntorch_lr.robustness import AttackableView
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(16, 12)
+        self.lif = snn.Leaky(beta=0.9, init_hidden=True)
+        self.dropout = nn.Dropout(0.5)
+        self.out = nn.Linear(12, 3)
+
+    def record(self, images: Tensor) -> Tensor:
+        return torch.stack([self.lif(self.fc(3 * images.flatten(1))) for _ in range(5)])
+
+    def forward(self, images: Tensor) -> Tensor:
+        # No reset here: the view's job.
+        return self.out(self.dropout(self.record(images).mean(0)))
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def test_state_is_reset_before_and_after(images: Tensor) -> None:
+    net = Net()
+    view = AttackableView(net)
+    first = view(images)
+    torch.testing.assert_close(view(images), first, rtol=0, atol=0)
+    assert not net.lif.mem.any()
+
+
+def test_draws_are_fresh_independent_and_reproducible(images: Tensor) -> None:
+    net = slr.add_noise(Net())
+    first, second = AttackableView(net, draws=4, seed=1), AttackableView(net, draws=4, seed=1)
+    a = first(images)
+    torch.manual_seed(0)  # what attack libraries do to the global generator is no matter
+    torch.testing.assert_close(second(images), a)
+    assert not torch.equal(first(images), a)
+
+
+def test_averages_over_the_draws(images: Tensor) -> None:
+    net = slr.add_noise(Net())
+    spread = [torch.stack([view(images).detach() for _ in range(200)]).std(0).mean() for view in (
+        AttackableView(net, draws=1), AttackableView(net, draws=16))]  # fmt: skip
+    assert spread[0] / spread[1] == pytest.approx(4, rel=0.25)
+
+
+def test_without_noise_it_is_deterministic_even_in_training_mode(images: Tensor) -> None:
+    view = AttackableView(slr.add_noise(Net()).train(), noise=False, draws=8)
+    torch.testing.assert_close(view(images), view(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_network_keeps_its_mode(images: Tensor, mode: bool) -> None:
+    net = slr.add_noise(Net()).train(mode)
+    net.dropout.train(not mode)
+    view = AttackableView(net)
+    torchattacks.PGD(view, steps=2)(images, LABELS)
+    with pytest.raises(ValueError, match="shape"):
+        AttackableView(net, forward=lambda net, x: x)(images)
+    assert net.training is mode
+    assert net.dropout.training is not mode
+    assert net.lif.noise.forced is None
+
+
+def test_gradient_reaches_the_images(images: Tensor) -> None:
+    x = images.clone().requires_grad_()
+    AttackableView(slr.add_noise(Net()), draws=3)(x).square().sum().backward()
+    assert (x.grad.flatten(1).norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("attack", ["FGSM", "PGD"])
+def test_attacks_work_within_their_budget(images: Tensor, attack: str) -> None:
+    view = AttackableView(slr.add_noise(Net()), draws=2)
+    adversarial = getattr(torchattacks, attack)(view, eps=0.1)(images, LABELS)
+    assert 0 < (adversarial - images).abs().max() <= 0.1 + 1e-6
+
+
+def test_rates_are_scaled_to_logits(images: Tensor) -> None:
+    view = AttackableView(Net(), forward=lambda net, x: net.record(x), scale=7.0)
+    slr.reset(view.net)
+    torch.testing.assert_close(view(images), 7 * view.net.record(images).mean(0))
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan")])
+def test_refuses_images_out_of_range(images: Tensor, bad: float) -> None:
+    images[0, 0, 0, 0] = bad
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        AttackableView(Net())(images)

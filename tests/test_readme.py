@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import snntorch as snn
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from snntorch_lr import neurons, reset
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+class ExistingModel(nn.Module):
+    """A snnTorch model as its tutorials write them, which knows nothing of this package but a reset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(64, 64)
+        self.lif1 = snn.Leaky(beta=0.9)
+        self.fc2 = nn.Linear(64, 10)
+        self.lif2 = snn.Leaky(beta=0.9)
+
+    def forward(self, images: Tensor) -> Tensor:
+        mem1, mem2 = self.lif1.reset_mem(), self.lif2.reset_mem()
+        counts = torch.zeros(())
+        for _ in range(8):
+            spikes, mem1 = self.lif1(self.fc1(images), mem1)
+            spikes, mem2 = self.lif2(self.fc2(spikes), mem2)
+            counts = counts + spikes
+        return counts
+
+
+@pytest.fixture
+def names() -> dict[str, Any]:
+    torch.manual_seed(0)
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.as_tensor(images / 16, dtype=torch.float32), torch.as_tensor(labels).long()
+    return {"net": ExistingModel(), "loader": list(zip(x.split(64), y.split(64), strict=True)) * 25, "x": x, "y": y}
+
+
+def test_readme_begins_with_ten_lines_that_train_an_existing_model(names: dict[str, Any]) -> None:
+    first = BLOCKS[0]
+    assert len([line for line in first.splitlines() if line.strip()]) <= 10
+    net = names["net"]
+    exec(first, names)
+    assert set(neurons.noisy_neurons(net)) == {"lif1", "lif2"}
+    net.eval()
+    assert (net(names["x"]).argmax(1) == names["y"]).float().mean() > 0.8
+
+
+def test_every_block_of_the_readme_runs(names: dict[str, Any]) -> None:
+    names["loader"] = names["loader"][:2]
+    for block in BLOCKS:
+        names.get("optimizer") and names["optimizer"]._optimizer_step_pre_hooks.clear()
+        exec(block, names)
+    reset(names["net"])
