@@ -13,7 +13,7 @@ from .neurons import (
     SConv2dLSTM,
     Synaptic,
 )
-from .noise import MembraneNoise
+from .noise import EscapeNoise, MembraneNoise
 from .optim import attach, closure
 
 __version__ = "0.1.0.dev0"
@@ -21,6 +21,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "SLSTM",
     "Alpha",
+    "EscapeNoise",
     "Lapicque",
     "Leaky",
     "MembraneNoise",

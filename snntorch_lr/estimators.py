@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,23 +11,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .baselines import BASELINES, Baseline
-from .recording import Recording
+from .neurons import NoisyNeuron
+from .recording import Recording, Replaying, Storing
+from .repeatable import RandomState, Statistics
+from .stream import NoiseStream
 from .validate import NoiseFreeNeurons, check_losses, check_network, warn_about_batch_norm
 
 LossFn = Callable[[Any, Any], Tensor]
 
 
-class Vanilla:
-    """The likelihood-ratio gradient of weights and noise levels, exact in expectation.
-
-    For J = mean over samples b of E[ℒ_b], with K noise copies and the advantages ℒ̃ of a baseline,
-
-        ∇J ≈ 1/(K·batch) Σ_{k,b} ( ∇ℒ_{k,b} + ℒ̃_{k,b} Σ_t ∇ log p(u_t | everything sampled before t) )
-
-    where u_t is a noisy membrane potential (or its distance to a threshold that is learned). Samples are detached and
-    everything else stays in the graph, so that each graph spans one block between two noisy layers: there is no
-    backward pass through time or depth, and any differentiable block works. ∇ℒ is the ordinary gradient of whatever
-    lies after the last sample, such as a readout without noise.
+class Estimator(ABC):
+    """What the estimators share: copies, baseline, seed, and how a forward pass of copies is run.
 
     Args:
         net: the network; at least one neuron must have noise.
@@ -34,13 +29,10 @@ class Vanilla:
         baseline: ``"leave-one-out"``, ``"batch-mean"``, ``"none"``, or a function of the losses ``[copies, batch]``
             and of whether they come in antithetic pairs.
         antithetic: the second half of the copies gets the negated noise of the first half.
-        seed: of the noise; None draws it from torch's global generator.
+        seed: of the noise; None takes it from torch's global generator.
 
     Raises:
         ValueError: if the network has no noisy neuron, or copies, baseline and antithetic do not go together.
-
-    Source: the likelihood ratio for weights and noise levels is the method of arXiv 2302.10802, whose formulas we do
-    not have; the derivation here is ours, and checked against finite differences.
     """
 
     def __init__(
@@ -70,22 +62,21 @@ class Vanilla:
         self.baseline: Baseline = BASELINES[baseline] if isinstance(baseline, str) else baseline
         self.antithetic = antithetic
         self.seed = seed
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._seeds = torch.Generator() if seed is not None else None
+        if self._seeds is not None and seed is not None:
+            self._seeds.manual_seed(seed)
         self._inspected = False
 
     def backward(self, loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
         """Adds the estimated gradient into ``.grad`` of the parameters, as ``loss.backward()`` does.
 
-        1. Runs ``loss_fn`` once; noisy neurons expand to K copies, sample, and file their scores.
-        2. Turns the losses into advantages.
-        3. Runs one backward pass through the blocks between samples.
-
         Args:
             loss_fn: forward pass and loss, called as ``loss_fn(inputs, targets)``; returns one loss per row of the
-                targets that it is given. It must start from fresh states (``reset(net)``, or ``init_leaky()``).
+                targets that it is given. It must start from fresh states (``reset(net)``, or ``reset_mem()``). It may
+                be called more than once, always with the same random numbers.
             inputs: passed on as they are.
-            targets: tensor, or nested lists, tuples and dicts of tensors, batch first; passed on repeated K times.
-                None if there are none.
+            targets: tensor, or nested lists, tuples and dicts of tensors, batch first; passed on repeated for the
+                copies. None if there are none.
 
         Returns:
             Mean loss over samples and copies, detached.
@@ -96,55 +87,172 @@ class Vanilla:
         neurons = check_network(self.net)
         if not self._inspected:
             warn_about_batch_norm(self.net)
-        recording = Recording(neurons, self.copies, _batch_size(targets), self.antithetic, self._make_generators())
-        watch = NoiseFreeNeurons(self.net, {} if self._inspected else neurons)
-        with torch.enable_grad(), recording:
-            if self._inspected:
-                losses = loss_fn(inputs, self._repeat(targets))
-            else:
-                with watch:
-                    losses = loss_fn(inputs, self._repeat(targets))
-        losses = check_losses(losses, self.copies, recording.batch or 0, self.net)
-        if not self._inspected:
-            watch.check([draw.mean for draw in recording.draws], losses)
-            self._inspected = True
-        self._accumulate(losses, recording)
-        return losses.detach().mean()
+        loss = self._estimate(neurons, loss_fn, inputs, targets)
+        self._inspected = True
+        return loss
 
-    def _accumulate(self, losses: Tensor, recording: Recording) -> None:
-        advantages = self.baseline(losses.detach().view(self.copies, -1), self.antithetic)
-        weights = advantages.reshape(-1) / losses.numel()
-        roots, gradients = [], []
-        if losses.requires_grad:
-            roots.append(losses)
-            gradients.append(torch.full_like(losses, 1 / losses.numel()))
-        for draw in recording.draws:
-            for tensor, gradient in draw.cotangents(weights):
-                roots.append(tensor)
-                gradients.append(gradient)
-        if roots:
-            torch.autograd.backward(roots, gradients)
+    @abstractmethod
+    def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
+        """The gradient, added into ``.grad``; returns the mean loss."""
 
-    def _repeat(self, targets: Any) -> Any:
+    def _stream(self, seed: int, first: int = 0, last: int | None = None) -> NoiseStream:
+        return NoiseStream(seed, self.copies, first, self.copies if last is None else last, self.antithetic)
+
+    def _next_seed(self) -> int:
+        return int(torch.randint(2**62, (), generator=self._seeds))
+
+    def _run(self, recording: Recording, loss_fn: LossFn, inputs: Any, targets: Any, *, grad: bool) -> Tensor:
+        """Losses of the copies of a recording, ``[copies * batch]``."""
+
         def repeat(value: Any) -> Any:
             if not isinstance(value, Tensor) or value.dim() == 0:
                 return value
-            return value.repeat(self.copies, *[1] * (value.dim() - 1))
+            return value.repeat(recording.copies, *[1] * (value.dim() - 1))
 
-        return tree_map(repeat, targets)
+        with torch.set_grad_enabled(grad), recording:
+            losses = loss_fn(inputs, tree_map(repeat, targets))
+        return check_losses(losses, recording.copies, recording.batch or 0, self.net)
 
-    def _make_generators(self) -> dict[torch.device, torch.Generator]:
-        if self.seed is not None:
-            for parameter in self.net.parameters():
-                if parameter.device not in self._generators:
-                    generator = torch.Generator(parameter.device)
-                    self._generators[parameter.device] = generator.manual_seed(self.seed)
-        return self._generators
+    def _run_watched(
+        self, recording: Storing, loss_fn: LossFn, inputs: Any, targets: Any, neurons: Mapping[str, NoisyNeuron]
+    ) -> Tensor:
+        """A run with a graph, in which the first of all looks for what would bias the gradient."""
+        if self._inspected:
+            with recording.spikes:
+                return self._run(recording, loss_fn, inputs, targets, grad=True)
+        watch = NoiseFreeNeurons(self.net, neurons)
+        with recording.spikes, watch:
+            losses = self._run(recording, loss_fn, inputs, targets, grad=True)
+        watch.check(recording.tokens, losses)
+        return losses
+
+    def _inspect(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> None:
+        """A trial run of one copy, for estimators that never hold a whole graph."""
+        if self._inspected:
+            return
+        random, statistics = RandomState.capture(), Statistics(self.net)
+        recording = Storing(neurons, NoiseStream(0, 1, 0, 1), batch_size(targets))
+        self._run_watched(recording, loss_fn, inputs, targets, neurons)
+        statistics.restore()
+        random.restore()
+
+    def _weights(self, losses: Tensor) -> Tensor:
+        """Weights of the scores, ``[copies, batch]``, from losses of the same shape."""
+        return self.baseline(losses.detach(), self.antithetic) / losses.numel()
 
 
-ESTIMATORS = {"vanilla": Vanilla}
+class Vanilla(Estimator):
+    """The likelihood-ratio gradient of weights and noise levels, exact in expectation.
+
+    For J = mean over samples b of E[ℒ_b], with K noise copies and the advantages ℒ̃ of a baseline,
+
+        ∇J ≈ 1/(K·batch) Σ_{k,b} ( ∇ℒ_{k,b} + ℒ̃_{k,b} Σ_t ∇ log p(x_t | everything sampled before t) )
+
+    where x_t is what a neuron samples: its noisy membrane potential (or the distance of that to a threshold that is
+    learned), or with escape noise its spike. Samples are detached and everything else stays in the graph, so that each
+    graph spans one block between two noisy layers: there is no backward pass through time or depth, and any
+    differentiable block works. ∇ℒ is the ordinary gradient of whatever lies after the last sample, such as a readout
+    without noise.
+
+    Args:
+        net: the network; at least one neuron must have noise.
+        copies: K, noise copies of each sample. Only what comes after the first noisy neuron is computed K times.
+        baseline: ``"leave-one-out"``, ``"batch-mean"``, ``"none"``, or a function of the losses ``[copies, batch]``
+            and of whether they come in antithetic pairs.
+        antithetic: the second half of the copies gets the negated noise of the first half.
+        memory: ``"store"`` keeps what the scores need until the losses are known, with spikes as bits and noise drawn
+            again; ``"replay"`` runs twice and keeps nothing of a time step, except for neurons that carry a graph
+            through time (all but ``Leaky``, ``Lapicque`` and ``RLeaky`` with membrane noise).
+        chunk: number of copies to run at once; two passes, and memory no longer grows with the copies. What is random
+            after the first noisy neuron other than its noise, such as dropout, is shared by the chunks.
+        seed: of the noise; None takes it from torch's global generator. The same seed gives the same noise in every
+            mode of memory and chunk.
+
+    Raises:
+        ValueError: if the network has no noisy neuron, or arguments do not go together.
+
+    Source: the likelihood ratio for weights and noise levels is the method of arXiv 2302.10802, whose formulas we do
+    not have; the derivation here is ours, and checked against finite differences.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        copies: int = 16,
+        baseline: str | Baseline = "leave-one-out",
+        antithetic: bool = False,
+        memory: str = "store",
+        chunk: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(net, copies, baseline, antithetic, seed)
+        if memory not in ("store", "replay"):
+            raise ValueError(f"memory must be 'store' or 'replay', got {memory!r}")
+        if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+            raise ValueError(f"chunk must be a positive number of copies, got {chunk!r}")
+        self.memory = memory
+        self.chunk = copies if chunk is None else min(chunk, copies)
+
+    def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
+        seed = self._next_seed()
+        if self.memory == "store" and self.chunk == self.copies:
+            recording = Storing(neurons, self._stream(seed), batch_size(targets))
+            losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
+            recording.weigh(self._weights(losses.view(self.copies, -1)).reshape(-1))
+            _push(losses, losses.numel(), recording)
+            return losses.detach().mean()
+        self._inspect(neurons, loss_fn, inputs, targets)
+        return self._run_twice(seed, neurons, loss_fn, inputs, targets)
+
+    def _run_twice(
+        self, seed: int, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any
+    ) -> Tensor:
+        """Losses first, then the same passes again with the advantages known."""
+        chunks = [(first, min(first + self.chunk, self.copies)) for first in range(0, self.copies, self.chunk)]
+        before = RandomState.capture()
+        parts, batch = [], batch_size(targets)
+        statistics = None
+        for first, last in chunks:
+            before.restore()
+            recording = Recording(neurons, self._stream(seed, first, last), batch)
+            losses = self._run(recording, loss_fn, inputs, targets, grad=False)
+            batch = recording.batch
+            parts.append(losses.view(last - first, -1))
+            statistics = statistics or Statistics(self.net)
+        after = RandomState.capture()
+        all_losses = torch.cat(parts)
+        weights = self._weights(all_losses)
+        for first, last in chunks:
+            before.restore()
+            stream, share = self._stream(seed, first, last), weights[first:last].reshape(-1)
+            again: Storing
+            if self.memory == "replay":
+                again = Replaying(neurons, stream, batch, share)
+            else:
+                again = Storing(neurons, stream, batch)
+                again.weigh(share)
+            with again.spikes:
+                losses = self._run(again, loss_fn, inputs, targets, grad=True)
+            _push(losses, all_losses.numel(), again)
+        after.restore()
+        if statistics is not None:
+            statistics.restore()
+        return all_losses.mean()
 
 
-def _batch_size(targets: Any) -> int | None:
+def batch_size(targets: Any) -> int | None:
+    """Number of samples, from the first tensor among the targets; None if there is none."""
     sizes = [len(leaf) for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.dim()]
     return sizes[0] if sizes else None
+
+
+def _push(losses: Tensor, count: int, recording: Storing) -> None:
+    """One backward pass from the losses and from everything that was filed."""
+    if isinstance(recording, Replaying):
+        recording.finish()
+    roots, gradients = list(recording.tokens), list(recording.tokens)
+    if losses.requires_grad:
+        roots.append(losses)
+        gradients.append(torch.full_like(losses, 1 / count))
+    if roots:
+        torch.autograd.backward(roots, gradients)

@@ -16,7 +16,7 @@ import snntorch as snn
 import torch
 from torch import Tensor, nn
 
-from .noise import MembraneNoise, make_noise
+from .noise import EscapeNoise, MembraneNoise, Noise, make_noise
 
 if TYPE_CHECKING:
     from .recording import Recording
@@ -42,22 +42,25 @@ class NoisyNeuron(snn.SpikingNeuron):
 
     Args:
         noise: False for exactly the snnTorch neuron; True or ``"membrane"`` for learnable Gaussian membrane noise at
-            its default level; or a ``MembraneNoise``.
+            its default level; ``"escape"`` for Gaussian escape noise; or a ``MembraneNoise`` or ``EscapeNoise``.
 
     Raises:
         ValueError: if ``noise`` is no noise, or if an option of the neuron is broken in snnTorch itself.
     """
 
-    noise: MembraneNoise | None
+    noise: Noise | None
+    state_names: tuple[str, ...] = ("mem",)
     _recording: Recording | None = None
+    _last_spikes: Tensor | None = None
+    _fired: tuple[Tensor, Tensor] | None = None
     _snn_state_function: Callable[[Tensor], Any]
 
-    def __init__(self, *args: Any, noise: bool | str | MembraneNoise = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, noise: bool | str | Noise = False, **kwargs: Any) -> None:
         made = make_noise(noise)
         if kwargs.get("learn_alpha") and isinstance(self, snn.Alpha):
             raise ValueError(f"Alpha: {_ALPHA_DEFECT}")
         super().__init__(*args, **kwargs)
-        check_defects(self, noisy=made is not None)
+        check_defects(self, made)
         self.noise = made
 
     @property
@@ -80,24 +83,46 @@ class NoisyNeuron(snn.SpikingNeuron):
             return super().forward(input_, *states, **named_states)
         recording = self.sampling_for
         if recording is not None:
-            input_ = recording.expand(input_, self)
+            input_ = recording.receive(self, input_)
             states = tuple(self._expand_state(state, recording) for state in states)
             named_states = {key: self._expand_state(state, recording) for key, state in named_states.items()}
             if recording.starts(self) and not states and not named_states:
                 self._warn_about_left_over_state(input_, recording)
         self._make_states(input_)
-        return super().forward(input_, *states, **named_states)
+        output = super().forward(input_, *states, **named_states)
+        if self._last_spikes is not None:
+            # With reset_delay=False the spike has reset the membrane already.
+            delayed = getattr(self, "reset_delay", True)
+            self._fired = (self.mem, self._last_spikes if delayed else torch.zeros_like(self._last_spikes))
+            self._last_spikes = None
+        return output
+
+    def reset_mem(self) -> Any:
+        """Zeroes the state."""
+        self._fired = None
+        return super().reset_mem()
 
     def fire(self, mem: Tensor) -> Tensor:
         """Spikes, in the dtype of the membrane; a sampled spike carries no graph."""
-        if self.noise is None:
+        noise, recording = self.noise, self.sampling_for
+        if noise is None:
             return super().fire(mem)
-        if self.sampling_for is None:
+        if not noise.active or (recording is None and not isinstance(noise, EscapeNoise)):
             return super().fire(mem).to(mem.dtype)
-        with torch.no_grad():
-            quantised = self.state_quant(mem) if self.state_quant else mem
-            spikes = self.spike_grad(quantised - self.threshold).to(mem.dtype)
-        return spikes * self.graded_spikes_factor
+        margin = (self.state_quant(mem) if self.state_quant else mem) - self.threshold
+        if not isinstance(noise, EscapeNoise):
+            with torch.no_grad():
+                spikes = self.spike_grad(margin).to(mem.dtype)
+        elif recording is None:
+            spikes = self.spike_grad(margin + noise.sigma.to(mem.dtype) * noise.sample(mem)).to(mem.dtype)
+        else:
+            spikes = recording.fire(self, noise, margin)
+        if isinstance(noise, EscapeNoise):
+            self._last_spikes = spikes.detach()
+        spikes = spikes * self.graded_spikes_factor
+        if recording is not None and not self.graded_spikes_factor.requires_grad:
+            recording.spikes.announce(spikes)
+        return spikes
 
     def fire_inhibition(self, batch_size: int, mem: Tensor) -> Tensor:
         """Spike of the strongest neuron only; a sampled spike carries no graph."""
@@ -108,8 +133,17 @@ class NoisyNeuron(snn.SpikingNeuron):
 
     def mem_reset(self, mem: Tensor) -> Tensor:
         """Reset signal: the spike of the last step."""
+        if isinstance(self.noise, EscapeNoise) and self._fired is not None:
+            fired_mem, spikes = self._fired
+            if _same(mem, fired_mem):
+                return spikes.clone()
         reset = super().mem_reset(mem)
         return reset if self.noise is None else reset.to(mem.dtype)
+
+    @property
+    def is_markov(self) -> bool:
+        """Whether nothing before the last sample matters, given it: no state carries a graph through time."""
+        return self.state_names == ("mem",) and isinstance(self.noise, MembraneNoise)
 
     def _noisy_state_function(self, input_: Tensor) -> Any:
         states = self._snn_state_function(input_)
@@ -119,14 +153,14 @@ class NoisyNeuron(snn.SpikingNeuron):
 
     def _add_noise(self, mean: Tensor) -> Tensor:
         noise = self.noise
-        if noise is None or not noise.active:
+        if not isinstance(noise, MembraneNoise) or not noise.active:
             return mean
         if self._recording is None:
             return mean + noise.sigma.to(mean.dtype) * noise.sample(mean)
         if not self.threshold.requires_grad:
-            return self._recording.draw(noise, mean)
+            return self._recording.draw(self, noise, mean)
         # The margin u - threshold is what decides. With u sampled, a learned threshold would have no score at all.
-        return self._recording.draw(noise, mean - self.threshold) + self.threshold
+        return self._recording.draw(self, noise, mean - self.threshold) + self.threshold
 
     def _make_states(self, input_: Tensor) -> None:
         """Makes missing first states where snnTorch would make them in the wrong dtype."""
@@ -164,6 +198,8 @@ class Lapicque(NoisyNeuron, snn.Lapicque):
 class Synaptic(NoisyNeuron, snn.Synaptic):
     """``snntorch.Synaptic`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
 
+    state_names = ("syn", "mem")
+
 
 class Alpha(NoisyNeuron, snn.Alpha):
     """``snntorch.Alpha`` with ``noise=``; arguments, shapes and return values are snnTorch's.
@@ -171,6 +207,8 @@ class Alpha(NoisyNeuron, snn.Alpha):
     snnTorch's Alpha computes its membrane from the synaptic currents alone, so noise acts on the spike and the reset
     of one time step and is not carried on.
     """
+
+    state_names = ("syn_exc", "syn_inh", "mem")
 
 
 class RLeaky(NoisyNeuron, snn.RLeaky):
@@ -180,9 +218,13 @@ class RLeaky(NoisyNeuron, snn.RLeaky):
 class RSynaptic(NoisyNeuron, snn.RSynaptic):
     """``snntorch.RSynaptic`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
 
+    state_names = ("syn", "mem")
+
 
 class SLSTM(NoisyNeuron, snn.SLSTM):
     """``snntorch.SLSTM`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
+
+    state_names = ("syn", "mem")
 
     def _make_states(self, input_: Tensor) -> None:
         _make_zeros(self, (input_.shape[0], self.hidden_size), input_)
@@ -190,6 +232,8 @@ class SLSTM(NoisyNeuron, snn.SLSTM):
 
 class SConv2dLSTM(NoisyNeuron, snn.SConv2dLSTM):
     """``snntorch.SConv2dLSTM`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
+
+    state_names = ("syn", "mem")
 
     def _make_states(self, input_: Tensor) -> None:
         _make_zeros(self, (input_.shape[0], self.out_channels, *input_.shape[2:]), input_)
@@ -204,7 +248,7 @@ for _plain, _noisy in NOISY.items():
     _noisy.__signature__ = _signature.replace(parameters=[*_signature.parameters.values(), _noise])
 
 
-def to_noisy(neuron: nn.Module, noise: MembraneNoise, name: str = "") -> None:
+def to_noisy(neuron: nn.Module, noise: Noise, name: str = "") -> None:
     """Turns a snnTorch neuron into its noisy counterpart, in place: the same object, parameters and state.
 
     Raises:
@@ -223,7 +267,7 @@ def to_noisy(neuron: nn.Module, noise: MembraneNoise, name: str = "") -> None:
             f"{where} is a class of your own, and noise could be lost in its code: derive it from "
             "snntorch_lr.Leaky (or another neuron of snntorch_lr) and pass noise=, or leave it out through only="
         )
-    check_defects(neuron, noisy=True, name=name)
+    check_defects(neuron, noise, name)
     function = neuron.__dict__.pop("state_function")
     vars(neuron)["_snn_state_function"] = function
     neuron.__class__ = NOISY[cls]
@@ -291,14 +335,20 @@ def reset_state(neuron: nn.Module) -> None:
             vars(neuron)[attribute] = value.detach()
 
 
-def check_defects(neuron: nn.Module, *, noisy: bool, name: str = "") -> None:
-    """Says which options of a neuron do not work in snnTorch itself.
+def check_defects(neuron: nn.Module, noise: Noise | None, name: str = "") -> None:
+    """Says which options of a neuron do not work in snnTorch itself, or not with its noise.
 
     Raises:
         ValueError: if the neuron is to have noise and the option would make its gradient or its reset wrong. Without
             noise it is a warning, because then the neuron behaves exactly as snnTorch's.
     """
     defect = None
+    pooling = vars(neuron).get("max_pool") or vars(neuron).get("avg_pool")
+    if isinstance(noise, EscapeNoise) and (neuron.inhibition or pooling):
+        raise ValueError(
+            f"{name or type(neuron).__name__}: escape noise decides for each neuron alone; with inhibition or pooling "
+            "inside the neuron use membrane noise"
+        )
     if isinstance(neuron, snn.RSynaptic) and not neuron.reset_delay:
         defect = "snnTorch ignores reset_delay=False there, or fails on it; use reset_delay=True, or Synaptic"
     elif isinstance(neuron, snn.Lapicque) and isinstance(neuron.beta, nn.Parameter):
@@ -313,7 +363,7 @@ def check_defects(neuron: nn.Module, *, noisy: bool, name: str = "") -> None:
     if defect is None:
         return
     message = f"{name or type(neuron).__name__}: {defect}"
-    if noisy:
+    if noise is not None:
         raise ValueError(message)
     warnings.warn(message, UserWarning, stacklevel=4)
 
@@ -326,3 +376,12 @@ def _make_zeros(neuron: nn.Module, shape: tuple[int, ...], like: Tensor) -> None
     for state in ("syn", "mem"):
         if getattr(neuron, state).shape != shape:
             setattr(neuron, state, like.new_zeros(shape))
+
+
+def _same(mem: Tensor, fired: Tensor) -> bool:
+    """Whether a membrane potential given by hand is the one that the neuron returned, also detached or copied."""
+    if mem is fired:
+        return True
+    if mem.shape != fired.shape or mem.device != fired.device:
+        return False
+    return mem.data_ptr() == fired.data_ptr() or torch.equal(mem, fired)

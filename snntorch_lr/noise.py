@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-Sampler = Callable[[Tensor, "torch.Generator | None"], Tensor]
+Filler = Callable[[Tensor, "torch.Generator | None"], Tensor]
 
 
 @dataclass(frozen=True)
@@ -17,29 +17,27 @@ class Distribution:
     """A symmetric density f of standard noise ε (location 0, scale 1).
 
     Attributes:
-        sample: draws ε with the shape, dtype and device of a given tensor, from a generator or the global one.
+        fill: fills a tensor with ε in place, from a generator or the global one, and returns it.
         location_score: −d log f(ε) / dε. The score of the mean is this over σ; because the family is a
             location-scale one, the score of log σ is ε · location_score(ε) − 1.
     """
 
-    sample: Sampler
+    fill: Filler
     location_score: Callable[[Tensor], Tensor]
 
 
-def _gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+def _gaussian(out: Tensor, generator: torch.Generator | None) -> Tensor:
+    return out.normal_(generator=generator)
 
 
-def _exponential(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.empty_like(like, requires_grad=False).exponential_(generator=generator)
+def _laplace(out: Tensor, generator: torch.Generator | None) -> Tensor:
+    out.exponential_(generator=generator)
+    return out.sub_(torch.empty_like(out).exponential_(generator=generator))
 
 
-def _laplace(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return _exponential(like, generator) - _exponential(like, generator)
-
-
-def _logistic(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return _exponential(like, generator).log() - _exponential(like, generator).log()
+def _logistic(out: Tensor, generator: torch.Generator | None) -> Tensor:
+    out.exponential_(generator=generator)
+    return out.div_(torch.empty_like(out).exponential_(generator=generator)).log_()
 
 
 DISTRIBUTIONS = {
@@ -49,27 +47,21 @@ DISTRIBUTIONS = {
 }
 
 
-class MembraneNoise(nn.Module):
-    """Additive noise on the membrane potential, u = μ + σ ε, with a learnable level σ > 0.
-
-    The noisy potential is what the neuron carries on to the next time step. σ is learned as log σ, so that no
-    optimizer step can make it negative. It is the standard deviation for ``"gaussian"``, and the scale parameter
-    for ``"laplace"`` and ``"logistic"`` (standard deviations √2 σ and π/√3 σ).
+class Noise(nn.Module):
+    """What membrane and escape noise share: a learnable level, and when it is drawn.
 
     Args:
         sigma: noise level, in units of the membrane potential: a float, or a tensor that broadcasts against the
             membrane as snnTorch's ``beta`` does (``[features]``, ``[channels, 1, 1]``).
         learn: whether σ is a parameter; otherwise it is a buffer.
-        distribution: ``"gaussian"``, ``"laplace"`` or ``"logistic"``.
-        at_eval: keep the noise when the network is in evaluation mode. By default it is off there, like dropout.
+        distribution: one that the subclass offers.
+        at_eval: keep the noise when the network is in evaluation mode.
 
     Raises:
         ValueError: if sigma is not positive and finite, or the distribution is unknown.
-
-    Source: the scheme of arXiv 2302.10802, which learns synaptic weights and noise levels; the scores are those of
-    any location-scale family.
     """
 
+    offered: tuple[str, ...] = ()
     log_sigma: Tensor
 
     def __init__(
@@ -80,8 +72,8 @@ class MembraneNoise(nn.Module):
         at_eval: bool = False,
     ) -> None:
         super().__init__()
-        if distribution not in DISTRIBUTIONS:
-            raise ValueError(f"unknown noise distribution {distribution!r}; choose one of {', '.join(DISTRIBUTIONS)}")
+        if distribution not in self.offered:
+            raise ValueError(f"unknown noise distribution {distribution!r}; choose one of {', '.join(self.offered)}")
         level = torch.as_tensor(sigma).detach().clone()
         if not level.is_floating_point():
             level = level.to(torch.get_default_dtype())
@@ -107,9 +99,43 @@ class MembraneNoise(nn.Module):
         """Whether the neuron draws noise now."""
         return (self.training or self.at_eval) if self.forced is None else self.forced
 
-    def sample(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, like: Tensor) -> Tensor:
         """Standard noise ε (scale 1) with the shape, dtype and device of ``like``."""
-        return DISTRIBUTIONS[self.distribution].sample(like, self.generator if generator is None else generator)
+        return DISTRIBUTIONS[self.distribution].fill(torch.empty_like(like, requires_grad=False), self.generator)
+
+    def extra_repr(self) -> str:
+        """Level (mean over neurons) and distribution, for ``print(net)``."""
+        level = self.sigma.detach()
+        mean = f"{level.mean().item():.3g}" if level.numel() == 1 else f"mean {level.mean().item():.3g}"
+        return f"sigma={mean}, learn={isinstance(self.log_sigma, nn.Parameter)}, distribution={self.distribution!r}"
+
+
+class MembraneNoise(Noise):
+    """Additive noise on the membrane potential, u = μ + σ ε, with a learnable level σ > 0.
+
+    The noisy potential is what the neuron carries on to the next time step. σ is learned as log σ, so that no
+    optimizer step can make it negative. It is the standard deviation for ``"gaussian"``, and the scale parameter
+    for ``"laplace"`` and ``"logistic"`` (standard deviations √2 σ and π/√3 σ).
+
+    Args:
+        sigma: noise level, in units of the membrane potential: a float, or a tensor that broadcasts against the
+            membrane as snnTorch's ``beta`` does (``[features]``, ``[channels, 1, 1]``).
+        learn: whether σ is a parameter; otherwise it is a buffer.
+        distribution: ``"gaussian"``, ``"laplace"`` or ``"logistic"``.
+        at_eval: keep the noise when the network is in evaluation mode. By default it is off there, like dropout.
+
+    Raises:
+        ValueError: if sigma is not positive and finite, or the distribution is unknown.
+
+    Source: the scheme of arXiv 2302.10802, which learns synaptic weights and noise levels; the scores are those of
+    any location-scale family.
+    """
+
+    offered = ("gaussian", "laplace", "logistic")
+
+    def fill(self, out: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Fills a tensor with standard noise ε in place."""
+        return DISTRIBUTIONS[self.distribution].fill(out, generator)
 
     def location_score(self, epsilon: Tensor) -> Tensor:
         """Score of the mean times σ, from standard noise ε of any shape; the same shape."""
@@ -119,14 +145,54 @@ class MembraneNoise(nn.Module):
         """Score of log σ, from standard noise ε of any shape; the same shape."""
         return epsilon * self.location_score(epsilon) - 1
 
-    def extra_repr(self) -> str:
-        """Level (mean over neurons) and distribution, for ``print(net)``."""
-        level = self.sigma.detach()
-        mean = f"{level.mean().item():.3g}" if math.prod(level.shape) == 1 else f"mean {level.mean().item():.3g}"
-        return f"sigma={mean}, learn={isinstance(self.log_sigma, nn.Parameter)}, distribution={self.distribution!r}"
+
+class EscapeNoise(Noise):
+    """Noise in the decision to fire: a spike with probability Φ(z) or sigmoid(z), z = (membrane − threshold) / σ.
+
+    The membrane potential itself stays free of noise, and the spike that was sampled is the one that resets it. The
+    likelihood ratio then needs no noise value, only the probability of the spike: the score is the conditional mean,
+    given the spike, of what adding noise of the same distribution would give, and varies less (Rao-Blackwell).
+
+    Args:
+        sigma: noise level, in units of the membrane potential: a float, or a tensor that broadcasts against the
+            membrane as snnTorch's ``beta`` does.
+        learn: whether σ is a parameter; otherwise it is a buffer.
+        distribution: ``"gaussian"`` for Φ, or ``"logistic"`` for the sigmoid.
+        at_eval: keep the noise when the network is in evaluation mode. By default it is off there, like dropout.
+
+    Raises:
+        ValueError: if sigma is not positive and finite, or the distribution is unknown.
+
+    Source: escape noise, Gerstner & Kistler (2002), "Spiking Neuron Models", chapter 5.
+    """
+
+    offered = ("gaussian", "logistic")
+
+    def fill(self, out: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Fills a tensor with what ``fires`` decides by: symmetric around 0, so that its negation is antithetic."""
+        if self.distribution == "gaussian":
+            return out.normal_(generator=generator)
+        return out.uniform_(-0.5, 0.5, generator=generator)
+
+    def fires(self, z: Tensor, noise: Tensor) -> Tensor:
+        """Which neurons spike, given noise of ``fill``; Boolean, in the shape of z."""
+        return z + noise > 0 if self.distribution == "gaussian" else torch.sigmoid(z) > noise + 0.5
+
+    def location_score(self, z: Tensor, spikes: Tensor) -> Tensor:
+        """Derivative of the log-probability of the spikes with respect to z; finite for any finite z."""
+        if self.distribution == "logistic":
+            return spikes - torch.sigmoid(z)
+        sign = 2 * spikes - 1
+        # φ/Φ at sign·z is 1 over this; erfcx neither cancels nor underflows there, and its overflow gives 0.
+        inverse: Tensor = torch.special.erfcx(-sign * z / math.sqrt(2)) * math.sqrt(math.pi / 2)
+        return sign / inverse
+
+    def scale_score(self, z: Tensor, spikes: Tensor) -> Tensor:
+        """Derivative of the log-probability of the spikes with respect to log σ."""
+        return -z * self.location_score(z, spikes)
 
 
-def make_noise(noise: bool | str | MembraneNoise | None) -> MembraneNoise | None:
+def make_noise(noise: bool | str | Noise | None) -> Noise | None:
     """The noise that a neuron's ``noise=`` argument asks for, or None for a neuron without noise.
 
     Raises:
@@ -136,6 +202,10 @@ def make_noise(noise: bool | str | MembraneNoise | None) -> MembraneNoise | None
         return None
     if noise is True or noise == "membrane":
         return MembraneNoise()
-    if isinstance(noise, MembraneNoise):
+    if noise == "escape":
+        return EscapeNoise()
+    if isinstance(noise, Noise):
         return noise
-    raise ValueError(f'noise={noise!r} is not a noise; use True, False, "membrane" or a MembraneNoise(...)')
+    raise ValueError(
+        f'noise={noise!r} is not a noise; use True, False, "membrane", "escape", or a MembraneNoise or EscapeNoise'
+    )

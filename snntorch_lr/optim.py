@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .estimators import ESTIMATORS, LossFn, Vanilla
+from .estimators import Estimator, LossFn, Vanilla
 from .graph import leaves
 from .validate import check_optimizer
+
+ESTIMATORS: dict[str, type[Estimator]] = {"vanilla": Vanilla}
 
 
 class Closure:
@@ -54,7 +56,7 @@ class Hook:
         optimizer: the optimizer, unchanged and reachable.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, estimator: Vanilla) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, estimator: Estimator) -> None:
         self.optimizer = optimizer
         self.estimator = estimator
         self._handle = optimizer.register_step_pre_hook(self._before_step)
@@ -87,7 +89,7 @@ class Hook:
 def attach(
     optimizer: torch.optim.Optimizer,
     net: nn.Module,
-    estimator: str | Vanilla = "vanilla",
+    estimator: str | Estimator = "vanilla",
     copies: int = 16,
     **options: Any,
 ) -> Hook:
@@ -112,7 +114,7 @@ def attach(
     if isinstance(estimator, str):
         if estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
-        estimator = ESTIMATORS[estimator](net, copies=copies, **options)
+        estimator = ESTIMATORS[estimator](net, copies, **options)
     elif options:
         raise ValueError(f"{', '.join(options)} belongs to the estimator; give it when you make the estimator")
     elif estimator.net is not net:

@@ -1,80 +1,39 @@
-"""The context in which noisy neurons expand to copies and file their scores."""
+"""The contexts in which noisy neurons expand to copies, sample, and file their scores."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .neurons import NoisyNeuron
-from .noise import MembraneNoise
-
-
-@dataclass
-class Draw:
-    """What one noisy neuron sampled at one time step.
-
-    Attributes:
-        mean: mean of what was sampled, given all earlier samples; ``[copies * batch, ...]``, with the graph of one
-            block.
-        epsilon: the standard noise that was drawn, same shape.
-        sigma: noise level, with its graph; broadcasts against the mean.
-        noise: where ε came from, for its scores.
-    """
-
-    mean: Tensor
-    epsilon: Tensor
-    sigma: Tensor
-    noise: MembraneNoise
-
-    def cotangents(self, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of a tensor and the gradient of ``sum(weights * log-likelihood of this draw)`` with respect to it.
-
-        Args:
-            weights: one weight per copy and sample, shape ``[copies * batch]``.
-        """
-        weights = weights.to(self.epsilon.dtype)
-        if self.mean.requires_grad:
-            score = self.noise.location_score(self.epsilon) / self.sigma.detach()
-            yield self.mean, (score * weights.view(-1, *[1] * (score.dim() - 1))).to(self.mean.dtype)
-        if self.sigma.requires_grad:
-            scores = self.noise.scale_score(self.epsilon)
-            total = (weights @ scores.flatten(1)).view(1, *scores.shape[1:])
-            yield self.sigma, (total / self.sigma.detach()).sum_to_size(self.sigma.shape).to(self.sigma.dtype)
+from .noise import EscapeNoise, MembraneNoise, Noise
+from .packing import PackedSpikes, pack, unpack
+from .stream import NoiseStream
 
 
 class Recording:
-    """One forward pass of K noise copies: expands inputs, draws noise, keeps what the scores need.
+    """One forward pass of noise copies: expands inputs, and samples without a graph or a score.
 
     While it is entered as a context, the given neurons sample for it. Copies are laid out copy-first: row
     ``k * batch + b`` of every tensor belongs to copy k of sample b.
 
     Args:
         neurons: the neurons that sample, by name.
-        copies: K, the number of noise copies of each sample.
+        stream: the noise, and which copies there are.
         batch: number of samples, or None to take it from the first noisy neuron's input.
-        antithetic: the second half of the copies gets the negated noise of the first half.
-        generators: random generator of each device; a device without one uses the global generator.
     """
 
-    def __init__(
-        self,
-        neurons: Mapping[str, NoisyNeuron],
-        copies: int,
-        batch: int | None = None,
-        antithetic: bool = False,
-        generators: Mapping[torch.device, torch.Generator] | None = None,
-    ) -> None:
+    def __init__(self, neurons: Mapping[str, NoisyNeuron], stream: NoiseStream, batch: int | None = None) -> None:
         self.neurons = neurons
-        self.copies = copies
+        self.stream = stream
+        self.copies = stream.last - stream.first
         self.batch = batch
-        self.antithetic = antithetic
-        self.generators = generators or {}
-        self.draws: list[Draw] = []
-        self._sigmas: dict[MembraneNoise, Tensor] = {}
+        self.spikes = PackedSpikes()
+        self._draws = 0
         self._started: set[NoisyNeuron] = set()
 
     def __enter__(self) -> Recording:
@@ -124,17 +83,191 @@ class Recording:
             return x
         return x.unsqueeze(0).expand(self.copies, *x.shape).flatten(0, 1)
 
-    def draw(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
-        """Samples mean + σ ε, files the draw, and returns the sample without a graph."""
+    def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
+        """The input of one time step as the neuron is to see it."""
+        return self.expand(x, neuron)
+
+    def draw(self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor) -> Tensor:
+        """Samples mean + σ ε without a graph, and files the draw."""
+        index = self._next()
+        constant = mean.detach()
+        epsilon = self.stream.draw(index, constant, noise.fill)
+        self.file_membrane(neuron, noise, mean, epsilon, index)
+        return torch.addcmul(constant, noise.sigma.detach().to(constant.dtype), epsilon)
+
+    def fire(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor) -> Tensor:
+        """Samples spikes given the distance to the threshold, without a graph, and files the draw."""
+        index = self._next()
+        z = margin.detach() / noise.sigma.detach().to(margin.dtype)
+        spikes = noise.fires(z, self.stream.draw(index, z, noise.fill)).to(z.dtype)
+        self.file_escape(neuron, noise, margin, z, spikes)
+        return spikes
+
+    def _next(self) -> int:
+        self._draws += 1
+        return self._draws
+
+    def file_membrane(
+        self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int
+    ) -> None:
+        """Keeps what the score of a noisy membrane needs; nothing here."""
+
+    def file_escape(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, spikes: Tensor) -> None:
+        """Keeps what the score of a sampled spike needs; nothing here."""
+
+
+class Storing(Recording):
+    """A forward pass that keeps what its scores need until the losses are known.
+
+    Of each draw the graph of one block remains, with its spikes packed to bits; membrane noise is drawn again in the
+    backward pass. ``tokens`` are empty tensors at which that backward pass begins.
+    """
+
+    def __init__(self, neurons: Mapping[str, NoisyNeuron], stream: NoiseStream, batch: int | None = None) -> None:
+        super().__init__(neurons, stream, batch)
+        self.tokens: list[Tensor] = []
+        self._weights: Tensor | None = None
+        self._sigmas: dict[Noise, Tensor] = {}
+
+    @property
+    def weights(self) -> Tensor:
+        """One weight per copy and sample, ``[copies * batch]``: the advantages, divided by the number of losses."""
+        if self._weights is None:
+            raise RuntimeError("scores were asked for before the losses were known")
+        return self._weights
+
+    def weigh(self, weights: Tensor) -> None:
+        """Gives the weights of the scores, before the backward pass."""
+        self._weights = weights
+
+    def file_membrane(
+        self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int
+    ) -> None:
+        """Files a token whose backward pass is the score of a noisy membrane."""
+        sigma = self._sigma(noise)
+        if mean.requires_grad or sigma.requires_grad:
+            shape, dtype, device = mean.shape, mean.dtype, mean.device
+
+            def scores() -> tuple[Tensor, Tensor]:
+                like = torch.empty(shape, dtype=dtype, device=device)
+                drawn = self.stream.draw(index, like, noise.fill)
+                return noise.location_score(drawn), noise.scale_score(drawn)
+
+            self.tokens.append(_File.apply(mean, sigma, self, scores))
+
+    def file_escape(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, spikes: Tensor) -> None:
+        """Files a token whose backward pass is the score of a sampled spike."""
+        sigma = self._sigma(noise)
+        if margin.requires_grad or sigma.requires_grad:
+            packed = pack(spikes)
+
+            def scores() -> tuple[Tensor, Tensor]:
+                fired = unpack(packed, z.shape, z.dtype)
+                location = noise.location_score(z, fired)
+                return location, -z * location
+
+            self.tokens.append(_File.apply(margin, sigma, self, scores))
+
+    def _sigma(self, noise: Noise) -> Tensor:
         if noise not in self._sigmas:
             self._sigmas[noise] = noise.sigma
-        sigma = self._sigmas[noise]
-        constant = mean.detach()
-        generator = self.generators.get(mean.device)
-        if self.antithetic:
-            half = noise.sample(constant[: len(constant) // 2], generator)
-            epsilon = torch.cat((half, -half))
-        else:
-            epsilon = noise.sample(constant, generator)
-        self.draws.append(Draw(mean, epsilon, sigma, noise))
-        return constant + sigma.detach().to(mean.dtype) * epsilon
+        return self._sigmas[noise]
+
+
+class _File(torch.autograd.Function):
+    """Identity of nothing: an empty token, whose backward pass puts a weighted score on the mean and on σ."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, sigma: Tensor, recording: Storing, scores: Any) -> Tensor:
+        ctx.recording, ctx.scores = recording, scores
+        ctx.sigma = sigma.detach()
+        return mean.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        location, scale = ctx.scores()
+        to_mean = weighted(location, ctx.recording.weights) / ctx.sigma if ctx.needs_input_grad[0] else None
+        to_sigma = sigma_gradient(scale, ctx.recording.weights, ctx.sigma) if ctx.needs_input_grad[1] else None
+        return to_mean, to_sigma, None, None
+
+
+class Replaying(Storing):
+    """A forward pass whose losses are known already: membrane scores are pushed back while the neurons fire.
+
+    Nothing of a time step remains, so that memory does not grow with the number of steps. Neurons whose state carries
+    a graph through time (``Synaptic``, ``Alpha``, ``RSynaptic``, ``SLSTM``, ``SConv2dLSTM``, and escape noise) are
+    stored as in ``Storing``.
+    """
+
+    def __init__(self, neurons: Mapping[str, NoisyNeuron], stream: NoiseStream, batch: int | None, weights: Tensor):
+        super().__init__(neurons, stream, batch)
+        self.weigh(weights)
+        self._sources: dict[NoisyNeuron, tuple[Tensor, Tensor | None]] = {}
+        self._leaves: dict[NoisyNeuron, Tensor] = {}
+        self._sigma_gradients: dict[Noise, Tensor] = {}
+
+    def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
+        """A leaf in place of the input; what it collects goes on to the input when the next one comes."""
+        expanded = self.expand(x, neuron)
+        if not (neuron.is_markov and expanded.requires_grad):
+            return expanded
+        self._collect(neuron)
+        source = self._sources.get(neuron)
+        if source is None or source[0] is not x:
+            self._flush(neuron)
+            self._sources[neuron] = (x, None)
+        leaf = expanded.detach().requires_grad_()
+        self._leaves[neuron] = leaf
+        return leaf
+
+    def file_membrane(
+        self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int
+    ) -> None:
+        """Pushes the score of a noisy membrane back at once."""
+        if not neuron.is_markov:
+            super().file_membrane(neuron, noise, mean, epsilon, index)
+            return
+        sigma = noise.sigma.detach()
+        if mean.requires_grad:
+            gradient = weighted(noise.location_score(epsilon), self.weights) / sigma
+            # Parameters of the neuron may be in the graph of a state that the user gave, and that is used again.
+            torch.autograd.backward(mean, gradient.to(mean.dtype), retain_graph=True)
+        if noise.log_sigma.requires_grad:
+            gradient = sigma_gradient(noise.scale_score(epsilon), self.weights, sigma)
+            self._sigma_gradients[noise] = self._sigma_gradients.get(noise, torch.zeros_like(sigma)) + gradient
+
+    def finish(self) -> None:
+        """Pushes back what is left at the end of the forward pass."""
+        for neuron in list(self._sources):
+            self._collect(neuron)
+            self._flush(neuron)
+        for noise, gradient in self._sigma_gradients.items():
+            torch.autograd.backward(noise.sigma, gradient)
+
+    def _collect(self, neuron: NoisyNeuron) -> None:
+        """Adds what the last time step's leaf got to what its source is to get."""
+        leaf = self._leaves.pop(neuron, None)
+        if leaf is None or leaf.grad is None:
+            return
+        source, total = self._sources[neuron]
+        gradient = leaf.grad
+        if source.shape[0] != gradient.shape[0]:
+            gradient = gradient.view(self.copies, *source.shape).sum(0)
+        self._sources[neuron] = (source, gradient if total is None else total.add_(gradient))
+
+    def _flush(self, neuron: NoisyNeuron) -> None:
+        source, total = self._sources.pop(neuron, (None, None))
+        if source is not None and total is not None:
+            # A branch that feeds several neurons gets a backward pass from each.
+            torch.autograd.backward(source, total, retain_graph=True)
+
+
+def weighted(scores: Tensor, weights: Tensor) -> Tensor:
+    """Scores times one weight per row."""
+    return scores * weights.to(scores.dtype).view(-1, *[1] * (scores.dim() - 1))
+
+
+def sigma_gradient(scale: Tensor, weights: Tensor, sigma: Tensor) -> Tensor:
+    """Gradient of σ from the scores of log σ: weighted, summed over rows, and reduced to the shape of σ."""
+    total = (weights.to(scale.dtype) @ scale.flatten(1)).view(1, *scale.shape[1:])
+    return (total / sigma).sum_to_size(sigma.shape).to(sigma.dtype)

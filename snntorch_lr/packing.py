@@ -1,0 +1,71 @@
+"""Spikes that a graph saves for its backward pass, kept as one bit each."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pack(spikes: Tensor) -> Tensor:
+    """Zeros and ones as bits, eight to a byte.
+
+    Args:
+        spikes: zeros and ones, any shape and dtype.
+
+    Returns:
+        uint8 tensor on the same device, one dimension.
+    """
+    bits = spikes.detach().reshape(-1) != 0
+    if bits.device.type == "cpu":
+        return torch.from_numpy(np.packbits(bits.numpy()))
+    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    return (bits * _POWERS.to(bits.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros and ones from bits; the inverse of ``pack``."""
+    count = math.prod(shape)
+    if packed.device.type == "cpu":
+        bits = torch.from_numpy(np.unpackbits(packed.numpy(), count=count))
+    else:
+        bits = ((packed.unsqueeze(1) & _POWERS.to(packed.device)) != 0).reshape(-1)[:count]
+    return bits.to(dtype).view(shape)
+
+
+_POWERS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+
+
+class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
+    """Context in which a graph saves spikes as bits, and everything else as it is.
+
+    Spikes are recognised by identity: only tensors that were announced are packed, so that no value is looked at.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._pack, self._unpack)
+        self._known: dict[int, weakref.ref[Tensor]] = {}
+        self._packed: dict[int, Tensor] = {}
+
+    def announce(self, spikes: Tensor) -> None:
+        """Says that a tensor holds zeros and ones only, and will not be changed in place."""
+        key = spikes.data_ptr()
+        self._packed.pop(key, None)
+        self._known[key] = weakref.ref(spikes)
+
+    def _pack(self, saved: Tensor) -> Any:
+        key = saved.data_ptr()
+        known = self._known.get(key)
+        spikes = known() if known is not None else None
+        if spikes is None or saved.numel() != spikes.numel() or not saved.is_contiguous():
+            return saved
+        if key not in self._packed:
+            self._packed[key] = pack(spikes)
+        return self._packed[key], saved.shape, saved.dtype
+
+    def _unpack(self, saved: Any) -> Tensor:
+        return saved if isinstance(saved, Tensor) else unpack(*saved)
