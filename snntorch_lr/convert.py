@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
@@ -44,16 +44,15 @@ def add_noise(net: Net, sigma: float | Tensor = 0.5, learn: bool = True, only: I
     if unknown:
         raise ValueError(f"no snnTorch neuron is called {', '.join(unknown)}; there are {', '.join(neurons)}")
     todo = {name: neurons[name] for name in chosen if name not in noisy_neurons(net)}
-    converted: list[NoisyNeuron] = []
+    undo: list[Callable[[], None]] = []
     try:
         for name, neuron in todo.items():
             noise = MembraneNoise(sigma, learn).train(neuron.training)
+            undo.append(_undo(neuron))
             to_noisy(neuron, noise.to(_placement(neuron)), name)
-            assert isinstance(neuron, NoisyNeuron)
-            converted.append(neuron)
-    except ValueError:
-        for neuron in converted:
-            to_plain(neuron)
+    except BaseException:
+        for step in undo:
+            step()
         raise
     return net
 
@@ -106,6 +105,13 @@ def _switched(net: nn.Module, forced: bool, generator: torch.Generator | None) -
     finally:
         for noise, was_forced, was_generator in before:
             noise.forced, noise.generator = was_forced, was_generator
+
+
+def _undo(neuron: nn.Module) -> Callable[[], None]:
+    """What brings a neuron without noise back to what it is now."""
+    if isinstance(neuron, NoisyNeuron):
+        return lambda: setattr(neuron, "noise", None)
+    return lambda: to_plain(neuron) if isinstance(neuron, NoisyNeuron) else None
 
 
 def _placement(neuron: nn.Module) -> Tensor:

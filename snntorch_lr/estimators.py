@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .baselines import BASELINES, Baseline
-from .neurons import NoisyNeuron
+from .neurons import NoisyNeuron, spiking_neurons
 from .recording import Recording, Replaying, Storing
 from .repeatable import RandomState, Statistics
 from .stream import NoiseStream
@@ -66,6 +66,7 @@ class Estimator(ABC):
         if self._seeds is not None and seed is not None:
             self._seeds.manual_seed(seed)
         self._inspected = False
+        self._warned: set[str] = set()
 
     def backward(self, loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
         """Adds the estimated gradient into ``.grad`` of the parameters, as ``loss.backward()`` does.
@@ -85,8 +86,7 @@ class Estimator(ABC):
             ValueError: if the network or the losses would make the gradient wrong. ``.grad`` is untouched then.
         """
         neurons = check_network(self.net)
-        if not self._inspected:
-            warn_about_batch_norm(self.net)
+        self._warned |= warn_about_batch_norm(self.net, self._warned)
         loss = self._estimate(neurons, loss_fn, inputs, targets)
         self._inspected = True
         return loss
@@ -97,6 +97,9 @@ class Estimator(ABC):
 
     def _stream(self, seed: int, first: int = 0, last: int | None = None) -> NoiseStream:
         return NoiseStream(seed, self.copies, first, self.copies if last is None else last, self.antithetic)
+
+    def _others(self, neurons: Mapping[str, NoisyNeuron]) -> list[nn.Module]:
+        return [neuron for name, neuron in spiking_neurons(self.net) if name not in neurons]
 
     def _next_seed(self) -> int:
         return int(torch.randint(2**62, (), generator=self._seeds))
@@ -131,7 +134,7 @@ class Estimator(ABC):
         if self._inspected:
             return
         random, statistics = RandomState.capture(), Statistics(self.net)
-        recording = Storing(neurons, NoiseStream(0, 1, 0, 1), batch_size(targets))
+        recording = Storing(neurons, NoiseStream(0, 1, 0, 1), batch_size(targets), self._others(neurons))
         self._run_watched(recording, loss_fn, inputs, targets, neurons)
         statistics.restore()
         random.restore()
@@ -196,7 +199,7 @@ class Vanilla(Estimator):
     def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
         seed = self._next_seed()
         if self.memory == "store" and self.chunk == self.copies:
-            recording = Storing(neurons, self._stream(seed), batch_size(targets))
+            recording = Storing(neurons, self._stream(seed), batch_size(targets), self._others(neurons))
             losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
             recording.weigh(self._weights(losses.view(self.copies, -1)).reshape(-1))
             _push(losses, losses.numel(), recording)
@@ -214,7 +217,7 @@ class Vanilla(Estimator):
         statistics = None
         for first, last in chunks:
             before.restore()
-            recording = Recording(neurons, self._stream(seed, first, last), batch)
+            recording = Recording(neurons, self._stream(seed, first, last), batch, self._others(neurons))
             losses = self._run(recording, loss_fn, inputs, targets, grad=False)
             batch = recording.batch
             parts.append(losses.view(last - first, -1))
@@ -227,9 +230,9 @@ class Vanilla(Estimator):
             stream, share = self._stream(seed, first, last), weights[first:last].reshape(-1)
             again: Storing
             if self.memory == "replay":
-                again = Replaying(neurons, stream, batch, share)
+                again = Replaying(neurons, stream, batch, share, self._others(neurons))
             else:
-                again = Storing(neurons, stream, batch)
+                again = Storing(neurons, stream, batch, self._others(neurons))
                 again.weigh(share)
             with again.spikes:
                 losses = self._run(again, loss_fn, inputs, targets, grad=True)

@@ -8,7 +8,6 @@ next leak see the very membrane potential that fired.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .noise import EscapeNoise, MembraneNoise, Noise, make_noise
+from .warn import warn
 
 if TYPE_CHECKING:
     from .recording import Recording
@@ -89,6 +89,8 @@ class NoisyNeuron(snn.SpikingNeuron):
             if recording.starts(self) and not states and not named_states:
                 self._warn_about_left_over_state(input_, recording)
         self._make_states(input_)
+        states = tuple(self._fitting_state(state, input_) for state in states)
+        named_states = {key: self._fitting_state(state, input_) for key, state in named_states.items()}
         output = super().forward(input_, *states, **named_states)
         if self._last_spikes is not None:
             # With reset_delay=False the spike has reset the membrane already.
@@ -164,6 +166,18 @@ class NoisyNeuron(snn.SpikingNeuron):
 
     def _make_states(self, input_: Tensor) -> None:
         """Makes missing first states where snnTorch would make them in the wrong dtype."""
+        shape = self._state_shape(input_)
+        for name in self.state_names if shape is not None else ():
+            setattr(self, name, self._fitting_state(getattr(self, name), input_))
+
+    def _fitting_state(self, state: Any, input_: Tensor) -> Any:
+        shape = self._state_shape(input_)
+        wrong = shape is not None and isinstance(state, Tensor) and state.shape != shape
+        return input_.new_zeros(shape) if wrong and shape is not None else state
+
+    def _state_shape(self, input_: Tensor) -> tuple[int, ...] | None:
+        """Shape of the states, for the cells whose first states snnTorch makes in float32 whatever their input is."""
+        return None
 
     def _expand_state(self, state: Any, recording: Recording) -> Any:
         if not isinstance(state, Tensor) or state.dim() == 0:
@@ -178,12 +192,10 @@ class NoisyNeuron(snn.SpikingNeuron):
         return state
 
     def _warn_about_left_over_state(self, input_: Tensor, recording: Recording) -> None:
-        if self.mem.shape == input_.shape and bool(self.mem.any()):
-            warnings.warn(
+        if self.mem.shape[:1] == input_.shape[:1] and bool(self.mem.any()):
+            warn(
                 f"{recording.name(self)} starts from the membrane potential that an earlier forward pass left; call "
-                "snntorch_lr.reset(net) at the start of the forward pass",
-                UserWarning,
-                stacklevel=3,
+                "snntorch_lr.reset(net) at the start of the forward pass"
             )
 
 
@@ -226,8 +238,8 @@ class SLSTM(NoisyNeuron, snn.SLSTM):
 
     state_names = ("syn", "mem")
 
-    def _make_states(self, input_: Tensor) -> None:
-        _make_zeros(self, (input_.shape[0], self.hidden_size), input_)
+    def _state_shape(self, input_: Tensor) -> tuple[int, ...]:
+        return (input_.shape[0], self.hidden_size)
 
 
 class SConv2dLSTM(NoisyNeuron, snn.SConv2dLSTM):
@@ -235,17 +247,29 @@ class SConv2dLSTM(NoisyNeuron, snn.SConv2dLSTM):
 
     state_names = ("syn", "mem")
 
-    def _make_states(self, input_: Tensor) -> None:
-        _make_zeros(self, (input_.shape[0], self.out_channels, *input_.shape[2:]), input_)
+    def _state_shape(self, input_: Tensor) -> tuple[int, ...]:
+        return (input_.shape[0], self.out_channels, *input_.shape[2:])
 
 
 NOISY: dict[type[nn.Module], type[NoisyNeuron]] = {
     cls.__bases__[1]: cls for cls in (Leaky, Lapicque, Synaptic, Alpha, RLeaky, RSynaptic, SLSTM, SConv2dLSTM)
 }
+
+
+def _give_signature(noisy: type[NoisyNeuron], plain: type[nn.Module]) -> None:
+    """Shows snnTorch's arguments and ``noise`` to ``help`` and editors."""
+
+    def __init__(self: NoisyNeuron, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        NoisyNeuron.__init__(self, *args, **kwargs)
+
+    signature = inspect.signature(plain.__init__)
+    noise = inspect.Parameter("noise", inspect.Parameter.KEYWORD_ONLY, default=False)
+    vars(__init__)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), noise])
+    setattr(noisy, "__init__", __init__)  # noqa: B010
+
+
 for _plain, _noisy in NOISY.items():
-    _signature = inspect.signature(_plain)
-    _noise = inspect.Parameter("noise", inspect.Parameter.KEYWORD_ONLY, default=False)
-    _noisy.__signature__ = _signature.replace(parameters=[*_signature.parameters.values(), _noise])
+    _give_signature(_noisy, _plain)
 
 
 def to_noisy(neuron: nn.Module, noise: Noise, name: str = "") -> None:
@@ -257,6 +281,7 @@ def to_noisy(neuron: nn.Module, noise: Noise, name: str = "") -> None:
     cls = type(neuron)
     where = f"{name} ({cls.__name__})" if name else cls.__name__
     if isinstance(neuron, NoisyNeuron):
+        check_defects(neuron, noise, name)
         neuron.noise = noise
         return
     for unsupported in UNSUPPORTED:
@@ -354,28 +379,20 @@ def check_defects(neuron: nn.Module, noise: Noise | None, name: str = "") -> Non
     elif isinstance(neuron, snn.Lapicque) and isinstance(neuron.beta, nn.Parameter):
         defect = "snnTorch derives C from beta once, so that learn_beta=True fails at the second backward; use Leaky"
     elif isinstance(neuron, snn.SLSTM) and neuron.input_size != neuron.hidden_size:
-        warnings.warn(
+        warn(
             f"{name or 'SLSTM'}: snnTorch zeroes the state of an SLSTM at each step unless input_size == hidden_size; "
-            "put a torch.nn.Linear in front of it to make them equal",
-            UserWarning,
-            stacklevel=4,
+            "put a torch.nn.Linear in front of it to make them equal"
         )
     if defect is None:
         return
     message = f"{name or type(neuron).__name__}: {defect}"
     if noise is not None:
         raise ValueError(message)
-    warnings.warn(message, UserWarning, stacklevel=4)
+    warn(message)
 
 
 _ALPHA_DEFECT = "snnTorch's Alpha cannot be built with learn_alpha=True; use learn_beta, or Synaptic with learn_alpha"
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
-
-
-def _make_zeros(neuron: nn.Module, shape: tuple[int, ...], like: Tensor) -> None:
-    for state in ("syn", "mem"):
-        if getattr(neuron, state).shape != shape:
-            setattr(neuron, state, like.new_zeros(shape))
 
 
 def _same(mem: Tensor, fired: Tensor) -> bool:

@@ -99,9 +99,10 @@ class Noise(nn.Module):
         """Whether the neuron draws noise now."""
         return (self.training or self.at_eval) if self.forced is None else self.forced
 
-    def sample(self, like: Tensor) -> Tensor:
+    def sample(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Standard noise ε (scale 1) with the shape, dtype and device of ``like``."""
-        return DISTRIBUTIONS[self.distribution].fill(torch.empty_like(like, requires_grad=False), self.generator)
+        out = torch.empty_like(like, requires_grad=False)
+        return DISTRIBUTIONS[self.distribution].fill(out, self.generator if generator is None else generator)
 
     def extra_repr(self) -> str:
         """Level (mean over neurons) and distribution, for ``print(net)``."""

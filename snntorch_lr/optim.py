@@ -62,8 +62,9 @@ class Hook:
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
-        """Takes the hook off; ``optimizer.step`` works as if it had never been there."""
+        """Takes the hook off and clears the gradients it left; ``optimizer.step`` works as if it had not been there."""
         self._handle.remove()
+        self.optimizer.zero_grad()
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

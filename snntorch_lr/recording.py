@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .neurons import NoisyNeuron
 from .noise import EscapeNoise, MembraneNoise, Noise
@@ -25,10 +26,19 @@ class Recording:
         neurons: the neurons that sample, by name.
         stream: the noise, and which copies there are.
         batch: number of samples, or None to take it from the first noisy neuron's input.
+        others: snnTorch neurons of the network that do not sample.
     """
 
-    def __init__(self, neurons: Mapping[str, NoisyNeuron], stream: NoiseStream, batch: int | None = None) -> None:
+    def __init__(
+        self,
+        neurons: Mapping[str, NoisyNeuron],
+        stream: NoiseStream,
+        batch: int | None = None,
+        others: Iterable[nn.Module] = (),
+    ) -> None:
         self.neurons = neurons
+        self.others = others
+        self._handles: list[RemovableHandle] = []
         self.stream = stream
         self.copies = stream.last - stream.first
         self.batch = batch
@@ -39,6 +49,8 @@ class Recording:
     def __enter__(self) -> Recording:
         for neuron in self.neurons.values():
             neuron._recording = self
+        for other in self.others:
+            self._handles.append(other.register_forward_pre_hook(self._expand_states, with_kwargs=True))
         return self
 
     def __exit__(
@@ -46,6 +58,22 @@ class Recording:
     ) -> None:
         for neuron in self.neurons.values():
             del neuron._recording
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _expand_states(
+        self, neuron: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """States that a user gives to a neuron without noise: snnTorch would silently replace them by zeros."""
+        rows = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else None
+
+        def expand(state: Any) -> Any:
+            short = isinstance(state, Tensor) and state.dim() and len(state) == self.batch
+            return state.repeat(self.copies, *[1] * (state.dim() - 1)) if short else state
+
+        if self.batch is None or rows != self.copies * self.batch or rows == self.batch:
+            return args, kwargs
+        return (args[0], *map(expand, args[1:])), {key: expand(value) for key, value in kwargs.items()}
 
     def name(self, neuron: NoisyNeuron) -> str:
         """How errors call a neuron: its place in the network and its class."""
@@ -123,8 +151,14 @@ class Storing(Recording):
     backward pass. ``tokens`` are empty tensors at which that backward pass begins.
     """
 
-    def __init__(self, neurons: Mapping[str, NoisyNeuron], stream: NoiseStream, batch: int | None = None) -> None:
-        super().__init__(neurons, stream, batch)
+    def __init__(
+        self,
+        neurons: Mapping[str, NoisyNeuron],
+        stream: NoiseStream,
+        batch: int | None = None,
+        others: Iterable[nn.Module] = (),
+    ) -> None:
+        super().__init__(neurons, stream, batch, others)
         self.tokens: list[Tensor] = []
         self._weights: Tensor | None = None
         self._sigmas: dict[Noise, Tensor] = {}
@@ -144,6 +178,8 @@ class Storing(Recording):
         self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int
     ) -> None:
         """Files a token whose backward pass is the score of a noisy membrane."""
+        if not torch.is_grad_enabled():
+            return
         sigma = self._sigma(noise)
         if mean.requires_grad or sigma.requires_grad:
             shape, dtype, device = mean.shape, mean.dtype, mean.device
@@ -157,6 +193,8 @@ class Storing(Recording):
 
     def file_escape(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, spikes: Tensor) -> None:
         """Files a token whose backward pass is the score of a sampled spike."""
+        if not torch.is_grad_enabled():
+            return
         sigma = self._sigma(noise)
         if margin.requires_grad or sigma.requires_grad:
             packed = pack(spikes)
@@ -199,8 +237,15 @@ class Replaying(Storing):
     stored as in ``Storing``.
     """
 
-    def __init__(self, neurons: Mapping[str, NoisyNeuron], stream: NoiseStream, batch: int | None, weights: Tensor):
-        super().__init__(neurons, stream, batch)
+    def __init__(
+        self,
+        neurons: Mapping[str, NoisyNeuron],
+        stream: NoiseStream,
+        batch: int | None,
+        weights: Tensor,
+        others: Iterable[nn.Module] = (),
+    ) -> None:
+        super().__init__(neurons, stream, batch, others)
         self.weigh(weights)
         self._sources: dict[NoisyNeuron, tuple[Tensor, Tensor | None]] = {}
         self._leaves: dict[NoisyNeuron, Tensor] = {}
@@ -209,7 +254,7 @@ class Replaying(Storing):
     def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
         """A leaf in place of the input; what it collects goes on to the input when the next one comes."""
         expanded = self.expand(x, neuron)
-        if not (neuron.is_markov and expanded.requires_grad):
+        if not (neuron.is_markov and expanded.requires_grad and torch.is_grad_enabled()):
             return expanded
         self._collect(neuron)
         source = self._sources.get(neuron)
@@ -224,7 +269,7 @@ class Replaying(Storing):
         self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int
     ) -> None:
         """Pushes the score of a noisy membrane back at once."""
-        if not neuron.is_markov:
+        if not neuron.is_markov or not torch.is_grad_enabled():
             super().file_membrane(neuron, noise, mean, epsilon, index)
             return
         sigma = noise.sigma.detach()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .graph import ancestors
 from .neurons import NoisyNeuron, noisy_neurons, spiking_neurons
+from .warn import warn
 
 
 def check_network(net: nn.Module) -> dict[str, NoisyNeuron]:
@@ -45,22 +45,26 @@ def check_network(net: nn.Module) -> dict[str, NoisyNeuron]:
     return active
 
 
-def warn_about_batch_norm(net: nn.Module) -> None:
-    """Warns of BatchNorm layers in training mode, which make one sample's loss depend on the noise of others."""
-    names = [
-        name
-        for name, module in net.named_modules()
-        # snnTorch's BatchNormTT is built of these.
-        if isinstance(module, _BatchNorm) and module.training
-    ]
+def warn_about_batch_norm(net: nn.Module, known: Set[str] = frozenset()) -> set[str]:
+    """Warns of BatchNorm layers in training mode, which make one sample's loss depend on the noise of others.
+
+    Args:
+        net: the network.
+        known: names that were warned of already.
+
+    Returns:
+        The names that were warned of now.
+    """
+    # snnTorch's BatchNormTT is built of these.
+    training = {name for name, module in net.named_modules() if isinstance(module, _BatchNorm) and module.training}
+    names = sorted(training - known)
     if names:
-        warnings.warn(
+        warn(
             f"BatchNorm {', '.join(names)} is in training mode: after the first noisy neuron it couples samples and "
             "copies, and the per-sample likelihood ratio is biased. Freeze its statistics "
-            f"(net.{names[0]}.eval()), or use GroupNorm or LayerNorm",
-            UserWarning,
-            stacklevel=4,
+            f"(net.{names[0]}.eval()), or use GroupNorm or LayerNorm"
         )
+    return set(names)
 
 
 def check_losses(losses: Any, copies: int, batch: int, net: nn.Module) -> Tensor:
@@ -82,6 +86,10 @@ def check_losses(losses: Any, copies: int, batch: int, net: nn.Module) -> Tensor
     rows = copies * batch
     if not isinstance(losses, Tensor):
         raise TypeError(f"loss_fn must return a tensor of per-sample losses, not {type(losses).__name__}")
+    checked: Tensor = losses
+    if not losses.is_floating_point():
+        # A 0-1 loss needs no derivative here: it is a loss like any other.
+        checked = losses.to(torch.get_default_dtype())
     if losses.numel() == 1 and rows != 1:
         raise ValueError(
             "loss_fn returned one number, a mean or sum over the batch; the likelihood ratio needs one loss per sample "
@@ -105,7 +113,7 @@ def check_losses(losses: Any, copies: int, batch: int, net: nn.Module) -> Tensor
             f"{bad} of {rows} losses are not finite{_first_non_finite(net)}; no gradient was computed and no weight "
             "changed. Check the inputs, and lower the learning rate"
         )
-    return losses
+    return checked
 
 
 def _first_non_finite(net: nn.Module) -> str:
@@ -148,13 +156,13 @@ class NoiseFreeNeurons:
 
     def _hook(self, name: str) -> Any:
         def watch(neuron: nn.Module, _: Any, output: Any) -> None:
-            spikes, *states = output if isinstance(output, tuple) else (output,)
+            spikes = output[0] if isinstance(output, tuple) else output
             if isinstance(spikes, Tensor) and spikes.grad_fn is not None:
                 self._spikes[spikes.grad_fn] = name
             if getattr(neuron, "reset_mechanism", "none") != "none":
-                for state in states[-1:]:
-                    if isinstance(state, Tensor) and state.grad_fn is not None:
-                        self._membranes[state.grad_fn] = name
+                mem = getattr(neuron, "mem", None)
+                if isinstance(mem, Tensor) and mem.grad_fn is not None:
+                    self._membranes[mem.grad_fn] = name
 
         return watch
 
@@ -181,20 +189,16 @@ class NoiseFreeNeurons:
         read = list(ancestors([losses]))
         spiking = sorted({self._spikes[node] for node in read if node in self._spikes})
         if spiking:
-            warnings.warn(
+            warn(
                 f"the loss reads spikes of {', '.join(spiking)}, which has no noise: the weights before it get their "
                 "surrogate gradient, which is biased. Give it noise too, or read its membrane potential with "
-                "reset_mechanism='none'",
-                UserWarning,
-                stacklevel=4,
+                "reset_mechanism='none'"
             )
         resetting = sorted({self._membranes[node] for node in read if node in self._membranes} - set(spiking))
         if resetting:
-            warnings.warn(
+            warn(
                 f"the loss reads the membrane potential of {', '.join(resetting)}, which has no noise and resets: the "
-                "gradient ignores that a weight changes when it resets. Use reset_mechanism='none' for a readout",
-                UserWarning,
-                stacklevel=4,
+                "gradient ignores that a weight changes when it resets. Use reset_mechanism='none' for a readout"
             )
 
 
@@ -209,9 +213,7 @@ def check_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         and id(neuron.noise.log_sigma) not in updated
     ]
     if missing:
-        warnings.warn(
+        warn(
             f"the optimizer does not update the noise levels of {', '.join(missing)}: build it after add_noise(net), "
-            "or pass learn=False",
-            UserWarning,
-            stacklevel=3,
+            "or pass learn=False"
         )

@@ -1,0 +1,155 @@
+"""What several test modules share: every neuron class with small settings, a small noisy network, comparisons."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+import snntorch as snn
+import torch
+from torch import Tensor, nn
+from torch.distributions import Laplace, Normal
+
+import snntorch_lr as slr
+
+STEPS, BATCH, FEATURES = 4, 5, 3
+RESETS = ["subtract", "zero", "none"]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+    ),
+]
+# Of u given its mean and scale parameter.
+LOG_DENSITY = {
+    "gaussian": lambda u, mean, sigma: Normal(mean, sigma).log_prob(u),
+    "laplace": lambda u, mean, sigma: Laplace(mean, sigma).log_prob(u),
+    "logistic": lambda u, mean, sigma: (
+        -(u - mean) / sigma - sigma.log() - 2 * nn.functional.softplus(-(u - mean) / sigma)
+    ),
+}
+
+POSITIONAL: dict[str, tuple[Any, ...]] = {
+    "Leaky": (0.8,),
+    "Lapicque": (0.8,),
+    "Synaptic": (0.7, 0.6),
+    "Alpha": (0.8, 0.5),
+    "RLeaky": (0.8, 1.0, True, FEATURES),
+    "RSynaptic": (0.7, 0.6, 1.0, True, FEATURES),
+    "SLSTM": (FEATURES, FEATURES),
+    "SConv2dLSTM": (1, 2, 3),
+}
+CLASSES = list(POSITIONAL)
+LEARNED = {
+    "Leaky": ["beta", "threshold", "graded_spikes_factor"],
+    "Lapicque": ["threshold"],
+    "Synaptic": ["alpha", "beta", "threshold"],
+    "Alpha": ["beta", "threshold"],
+    "RLeaky": ["beta", "threshold"],
+    "RSynaptic": ["alpha", "beta", "threshold"],
+    "SLSTM": ["threshold"],
+    "SConv2dLSTM": ["threshold"],
+}
+
+
+def build(package: ModuleType, name: str, learn: bool = False, **options: Any) -> Any:
+    """A neuron of a class of snntorch or snntorch_lr, the same for the same arguments."""
+    torch.manual_seed(0)
+    options.setdefault("threshold", 0.1)
+    if learn:
+        options.update({f"learn_{parameter}": True for parameter in LEARNED[name]})
+    return getattr(package, name)(*POSITIONAL[name], **options)
+
+
+def has_option(name: str, option: str) -> bool:
+    return option in inspect.signature(getattr(snn, name)).parameters
+
+
+def inputs_for(name: str, dtype: torch.dtype = torch.float32, batch: int = BATCH) -> Tensor:
+    """Input current of a neuron of this class, ``[time, batch, ...]``, that makes it fire now and then."""
+    shape = (1, 4, 4) if name == "SConv2dLSTM" else (FEATURES,)
+    generator = torch.Generator().manual_seed(3)
+    return 2 * torch.rand(STEPS, batch, *shape, dtype=dtype, generator=generator) - 0.5
+
+
+def initial_states(neuron: Any) -> tuple[Tensor, ...]:
+    states = neuron.reset_mem()
+    return states if isinstance(states, tuple) else (states,)
+
+
+def run(neuron: Any, x: Tensor) -> list[tuple[Tensor, ...]]:
+    """All outputs over time, with states held by the neuron or handed over by the caller."""
+    states = initial_states(neuron)
+    outputs = []
+    for step in x:
+        output = neuron(step) if neuron.init_hidden else neuron(step, *states)
+        output = output if isinstance(output, tuple) else (output,)
+        if not neuron.init_hidden:
+            # Recurrent neurons take their last spike as a state.
+            states = output[-len(states) :]
+        outputs.append(output)
+    return outputs
+
+
+class Net(nn.Module):
+    """Linear, Leaky, Linear, Leaky, Linear readout; two classes from ``[batch, time, features]``."""
+
+    def __init__(self, init_hidden: bool = True, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        options.setdefault("noise", True)
+        self.fc1 = nn.Linear(FEATURES, 4)
+        self.lif1 = slr.Leaky(beta=0.8, threshold=0.5, init_hidden=init_hidden, **options)
+        self.fc2 = nn.Linear(4, 4)
+        self.lif2 = slr.Leaky(beta=0.8, threshold=0.5, init_hidden=init_hidden, **options)
+        self.readout = nn.Linear(4, 2)
+        self.init_hidden = init_hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.init_hidden:
+            slr.reset(self)
+        else:
+            mem1, mem2 = self.lif1.reset_mem(), self.lif2.reset_mem()
+        out = torch.zeros((), device=x.device)
+        for t in range(x.shape[1]):
+            if self.init_hidden:
+                spikes = self.lif2(self.fc2(self.lif1(self.fc1(x[:, t]))))
+            else:
+                spikes, mem1 = self.lif1(self.fc1(x[:, t]), mem1)
+                spikes, mem2 = self.lif2(self.fc2(spikes), mem2)
+            out = out + self.readout(spikes)
+        return out
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self(x), y, reduction="none")
+
+
+def data(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = 2 * torch.rand(BATCH, STEPS, FEATURES, generator=generator, dtype=dtype)
+    return x.to(device), torch.tensor([0, 1, 0, 1, 1], device=device)
+
+
+def gradients(net: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], **tolerance: float) -> None:
+    """Same names; bit-identical values unless a tolerance is given."""
+    torch.testing.assert_close(first, second, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@contextmanager
+def nothing_changes(net: nn.Module) -> Iterator[None]:
+    """Weights and gradients are the same after the block; gradients are filled before, so that loss shows too."""
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    weights = {name: p.detach().clone() for name, p in net.named_parameters()}
+    grads = gradients(net)
+    yield
+    assert_same(weights, {name: p.detach() for name, p in net.named_parameters()})
+    assert_same(grads, gradients(net))
