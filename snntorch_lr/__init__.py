@@ -1,10 +1,11 @@
 """Noise in snnTorch neurons, likelihood-ratio training without backpropagation through time, robustness evaluation."""
 
+from .approximate import Approximate
 from .convert import add_noise, noise_off, noise_on, remove_noise, reset
+from .defects import UNSUPPORTED
 from .estimators import Vanilla
 from .neurons import (
     SLSTM,
-    UNSUPPORTED,
     Alpha,
     Lapicque,
     Leaky,
@@ -21,6 +22,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "SLSTM",
     "Alpha",
+    "Approximate",
     "EscapeNoise",
     "Lapicque",
     "Leaky",

@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .neurons import NoisyNeuron, noisy_neurons, reset_state, spiking_neurons, to_noisy, to_plain
+from .network import noisy_neurons, reset_state, spiking_neurons
+from .neurons import NoisyNeuron, to_noisy, to_plain
 from .noise import MembraneNoise
 
 Net = TypeVar("Net", bound=nn.Module)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .baselines import BASELINES, Baseline
-from .neurons import NoisyNeuron, spiking_neurons
+from .network import spiking_neurons
+from .neurons import NoisyNeuron
 from .recording import Recording, Replaying, Storing
 from .repeatable import RandomState, Statistics
 from .stream import NoiseStream
@@ -129,15 +130,14 @@ class Estimator(ABC):
         watch.check(recording.tokens, losses)
         return losses
 
-    def _inspect(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> None:
-        """A trial run of one copy, for estimators that never hold a whole graph."""
-        if self._inspected:
-            return
+    def _inspect(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
+        """A trial run of one copy, for estimators that never hold a whole graph; returns its losses."""
         random, statistics = RandomState.capture(), Statistics(self.net)
         recording = Storing(neurons, NoiseStream(0, 1, 0, 1), batch_size(targets), self._others(neurons))
-        self._run_watched(recording, loss_fn, inputs, targets, neurons)
+        losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
         statistics.restore()
         random.restore()
+        return losses
 
     def _weights(self, losses: Tensor) -> Tensor:
         """Weights of the scores, ``[copies, batch]``, from losses of the same shape."""
@@ -204,7 +204,8 @@ class Vanilla(Estimator):
             recording.weigh(self._weights(losses.view(self.copies, -1)).reshape(-1))
             _push(losses, losses.numel(), recording)
             return losses.detach().mean()
-        self._inspect(neurons, loss_fn, inputs, targets)
+        if not self._inspected:
+            self._inspect(neurons, loss_fn, inputs, targets)
         return self._run_twice(seed, neurons, loss_fn, inputs, targets)
 
     def _run_twice(

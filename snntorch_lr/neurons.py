@@ -8,29 +8,20 @@ next leak see the very membrane potential that fired.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import snntorch as snn
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from .defects import ALPHA_DEFECT, UNSUPPORTED, check_defects
 from .noise import EscapeNoise, MembraneNoise, Noise, make_noise
 from .warn import warn
 
 if TYPE_CHECKING:
     from .recording import Recording
-
-UNSUPPORTED = {
-    "LeakyParallel": "it computes all time steps at once, without a reset; use Leaky in a loop over time",
-    "DeltaLeaky": "it fires on changes of the membrane; use Leaky on the differences of the input",
-    "StateLeaky": "it computes all time steps at once; use Leaky with reset_mechanism='none' in a loop over time",
-    "LinearLeaky": "it computes all time steps at once; use torch.nn.Linear and Leaky in a loop over time",
-    "AssociativeLeaky": "it computes all time steps at once; use RLeaky in a loop over time",
-}
-# snnTorch 0.9.4 lacks some of them.
-_UNSUPPORTED_TYPES = tuple(getattr(snn, name) for name in UNSUPPORTED if hasattr(snn, name))
-_SPIKING_TYPES = (snn.SpikingNeuron, *_UNSUPPORTED_TYPES)
 
 
 class NoisyNeuron(snn.SpikingNeuron):
@@ -53,12 +44,13 @@ class NoisyNeuron(snn.SpikingNeuron):
     _recording: Recording | None = None
     _last_spikes: Tensor | None = None
     _fired: tuple[Tensor, Tensor] | None = None
+    _has_binary_spikes: bool = False
     _snn_state_function: Callable[[Tensor], Any]
 
     def __init__(self, *args: Any, noise: bool | str | Noise = False, **kwargs: Any) -> None:
         made = make_noise(noise)
         if kwargs.get("learn_alpha") and isinstance(self, snn.Alpha):
-            raise ValueError(f"Alpha: {_ALPHA_DEFECT}")
+            raise ValueError(f"Alpha: {ALPHA_DEFECT}")
         super().__init__(*args, **kwargs)
         check_defects(self, made)
         self.noise = made
@@ -84,14 +76,19 @@ class NoisyNeuron(snn.SpikingNeuron):
         recording = self.sampling_for
         if recording is not None:
             input_ = recording.receive(self, input_)
-            states = tuple(self._expand_state(state, recording) for state in states)
-            named_states = {key: self._expand_state(state, recording) for key, state in named_states.items()}
-            if recording.starts(self) and not states and not named_states:
-                self._warn_about_left_over_state(input_, recording)
+            states = tuple(recording.expand_state(state, self) for state in states)
+            named_states = {key: recording.expand_state(state, self) for key, state in named_states.items()}
+            if recording.starts(self):
+                self._has_binary_spikes = self._emits_zeros_and_ones()
+                if not states and not named_states:
+                    self._warn_about_left_over_state(input_, recording)
         self._make_states(input_)
         states = tuple(self._fitting_state(state, input_) for state in states)
         named_states = {key: self._fitting_state(state, input_) for key, state in named_states.items()}
-        output = super().forward(input_, *states, **named_states)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (recording is None or recording.keeps_graph)):
+            output = super().forward(input_, *states, **named_states)
+        if recording is not None:
+            recording.end_step(self, output[0] if isinstance(output, tuple) else output)
         if self._last_spikes is not None:
             # With reset_delay=False the spike has reset the membrane already.
             delayed = getattr(self, "reset_delay", True)
@@ -121,17 +118,31 @@ class NoisyNeuron(snn.SpikingNeuron):
             spikes = recording.fire(self, noise, margin)
         if isinstance(noise, EscapeNoise):
             self._last_spikes = spikes.detach()
-        spikes = spikes * self.graded_spikes_factor
-        if recording is not None and not self.graded_spikes_factor.requires_grad:
-            recording.spikes.announce(spikes)
-        return spikes
+        if recording is None:
+            return spikes * self.graded_spikes_factor
+        with torch.set_grad_enabled(recording.grad):
+            emitted = recording.emit(self, spikes)
+            if not self._has_binary_spikes:
+                return emitted * self.graded_spikes_factor
+        recording.spikes.announce(emitted)
+        return emitted
 
     def fire_inhibition(self, batch_size: int, mem: Tensor) -> Tensor:
         """Spike of the strongest neuron only; a sampled spike carries no graph."""
         if self.noise is None:
             return super().fire_inhibition(batch_size, mem)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.sampling_for is None):
+        recording = self.sampling_for
+        if recording is None:
             return super().fire_inhibition(batch_size, mem).to(mem.dtype)
+        with torch.no_grad():
+            spikes = super().fire_inhibition(batch_size, mem).to(mem.dtype)
+        with torch.set_grad_enabled(recording.grad):
+            return recording.emit(self, spikes)
+
+    def _emits_zeros_and_ones(self) -> bool:
+        factor = self.graded_spikes_factor
+        known = getattr(self.spike_grad, "__module__", "").startswith("snntorch.")
+        return known and not factor.requires_grad and bool((factor == 1).all())
 
     def mem_reset(self, mem: Tensor) -> Tensor:
         """Reset signal: the spike of the last step."""
@@ -147,7 +158,91 @@ class NoisyNeuron(snn.SpikingNeuron):
         """Whether nothing before the last sample matters, given it: no state carries a graph through time."""
         return self.state_names == ("mem",) and isinstance(self.noise, MembraneNoise)
 
+    @property
+    def has_unit_gain(self) -> bool:
+        """Whether a current adds to what is sampled as it is, and to nothing that is sampled later."""
+        return self.is_markov and (
+            isinstance(self, Leaky) or (isinstance(self, RLeaky) and self.reset_mechanism != "zero")
+        )
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether a current drives its own neuron only; LSTM cells mix them."""
+        return not isinstance(self, (SLSTM, SConv2dLSTM))
+
+    @property
+    def recurrent_block(self) -> nn.Module | None:
+        """The module between the neuron's own last spikes and its current, if it mixes neurons."""
+        return self.recurrent if getattr(self, "all_to_all", False) else None
+
+    @property
+    def elementwise_parameters(self) -> dict[str, tuple[nn.Module, nn.Parameter]]:
+        """Learned parameters that act on each neuron alone, with the module in which they are looked up."""
+        found: dict[str, tuple[nn.Module, nn.Parameter]] = {}
+        if self.is_elementwise:
+            inner: Any = getattr(self, "recurrent", self)
+            places: tuple[tuple[nn.Module, str], ...] = (
+                (self, "alpha"), (self, "beta"), (self, "threshold"), (inner, "V")
+            )  # fmt: skip
+            for module, name in places:
+                value = getattr(module, name, None)
+                if isinstance(value, nn.Parameter) and value.requires_grad:
+                    found[name] = (module, value)
+        return found
+
+    def derive(
+        self, input_: Tensor, parameter: str | None, tangents: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """Derivatives of the next states, each neuron's with respect to its own parameter or input current.
+
+        Forward-mode differentiation of snnTorch's own state update; exact because that is element-wise.
+
+        Args:
+            input_: input current.
+            parameter: name of an element-wise parameter; None for the input current, the same at all time steps.
+            tangents: derivatives of the last states, in the order of ``state_names``; None where they are zero.
+
+        Returns:
+            Derivatives of the next states, in the same order.
+        """
+        saved = [getattr(self, name) for name in self.state_names]
+        module, value = self.elementwise_parameters[parameter] if parameter else (self, None)
+        with torch.no_grad(), forward_ad.dual_level():
+            for name, state, tangent in zip(self.state_names, saved, tangents, strict=True):
+                if tangent is not None:
+                    setattr(self, name, forward_ad.make_dual(state.detach(), tangent))
+            if value is None:
+                input_ = forward_ad.make_dual(input_.detach(), torch.ones_like(input_))
+            else:
+                # Found before the parameter of the same name.
+                vars(module)[str(parameter)] = forward_ad.make_dual(value.detach(), torch.ones_like(value))
+            try:
+                states = self._snn_state_function(input_)
+            finally:
+                if value is not None:
+                    del vars(module)[str(parameter)]
+                for name, state in zip(self.state_names, saved, strict=True):
+                    setattr(self, name, state)
+            states = states if isinstance(states, tuple) else (states,)
+            return tuple(
+                forward_ad.unpack_dual(state).tangent if isinstance(state, Tensor) else None for state in states
+            )
+
+    def mean_after(self, input_: Tensor, states: Sequence[Tensor], reset: Tensor) -> Tensor:
+        """Mean of what the neuron samples, from given states; for cells that are not element-wise."""
+        saved = [getattr(self, name) for name in self.state_names]
+        for name, state in zip(self.state_names, states, strict=True):
+            setattr(self, name, state)
+        self.reset = reset
+        mem: Tensor = self._snn_state_function(input_)[-1]
+        for name, state in zip(self.state_names, saved, strict=True):
+            setattr(self, name, state)
+        return mem - self.threshold if self.threshold.requires_grad else mem
+
     def _noisy_state_function(self, input_: Tensor) -> Any:
+        recording = self.sampling_for
+        if recording is not None:
+            recording.begin_step(self, input_)
         states = self._snn_state_function(input_)
         if isinstance(states, tuple):
             return (*states[:-1], self._add_noise(states[-1]))
@@ -178,18 +273,6 @@ class NoisyNeuron(snn.SpikingNeuron):
     def _state_shape(self, input_: Tensor) -> tuple[int, ...] | None:
         """Shape of the states, for the cells whose first states snnTorch makes in float32 whatever their input is."""
         return None
-
-    def _expand_state(self, state: Any, recording: Recording) -> Any:
-        if not isinstance(state, Tensor) or state.dim() == 0:
-            return state
-        if recording.fits(state):
-            return recording.expand(state, self)
-        if state.numel() and bool(state.any()):
-            raise ValueError(
-                f"{recording.name(self)} got a state of shape {tuple(state.shape)}, which does not fit its input; "
-                "snnTorch would silently replace it by zeros. Start each forward pass from reset_mem() or reset(net)"
-            )
-        return state
 
     def _warn_about_left_over_state(self, input_: Tensor, recording: Recording) -> None:
         if self.mem.shape[:1] == input_.shape[:1] and bool(self.mem.any()):
@@ -310,89 +393,6 @@ def to_plain(neuron: nn.Module) -> None:
             neuron.__dict__["state_function"] = function
             return
     vars(neuron)["noise"] = None
-
-
-def spiking_neurons(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All snnTorch neurons of a network, with their names, each once.
-
-    Finds them at any depth, and also in plain lists, tuples and dicts, which ``net.modules()`` does not see.
-    """
-    seen: set[int] = set()
-
-    def visit(name: str, value: object) -> Iterator[tuple[str, nn.Module]]:
-        if isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
-                yield from visit(f"{name}.{index}", item)
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                yield from visit(f"{name}.{key}", item)
-        elif isinstance(value, nn.Module) and id(value) not in seen:
-            seen.add(id(value))
-            if isinstance(value, _SPIKING_TYPES):
-                yield name, value
-                return
-            prefix = f"{name}." if name else ""
-            for child, module in value.named_children():
-                yield from visit(prefix + child, module)
-            for attribute, held in vars(value).items():
-                if attribute not in _MODULE_INTERNALS and isinstance(held, (list, tuple, dict)):
-                    yield from visit(prefix + attribute, held)
-
-    yield from visit("", net)
-
-
-def noisy_neurons(net: nn.Module) -> dict[str, NoisyNeuron]:
-    """The neurons of a network that have noise, by name, whether it is on or off now."""
-    return {
-        name: neuron
-        for name, neuron in spiking_neurons(net)
-        if isinstance(neuron, NoisyNeuron) and neuron.noise is not None
-    }
-
-
-def reset_state(neuron: nn.Module) -> None:
-    """Zeroes the state of one snnTorch neuron and cuts it from the graph of the last forward pass."""
-    reset_mem = getattr(neuron, "reset_mem", None)
-    if callable(reset_mem):
-        reset_mem()
-    for attribute, value in vars(neuron).items():
-        if isinstance(value, Tensor) and value.grad_fn is not None:
-            vars(neuron)[attribute] = value.detach()
-
-
-def check_defects(neuron: nn.Module, noise: Noise | None, name: str = "") -> None:
-    """Says which options of a neuron do not work in snnTorch itself, or not with its noise.
-
-    Raises:
-        ValueError: if the neuron is to have noise and the option would make its gradient or its reset wrong. Without
-            noise it is a warning, because then the neuron behaves exactly as snnTorch's.
-    """
-    defect = None
-    pooling = vars(neuron).get("max_pool") or vars(neuron).get("avg_pool")
-    if isinstance(noise, EscapeNoise) and (neuron.inhibition or pooling):
-        raise ValueError(
-            f"{name or type(neuron).__name__}: escape noise decides for each neuron alone; with inhibition or pooling "
-            "inside the neuron use membrane noise"
-        )
-    if isinstance(neuron, snn.RSynaptic) and not neuron.reset_delay:
-        defect = "snnTorch ignores reset_delay=False there, or fails on it; use reset_delay=True, or Synaptic"
-    elif isinstance(neuron, snn.Lapicque) and isinstance(neuron.beta, nn.Parameter):
-        defect = "snnTorch derives C from beta once, so that learn_beta=True fails at the second backward; use Leaky"
-    elif isinstance(neuron, snn.SLSTM) and neuron.input_size != neuron.hidden_size:
-        warn(
-            f"{name or 'SLSTM'}: snnTorch zeroes the state of an SLSTM at each step unless input_size == hidden_size; "
-            "put a torch.nn.Linear in front of it to make them equal"
-        )
-    if defect is None:
-        return
-    message = f"{name or type(neuron).__name__}: {defect}"
-    if noise is not None:
-        raise ValueError(message)
-    warn(message)
-
-
-_ALPHA_DEFECT = "snnTorch's Alpha cannot be built with learn_alpha=True; use learn_beta, or Synaptic with learn_alpha"
-_MODULE_INTERNALS = frozenset(vars(nn.Module()))
 
 
 def _same(mem: Tensor, fired: Tensor) -> bool:

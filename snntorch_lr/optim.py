@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .approximate import Approximate
 from .estimators import Estimator, LossFn, Vanilla
 from .graph import leaves
 from .validate import check_optimizer
 
-ESTIMATORS: dict[str, type[Estimator]] = {"vanilla": Vanilla}
+ESTIMATORS: dict[str, type[Estimator]] = {"vanilla": Vanilla, "approximate": Approximate}
 
 
 class Closure:
@@ -102,9 +103,9 @@ def attach(
     Args:
         optimizer: any ``torch.optim`` optimizer, with any parameter groups.
         net: the network that it trains.
-        estimator: ``"vanilla"``, or an estimator of this network.
+        estimator: ``"vanilla"``, ``"approximate"``, or an estimator of this network.
         copies: K, noise copies of each sample; not used with an estimator that exists already.
-        **options: further arguments of the estimator (``baseline=``, ``antithetic=``, ``seed=``).
+        **options: further arguments of the estimator (``baseline=``, ``antithetic=``, ``memory=``, ``seed=``, ...).
 
     Returns:
         A handle with ``remove()``.

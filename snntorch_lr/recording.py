@@ -27,7 +27,13 @@ class Recording:
         stream: the noise, and which copies there are.
         batch: number of samples, or None to take it from the first noisy neuron's input.
         others: snnTorch neurons of the network that do not sample.
+
+    Attributes:
+        keeps_graph: whether the neuron's own computations are to carry a graph.
+        grad: whether the forward pass runs with gradients.
     """
+
+    keeps_graph = True
 
     def __init__(
         self,
@@ -38,6 +44,7 @@ class Recording:
     ) -> None:
         self.neurons = neurons
         self.others = others
+        self.grad = True
         self._handles: list[RemovableHandle] = []
         self.stream = stream
         self.copies = stream.last - stream.first
@@ -47,6 +54,7 @@ class Recording:
         self._started: set[NoisyNeuron] = set()
 
     def __enter__(self) -> Recording:
+        self.grad = torch.is_grad_enabled()
         for neuron in self.neurons.values():
             neuron._recording = self
         for other in self.others:
@@ -111,9 +119,36 @@ class Recording:
             return x
         return x.unsqueeze(0).expand(self.copies, *x.shape).flatten(0, 1)
 
+    def expand_state(self, state: Any, neuron: NoisyNeuron) -> Any:
+        """A state that the user gives, for every copy.
+
+        Raises:
+            ValueError: if it holds numbers that snnTorch would silently replace by zeros.
+        """
+        if not isinstance(state, Tensor) or state.dim() == 0:
+            return state
+        if self.fits(state):
+            return self.expand(state, neuron)
+        if state.numel() and bool(state.any()):
+            raise ValueError(
+                f"{self.name(neuron)} got a state of shape {tuple(state.shape)}, which does not fit its input; "
+                "snnTorch would silently replace it by zeros. Start each forward pass from reset_mem() or reset(net)"
+            )
+        return state
+
     def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
         """The input of one time step as the neuron is to see it."""
         return self.expand(x, neuron)
+
+    def begin_step(self, neuron: NoisyNeuron, input_: Tensor) -> None:
+        """Called before the neuron updates its states."""
+
+    def end_step(self, neuron: NoisyNeuron, spikes: Tensor) -> None:
+        """Called after the neuron has fired and reset."""
+
+    def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
+        """What goes on to the next layer in place of the spikes."""
+        return spikes
 
     def draw(self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor) -> Tensor:
         """Samples mean + σ ε without a graph, and files the draw."""

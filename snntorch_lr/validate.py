@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from .graph import ancestors
-from .neurons import NoisyNeuron, noisy_neurons, spiking_neurons
+from .network import noisy_neurons, spiking_neurons
+from .neurons import NoisyNeuron
 from .warn import warn
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.neurons import UNSUPPORTED, spiking_neurons
+from snntorch_lr.defects import UNSUPPORTED
+from snntorch_lr.network import spiking_neurons
 
 from .helpers import CLASSES, DEVICES, LEARNED, build, inputs_for, run
 

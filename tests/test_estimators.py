@@ -55,14 +55,15 @@ class OneLayer(nn.Module):
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         mem = self.lif.reset_mem()
         self.history: list[tuple[Tensor, Tensor]] = []
+        trains = []
         for t in range(x.shape[1]):
             spikes, mem = self.lif(self.fc(x[:, t]), mem)
+            trains.append(spikes)
             self.history.append((spikes.detach(), mem.detach()))
-        return self.readout_loss(y)
+        return self.readout_loss(trains, y)
 
-    def readout_loss(self, y: Tensor) -> Tensor:
-        total = sum(self.readout(spikes) for spikes, _ in self.history)
-        return (total.squeeze(1) - y).square()
+    def readout_loss(self, trains: list[Tensor], y: Tensor) -> Tensor:
+        return (sum(self.readout(spikes) for spikes in trains).squeeze(1) - y).square()
 
     def log_likelihood(self, x: Tensor, distribution: str) -> Tensor:
         """Log density of all sampled margins u - threshold, given what was sampled before."""
@@ -94,7 +95,7 @@ def test_equals_advantages_times_the_log_likelihood_plus_the_pathwise_gradient(
     y = torch.linspace(-1, 2, BATCH, dtype=torch.float64)
     slr.Vanilla(net, COPIES).backward(net.loss, x, y)
     got = gradients(net)
-    losses = net.readout_loss(y.repeat(COPIES))
+    losses = net.readout_loss([spikes for spikes, _ in net.history], y.repeat(COPIES))
     advantages = BASELINES["leave-one-out"](losses.detach().view(COPIES, BATCH), False).flatten()
     surrogate = advantages * net.log_likelihood(x.repeat(COPIES, 1, 1), distribution) + losses
     net.zero_grad()
@@ -336,6 +337,20 @@ def test_spikes_alone_are_enough() -> None:
     slr.Vanilla(net, COPIES).backward(loss_fn, x, y)
     assert all(gradient.any() for gradient in gradients(net).values())
     assert gradients(net).keys() == {name for name, _ in net.named_parameters() if "readout" not in name}
+
+
+def test_learned_size_of_graded_spikes_gets_its_pathwise_gradient() -> None:
+    neuron = slr.Leaky(beta=0.9, graded_spikes_factor=2.5, learn_graded_spikes_factor=True, noise=True)
+    counts: list[Tensor] = []
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        spikes, _ = neuron(x[:, 0], neuron.reset_mem())
+        counts.append((spikes > 0).float().sum(1))
+        assert spikes.unique().tolist() == [0.0, 2.5]
+        return spikes.sum(1)
+
+    slr.Vanilla(neuron, COPIES).backward(loss_fn, *data())
+    torch.testing.assert_close(neuron.graded_spikes_factor.grad, counts[0].mean())
 
 
 @pytest.mark.parametrize("baseline", ["none", "batch-mean"])

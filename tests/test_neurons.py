@@ -14,7 +14,7 @@ from snntorch import utils
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.neurons import UNSUPPORTED
+from snntorch_lr.defects import UNSUPPORTED
 
 from .helpers import (
     BATCH,
@@ -175,7 +175,7 @@ def test_membrane_scatters_by_sigma_and_carries_it_on(sigma: Any, steps: int) ->
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("init_hidden", [False, True])
 @pytest.mark.parametrize("name", CLASSES)
 def test_everything_has_the_dtype_of_the_membrane(

@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from snntorch_lr import neurons, reset
+from snntorch_lr import network, reset
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -49,7 +49,7 @@ def test_readme_begins_with_ten_lines_that_train_an_existing_model(names: dict[s
     assert len([line for line in first.splitlines() if line.strip()]) <= 10
     net = names["net"]
     exec(first, names)
-    assert set(neurons.noisy_neurons(net)) == {"lif1", "lif2"}
+    assert set(network.noisy_neurons(net)) == {"lif1", "lif2"}
     net.eval()
     assert (net(names["x"]).argmax(1) == names["y"]).float().mean() > 0.8
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -247,28 +248,41 @@ def test_fresh_states_are_not_warned_of(init_hidden: bool) -> None:
             estimator.backward(net.loss, *data())
 
 
-def test_nothing_is_left_on_the_network_after_an_exception() -> None:
-    net = Net()
+class Monitored(Net):
+    """With a noise-free neuron beside the path to the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.monitor = snn.Leaky(beta=0.9, init_hidden=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.monitor(out)
+        return out
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_on_the_network_afterwards(fails: bool) -> None:
+    net = Monitored()
 
     def loss_fn(x: Tensor, y: Tensor) -> Tensor:
-        net(x)
-        raise KeyError
+        losses = net.loss(x, y)
+        if fails:
+            raise KeyError
+        return losses
 
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError) if fails else nullcontext():
         slr.Vanilla(net, COPIES).backward(loss_fn, *data())
-    assert not any("_recording" in vars(module) or module._forward_hooks for module in net.modules())
+    for module in net.modules():
+        assert "_recording" not in vars(module)
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    net.zero_grad()
     x, y = data()
     outputs = net(x)
     assert outputs.shape == (BATCH, 2)
     nn.functional.cross_entropy(outputs, y).backward()
     assert net.fc1.weight.grad.any()
-
-
-def test_nothing_is_left_on_the_network_after_success() -> None:
-    net = Net()
-    slr.Vanilla(net, COPIES).backward(net.loss, *data())
-    assert not any("_recording" in vars(module) or module._forward_hooks for module in net.modules())
-    assert net(data()[0]).shape == (BATCH, 2)
 
 
 def test_another_network_in_the_loss_is_left_alone() -> None:

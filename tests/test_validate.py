@@ -265,8 +265,9 @@ def test_noise_free_encoder_with_a_learned_leak_is_refused() -> None:
 
 def test_noise_free_spikes_in_the_loss_are_warned_of_unless_nothing_before_them_is_learned() -> None:
     net = Chain(build(slr, "Leaky", init_hidden=True, noise=True), build(snn, "Leaky", init_hidden=True))
-    with pytest.warns(UserWarning, match=r"spikes of second, which has no noise.*reset_mechanism='none'"):
+    with pytest.warns(UserWarning, match=r"spikes of second, which has no noise.*reset_mechanism='none'") as caught:
         backward(net)
+    assert len(caught) == 1
     net.fc2.requires_grad_(False)
     says_nothing(net)
 

@@ -1,0 +1,259 @@
+"""The two passes of the rate-factorised score: one that sums while it samples, one through the mean rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .graph import leaves
+from .neurons import NoisyNeuron
+from .noise import EscapeNoise, MembraneNoise, Noise
+from .recording import Recording, sigma_gradient, weighted
+from .stream import NoiseStream
+
+
+@dataclass
+class Sums:
+    """What one neuron adds up over the time steps; tensors are ``[copies * batch, ...]``.
+
+    Attributes:
+        steps: number of time steps.
+        internal: whether its input comes from spikes that were sampled in this pass.
+        score: Σ_t score_t · ∂(what was sampled) / ∂(input current), times σ.
+        scale: Σ_t score of log σ.
+        own: Σ_t score_t · ∂(what was sampled) / ∂(parameter), times σ, for each element-wise parameter.
+        spikes: Σ_t s_t.
+        fed_back: Σ_t s_{t-1}, for a recurrent block.
+        states: Σ_t of the states before the step and of the reset, for cells that are not element-wise.
+        current: the input currents, one by one as long as they differ: mean with its graph, and count.
+        tangents: derivatives of the states, by parameter name; None for the input current.
+    """
+
+    steps: int = 0
+    internal: bool = False
+    score: Tensor | None = None
+    scale: Tensor | None = None
+    own: dict[str, Tensor] = field(default_factory=dict)
+    spikes: Tensor | None = None
+    fed_back: Tensor | None = None
+    states: Sequence[Tensor | None] = field(default_factory=list)
+    current: Tensor | None = None
+    last_current: Tensor | None = None
+    repeats: int = 0
+    tangents: dict[str | None, tuple[Tensor | None, ...]] = field(default_factory=dict)
+
+
+class Summing(Recording):
+    """Samples, and adds up what the rate-factorised score needs; nothing of a time step remains."""
+
+    keeps_graph = False
+
+    def __init__(
+        self,
+        neurons: Mapping[str, NoisyNeuron],
+        stream: NoiseStream,
+        batch: int | None = None,
+        others: Iterable[nn.Module] = (),
+    ) -> None:
+        super().__init__(neurons, stream, batch, others)
+        self.sums: dict[NoisyNeuron, Sums] = {}
+        self._marks: set[Tensor] = set()
+        self._derived: dict[str | None, tuple[Tensor | None, ...]] = {}
+
+    def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
+        """The input without its graph; the graphs of inputs from outside the noisy layers are averaged."""
+        expanded = self.expand(x, neuron)
+        first = neuron not in self.sums
+        sums = self.sums.setdefault(neuron, Sums())
+        if first:
+            sums.internal = not self._marks.isdisjoint(leaves([x]))
+        if not sums.internal and x.requires_grad:
+            if sums.last_current is x:
+                sums.repeats += 1
+            else:
+                _add_current(sums)
+                sums.last_current, sums.repeats = x, 1
+        return expanded.detach()
+
+    def begin_step(self, neuron: NoisyNeuron, input_: Tensor) -> None:
+        """Derives the next states, before the neuron updates them."""
+        sums = self.sums[neuron]
+        sums.steps += 1
+        if not neuron.is_elementwise:
+            before = [*(getattr(neuron, name) for name in neuron.state_names), neuron.reset]
+            totals = sums.states or [None] * len(before)
+            sums.states = [_add(total, state) for total, state in zip(totals, before, strict=True)]
+            return
+        if neuron.recurrent_block is not None:
+            sums.fed_back = _add(sums.fed_back, neuron.spk)
+        wanted: list[str | None] = list(neuron.elementwise_parameters)
+        if not neuron.has_unit_gain:
+            wanted.append(None)
+        zeros = (None,) * len(neuron.state_names)
+        self._derived = {name: neuron.derive(input_, name, sums.tangents.get(name, zeros)) for name in wanted}
+
+    def file_membrane(
+        self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int
+    ) -> None:
+        """Adds the scores of a noisy membrane."""
+        self._file(neuron, noise, noise.location_score(epsilon))
+        if noise.log_sigma.requires_grad:
+            sums = self.sums[neuron]
+            sums.scale = _add(sums.scale, noise.scale_score(epsilon))
+
+    def file_escape(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, spikes: Tensor) -> None:
+        """Adds the scores of a sampled spike."""
+        score = noise.location_score(z, spikes)
+        self._file(neuron, noise, score)
+        if noise.log_sigma.requires_grad:
+            sums = self.sums[neuron]
+            sums.scale = _add(sums.scale, -z * score)
+
+    def _file(self, neuron: NoisyNeuron, noise: Noise, score: Tensor) -> None:
+        sums = self.sums[neuron]
+        gain: Tensor | None = None
+        for name, tangents in self._derived.items():
+            tangent = tangents[-1]
+            if name == "threshold":
+                tangent = -torch.ones_like(score) if tangent is None else tangent - 1
+            if name is None:
+                gain = tangent
+            elif tangent is not None:
+                sums.own[name] = _add(sums.own.get(name), score * tangent)
+        sums.score = _add(sums.score, score if gain is None else score * gain)
+
+    def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
+        """Adds the spikes; those of the first time step are marked, to see which neurons they reach."""
+        sums = self.sums[neuron]
+        sums.spikes = _add(sums.spikes, spikes)
+        if sums.steps == 1 and self.grad:
+            spikes = spikes.detach().requires_grad_()
+            self._marks.add(spikes)
+        return spikes
+
+    def end_step(self, neuron: NoisyNeuron, spikes: Tensor) -> None:
+        """Carries the derivatives of the states on, as the sample and the reset leave them."""
+        sums = self.sums[neuron]
+        for name, tangents in self._derived.items():
+            *rest, mem = tangents
+            if isinstance(neuron.noise, MembraneNoise):
+                # What is sampled is a constant; with a learned threshold that is the margin, u - threshold.
+                mem = torch.ones_like(neuron.mem) if name == "threshold" else None
+            if not getattr(neuron, "reset_delay", True):
+                mem = self._after_reset(neuron, spikes, name, mem)
+            sums.tangents[name] = (*rest, mem)
+        self._derived = {}
+
+    def _after_reset(self, neuron: NoisyNeuron, spikes: Tensor, name: str | None, mem: Tensor | None) -> Tensor | None:
+        extra: Tensor = (spikes / neuron.graded_spikes_factor - neuron.reset).detach()
+        if neuron.reset_mechanism == "zero":
+            return None if mem is None else mem * (1 - extra)
+        if neuron.reset_mechanism == "subtract" and name == "threshold":
+            return -extra if mem is None else mem - extra
+        return mem
+
+
+class RatesCaptured(BaseException):
+    """Every block was evaluated: the rest of the forward pass is not needed. Never leaves the estimator."""
+
+
+class RatePass(Recording):
+    """Sends mean rates through the blocks once, and captures the current that each gives to its neuron."""
+
+    keeps_graph = False
+
+    def __init__(
+        self,
+        neurons: Mapping[str, NoisyNeuron],
+        stream: NoiseStream,
+        batch: int | None,
+        others: Iterable[nn.Module],
+        sums: Mapping[NoisyNeuron, Sums],
+    ) -> None:
+        super().__init__(neurons, stream, batch, others)
+        self.sums = sums
+        self.currents: dict[NoisyNeuron, Tensor] = {}
+        self._missing = {neuron for neuron in sums if sums[neuron].internal}
+
+    def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
+        """Captures the current of the first time step; ends the pass when every one is there."""
+        expanded = self.expand(x, neuron)
+        if neuron in self._missing:
+            self.currents[neuron] = expanded
+            self._missing.discard(neuron)
+            if not self._missing:
+                raise RatesCaptured
+        return expanded.detach()
+
+    def draw(self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor) -> Tensor:
+        """No noise: what the neuron does here is not used."""
+        return mean
+
+    def fire(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor) -> Tensor:
+        """No spikes: what the neuron does here is not used."""
+        return torch.zeros_like(margin)
+
+    def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
+        """The mean rate of the neuron, as it was sampled."""
+        sums = self.sums[neuron]
+        return spikes if sums.spikes is None else sums.spikes / sums.steps
+
+
+def roots(
+    neuron: NoisyNeuron, sums: Sums, current: Tensor | None, weights: Tensor, copies: int
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Pairs of a tensor and its gradient, for everything that one neuron's scores reach.
+
+    Args:
+        neuron: the neuron.
+        sums: what it added up.
+        current: its captured current, for a neuron that is fed by spikes.
+        weights: one weight per copy and sample, ``[copies * batch]``.
+        copies: number of copies.
+    """
+    assert neuron.noise is not None
+    assert sums.score is not None
+    noise = neuron.noise
+    sigma = noise.sigma.detach()
+    signal = weighted(sums.score, weights) / sigma
+    if current is None:
+        _add_current(sums)
+        current = None if sums.current is None else sums.current / sums.steps
+    if not neuron.is_elementwise:
+        rows = len(signal)
+        entering = torch.zeros(()) if current is None else current
+        if entering.dim() and len(entering) != rows:
+            entering = entering.unsqueeze(0).expand(copies, *entering.shape).flatten(0, 1)
+        *states, reset = (total / sums.steps for total in sums.states if total is not None)
+        yield neuron.mean_after(entering, states, reset), signal
+    elif current is not None and current.requires_grad:
+        if len(current) != len(signal):
+            yield current, signal.view(copies, *current.shape).sum(0)
+        else:
+            yield current, signal
+    block = neuron.recurrent_block
+    if block is not None and sums.fed_back is not None:
+        fed = block(sums.fed_back / sums.steps)
+        if fed.requires_grad:
+            yield fed, signal
+    for name, (_, parameter) in neuron.elementwise_parameters.items():
+        if name in sums.own:
+            total = (weights.to(signal.dtype) @ (sums.own[name] / sigma).flatten(1)).view(1, *signal.shape[1:])
+            yield parameter, total.sum_to_size(parameter.shape).to(parameter.dtype)
+    if sums.scale is not None:
+        yield noise.sigma, sigma_gradient(sums.scale, weights, sigma)
+
+
+def _add(total: Tensor | None, value: Tensor) -> Tensor:
+    return value.detach().clone() if total is None else total.add_(value.detach())
+
+
+def _add_current(sums: Sums) -> None:
+    """Moves the last current, as often as it came, into the sum."""
+    if sums.last_current is not None:
+        share = sums.last_current * sums.repeats if sums.repeats > 1 else sums.last_current
+        sums.current = share if sums.current is None else sums.current + share
+        sums.last_current, sums.repeats = None, 0

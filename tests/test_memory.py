@@ -1,0 +1,119 @@
+"""Every mode of memory gives the gradient of the plain computation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import snntorch_lr as slr
+
+from .statistical.networks import NEURONS, RESETS, STEPS, TwoLayers, data
+
+MODES = [{"memory": "replay"}, {"chunk": 3}, {"memory": "replay", "chunk": 3}, {"chunk": 1}, {"chunk": 99}]
+
+
+def gradients(net: nn.Module, estimator: slr.Vanilla, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    net.zero_grad()
+    torch.manual_seed(3)
+    loss = estimator.backward(net.loss, x, y)
+    found = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    return found | {"loss": loss, "random state afterwards": torch.rand(3)}
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (got[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def with_noise(net: nn.Module, kind: str) -> nn.Module:
+    if kind != "membrane":
+        for lif in (net.lif1, net.lif2):
+            lif.noise = slr.EscapeNoise(0.5, distribution=kind).double()
+    return net
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("kind", ["membrane", "gaussian", "logistic"])
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_same_gradient_as_storing_everything(neuron: str, reset: str, kind: str, mode: dict[str, Any]) -> None:
+    net = with_noise(TwoLayers(neuron, reset), kind)
+    expected = gradients(net, slr.Vanilla(net, 8, seed=1), *data())
+    assert_same(gradients(net, slr.Vanilla(net, 8, seed=1, **mode), *data()), expected)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_same_gradient_with_antithetic_pairs_and_batch_mean(mode: dict[str, Any]) -> None:
+    net = TwoLayers("Leaky", "subtract")
+    options: dict[str, Any] = {"antithetic": True, "baseline": "batch-mean", "seed": 1}
+    expected = gradients(net, slr.Vanilla(net, 8, **options), *data())
+    assert_same(gradients(net, slr.Vanilla(net, 8, **options, **mode), *data()), expected)
+
+
+class Busy(nn.Module):
+    """Random input coding, BatchNorm before the noise, a residual branch, dropout after it."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.norm = nn.Linear(3, 5), nn.BatchNorm1d(5)
+        self.lif1 = slr.Leaky(beta=0.8, init_hidden=True, noise=True)
+        self.fc2, self.dropout = nn.Linear(5, 5), nn.Dropout(dropout)
+        self.lif2 = slr.Leaky(beta=0.8, init_hidden=True, noise=True)
+        self.readout = nn.Linear(5, 2)
+        self.double()
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        slr.reset(self)
+        out = torch.zeros(())
+        for t in range(STEPS):
+            spikes = self.lif1(self.norm(self.fc1(torch.bernoulli((x[:, t] / 2).clamp(0, 1)))))
+            out = out + self.readout(self.lif2(self.dropout(self.fc2(spikes)) + spikes))
+        return (out - y).square().sum(1)
+
+
+@pytest.mark.filterwarnings("ignore:BatchNorm")
+@pytest.mark.parametrize(
+    ("mode", "dropout"), [({"memory": "replay"}, 0.5), ({"chunk": 3}, 0.0), ({"memory": "replay", "chunk": 3}, 0.0)]
+)
+def test_same_gradient_with_random_forward_passes(mode: dict[str, Any], dropout: float) -> None:
+    results = []
+    for options in ({}, mode):
+        net = Busy(dropout)
+        results.append(gradients(net, slr.Vanilla(net, 8, seed=1, **options), *data()))
+        results[-1] |= {name: buffer.double() for name, buffer in net.norm.named_buffers()}
+        assert net.norm.num_batches_tracked == STEPS
+    assert_same(results[1], results[0])
+
+
+def test_a_constant_current_is_pushed_back_once() -> None:
+    calls = []
+    torch.manual_seed(0)
+    fc, lif = nn.Linear(3, 4), slr.Leaky(beta=0.8, noise=True)
+    net = nn.ModuleList([fc, lif])
+    fc.weight.register_hook(lambda _: calls.append(1))
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        current, mem, total = fc(x), lif.reset_mem(), torch.zeros(())
+        for _ in range(10):
+            spikes, mem = lif(current, mem)
+            total = total + spikes.sum(1)
+        return total
+
+    estimator = slr.Vanilla(net, 4, memory="replay")
+    for _ in range(2):
+        calls.clear()
+        estimator.backward(loss_fn, torch.rand(2, 3), torch.zeros(2))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"memory": "disk"}, "'store' or 'replay'"), ({"chunk": 0}, "chunk must be a positive")]
+)
+def test_refuses_nonsense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        slr.Vanilla(slr.Leaky(beta=0.9, noise=True), **options)
