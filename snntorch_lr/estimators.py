@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from .baselines import BASELINES, Baseline
 from .network import spiking_neurons
@@ -16,7 +17,7 @@ from .neurons import NoisyNeuron
 from .recording import Recording, Replaying, Storing
 from .repeatable import RandomState, Statistics
 from .stream import NoiseStream
-from .validate import NoiseFreeNeurons, check_losses, check_network, warn_about_batch_norm
+from .validate import NoiseFreeNeurons, check_losses, check_network, check_parameters, noisy, warn_about_batch_norm
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -44,8 +45,7 @@ class Estimator(ABC):
         antithetic: bool = False,
         seed: int | None = None,
     ) -> None:
-        if not isinstance(copies, int) or copies < 1:
-            raise ValueError(f"copies must be a positive integer, got {copies!r}")
+        copies = positive_integer("copies", copies)
         if isinstance(baseline, str) and baseline not in BASELINES:
             raise ValueError(f"unknown baseline {baseline!r}; choose one of {', '.join(BASELINES)}")
         if antithetic and copies % 2:
@@ -57,7 +57,7 @@ class Estimator(ABC):
                 f"'leave-one-out'{' with antithetic pairs' if antithetic else ''} needs copies >= {least}; "
                 "otherwise use baseline='batch-mean' or 'none'"
             )
-        check_network(net)
+        noisy(net)
         self.net = net
         self.copies = copies
         self.baseline: Baseline = BASELINES[baseline] if isinstance(baseline, str) else baseline
@@ -87,6 +87,8 @@ class Estimator(ABC):
             ValueError: if the network or the losses would make the gradient wrong. ``.grad`` is untouched then.
         """
         neurons = check_network(self.net)
+        if not self._inspected:
+            check_parameters(self.net)
         self._warned |= warn_about_batch_norm(self.net, self._warned)
         loss = self._estimate(neurons, loss_fn, inputs, targets)
         self._inspected = True
@@ -191,10 +193,8 @@ class Vanilla(Estimator):
         super().__init__(net, copies, baseline, antithetic, seed)
         if memory not in ("store", "replay"):
             raise ValueError(f"memory must be 'store' or 'replay', got {memory!r}")
-        if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
-            raise ValueError(f"chunk must be a positive number of copies, got {chunk!r}")
         self.memory = memory
-        self.chunk = copies if chunk is None else min(chunk, copies)
+        self.chunk = self.copies if chunk is None else min(positive_integer("chunk", chunk), self.copies)
 
     def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
         seed = self._next_seed()
@@ -244,9 +244,24 @@ class Vanilla(Estimator):
         return all_losses.mean()
 
 
+def positive_integer(name: str, value: Any) -> int:
+    """The value as an int, also from NumPy.
+
+    Raises:
+        ValueError: if it is not a positive integer.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return number
+
+
 def batch_size(targets: Any) -> int | None:
     """Number of samples, from the first tensor among the targets; None if there is none."""
-    sizes = [len(leaf) for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.dim()]
+    sizes = [len(leaf) for leaf in tree_flatten(targets)[0] if isinstance(leaf, Tensor) and leaf.dim()]
     return sizes[0] if sizes else None
 
 

@@ -81,8 +81,14 @@ class Hook:
             )
 
         def estimate() -> Tensor:
+            before = [(parameter, parameter.grad) for group in optimizer.param_groups for parameter in group["params"]]
             optimizer.zero_grad()
-            return self.estimator.backward(given.loss_fn, given.inputs, given.targets)
+            try:
+                return self.estimator.backward(given.loss_fn, given.inputs, given.targets)
+            except BaseException:
+                for parameter, gradient in before:
+                    parameter.grad = gradient
+                raise
 
         rest = {key: value for key, value in kwargs.items() if key != "closure"}
         return (args[0], estimate, *args[2:]), rest
@@ -92,7 +98,7 @@ def attach(
     optimizer: torch.optim.Optimizer,
     net: nn.Module,
     estimator: str | Estimator = "vanilla",
-    copies: int = 16,
+    copies: int | None = None,
     **options: Any,
 ) -> Hook:
     """Makes an optimizer train by the likelihood ratio: ``step(closure(...))`` fills ``.grad`` and updates.
@@ -104,7 +110,7 @@ def attach(
         optimizer: any ``torch.optim`` optimizer, with any parameter groups.
         net: the network that it trains.
         estimator: ``"vanilla"``, ``"approximate"``, or an estimator of this network.
-        copies: K, noise copies of each sample; not used with an estimator that exists already.
+        copies: K, noise copies of each sample; 16 by default.
         **options: further arguments of the estimator (``baseline=``, ``antithetic=``, ``memory=``, ``seed=``, ...).
 
     Returns:
@@ -113,10 +119,12 @@ def attach(
     Raises:
         ValueError: if the network has no noisy neuron, the optimizer has a hook already, or an option is wrong.
     """
+    if copies is not None:
+        options["copies"] = copies
     if isinstance(estimator, str):
         if estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
-        estimator = ESTIMATORS[estimator](net, copies, **options)
+        estimator = ESTIMATORS[estimator](net, **options)
     elif options:
         raise ValueError(f"{', '.join(options)} belongs to the estimator; give it when you make the estimator")
     elif estimator.net is not net:

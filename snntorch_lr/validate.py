@@ -17,11 +17,11 @@ from .neurons import NoisyNeuron
 from .warn import warn
 
 
-def check_network(net: nn.Module) -> dict[str, NoisyNeuron]:
-    """The noisy neurons of a network whose noise is on, by name.
+def noisy(net: nn.Module) -> dict[str, NoisyNeuron]:
+    """The noisy neurons of a network, by name.
 
     Raises:
-        ValueError: if there are none, or if a noise level is not positive and finite.
+        ValueError: if there are none.
     """
     neurons = noisy_neurons(net)
     if not neurons:
@@ -29,6 +29,16 @@ def check_network(net: nn.Module) -> dict[str, NoisyNeuron]:
             f"{type(net).__name__} has no noisy neuron, and the likelihood ratio needs noise to differentiate: build "
             "neurons with noise=True, or convert the network with snntorch_lr.add_noise(net)"
         )
+    return neurons
+
+
+def check_network(net: nn.Module) -> dict[str, NoisyNeuron]:
+    """The noisy neurons of a network whose noise is on, by name.
+
+    Raises:
+        ValueError: if there are none, or if a noise level is not positive and finite.
+    """
+    neurons = noisy(net)
     active = {name: neuron for name, neuron in neurons.items() if neuron.noise is not None and neuron.noise.active}
     if not active:
         raise ValueError(
@@ -44,6 +54,17 @@ def check_network(net: nn.Module) -> dict[str, NoisyNeuron]:
                 f"{sigma.max().item():.3g}; lower its learning rate (a parameter group of its own) or freeze it"
             )
     return active
+
+
+def check_parameters(net: nn.Module) -> None:
+    """Refuses parameters that are not finite: spikes would hide them from the loss.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for name, parameter in net.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"the parameter {name} has values that are not finite; load or initialise it again")
 
 
 def warn_about_batch_norm(net: nn.Module, known: Set[str] = frozenset()) -> set[str]:

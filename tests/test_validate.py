@@ -116,7 +116,7 @@ def test_first_parameter_that_is_not_finite_is_named() -> None:
     net = Net()
     with torch.no_grad():
         net.readout.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"not finite, nor is the parameter readout\.weight"):
+    with pytest.raises(ValueError, match=r"parameter readout\.weight"):
         backward(net)
     assert all(parameter.grad is None for parameter in net.parameters())
 
