@@ -201,7 +201,7 @@ class Vanilla(Estimator):
         if self.memory == "store" and self.chunk == self.copies:
             recording = Storing(neurons, self._stream(seed), batch_size(targets), self._others(neurons))
             losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
-            recording.weigh(self._weights(losses.view(self.copies, -1)).reshape(-1))
+            recording.weights.given = self._weights(losses.view(self.copies, -1)).reshape(-1)
             _push(losses, losses.numel(), recording)
             return losses.detach().mean()
         if not self._inspected:
@@ -234,7 +234,7 @@ class Vanilla(Estimator):
                 again = Replaying(neurons, stream, batch, share, self._others(neurons))
             else:
                 again = Storing(neurons, stream, batch, self._others(neurons))
-                again.weigh(share)
+                again.weights.given = share
             with again.spikes:
                 losses = self._run(again, loss_fn, inputs, targets, grad=True)
             _push(losses, all_losses.numel(), again)

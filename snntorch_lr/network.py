@@ -20,28 +20,27 @@ def spiking_neurons(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Finds them at any depth, and also in plain lists, tuples and dicts, which ``net.modules()`` does not see.
     """
-    seen: set[int] = set()
+    yield from _visit("", net, set())
 
-    def visit(name: str, value: object) -> Iterator[tuple[str, nn.Module]]:
-        if isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
-                yield from visit(f"{name}.{index}", item)
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                yield from visit(f"{name}.{key}", item)
-        elif isinstance(value, nn.Module) and id(value) not in seen:
-            seen.add(id(value))
-            if isinstance(value, _SPIKING_TYPES):
-                yield name, value
-                return
-            prefix = f"{name}." if name else ""
-            for child, module in value.named_children():
-                yield from visit(prefix + child, module)
-            for attribute, held in vars(value).items():
-                if attribute not in _MODULE_INTERNALS and isinstance(held, (list, tuple, dict)):
-                    yield from visit(prefix + attribute, held)
 
-    yield from visit("", net)
+def _visit(name: str, value: object, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _visit(f"{name}.{index}", item, seen)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _visit(f"{name}.{key}", item, seen)
+    elif isinstance(value, nn.Module) and id(value) not in seen:
+        seen.add(id(value))
+        if isinstance(value, _SPIKING_TYPES):
+            yield name, value
+            return
+        prefix = f"{name}." if name else ""
+        for child, module in value.named_children():
+            yield from _visit(prefix + child, module, seen)
+        for attribute, held in vars(value).items():
+            if attribute not in _MODULE_INTERNALS and isinstance(held, (list, tuple, dict)):
+                yield from _visit(prefix + attribute, held, seen)
 
 
 def noisy_neurons(net: nn.Module) -> dict[str, NoisyNeuron]:

@@ -47,9 +47,23 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self) -> None:
-        super().__init__(self._pack, self._unpack)
-        self._known: dict[int, weakref.ref[Tensor]] = {}
-        self._packed: dict[int, Tensor] = {}
+        known: dict[int, weakref.ref[Tensor]] = {}
+        packed: dict[int, Tensor] = {}
+
+        def save(saved: Tensor) -> Any:
+            key = saved.data_ptr()
+            reference = known.get(key)
+            spikes = reference() if reference is not None else None
+            if spikes is None or saved.numel() != spikes.numel() or not saved.is_contiguous():
+                # Not the tensor itself: an operation that saves its own output would keep itself alive.
+                return saved.detach()
+            if key not in packed:
+                packed[key] = pack(spikes)
+            return packed[key], saved.shape, saved.dtype
+
+        # Functions and not methods: a graph that held this object would be part of a cycle.
+        super().__init__(save, _restore)
+        self._known, self._packed = known, packed
 
     def announce(self, spikes: Tensor) -> None:
         """Says that a tensor holds zeros and ones only, and will not be changed in place."""
@@ -57,15 +71,6 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
         self._packed.pop(key, None)
         self._known[key] = weakref.ref(spikes)
 
-    def _pack(self, saved: Tensor) -> Any:
-        key = saved.data_ptr()
-        known = self._known.get(key)
-        spikes = known() if known is not None else None
-        if spikes is None or saved.numel() != spikes.numel() or not saved.is_contiguous():
-            return saved
-        if key not in self._packed:
-            self._packed[key] = pack(spikes)
-        return self._packed[key], saved.shape, saved.dtype
 
-    def _unpack(self, saved: Any) -> Tensor:
-        return saved if isinstance(saved, Tensor) else unpack(*saved)
+def _restore(saved: Any) -> Tensor:
+    return saved if isinstance(saved, Tensor) else unpack(*saved)

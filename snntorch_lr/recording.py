@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -179,6 +180,28 @@ class Recording:
         """Keeps what the score of a sampled spike needs; nothing here."""
 
 
+@dataclass
+class Weights:
+    """One weight per copy and sample, ``[copies * batch]``: the advantages, divided by the number of losses.
+
+    An object of its own, so that a graph that waits for its weights does not hold the recording that holds the graph:
+    such a cycle through autograd's nodes is never collected.
+    """
+
+    given: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """The weights.
+
+        Raises:
+            RuntimeError: if the losses are not known yet.
+        """
+        if self.given is None:
+            raise RuntimeError("scores were asked for before the losses were known")
+        return self.given
+
+
 class Storing(Recording):
     """A forward pass that keeps what its scores need until the losses are known.
 
@@ -195,19 +218,8 @@ class Storing(Recording):
     ) -> None:
         super().__init__(neurons, stream, batch, others)
         self.tokens: list[Tensor] = []
-        self._weights: Tensor | None = None
+        self.weights = Weights()
         self._sigmas: dict[Noise, Tensor] = {}
-
-    @property
-    def weights(self) -> Tensor:
-        """One weight per copy and sample, ``[copies * batch]``: the advantages, divided by the number of losses."""
-        if self._weights is None:
-            raise RuntimeError("scores were asked for before the losses were known")
-        return self._weights
-
-    def weigh(self, weights: Tensor) -> None:
-        """Gives the weights of the scores, before the backward pass."""
-        self._weights = weights
 
     def file_membrane(
         self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int
@@ -217,14 +229,14 @@ class Storing(Recording):
             return
         sigma = self._sigma(noise)
         if mean.requires_grad or sigma.requires_grad:
-            shape, dtype, device = mean.shape, mean.dtype, mean.device
+            shape, dtype, device, stream = mean.shape, mean.dtype, mean.device, self.stream
 
             def scores() -> tuple[Tensor, Tensor]:
                 like = torch.empty(shape, dtype=dtype, device=device)
-                drawn = self.stream.draw(index, like, noise.fill)
+                drawn = stream.draw(index, like, noise.fill)
                 return noise.location_score(drawn), noise.scale_score(drawn)
 
-            self.tokens.append(_File.apply(mean, sigma, self, scores))
+            self.tokens.append(_File.apply(mean, sigma, self.weights, scores))
 
     def file_escape(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, spikes: Tensor) -> None:
         """Files a token whose backward pass is the score of a sampled spike."""
@@ -239,7 +251,7 @@ class Storing(Recording):
                 location = noise.location_score(z, fired)
                 return location, -z * location
 
-            self.tokens.append(_File.apply(margin, sigma, self, scores))
+            self.tokens.append(_File.apply(margin, sigma, self.weights, scores))
 
     def _sigma(self, noise: Noise) -> Tensor:
         if noise not in self._sigmas:
@@ -251,16 +263,16 @@ class _File(torch.autograd.Function):
     """Identity of nothing: an empty token, whose backward pass puts a weighted score on the mean and on σ."""
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, sigma: Tensor, recording: Storing, scores: Any) -> Tensor:
-        ctx.recording, ctx.scores = recording, scores
+    def forward(ctx: Any, mean: Tensor, sigma: Tensor, weights: Weights, scores: Any) -> Tensor:
+        ctx.weights, ctx.scores = weights, scores
         ctx.sigma = sigma.detach()
         return mean.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         location, scale = ctx.scores()
-        to_mean = weighted(location, ctx.recording.weights) / ctx.sigma if ctx.needs_input_grad[0] else None
-        to_sigma = sigma_gradient(scale, ctx.recording.weights, ctx.sigma) if ctx.needs_input_grad[1] else None
+        to_mean = weighted(location, ctx.weights.value) / ctx.sigma if ctx.needs_input_grad[0] else None
+        to_sigma = sigma_gradient(scale, ctx.weights.value, ctx.sigma) if ctx.needs_input_grad[1] else None
         return to_mean, to_sigma, None, None
 
 
@@ -281,7 +293,7 @@ class Replaying(Storing):
         others: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__(neurons, stream, batch, others)
-        self.weigh(weights)
+        self.weights.given = weights
         self._sources: dict[NoisyNeuron, tuple[Tensor, Tensor | None]] = {}
         self._leaves: dict[NoisyNeuron, Tensor] = {}
         self._sigma_gradients: dict[Noise, Tensor] = {}
@@ -309,11 +321,11 @@ class Replaying(Storing):
             return
         sigma = noise.sigma.detach()
         if mean.requires_grad:
-            gradient = weighted(noise.location_score(epsilon), self.weights) / sigma
+            gradient = weighted(noise.location_score(epsilon), self.weights.value) / sigma
             # Parameters of the neuron may be in the graph of a state that the user gave, and that is used again.
             torch.autograd.backward(mean, gradient.to(mean.dtype), retain_graph=True)
         if noise.log_sigma.requires_grad:
-            gradient = sigma_gradient(noise.scale_score(epsilon), self.weights, sigma)
+            gradient = sigma_gradient(noise.scale_score(epsilon), self.weights.value, sigma)
             self._sigma_gradients[noise] = self._sigma_gradients.get(noise, torch.zeros_like(sigma)) + gradient
 
     def finish(self) -> None:

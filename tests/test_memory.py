@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -117,3 +118,23 @@ def test_a_constant_current_is_pushed_back_once() -> None:
 def test_refuses_nonsense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         slr.Vanilla(slr.Leaky(beta=0.9, noise=True), **options)
+
+
+@pytest.mark.parametrize("options", [{}, *MODES, {"approximate": True}], ids=str)
+@pytest.mark.parametrize("kind", ["membrane", "logistic"])
+@pytest.mark.parametrize("neuron", ["Leaky", "Synaptic"])
+def test_a_call_leaves_nothing_alive(neuron: str, kind: str, options: dict[str, Any]) -> None:
+    net = with_noise(TwoLayers(neuron, "subtract"), kind)
+    settings = dict(options)
+    cls: Any = slr.Approximate if settings.pop("approximate", False) else slr.Vanilla
+    estimator = cls(net, 8, **settings)
+    alive = []
+    gc.disable()  # a graph in a cycle would stay, and the collector cannot see through autograd's nodes
+    try:
+        for _ in range(6):
+            estimator.backward(net.loss, *data())
+            slr.reset(net)
+            alive.append(sum(isinstance(thing, Tensor) for thing in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert len(set(alive[1:])) == 1

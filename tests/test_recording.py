@@ -92,7 +92,7 @@ def test_files_what_was_sampled() -> None:
             neuron(step)
     assert len(recording.tokens) == STEPS
     assert recording.batch == BATCH
-    recording.weigh(torch.ones(COPIES * BATCH))
+    recording.weights.given = torch.ones(COPIES * BATCH)
     # The graph of one draw spans one step.
     (reached,) = torch.autograd.grad(recording.tokens[-1], x, recording.tokens[-1])
     assert reached[-1].all()

@@ -50,6 +50,21 @@ def test_is_unbiased(neuron: str, reset: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("reset", "distribution"), [("subtract", "gaussian"), ("zero", "logistic"), ("none", "gaussian")]
+)
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_is_unbiased_with_escape_noise(neuron: str, reset: str, distribution: str) -> None:
+    net = escaping(TwoLayers(neuron, reset), distribution)
+    assert_unbiased(compare(net, net.loss, *data()))
+
+
+def escaping(net: TwoLayers, distribution: str) -> TwoLayers:
+    net.lif1.noise = slr.EscapeNoise(0.6, distribution=distribution).double()
+    net.lif2.noise = slr.EscapeNoise(torch.tensor([0.5, 0.6, 0.7]), distribution=distribution).double()
+    return net
+
+
+@pytest.mark.parametrize(
     ("options", "level"),
     [
         ({"antithetic": True}, 0.6),
@@ -283,4 +298,49 @@ def test_notices_a_dropped_term(
     expected = finite_difference(net, net.loss, *small, direction)
     mutate(monkeypatch)
     gradients = estimates(slr.Vanilla(net, **{"copies": 4000, **options}), net.loss, x, y)
+    assert along(gradients, direction).distance(expected) > LIMIT
+
+
+def _detach_membrane(patch: pytest.MonkeyPatch) -> None:
+    original = recording.Recording.fire
+
+    def fire(self: recording.Recording, neuron: Any, noise: Any, margin: Tensor) -> Tensor:
+        neuron.mem = neuron.mem.detach()
+        return original(self, neuron, noise, margin)
+
+    patch.setattr(recording.Recording, "fire", fire)
+
+
+def _rethreshold(patch: pytest.MonkeyPatch) -> None:
+    original = neurons.NoisyNeuron.mem_reset
+
+    def mem_reset(self: Any, mem: Tensor) -> Tensor:
+        if self._recording is None:
+            return original(self, mem)
+        return (mem > self.threshold).to(mem.dtype).detach()
+
+    patch.setattr(neurons.NoisyNeuron, "mem_reset", mem_reset)
+
+
+def _drop_scale_of_escape(patch: pytest.MonkeyPatch) -> None:
+    original = slr.EscapeNoise.location_score
+    patch.setattr(slr.EscapeNoise, "location_score", lambda self, z, s: original(self, z, s) * (z.abs() < 1))
+
+
+@pytest.mark.parametrize(
+    ("reset", "kind", "mutate"),
+    [
+        pytest.param("none", "bias", _detach_membrane, id="membrane potential through time"),
+        pytest.param("subtract", "bias", _rethreshold, id="reset by the spike that was sampled"),
+        pytest.param("subtract", "log_sigma", _drop_scale_of_escape, id="score of unlikely spikes"),
+    ],
+)
+def test_notices_a_dropped_term_of_escape_noise(
+    reset: str, kind: str, mutate: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = escaping(TwoLayers("Leaky", reset), "gaussian")
+    direction = directions(net, {kind: groups(net)[kind]})[kind]
+    expected = finite_difference(net, net.loss, *data(), direction)
+    mutate(monkeypatch)
+    gradients = estimates(slr.Vanilla(net, copies=4000), net.loss, *data())
     assert along(gradients, direction).distance(expected) > LIMIT
