@@ -165,24 +165,26 @@ def _halve_location_score(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(slr.MembraneNoise, "location_score", lambda self, epsilon: epsilon / 2)
 
 
-def _sample_membrane_instead_of_margin(patch: pytest.MonkeyPatch) -> None:
-    def add_noise(self: neurons.NoisyNeuron, mean: Tensor) -> Tensor:
-        return (
-            mean + self.noise.sigma * self.noise.sample(mean)
-            if self._recording is None
-            else self._recording.draw(self.noise, mean)
-        )
+def _replace_noise(patch: pytest.MonkeyPatch, recorded: Callable[[Any, recording.Recording, Tensor], Tensor]) -> None:
+    def add_noise(self: Any, mean: Tensor) -> Tensor:
+        if self._recording is None:
+            return mean + self.noise.sigma * self.noise.sample(mean)
+        return recorded(self, self._recording, mean)
 
     patch.setattr(neurons.NoisyNeuron, "_add_noise", add_noise)
+
+
+def _sample_membrane_instead_of_margin(patch: pytest.MonkeyPatch) -> None:
+    _replace_noise(patch, lambda neuron, record, mean: record.draw(neuron, neuron.noise, mean))
 
 
 def _forget_threshold_in_carried_membrane(patch: pytest.MonkeyPatch) -> None:
-    def add_noise(self: neurons.NoisyNeuron, mean: Tensor) -> Tensor:
-        if self._recording is None:
-            return mean + self.noise.sigma * self.noise.sample(mean)
-        return self._recording.draw(self.noise, mean - self.threshold) + self.threshold.detach()
-
-    patch.setattr(neurons.NoisyNeuron, "_add_noise", add_noise)
+    _replace_noise(
+        patch,
+        lambda neuron, record, mean: (
+            record.draw(neuron, neuron.noise, mean - neuron.threshold) + neuron.threshold.detach()
+        ),
+    )
 
 
 def _detach_before(cls: type, states: tuple[str, ...]) -> Callable[[pytest.MonkeyPatch], None]:
@@ -211,15 +213,15 @@ def _drop_recurrence(patch: pytest.MonkeyPatch) -> None:
 
 
 def _drop_pathwise(patch: pytest.MonkeyPatch) -> None:
-    original = estimators.Vanilla._accumulate
-    patch.setattr(estimators.Vanilla, "_accumulate", lambda self, losses, r: original(self, losses.detach(), r))
+    original = estimators._push
+    patch.setattr(estimators, "_push", lambda losses, count, record: original(losses.detach(), count, record))
 
 
 def _keep_graph_of_samples(patch: pytest.MonkeyPatch) -> None:
     original = recording.Recording.draw
 
-    def draw(self: recording.Recording, noise: slr.MembraneNoise, mean: Tensor) -> Tensor:
-        return original(self, noise, mean) + (mean - mean.detach())
+    def draw(self: recording.Recording, neuron: Any, noise: slr.MembraneNoise, mean: Tensor) -> Tensor:
+        return original(self, neuron, noise, mean) + (mean - mean.detach())
 
     patch.setattr(recording.Recording, "draw", draw)
 
@@ -233,15 +235,13 @@ def _drop_minus_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def _drop_first_step(patch: pytest.MonkeyPatch) -> None:
-    original = recording.Draw.cotangents
-    seen: set[int] = set()
+    original = recording.Storing.file_membrane
 
-    def cotangents(self: recording.Draw, weights: Tensor) -> Any:
-        first = id(self.sigma) not in seen
-        seen.add(id(self.sigma))
-        return iter(()) if first else original(self, weights)
+    def file_membrane(self: Any, neuron: Any, noise: Any, mean: Tensor, epsilon: Tensor, index: int) -> None:
+        if index > 2:  # two layers
+            original(self, neuron, noise, mean, epsilon, index)
 
-    patch.setattr(recording.Draw, "cotangents", cotangents)
+    patch.setattr(recording.Storing, "file_membrane", file_membrane)
 
 
 MUTANTS = [
