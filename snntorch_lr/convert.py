@@ -11,13 +11,20 @@ from torch import Tensor, nn
 
 from .network import noisy_neurons, reset_state, spiking_neurons
 from .neurons import NoisyNeuron, to_noisy, to_plain
-from .noise import MembraneNoise
+from .noise import KINDS
 
 Net = TypeVar("Net", bound=nn.Module)
 
 
-def add_noise(net: Net, sigma: float | Tensor = 0.5, learn: bool = True, only: Iterable[str] | None = None) -> Net:
-    """Gives every snnTorch neuron of a network learnable Gaussian membrane noise, in place.
+def add_noise(
+    net: Net,
+    sigma: float | Tensor = 0.5,
+    learn: bool = True,
+    only: Iterable[str] | None = None,
+    kind: str = "membrane",
+    distribution: str = "gaussian",
+) -> Net:
+    """Gives every snnTorch neuron of a network noise with a learnable level, in place.
 
     The neurons stay the same objects, so parameters, buffers, settings, shared modules, hooks and optimizers that hold
     the weights are kept. The new noise levels are parameters: build the optimizer afterwards, or add them to it.
@@ -29,14 +36,18 @@ def add_noise(net: Net, sigma: float | Tensor = 0.5, learn: bool = True, only: I
             broadcasts against the membrane of every neuron.
         learn: whether the noise levels are parameters.
         only: names of the neurons to convert, as in ``net.named_modules()``; all by default.
+        kind: ``"membrane"`` or ``"escape"``, see ``MembraneNoise`` and ``EscapeNoise``.
+        distribution: of the noise, as these offer it.
 
     Returns:
         The same network.
 
     Raises:
-        ValueError: if there is no snnTorch neuron, a name in ``only`` is not one, or a neuron cannot have noise. The
-            network is not changed then.
+        ValueError: if there is no snnTorch neuron, a name in ``only`` is not one, the kind is unknown, or a neuron
+            cannot have noise. The network is not changed then.
     """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of noise {kind!r}; choose one of {', '.join(KINDS)}")
     neurons = dict(spiking_neurons(net))
     if not neurons:
         raise ValueError(f"{type(net).__name__} has no snnTorch neuron to add noise to")
@@ -48,7 +59,7 @@ def add_noise(net: Net, sigma: float | Tensor = 0.5, learn: bool = True, only: I
     undo: list[Callable[[], None]] = []
     try:
         for name, neuron in todo.items():
-            noise = MembraneNoise(sigma, learn).train(neuron.training)
+            noise = KINDS[kind](sigma, learn, distribution).train(neuron.training)
             undo.append(_undo(neuron))
             to_noisy(neuron, noise.to(_placement(neuron)), name)
     except BaseException:

@@ -193,6 +193,9 @@ class EscapeNoise(Noise):
         return -z * self.location_score(z, spikes)
 
 
+KINDS: dict[str, type[Noise]] = {"membrane": MembraneNoise, "escape": EscapeNoise}
+
+
 def make_noise(noise: bool | str | Noise | None) -> Noise | None:
     """The noise that a neuron's ``noise=`` argument asks for, or None for a neuron without noise.
 
@@ -201,12 +204,12 @@ def make_noise(noise: bool | str | Noise | None) -> Noise | None:
     """
     if noise is None or noise is False:
         return None
-    if noise is True or noise == "membrane":
+    if noise is True:
         return MembraneNoise()
-    if noise == "escape":
-        return EscapeNoise()
     if isinstance(noise, Noise):
         return noise
+    if isinstance(noise, str) and noise in KINDS:
+        return KINDS[noise]()
     raise ValueError(
         f'noise={noise!r} is not a noise; use True, False, "membrane", "escape", or a MembraneNoise or EscapeNoise'
     )

@@ -396,3 +396,11 @@ def test_noise_comes_from_the_given_generator(device: str) -> None:
 
     assert torch.equal(outputs(1), outputs(1))
     assert not torch.equal(outputs(1), outputs(2))
+
+
+def test_kind_and_distribution_are_as_asked() -> None:
+    net = slr.add_noise(nn.Sequential(leaky()), 0.3, kind="escape", distribution="logistic")
+    assert isinstance(net[0].noise, slr.EscapeNoise)
+    assert net[0].noise.distribution == "logistic"
+    with pytest.raises(ValueError, match="membrane, escape"):
+        slr.add_noise(nn.Sequential(leaky()), kind="pink")

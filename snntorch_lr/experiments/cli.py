@@ -47,13 +47,17 @@ def _root(
 @app.command("reproduce")
 def reproduce_command(
     dataset: Annotated[str, typer.Option(help="digits (no download), mnist or fashion-mnist.")] = "digits",
-    model: Annotated[str, typer.Option(help="mlp or conv.")] = "mlp",
+    model: Annotated[str, typer.Option(help="mlp, deep-mlp or conv.")] = "mlp",
     data_root: Annotated[
         Path | None, typer.Option(help="torchvision root of MNIST and Fashion-MNIST; downloaded there if absent.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; 40 for digits, 4 otherwise.")] = None,
     copies: Annotated[int, typer.Option(help="Noise copies of each sample.")] = 16,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    estimator: Annotated[str, typer.Option(help="vanilla or approximate.")] = "vanilla",
+    noise: Annotated[str, typer.Option(help="membrane or escape.")] = "membrane",
+    distribution: Annotated[str, typer.Option(help="gaussian, logistic; membrane noise also laplace.")] = "gaussian",
+    sigma: Annotated[float, typer.Option(help="Initial noise level of the hidden neurons.")] = 0.5,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     epsilon: Annotated[list[float] | None, typer.Option(help="Attack budget, l∞; may be given again.")] = None,
     attack_images: Annotated[int, typer.Option(help="Test images to attack.")] = 1000,
@@ -73,6 +77,10 @@ def reproduce_command(
                 epochs=_EPOCHS.get(dataset, 4) if epochs is None else epochs,
                 copies=copies,
                 seed=seed,
+                estimator=estimator,
+                noise=noise,
+                distribution=distribution,
+                sigma=sigma,
                 epsilons=tuple(epsilon) if epsilon else Settings.epsilons,
                 attack_images=attack_images,
                 draws=draws,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..convert import reset
 
-NAMES = ("mlp", "conv")
+NAMES = ("mlp", "deep-mlp", "conv")
 
 
 class SpikingClassifier(nn.Module):
@@ -54,7 +54,8 @@ def build(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps:
     """A network for images of a given shape.
 
     Args:
-        model: ``"mlp"`` (256 hidden neurons) or ``"conv"`` (8 and 16 channels, 5 × 5 kernels, stride 2).
+        model: ``"mlp"`` (256 hidden neurons), ``"deep-mlp"`` (256 and 128) or ``"conv"``
+            (8 and 16 channels, 5 × 5 kernels, stride 2).
         shape: channels, height, width.
         classes: number of outputs.
         num_steps: time steps.
@@ -63,10 +64,11 @@ def build(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps:
         ValueError: if the model is unknown.
     """
     channels, height, width = shape
-    if model == "mlp":
-        hidden = 256
-        block = nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, hidden))
-        return SpikingClassifier([block], nn.Linear(hidden, classes), num_steps)
+    if model in ("mlp", "deep-mlp"):
+        first = nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, 256))
+        if model == "mlp":
+            return SpikingClassifier([first], nn.Linear(256, classes), num_steps)
+        return SpikingClassifier([first, nn.Linear(256, 128)], nn.Linear(128, classes), num_steps)
     if model == "conv":
         blocks: list[nn.Module] = [
             nn.Conv2d(channels, 8, 5, stride=2, padding=2),

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..noise import KINDS
+from ..optim import ESTIMATORS
 from ..robustness import AttackableView
 from . import data, files, models, report
 from .train import METHODS, Progress, Recipe, Trained, train
@@ -30,6 +32,10 @@ class Settings:
         epochs: passes over the training images.
         copies: noise copies of each sample, for the likelihood ratio.
         seed: of everything random.
+        estimator: of the likelihood ratio, ``"vanilla"`` or ``"approximate"``.
+        noise: kind of noise, ``"membrane"`` or ``"escape"``.
+        distribution: of the noise.
+        sigma: initial noise level.
         epsilons: budgets of the attacks, l∞, for pixels in [0, 1].
         attack_images: number of test images to attack, from the first.
         draws: noise draws that predictions and attacks average over where the noise is on.
@@ -40,6 +46,10 @@ class Settings:
     epochs: int = 40
     copies: int = 16
     seed: int = 0
+    estimator: str = "vanilla"
+    noise: str = "membrane"
+    distribution: str = "gaussian"
+    sigma: float = 0.5
     epsilons: tuple[float, ...] = (0.05, 0.1, 0.2)
     attack_images: int = 1000
     draws: int = 8
@@ -59,6 +69,11 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"unknown model {settings.model!r}; choose one of {', '.join(models.NAMES)}")
     if settings.dataset not in data.NAMES:
         raise ValueError(f"unknown data set {settings.dataset!r}; choose one of {', '.join(data.NAMES)}")
+    if settings.estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {settings.estimator!r}; choose one of {', '.join(ESTIMATORS)}")
+    if settings.noise not in KINDS:
+        raise ValueError(f"unknown noise {settings.noise!r}; choose one of {', '.join(KINDS)}")
+    KINDS[settings.noise](settings.sigma, distribution=settings.distribution)
     for name, value, least in (
         ("epochs", settings.epochs, 1),
         ("copies", settings.copies, 2),
@@ -104,11 +119,20 @@ def reproduce(
     device = torch.device("cpu") if device is None else device
     recipes = {
         method: Recipe(
-            method, settings.dataset, settings.model, settings.epochs, settings.copies, settings.seed,
+            method=method,
+            dataset=settings.dataset,
+            model=settings.model,
+            epochs=settings.epochs,
+            copies=settings.copies,
+            seed=settings.seed,
+            estimator=settings.estimator,
+            noise=settings.noise,
+            distribution=settings.distribution,
+            sigma=settings.sigma,
             batch_size=32 if settings.dataset == "digits" else 128,
         )
         for method in METHODS
-    }  # fmt: skip
+    }
     checkpoints = {method: out / f"{method.replace(', ', '-').replace(' ', '-')}.pt" for method in METHODS}
     there = [path.name for path in checkpoints.values() if path.exists()]
     if there and not resume:

@@ -35,6 +35,9 @@ class Recipe:
         copies: noise copies of each sample, for the likelihood ratio.
         seed: of weights, order of the images, and noise.
         num_steps: time steps.
+        estimator: of the likelihood ratio, ``"vanilla"`` or ``"approximate"``.
+        noise: kind of the noise of the hidden neurons, ``"membrane"`` or ``"escape"``.
+        distribution: of the noise.
         sigma: initial noise level of the hidden neurons.
         batch_size: images per step.
         learning_rate: of Adam, falling to zero along a cosine.
@@ -46,6 +49,9 @@ class Recipe:
     epochs: int
     copies: int
     seed: int
+    estimator: str = "vanilla"
+    noise: str = "membrane"
+    distribution: str = "gaussian"
     num_steps: int = 8
     sigma: float = 0.5
     batch_size: int = 128
@@ -75,7 +81,7 @@ def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> models.SpikingC
     torch.manual_seed(recipe.seed)
     net = models.build(recipe.model, shape, num_steps=recipe.num_steps)
     if recipe.method != "surrogate":
-        add_noise(net, sigma=recipe.sigma, only=net.hidden)
+        add_noise(net, recipe.sigma, only=net.hidden, kind=recipe.noise, distribution=recipe.distribution)
     return net
 
 
@@ -181,7 +187,7 @@ def _stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer) -
         return loss.item()
 
     if recipe.method == "likelihood ratio":
-        attach(optimizer, net, copies=recipe.copies)
+        attach(optimizer, net, recipe.estimator, copies=recipe.copies)
         return likelihood_ratio
     return surrogate
 

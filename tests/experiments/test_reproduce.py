@@ -82,7 +82,11 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path: Path, monkeypatch: 
     ("arguments", "message"),
     [
         (["--dataset", "cifar"], "digits, mnist, fashion-mnist"),
-        (["--model", "rnn"], "mlp, conv"),
+        (["--model", "rnn"], "mlp, deep-mlp, conv"),
+        (["--estimator", "adam"], "vanilla, approximate"),
+        (["--noise", "pink"], "membrane, escape"),
+        (["--noise", "escape", "--distribution", "laplace"], "gaussian, logistic"),
+        (["--sigma", "0"], "sigma must be positive"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--copies", "1"], "--copies must be at least 2"),
         (["--epsilon", "2"], r"--epsilon must be in \(0, 1\]"),

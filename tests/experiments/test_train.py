@@ -30,6 +30,14 @@ def test_loss_falls(method: str, model: str, images: data.Images, tmp_path: Path
     assert history[-1]["train_loss"] < 0.98 * history[0]["train_loss"]
 
 
+@pytest.mark.parametrize("estimator", ["vanilla", "approximate"])
+@pytest.mark.parametrize("noise", ["membrane", "escape"])
+def test_every_estimator_and_noise_trains(estimator: str, noise: str, images: data.Images, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, model="deep-mlp", copies=8, learning_rate=5e-3, estimator=estimator, noise=noise)
+    history = train(recipe, images, tmp_path / "c.pt", CPU).history
+    assert history[-1]["train_loss"] < 0.95 * history[0]["train_loss"]
+
+
 def test_networks_of_a_seed_start_from_the_same_weights() -> None:
     nets = [make_network(replace(RECIPE, method=method), (1, 8, 8)) for method in METHODS]
     weights = [net.readout.weight for net in nets]
@@ -66,5 +74,5 @@ def test_a_checkpoint_of_other_settings_is_refused(images: data.Images, tmp_path
 def test_unknown_names_are_refused(images: data.Images, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown method"):
         train(replace(RECIPE, method="magic"), images, tmp_path / "c.pt", CPU)
-    with pytest.raises(ValueError, match="mlp, conv"):
+    with pytest.raises(ValueError, match="mlp, deep-mlp, conv"):
         models.build("transformer", (1, 8, 8))
