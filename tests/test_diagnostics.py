@@ -225,13 +225,16 @@ def test_every_device_is_measured(device: str) -> None:
     assert device == "cpu" or all(cost.megabytes for cost in found.cost.values())
 
 
-def test_peak_memory_sees_a_large_allocation_that_is_freed_again() -> None:
+@pytest.mark.parametrize(("pieces", "size"), [(1, 30_000_000), (1200, 25_000)])
+def test_peak_memory_sees_what_is_freed_again_and_was_used_before(pieces: int, size: int) -> None:
     pytest.importorskip("psutil")
     net = Net()
 
     class Hungry(slr.Vanilla):
         def backward(self, loss_fn: Any, inputs: Any, targets: Any) -> Tensor:
-            torch.ones(30_000_000).add_(1).mul_(1)
+            # Makes glibc keep what is freed, as networks of a usual size do.
+            torch.ones(5_000_000)
+            held = [torch.ones(size) for _ in range(pieces)]  # noqa: F841
             return super().backward(loss_fn, inputs, targets)
 
     cost = report(net, ["vanilla", Hungry(net, 4)], copies=4, repeats=2, reference=2).cost
