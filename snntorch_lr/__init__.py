@@ -3,6 +3,7 @@
 from .approximate import Approximate
 from .convert import add_noise, noise_off, noise_on, remove_noise, reset
 from .defects import UNSUPPORTED
+from .diagnostics import GradientReport, gradient_report
 from .estimators import Vanilla
 from .neurons import (
     SLSTM,
@@ -24,6 +25,7 @@ __all__ = [
     "Alpha",
     "Approximate",
     "EscapeNoise",
+    "GradientReport",
     "Lapicque",
     "Leaky",
     "MembraneNoise",
@@ -35,6 +37,7 @@ __all__ = [
     "add_noise",
     "attach",
     "closure",
+    "gradient_report",
     "noise_off",
     "noise_on",
     "remove_noise",

@@ -87,10 +87,12 @@ class Approximate(Estimator):
             after, statistics = RandomState.capture(), Statistics(self.net)
             before.restore()
             through_rates = RatePass(neurons, stream, sampling.batch, others, sampling.sums)
-            with suppress(RatesCaptured):
-                self._run(through_rates, loss_fn, inputs, targets, grad=True)
-            after.restore()
-            statistics.restore()
+            try:
+                with suppress(RatesCaptured):
+                    self._run(through_rates, loss_fn, inputs, targets, grad=True)
+            finally:
+                after.restore()
+                statistics.restore()
             currents = through_rates.currents
 
         tensors, gradients = [], []

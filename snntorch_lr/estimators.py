@@ -136,10 +136,11 @@ class Estimator(ABC):
         """A trial run of one copy, for estimators that never hold a whole graph; returns its losses."""
         random, statistics = RandomState.capture(), Statistics(self.net)
         recording = Storing(neurons, NoiseStream(0, 1, 0, 1), batch_size(targets), self._others(neurons))
-        losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
-        statistics.restore()
-        random.restore()
-        return losses
+        try:
+            return self._run_watched(recording, loss_fn, inputs, targets, neurons)
+        finally:
+            statistics.restore()
+            random.restore()
 
     def _weights(self, losses: Tensor) -> Tensor:
         """Weights of the scores, ``[copies, batch]``, from losses of the same shape."""

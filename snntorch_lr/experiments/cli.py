@@ -20,7 +20,7 @@ except ImportError as error:
 import torch
 
 from .. import __version__
-from . import report
+from . import diagnose, report
 from .data import DataError
 from .reproduce import Settings, reproduce
 from .train import Progress as StepProgress
@@ -28,7 +28,7 @@ from .train import Progress as StepProgress
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 
-_EPOCHS = {"digits": 40, "mnist": 4, "fashion-mnist": 4}
+_EPOCHS = {"digits": 30, "mnist": 4, "fashion-mnist": 4}
 
 
 def _version(value: bool) -> None:
@@ -51,7 +51,7 @@ def reproduce_command(
     data_root: Annotated[
         Path | None, typer.Option(help="torchvision root of MNIST and Fashion-MNIST; downloaded there if absent.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data; 40 for digits, 4 otherwise.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data; 30 for digits, 4 otherwise.")] = None,
     copies: Annotated[int, typer.Option(help="Noise copies of each sample.")] = 16,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     estimator: Annotated[str, typer.Option(help="vanilla or approximate.")] = "vanilla",
@@ -69,7 +69,7 @@ def reproduce_command(
 
     Example: snntorch-lr reproduce --dataset mnist --data-root data --out runs/mnist
     """
-    with _plain_errors():
+    with _plain_errors("finished epochs are kept: the same command with --resume goes on from there"):
         _run(
             Settings(
                 dataset=dataset,
@@ -92,6 +92,37 @@ def reproduce_command(
         )
 
 
+@app.command("diagnose")
+def diagnose_command(
+    dataset: Annotated[
+        str | None, typer.Option(help="digits, mnist or fashion-mnist; that of the checkpoint, or digits.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="mlp or conv; that of the checkpoint, or mlp.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Network to measure: a checkpoint of reproduce; a fresh network by default.")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="torchvision root of MNIST and Fashion-MNIST; downloaded there if absent.")
+    ] = None,
+    noise: Annotated[str, typer.Option(help="membrane or escape.")] = "membrane",
+    copies: Annotated[int, typer.Option(help="Noise copies of each sample.")] = 16,
+    batch: Annotated[int, typer.Option(help="Training images.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Calls of each estimator.")] = 16,
+    reference: Annotated[int, typer.Option(help="Calls that the reference gradient is the mean of.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of a fresh network, the batch and the noise.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("runs/gradients"),
+) -> None:
+    """Measure the gradients of the estimators on one batch: cosine, signal-to-noise, bias, time, memory.
+
+    Example: snntorch-lr diagnose --checkpoint runs/digits/likelihood-ratio.pt --out runs/gradients
+    """
+    with _plain_errors("nothing was written"):
+        settings = diagnose.Settings(dataset, model, checkpoint, noise, copies, batch, repeats, reference, seed)
+        typer.echo(diagnose.diagnose(settings, out, data_root, _device(device)))
+    console.print(f"Written: {out}/gradients.json, gradients.md, gradients.png")
+
+
 def _run(settings: Settings, out: Path, data_root: Path | None, device: str, resume: bool) -> None:
     with _progress() as bars:
         results = reproduce(settings, out, data_root, _device(device), resume, lambda n, s: _announce(bars, n, s))
@@ -104,12 +135,16 @@ def _run(settings: Settings, out: Path, data_root: Path | None, device: str, res
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What a user can mend is one line and an exit status, not a traceback."""
+def _plain_errors(interrupted: str) -> Iterator[None]:
+    """What a user can mend is one line and an exit status, not a traceback.
+
+    Args:
+        interrupted: what Ctrl-C leaves.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        _fail("interrupted; finished epochs are kept: the same command with --resume goes on from there", 130)
+        _fail(f"interrupted; {interrupted}", 130)
     except ValueError as error:
         _fail(str(error), 2)
     except (DataError, OSError) as error:

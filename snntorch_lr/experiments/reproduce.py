@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -43,7 +44,7 @@ class Settings:
 
     dataset: str = "digits"
     model: str = "mlp"
-    epochs: int = 40
+    epochs: int = 30
     copies: int = 16
     seed: int = 0
     estimator: str = "vanilla"
@@ -65,10 +66,7 @@ def check_settings(settings: Settings) -> None:
     Raises:
         ValueError: if a number is out of range, or torchattacks is not installed.
     """
-    if settings.model not in models.NAMES:
-        raise ValueError(f"unknown model {settings.model!r}; choose one of {', '.join(models.NAMES)}")
-    if settings.dataset not in data.NAMES:
-        raise ValueError(f"unknown data set {settings.dataset!r}; choose one of {', '.join(data.NAMES)}")
+    check_names(settings.dataset, settings.model)
     if settings.estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {settings.estimator!r}; choose one of {', '.join(ESTIMATORS)}")
     if settings.noise not in KINDS:
@@ -88,6 +86,18 @@ def check_settings(settings: Settings) -> None:
         import torchattacks  # noqa: F401
     except ImportError as error:
         raise ValueError("torchattacks is missing: pip install 'snntorch-lr[attacks]'") from error
+
+
+def check_names(dataset: str, model: str) -> None:
+    """Refuses a data set or model that is unknown.
+
+    Raises:
+        ValueError: if one is.
+    """
+    if model not in models.NAMES:
+        raise ValueError(f"unknown model {model!r}; choose one of {', '.join(models.NAMES)}")
+    if dataset not in data.NAMES:
+        raise ValueError(f"unknown data set {dataset!r}; choose one of {', '.join(data.NAMES)}")
 
 
 def reproduce(
@@ -145,8 +155,10 @@ def reproduce(
         trained[method] = train(recipe, images, checkpoints[method], device, resume, progress)
     results = {
         "command": f"snntorch-lr reproduce {_arguments(settings)}",
-        "versions": _versions(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
+        "versions": versions(
+            "snntorch-lr", "snntorch", "torch", "torchvision", "torchattacks", "numpy", "scikit-learn"
+        ),
+        "machine": machine(device),
         "settings": asdict(settings) | {"epsilons": list(settings.epsilons)},
         "recipes": {method: asdict(recipe) for method, recipe in recipes.items()},
         "training": {
@@ -227,10 +239,21 @@ def _share(right: Tensor) -> dict[str, float]:
 
 
 def _arguments(settings: Settings) -> str:
-    words = [f"--{key.replace('_', '-')} {value}" for key, value in asdict(settings).items() if key != "epsilons"]
-    return " ".join(words + [f"--epsilon {epsilon:g}" for epsilon in settings.epsilons])
+    values = {key: value for key, value in asdict(settings).items() if key != "epsilons"}
+    return " ".join([arguments(values), *(f"--epsilon {epsilon:g}" for epsilon in settings.epsilons)])
 
 
-def _versions() -> dict[str, str]:
-    packages = ("snntorch-lr", "snntorch", "torch", "torchvision", "torchattacks", "numpy", "scikit-learn")
+def arguments(values: Mapping[str, object]) -> str:
+    """Options of the command line from the settings that are not None."""
+    given = {key: value for key, value in values.items() if value is not None}
+    return " ".join(f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in given.items())
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of packages."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+
+
+def machine(device: torch.device) -> str:
+    """What the results were computed on."""
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"

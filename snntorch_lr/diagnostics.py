@@ -1,0 +1,545 @@
+"""How good a gradient is, and what it costs: cosine, signal-to-noise, bias, time and memory on a user's network."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .convert import reset
+from .estimators import Estimator, LossFn, Vanilla, positive_integer
+from .network import spiking_neurons
+from .optim import ESTIMATORS
+from .repeatable import RandomState
+from .warn import warn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SURROGATE = "surrogate, 1 draw"
+_HEADER = ("parameter", "estimator", "cosine", "at most", "surrogate", "SNR", "bias", "floor")
+_NOTE = """\
+cosine     of one call's gradient to the mean of the reference calls, averaged over the calls
+at most    what a gradient without noise would reach; where it is "-" the reference is noise: take more calls
+surrogate  cosine between the expected gradient and the mean surrogate gradient
+SNR        |E g|^2 / tr Cov(g) of one call; around or below zero where it is not resolved
+bias       |E g - E g_reference| / |E g_reference|, noise subtracted; less than the floor is not resolved
+-          not resolved by that many calls, or not available
+The inputs are the same in all calls: noise of the batch is not part of these figures."""
+
+
+@dataclass(frozen=True)
+class GradientQuality:
+    """Gradient of one parameter tensor by one estimator; None where a figure is not resolved or not available.
+
+    Attributes:
+        cosine: mean cosine of one call's gradient to the mean of the reference calls, in [-1, 1].
+        surrogate_cosine: cosine between the expected gradient and the mean surrogate gradient, in [-1, 1]; the noise of
+            both is subtracted from their norms.
+        snr: ‖E g‖² / tr Cov(g) of one call; unbiased numerator, so that it may be below zero.
+        bias: ‖E g − E g_ref‖ / ‖E g_ref‖, with the expected Monte-Carlo part subtracted, at least 0.
+        bias_floor: the Monte-Carlo part, in the units of ``bias``: what noise alone would show if it were not
+            subtracted. A bias below it is not resolved. How well ‖E g_ref‖ is known, which scales both, is not part
+            of it.
+    """
+
+    cosine: float | None
+    surrogate_cosine: float | None
+    snr: float | None
+    bias: float | None
+    bias_floor: float | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call costs.
+
+    Attributes:
+        milliseconds: median time of a call.
+        megabytes: peak memory above that before the call, in 10⁶ bytes; None if it cannot be measured.
+    """
+
+    milliseconds: float
+    megabytes: float | None
+
+
+@dataclass(frozen=True)
+class GradientReport:
+    """What ``gradient_report`` measured; prints as a table.
+
+    Attributes:
+        quality: by name of the parameter, then of the estimator.
+        cost: by name of the estimator; also of one draw of the surrogate gradient.
+        reference_cosine: by name of the parameter, the cosine that the mean of the reference calls has to its own
+            expectation, which no estimate can exceed; None where it is not resolved.
+        copies: K of the reference and of estimators given by name.
+        repeats: calls of each estimator.
+        reference: calls of the reference.
+        seed: of the noise.
+        device: where the network is.
+    """
+
+    quality: dict[str, dict[str, GradientQuality]]
+    cost: dict[str, Cost]
+    reference_cosine: dict[str, float | None]
+    copies: int
+    repeats: int
+    reference: int
+    seed: int
+    device: str
+
+    def table(self) -> str:
+        """The figures as aligned plain text, with a key."""
+        rows = [
+            (
+                parameter,
+                estimator,
+                _text(figures.cosine),
+                _text(self.reference_cosine[parameter]),
+                _text(figures.surrogate_cosine),
+                _text(figures.snr, ".3g"),
+                _text(figures.bias, ".2g"),
+                _text(figures.bias_floor, ".2g"),
+            )
+            for parameter, by_estimator in self.quality.items()
+            for estimator, figures in by_estimator.items()
+        ]
+        costs = [
+            (name, _text(cost.milliseconds, ".3g"), _text(cost.megabytes, ".3g")) for name, cost in self.cost.items()
+        ]
+        settings = (
+            f"{self.copies} copies, {self.repeats} calls of each estimator, {self.reference} calls of the reference "
+            f"(vanilla), seed {self.seed}, {self.device}"
+        )
+        tables = (_aligned(_HEADER, rows, left=2), _aligned(("estimator", "ms/call", "peak MB"), costs, left=1))
+        return "\n\n".join((settings, *tables, _NOTE))
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures and settings as plain dicts and numbers, ready for ``json.dump``."""
+        return asdict(self)
+
+    def plot(self) -> Figure:
+        """Bars of cosine, signal-to-noise and bias for each parameter; a tick marks the noise floor of the bias.
+
+        Returns:
+            A figure; ``figure.savefig(path)`` writes it.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("matplotlib is missing: pip install 'snntorch-lr[experiments]'") from error
+        parameters = list(self.quality)
+        estimators = list(self.quality[parameters[0]])
+        figure = Figure(figsize=(11, 1.5 + 0.3 * len(parameters) * (1 + len(estimators) / 2)), layout="constrained")
+        panels = figure.subplots(1, 3, sharey=True)
+        height = 0.8 / len(estimators)
+        for index, estimator in enumerate(estimators):
+            places = [place + (index + 0.5) * height - 0.4 for place in range(len(parameters))]
+            found = [self.quality[parameter][estimator] for parameter in parameters]
+            for axes, values in zip(
+                panels,
+                # A logarithmic axis has no place for what is not resolved.
+                ([q.cosine for q in found], [max(q.snr or 0, 0) or None for q in found], [q.bias for q in found]),
+                strict=True,
+            ):
+                axes.barh(places, [math.nan if value is None else value for value in values], height, label=estimator)
+            floors = [math.nan if q.bias_floor is None else q.bias_floor for q in found]
+            panels[2].scatter(floors, places, marker="|", color="black", label="" if index else "noise floor", zorder=3)
+        panels[0].set_yticks(range(len(parameters)), parameters)
+        panels[0].invert_yaxis()
+        panels[0].set(xlabel="cosine to the reference")
+        panels[1].set(xlabel="signal-to-noise of a call", xscale="log")
+        panels[2].set(xlabel="relative bias")
+        figure.legend(*panels[2].get_legend_handles_labels(), loc="outside lower center", ncols=len(estimators) + 1)
+        return figure
+
+
+def gradient_report(
+    net: nn.Module,
+    loss_fn: LossFn,
+    inputs: Any,
+    targets: Any,
+    estimators: Sequence[str | Estimator] | Mapping[str, str | Estimator] = ("vanilla", "approximate"),
+    copies: int = 16,
+    repeats: int = 16,
+    reference: int = 128,
+    seed: int = 0,
+) -> GradientReport:
+    """Measures gradients of a network on one batch: how far to trust an estimator, and what it costs.
+
+    1. ``reference`` calls of ``Vanilla`` give the reference gradient, and as many surrogate gradients of one noise draw
+       (ordinary ``loss.backward()``) their mean.
+    2. Each estimator is called once to warm up, once to measure memory, and ``repeats`` times, with noise that is
+       independent of the reference.
+    3. Each of those calls has a twin: ``Vanilla`` with the same noise. The difference of the two has less noise than
+       either where the estimators are alike, and resolves a smaller bias. The bias of ``Vanilla`` itself is measured
+       without the twin, and shows what is noise: it has none.
+
+    Example: ``print(gradient_report(net, loss_fn, images, labels))``
+
+    Only running sums of the gradients are kept. The network is left as it was found: gradients, modes, buffers and
+    torch's global random state; the states of its neurons are reset. Memory on a CPU is that of the whole process,
+    sampled each millisecond by a thread, and coarse: it misses what is allocated for less, and what the allocator had
+    kept from earlier. It needs psutil. On a CUDA device it is what torch's allocator counts.
+
+    Args:
+        net: the network; its noise must be on, as in training mode.
+        loss_fn: forward pass and loss, called as ``loss_fn(inputs, targets)``; returns one loss per sample.
+        inputs: one batch, passed on as it is.
+        targets: its targets.
+        estimators: names or estimators of this network, or a dict of them under names of your own. Leave the seed of an
+            estimator at None: with one of its own, its noise is not that of its twin.
+        copies: K of the reference and of the estimators given by name, at least 2.
+        repeats: calls of each estimator, at least 2.
+        reference: calls of the reference, at least 2. Its noise bounds every cosine: take many.
+        seed: of the noise.
+
+    Raises:
+        ValueError: if an argument is wrong, or the network or the losses would make a gradient wrong.
+    """
+    for name, value in (("copies", copies), ("repeats", repeats), ("reference", reference)):
+        if positive_integer(name, value) < 2:
+            raise ValueError(f"{name} must be at least 2, got {value}")
+    chosen = _named(estimators, net, copies)
+    vanilla = Vanilla(net, copies)
+    calls = _Calls(net, loss_fn, inputs, targets, seed)
+    with _untouched(net), torch.enable_grad():
+        expected = calls.moments(vanilla, reference)
+        surrogate = calls.surrogate(reference)
+        memory = {name: calls.peak_megabytes(estimator) for name, estimator in chosen.items()}
+        samples = {name: _Samples(list(calls.parameters)) for name in chosen}
+        for _ in range(repeats):
+            repeated = calls.next_seed()
+            twin, _ = calls.gradients(vanilla, repeated)
+            for name, estimator in chosen.items():
+                gradients, milliseconds = calls.gradients(estimator, repeated)
+                samples[name].add(gradients, twin, expected, milliseconds)
+    cost = {name: Cost(statistics.median(samples[name].times), memory[name]) for name in chosen}
+    if surrogate is not None:
+        cost[_SURROGATE] = surrogate.cost
+    return GradientReport(
+        quality={
+            parameter: {
+                name: _quality(
+                    samples[name],
+                    parameter,
+                    expected[parameter],
+                    None if surrogate is None else surrogate.moments[parameter],
+                    unbiased=type(chosen[name]) is Vanilla,
+                )
+                for name in chosen
+            }
+            for parameter in calls.parameters
+        },
+        cost=cost,
+        reference_cosine={name: moments.reliability for name, moments in expected.items()},
+        copies=int(copies),
+        repeats=int(repeats),
+        reference=int(reference),
+        seed=seed,
+        device=str(calls.device),
+    )
+
+
+class _Moments:
+    """Running mean and total variance of a tensor (Welford's algorithm)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.zeros(())
+        self._scatter = 0.0
+
+    def add(self, value: Tensor) -> None:
+        self.count += 1
+        before = value - self.mean
+        self.mean = self.mean + before / self.count
+        self._scatter += _dot(before, value - self.mean)
+
+    @property
+    def variance(self) -> float:
+        """Trace of the covariance of one value, unbiased."""
+        return self._scatter / (self.count - 1)
+
+    @property
+    def error(self) -> float:
+        """Expected squared distance of the mean to its expectation."""
+        return self.variance / self.count
+
+    @property
+    def reliability(self) -> float | None:
+        """Cosine that the mean has to its expectation; None where it is not resolved."""
+        square = _dot(self.mean, self.mean)
+        return math.sqrt((square - self.error) / square) if _resolved(square, self.error) else None
+
+
+class _Samples:
+    """Running sums of what the calls of one estimator gave."""
+
+    def __init__(self, parameters: Iterable[str]) -> None:
+        self.own = {name: _Moments() for name in parameters}
+        self.difference = {name: _Moments() for name in self.own}
+        self.cosines: dict[str, list[float]] = {name: [] for name in self.own}
+        self.times: list[float] = []
+
+    def add(
+        self,
+        gradients: Mapping[str, Tensor],
+        twin: Mapping[str, Tensor],
+        expected: Mapping[str, _Moments],
+        milliseconds: float,
+    ) -> None:
+        self.times.append(milliseconds)
+        for name, gradient in gradients.items():
+            self.own[name].add(gradient)
+            self.difference[name].add(gradient - twin[name])
+            mean = expected[name].mean
+            norms = math.sqrt(_dot(gradient, gradient) * _dot(mean, mean))
+            if norms > 0:
+                self.cosines[name].append(_dot(gradient, mean) / norms)
+
+
+@dataclass(frozen=True)
+class _Surrogate:
+    moments: dict[str, _Moments]
+    cost: Cost
+
+
+class _Calls:
+    """Calls of estimators on one batch, each with a seed."""
+
+    def __init__(self, net: nn.Module, loss_fn: LossFn, inputs: Any, targets: Any, seed: int) -> None:
+        self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError(f"{type(net).__name__} has no parameter that requires a gradient")
+        devices = [parameter.device for parameter in self.parameters.values()]
+        self.device = next((device for device in devices if device.type == "cuda"), devices[0])
+        self._data = (loss_fn, inputs, targets)
+        self._seeds = torch.Generator().manual_seed(seed)
+
+    def next_seed(self) -> int:
+        return int(torch.randint(2**62, (), generator=self._seeds))
+
+    def gradients(self, estimator: Estimator | None, seed: int) -> tuple[dict[str, Tensor], float]:
+        """Gradients by an estimator, None for the surrogate gradient, and the milliseconds that they took."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        torch.manual_seed(seed)
+        self._synchronize()
+        started = time.perf_counter()
+        if estimator is None:
+            loss_fn, inputs, targets = self._data
+            loss_fn(inputs, targets).mean().backward()  # type: ignore[no-untyped-call]
+        else:
+            estimator.backward(*self._data)
+        self._synchronize()
+        milliseconds = 1000 * (time.perf_counter() - started)
+        return {name: _gradient(parameter) for name, parameter in self.parameters.items()}, milliseconds
+
+    def moments(self, estimator: Estimator, count: int) -> dict[str, _Moments]:
+        """Moments of the gradients of independent calls."""
+        found = {name: _Moments() for name in self.parameters}
+        for _ in range(count):
+            for name, gradient in self.gradients(estimator, self.next_seed())[0].items():
+                found[name].add(gradient)
+        return found
+
+    def surrogate(self, count: int) -> _Surrogate | None:
+        """Moments and cost of the surrogate gradient; None, with a warning, if backpropagation fails."""
+        found = {name: _Moments() for name in self.parameters}
+        times = []
+        try:
+            megabytes = self.peak_megabytes(None)
+            for _ in range(count):
+                gradients, milliseconds = self.gradients(None, self.next_seed())
+                times.append(milliseconds)
+                for name, gradient in gradients.items():
+                    found[name].add(gradient)
+        except RuntimeError as error:
+            # Not enough memory for backpropagation through time is one of the reasons to be here.
+            warn(f"there is no surrogate gradient to compare with: {error}")
+            return None
+        return _Surrogate(found, Cost(statistics.median(times), megabytes))
+
+    def peak_megabytes(self, estimator: Estimator | None) -> float | None:
+        """Peak memory of one call above that before it, after a call that warms up."""
+        self.gradients(estimator, self.next_seed())
+        seed = self.next_seed()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            self.gradients(estimator, seed)
+            return (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
+        return _peak_resident(lambda: self.gradients(estimator, seed))
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _quality(
+    samples: _Samples, parameter: str, expected: _Moments, surrogate: _Moments | None, unbiased: bool
+) -> GradientQuality:
+    own, paired, cosines = samples.own[parameter], samples.difference[parameter], samples.cosines[parameter]
+    difference, error = own.mean - expected.mean, own.error + expected.error
+    if paired.error < error and not unbiased:
+        difference, error = paired.mean, paired.error
+    mean, mean_error = own.mean, own.error
+    # Not by the reference's own variance: of a few calls of a single number, the smaller variance is often chance.
+    if own.variance / expected.count + paired.error < own.error:
+        mean, mean_error = expected.mean + paired.mean, expected.error + paired.error
+    scale = _dot(expected.mean, expected.mean)
+    bias = floor = None
+    if _resolved(scale, expected.error):
+        scale -= expected.error
+        bias = math.sqrt(max(0.0, _dot(difference, difference) - error) / scale)
+        floor = math.sqrt(error / scale)
+    return GradientQuality(
+        cosine=statistics.fmean(cosines) if cosines else None,
+        surrogate_cosine=None if surrogate is None else _cosine(mean, mean_error, surrogate.mean, surrogate.error),
+        snr=(_dot(own.mean, own.mean) - own.error) / own.variance if own.variance > 0 else None,
+        bias=bias,
+        bias_floor=floor,
+    )
+
+
+def _cosine(first: Tensor, first_error: float, second: Tensor, second_error: float) -> float | None:
+    """Cosine between the expectations of two independent means, from the means and their squared errors."""
+    squares = _dot(first, first), _dot(second, second)
+    if not (_resolved(squares[0], first_error) and _resolved(squares[1], second_error)):
+        return None
+    cosine = _dot(first, second) / math.sqrt((squares[0] - first_error) * (squares[1] - second_error))
+    return max(-1.0, min(1.0, cosine))
+
+
+def _resolved(square: float, error: float) -> bool:
+    """Whether the norm of a mean is more than two standard errors."""
+    return square > 4 * error
+
+
+def _dot(first: Tensor, second: Tensor) -> float:
+    return float((first * second).sum())
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    # Sums of squares of half-precision gradients would overflow.
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    gradient = parameter.grad
+    return torch.zeros_like(parameter, dtype=dtype) if gradient is None else gradient.detach().to(dtype)
+
+
+def _named(
+    estimators: Sequence[str | Estimator] | Mapping[str, str | Estimator], net: nn.Module, copies: int
+) -> dict[str, Estimator]:
+    """The estimators to measure, by name."""
+    if isinstance(estimators, (str, Estimator)):
+        estimators = [estimators]
+    if isinstance(estimators, Mapping):
+        pairs = list(estimators.items())
+    else:
+        pairs = [(item if isinstance(item, str) else type(item).__name__.lower(), item) for item in estimators]
+    if not pairs:
+        raise ValueError("there is no estimator to measure")
+    found: dict[str, Estimator] = {}
+    for name, item in pairs:
+        if name in found:
+            raise ValueError(f"two estimators are called {name!r}: give a dict with names of your own")
+        if isinstance(item, str):
+            if item not in ESTIMATORS:
+                raise ValueError(f"unknown estimator {item!r}; choose one of {', '.join(ESTIMATORS)}")
+            item = ESTIMATORS[item](net, copies=copies)
+        elif item.net is not net:
+            raise ValueError(f"the estimator {name!r} was made for another network")
+        found[name] = item
+    return found
+
+
+@contextmanager
+def _untouched(net: nn.Module) -> Iterator[None]:
+    """Puts back gradients, modes, buffers and the random state; resets the states of the neurons."""
+    random = RandomState.capture()
+    gradients = [(parameter, parameter.grad) for parameter in net.parameters()]
+    modes = [(module, module.training) for module in net.modules()]
+    neurons = {neuron for _, neuron in spiking_neurons(net)}
+    # Neurons hold their states as buffers.
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in net.modules()
+        if module not in neurons
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        reset(net)
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer.copy_(value)
+        for module, training in modes:
+            module.training = training
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        random.restore()
+
+
+def _peak_resident(call: Callable[[], object]) -> float | None:
+    """Peak resident memory of the process during a call, in megabytes above its start; None without psutil."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    process, done = psutil.Process(), threading.Event()
+    # Freed memory that glibc keeps is resident, and a call that uses it again would seem to need none.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if psutil.LINUX else None
+    if trim is not None:
+        trim(0)
+    start = peak = process.memory_info().rss
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, process.memory_info().rss)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        call()
+        peak = max(peak, process.memory_info().rss)
+    finally:
+        done.set()
+        thread.join()
+    return float(peak - start) / 1e6
+
+
+def _text(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """Columns of text, the first ``left`` of them flush left."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)

@@ -1,0 +1,144 @@
+"""Gradients of one of the networks of the experiments, fresh or trained, measured on one batch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..convert import add_noise
+from ..diagnostics import GradientReport, gradient_report
+from ..network import noisy_neurons
+from ..noise import KINDS
+from . import data, files, models
+from .reproduce import arguments, check_names, machine, versions
+from .train import Recipe, make_network
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of the command ``snntorch-lr diagnose``.
+
+    Attributes:
+        dataset: ``"digits"``, ``"mnist"`` or ``"fashion-mnist"``; None for that of the checkpoint, or digits.
+        model: ``"mlp"`` or ``"conv"``; None for that of the checkpoint, or mlp.
+        checkpoint: a checkpoint of ``reproduce``; None for a fresh network.
+        noise: ``"membrane"`` or ``"escape"``, at the noise levels of the checkpoint.
+        copies: noise copies of each sample.
+        batch: training images, drawn by the seed.
+        repeats: calls of each estimator.
+        reference: calls of the reference.
+        seed: of a fresh network, the batch and the noise.
+    """
+
+    dataset: str | None = None
+    model: str | None = None
+    checkpoint: Path | None = None
+    noise: str = "membrane"
+    copies: int = 16
+    batch: int = 64
+    repeats: int = 16
+    reference: int = 128
+    seed: int = 0
+
+
+def diagnose(
+    settings: Settings, out: Path, data_root: Path | None = None, device: torch.device | None = None
+) -> GradientReport:
+    """Measures the gradients, and writes ``gradients.json``, ``gradients.md`` and ``gradients.png``.
+
+    Args:
+        settings: what to measure.
+        out: directory for the files.
+        data_root: torchvision root.
+        device: where to compute; the CPU by default.
+
+    Raises:
+        ValueError: if a setting is wrong, or the checkpoint is not one.
+        DataError: if the data cannot be had.
+    """
+    if settings.noise not in KINDS:
+        raise ValueError(f"unknown noise {settings.noise!r}; choose one of {', '.join(KINDS)}")
+    if settings.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {settings.batch}")
+    device = torch.device("cpu") if device is None else device
+    recipe, trained = _trained(settings) if settings.checkpoint else (_fresh(settings), None)
+    images = data.load(recipe.dataset, data_root)
+    net = make_network(recipe, images.shape) if trained is None else trained
+    _set_noise(net, settings.noise, recipe.sigma)
+    net.to(device)
+    order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(settings.seed))
+    rows = order[: settings.batch]
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(net(x), y, reduction="none")
+
+    report = gradient_report(
+        net, loss_fn, images.train[rows].to(device), images.train_labels[rows].to(device),
+        copies=settings.copies, repeats=settings.repeats, reference=settings.reference, seed=settings.seed,
+    )  # fmt: skip
+    results = {
+        "command": f"snntorch-lr diagnose {arguments(asdict(settings))}",
+        "versions": versions("snntorch-lr", "snntorch", "torch"),
+        "machine": machine(device),
+        "settings": asdict(settings) | {"checkpoint": settings.checkpoint and str(settings.checkpoint)},
+        "recipe": asdict(recipe),
+        "report": report.to_json(),
+    }
+    files.write_json(out / "gradients.json", results)
+    files.write_text(out / "gradients.md", _markdown(results, report))
+    files.save_figure(out / "gradients.png", lambda path: report.plot().savefig(path, dpi=150))
+    return report
+
+
+def _fresh(settings: Settings) -> Recipe:
+    recipe = Recipe(
+        "likelihood ratio", settings.dataset or "digits", settings.model or "mlp", 0, settings.copies, settings.seed
+    )
+    check_names(recipe.dataset, recipe.model)
+    return recipe
+
+
+def _trained(settings: Settings) -> tuple[Recipe, models.SpikingClassifier]:
+    """Recipe and network of the checkpoint."""
+    assert settings.checkpoint is not None
+    state = files.load_checkpoint(settings.checkpoint)
+    try:
+        recipe = Recipe(**state["recipe"])
+        net = make_network(recipe, tuple(state["shape"]))
+        net.load_state_dict(state["net"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{settings.checkpoint} is not a checkpoint of reproduce ({type(error).__name__})") from error
+    for name, given, found in (
+        ("dataset", settings.dataset, recipe.dataset),
+        ("model", settings.model, recipe.model),
+    ):
+        if given not in (None, found):
+            raise ValueError(f"{settings.checkpoint} has {name} {found}, not {given}; leave out --{name}")
+    return recipe, net
+
+
+def _set_noise(net: models.SpikingClassifier, noise: str, sigma: float) -> None:
+    """Gives the hidden neurons noise of a kind, at the level of the noise that they have, or else ``sigma``."""
+    add_noise(net, sigma=sigma, only=net.hidden)
+    for neuron in noisy_neurons(net).values():
+        if not isinstance(neuron.noise, KINDS[noise]) and neuron.noise is not None:
+            neuron.noise = KINDS[noise](neuron.noise.sigma)
+    net.train()
+
+
+def _markdown(results: dict[str, Any], report: GradientReport) -> str:
+    recipe, settings = results["recipe"], results["settings"]
+    trained = (
+        f"after {recipe['epochs']} epochs by {recipe['method']}" if settings["checkpoint"] else "at initialisation"
+    )
+    listed = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"# Gradients: {recipe['dataset']}, {recipe['model']}, {settings['noise']} noise, {trained}\n\n"
+        f"{settings['batch']} training images.\n\n```text\n{report}\n```\n\n"
+        f"Command: `{results['command']}`\n\nVersions: {listed}. Machine: {results['machine']}.\n"
+    )
