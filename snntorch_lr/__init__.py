@@ -4,6 +4,7 @@ from .approximate import Approximate
 from .convert import add_noise, noise_off, noise_on, remove_noise, reset
 from .defects import UNSUPPORTED
 from .estimators import Vanilla
+from .export import export_to_nir
 from .neurons import (
     SLSTM,
     Alpha,
@@ -35,6 +36,7 @@ __all__ = [
     "add_noise",
     "attach",
     "closure",
+    "export_to_nir",
     "noise_off",
     "noise_on",
     "remove_noise",
