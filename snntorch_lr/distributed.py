@@ -44,7 +44,8 @@ def share(estimator: E, split: str = "copies", group: ProcessGroup | None = None
 
     ``DistributedDataParallel`` need not be used, and must not: it averages gradients in its own backward pass, of which
     an estimator may run several, or none that reaches the whole network. Give the estimator, and call in ``loss_fn``,
-    the network itself. Parameters of other networks that ``loss_fn`` trains are not put together here.
+    the network itself. Parameters of other networks that ``loss_fn`` trains are not put together here, and running
+    statistics of BatchNorm are each rank's own.
 
     Args:
         estimator: ``Vanilla`` or ``Approximate``, made with the same arguments on every rank.

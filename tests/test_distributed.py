@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import snntorch_lr as slr
 from snntorch_lr.distributed import RankError, share
 from snntorch_lr.division import Undivided
+from snntorch_lr.network import parameters
 from snntorch_lr.stream import mix
 
 from .helpers import BATCH, Net, assert_same, data, gradients
@@ -272,6 +273,13 @@ def test_refuses_on_every_rank(pair: Pair, what: str, message: str) -> None:
         assert error is not None
         with pytest.raises(ValueError, match=message):
             raise {"ValueError": ValueError}[error[0]](error[1])
+
+
+def test_neurons_in_plain_lists_have_their_gradients_summed_too() -> None:
+    net: Any = nn.Linear(3, 3)
+    net.neurons = [slr.Leaky(0.9, noise=True, learn_beta=True)]
+    lif = net.neurons[0]
+    assert {id(p) for p in parameters(net)} == {id(p) for p in (*net.parameters(), lif.beta, lif.noise.log_sigma)}
 
 
 def test_needs_a_process_group() -> None:

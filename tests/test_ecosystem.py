@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -167,6 +168,12 @@ def test_nir_export_without_noise_does_not_warn_of_it() -> None:
         warnings.simplefilter("always")
         slr.export_to_nir(plain(), data()[0][:1, 0], ignore_dims=[0])
     assert not [warning for warning in caught if "noise" in str(warning.message)]
+
+
+def test_nir_export_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "snntorch.export_nir", None)
+    with pytest.raises(ImportError, match="pip install nir nirtorch"):
+        slr.export_to_nir(plain(slr, noise=True), data()[0][:1, 0])
 
 
 @pytest.mark.parametrize(
