@@ -43,6 +43,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
 
     noise: Noise | None
     state_names: tuple[str, ...] = ("mem",)
+    transient = ("_recording",)
     _recording: Recording | None = None
     _last_spikes: Tensor | None = None
     _fired: tuple[Tensor, Tensor] | None = None
@@ -244,8 +245,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         return mem - self.threshold if self.threshold.requires_grad else mem
 
     def _noisy_state_function(self, input_: Tensor) -> Any:
-        recording = self.sampling_for
-        if recording is not None:
+        if (recording := self.sampling_for) is not None:
             recording.begin_step(self, input_)
         states = self._snn_state_function(input_)
         if isinstance(states, tuple):

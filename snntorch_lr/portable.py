@@ -13,12 +13,17 @@ from torch import Tensor
 
 
 class Portable:
-    """Mixin for modules: pickles snnTorch's surrogate gradients by name and arguments, and states without a graph."""
+    """Mixin for modules: pickles snnTorch's surrogate gradients by name and arguments, and states without a graph.
 
+    Attributes:
+        transient: attributes that a context sets for a while; copies have those of the class instead.
+    """
+
+    transient: tuple[str, ...] = ()
     _buffers: dict[str, Tensor | None]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: _without_graph(value) for name, value in vars(self).items()}
+        state = {name: _without_graph(value) for name, value in vars(self).items() if name not in self.transient}
         state["_buffers"] = {name: _without_graph(value) for name, value in self._buffers.items()}
         for name, value in state.items():
             if isinstance(value, FunctionType) and "<locals>" in value.__qualname__:

@@ -123,6 +123,29 @@ def test_converted_networks_are_copied_after_a_reset() -> None:
     assert_same(dict(copied.state_dict()), dict(net.state_dict()))
 
 
+@pytest.mark.parametrize("copier", COPIERS)
+def test_copies_leave_the_contexts_that_they_were_made_in(copier: str) -> None:
+    net = Net()
+    copies = []
+    with slr.noise_off(net):
+        copies.append(COPIERS[copier](net))
+    with slr.noise_on(net, torch.Generator()):
+        copies.append(COPIERS[copier](net))
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        losses = net.loss(x, y)
+        copies.append(COPIERS[copier](net))
+        return losses
+
+    expected = estimate(net, loss_fn=loss_fn)
+    for copied in copies:
+        assert copied.lif1.noise.active
+        assert not copied.eval().lif1.noise.active
+        copied.train()
+        assert copied(data()[0]).shape == (5, 2)
+        assert_same(estimate(copied), expected)
+
+
 def own_surrogate(scale: float) -> Callable[[Tensor], Tensor]:
     def inner(x: Tensor) -> Tensor:
         return scale * (x > 0).float()
