@@ -5,6 +5,7 @@ from .convert import add_noise, noise_off, noise_on, remove_noise, reset
 from .defects import UNSUPPORTED
 from .diagnostics import GradientReport, gradient_report
 from .estimators import Vanilla
+from .export import export_to_nir
 from .neurons import (
     SLSTM,
     Alpha,
@@ -37,6 +38,7 @@ __all__ = [
     "add_noise",
     "attach",
     "closure",
+    "export_to_nir",
     "gradient_report",
     "noise_off",
     "noise_on",

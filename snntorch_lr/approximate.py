@@ -74,13 +74,15 @@ class Approximate(Estimator):
     def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
         if not self._inspected:
             self._inspect(neurons, loss_fn, inputs, targets)
-        stream, others = self._stream(self._next_seed()), self._others(neurons)
+        first, last = self.division.own_copies(self.copies)
+        stream, others = self._stream(self._next_seed(), first, last), self._others(neurons)
         before = RandomState.capture()
         sampling = Summing(neurons, stream, batch_size(targets), others)
         with sampling.spikes:
             losses = self._run(sampling, loss_fn, inputs, targets, grad=True)
         _check_calls(sampling.sums, neurons)
-        weights = self._weights(losses.view(self.copies, -1)).reshape(-1)
+        everyone, own = self._compare(losses)
+        weights = own.reshape(-1)
 
         currents: Mapping[NoisyNeuron, Tensor] = {}
         if any(sums.internal for sums in sampling.sums.values()):
@@ -98,15 +100,15 @@ class Approximate(Estimator):
         tensors, gradients = [], []
         if losses.requires_grad:
             tensors.append(losses)
-            gradients.append(torch.full_like(losses, 1 / losses.numel()))
+            gradients.append(torch.full_like(losses, 1 / everyone.numel()))
         for neuron, sums in sampling.sums.items():
-            for tensor, gradient in roots(neuron, sums, currents.get(neuron), weights, self.copies):
+            for tensor, gradient in roots(neuron, sums, currents.get(neuron), weights, last - first):
                 if tensor.requires_grad:
                     tensors.append(tensor)
                     gradients.append(gradient)
         if tensors:
             torch.autograd.backward(tensors, gradients)
-        return losses.detach().mean()
+        return everyone.mean()
 
 
 def _check_calls(sums: Mapping[NoisyNeuron, Sums], neurons: Mapping[str, NoisyNeuron]) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .baselines import BASELINES, Baseline
-from .network import spiking_neurons
+from .division import Undivided
+from .network import parameters, spiking_neurons
 from .neurons import NoisyNeuron
 from .recording import Recording, Replaying, Storing
 from .repeatable import RandomState, Statistics
@@ -63,6 +64,7 @@ class Estimator(ABC):
         self.baseline: Baseline = BASELINES[baseline] if isinstance(baseline, str) else baseline
         self.antithetic = antithetic
         self.seed = seed
+        self.division = Undivided()
         self._seeds = torch.Generator() if seed is not None else None
         if self._seeds is not None and seed is not None:
             self._seeds.manual_seed(seed)
@@ -86,26 +88,30 @@ class Estimator(ABC):
         Raises:
             ValueError: if the network or the losses would make the gradient wrong. ``.grad`` is untouched then.
         """
-        neurons = check_network(self.net)
-        if not self._inspected:
-            check_parameters(self.net)
-        self._warned |= warn_about_batch_norm(self.net, self._warned)
-        loss = self._estimate(neurons, loss_fn, inputs, targets)
-        self._inspected = True
-        return loss
+
+        def own_part() -> Tensor:
+            neurons = check_network(self.net)
+            if not self._inspected:
+                check_parameters(self.net)
+            self._warned |= warn_about_batch_norm(self.net, self._warned)
+            loss = self._estimate(neurons, loss_fn, inputs, targets)
+            self._inspected = True
+            return loss
+
+        return self.division.run(parameters(self.net), own_part)
 
     @abstractmethod
     def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
         """The gradient, added into ``.grad``; returns the mean loss."""
 
-    def _stream(self, seed: int, first: int = 0, last: int | None = None) -> NoiseStream:
-        return NoiseStream(seed, self.copies, first, self.copies if last is None else last, self.antithetic)
+    def _stream(self, seed: int, first: int, last: int) -> NoiseStream:
+        return NoiseStream(seed, self.copies, first, last, self.antithetic)
 
     def _others(self, neurons: Mapping[str, NoisyNeuron]) -> list[nn.Module]:
         return [neuron for name, neuron in spiking_neurons(self.net) if name not in neurons]
 
     def _next_seed(self) -> int:
-        return int(torch.randint(2**62, (), generator=self._seeds))
+        return self.division.seed(int(torch.randint(2**62, (), generator=self._seeds)))
 
     def _run(self, recording: Recording, loss_fn: LossFn, inputs: Any, targets: Any, *, grad: bool) -> Tensor:
         """Losses of the copies of a recording, ``[copies * batch]``."""
@@ -142,9 +148,16 @@ class Estimator(ABC):
             statistics.restore()
             random.restore()
 
-    def _weights(self, losses: Tensor) -> Tensor:
-        """Weights of the scores, ``[copies, batch]``, from losses of the same shape."""
-        return self.baseline(losses.detach(), self.antithetic) / losses.numel()
+    def _compare(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses of all copies, ``[copies, batch]``, and weights of the scores of the copies that were run here.
+
+        Args:
+            losses: of the copies that were run here, in any shape.
+        """
+        first, last = self.division.own_copies(self.copies)
+        everyone = self.division.gather(losses.detach().view(last - first, -1))
+        weights = self.baseline(everyone, self.antithetic) / everyone.numel()
+        return everyone, weights[first:last]
 
 
 class Vanilla(Estimator):
@@ -199,12 +212,15 @@ class Vanilla(Estimator):
 
     def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
         seed = self._next_seed()
-        if self.memory == "store" and self.chunk == self.copies:
-            recording = Storing(neurons, self._stream(seed), batch_size(targets), self._others(neurons))
+        first, last = self.division.own_copies(self.copies)
+        if self.memory == "store" and self.chunk >= last - first:
+            stream = self._stream(seed, first, last)
+            recording = Storing(neurons, stream, batch_size(targets), self._others(neurons))
             losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
-            recording.weights.given = self._weights(losses.view(self.copies, -1)).reshape(-1)
-            _push(losses, losses.numel(), recording)
-            return losses.detach().mean()
+            everyone, weights = self._compare(losses)
+            recording.weights.given = weights.reshape(-1)
+            _push(losses, everyone.numel(), recording)
+            return everyone.mean()
         if not self._inspected:
             self._inspect(neurons, loss_fn, inputs, targets)
         return self._run_twice(seed, neurons, loss_fn, inputs, targets)
@@ -213,7 +229,8 @@ class Vanilla(Estimator):
         self, seed: int, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any
     ) -> Tensor:
         """Losses first, then the same passes again with the advantages known."""
-        chunks = [(first, min(first + self.chunk, self.copies)) for first in range(0, self.copies, self.chunk)]
+        start, end = self.division.own_copies(self.copies)
+        chunks = [(first, min(first + self.chunk, end)) for first in range(start, end, self.chunk)]
         before = RandomState.capture()
         parts, batch = [], batch_size(targets)
         statistics = None
@@ -225,11 +242,10 @@ class Vanilla(Estimator):
             parts.append(losses.view(last - first, -1))
             statistics = statistics or Statistics(self.net)
         after = RandomState.capture()
-        all_losses = torch.cat(parts)
-        weights = self._weights(all_losses)
+        everyone, weights = self._compare(torch.cat(parts))
         for first, last in chunks:
             before.restore()
-            stream, share = self._stream(seed, first, last), weights[first:last].reshape(-1)
+            stream, share = self._stream(seed, first, last), weights[first - start : last - start].reshape(-1)
             again: Storing
             if self.memory == "replay":
                 again = Replaying(neurons, stream, batch, share, self._others(neurons))
@@ -238,11 +254,11 @@ class Vanilla(Estimator):
                 again.weights.given = share
             with again.spikes:
                 losses = self._run(again, loss_fn, inputs, targets, grad=True)
-            _push(losses, all_losses.numel(), again)
+            _push(losses, everyone.numel(), again)
         after.restore()
         if statistics is not None:
             statistics.restore()
-        return all_losses.mean()
+        return everyone.mean()
 
 
 def positive_integer(name: str, value: Any) -> int:

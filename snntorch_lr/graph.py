@@ -1,9 +1,10 @@
-"""Questions about autograd graphs."""
+"""Questions about tensors and their autograd graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -25,3 +26,12 @@ def leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The parameters (leaf tensors) that a backward pass from the tensors would reach."""
     found = [node.variable for node in ancestors(tensors) if hasattr(node, "variable")]
     return found
+
+
+def same_numbers(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are one, or one is the other detached or copied."""
+    if first is second:
+        return True
+    if first.shape != second.shape or first.device != second.device:
+        return False
+    return first.data_ptr() == second.data_ptr() or torch.equal(first, second)

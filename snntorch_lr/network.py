@@ -52,6 +52,12 @@ def noisy_neurons(net: nn.Module) -> dict[str, NoisyNeuron]:
     }
 
 
+def parameters(net: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a network and of its neurons, each once, also of neurons in plain lists and dicts."""
+    modules = (net, *(neuron for _, neuron in spiking_neurons(net)))
+    return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
+
+
 def reset_state(neuron: nn.Module) -> None:
     """Zeroes the state of one snnTorch neuron and cuts it from the graph of the last forward pass."""
     reset_mem = getattr(neuron, "reset_mem", None)

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .defects import ALPHA_DEFECT, UNSUPPORTED, check_defects
+from .graph import same_numbers
 from .noise import EscapeNoise, MembraneNoise, Noise, make_noise
+from .portable import Portable
 from .warn import warn
 
 if TYPE_CHECKING:
     from .recording import Recording
 
 
-class NoisyNeuron(snn.SpikingNeuron):
+class NoisyNeuron(Portable, snn.SpikingNeuron):
     """Mixin in front of a snnTorch neuron class: adds ``noise=``, and changes nothing when it is False.
 
     Outside an estimator the noise is reparameterised, u = μ + σ ε with the graph kept, so that ``loss.backward()`` is
@@ -41,6 +43,7 @@ class NoisyNeuron(snn.SpikingNeuron):
 
     noise: Noise | None
     state_names: tuple[str, ...] = ("mem",)
+    transient = ("_recording",)
     _recording: Recording | None = None
     _last_spikes: Tensor | None = None
     _fired: tuple[Tensor, Tensor] | None = None
@@ -73,6 +76,11 @@ class NoisyNeuron(snn.SpikingNeuron):
         """One time step with snnTorch's arguments, shapes and return values."""
         if self.noise is None:
             return super().forward(input_, *states, **named_states)
+        step = NoisyNeuron.step if self._recording is None else self._recording.step
+        return step(self, input_, *states, **named_states)
+
+    def step(self, input_: Tensor, *states: Any, **named_states: Any) -> Any:
+        """One time step with noise; a recording runs it outside compiled code."""
         recording = self.sampling_for
         if recording is not None:
             input_ = recording.receive(self, input_)
@@ -148,7 +156,7 @@ class NoisyNeuron(snn.SpikingNeuron):
         """Reset signal: the spike of the last step."""
         if isinstance(self.noise, EscapeNoise) and self._fired is not None:
             fired_mem, spikes = self._fired
-            if _same(mem, fired_mem):
+            if same_numbers(mem, fired_mem):
                 return spikes.clone()
         reset = super().mem_reset(mem)
         return reset if self.noise is None else reset.to(mem.dtype)
@@ -181,10 +189,7 @@ class NoisyNeuron(snn.SpikingNeuron):
         found: dict[str, tuple[nn.Module, nn.Parameter]] = {}
         if self.is_elementwise:
             inner: Any = getattr(self, "recurrent", self)
-            places: tuple[tuple[nn.Module, str], ...] = (
-                (self, "alpha"), (self, "beta"), (self, "threshold"), (inner, "V")
-            )  # fmt: skip
-            for module, name in places:
+            for module, name in (self, "alpha"), (self, "beta"), (self, "threshold"), (inner, "V"):
                 value = getattr(module, name, None)
                 if isinstance(value, nn.Parameter) and value.requires_grad:
                     found[name] = (module, value)
@@ -240,8 +245,7 @@ class NoisyNeuron(snn.SpikingNeuron):
         return mem - self.threshold if self.threshold.requires_grad else mem
 
     def _noisy_state_function(self, input_: Tensor) -> Any:
-        recording = self.sampling_for
-        if recording is not None:
+        if (recording := self.sampling_for) is not None:
             recording.begin_step(self, input_)
         states = self._snn_state_function(input_)
         if isinstance(states, tuple):
@@ -393,12 +397,3 @@ def to_plain(neuron: nn.Module) -> None:
             neuron.__dict__["state_function"] = function
             return
     vars(neuron)["noise"] = None
-
-
-def _same(mem: Tensor, fired: Tensor) -> bool:
-    """Whether a membrane potential given by hand is the one that the neuron returned, also detached or copied."""
-    if mem is fired:
-        return True
-    if mem.shape != fired.shape or mem.device != fired.device:
-        return False
-    return mem.data_ptr() == fired.data_ptr() or torch.equal(mem, fired)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .portable import Portable
+
 Filler = Callable[[Tensor, "torch.Generator | None"], Tensor]
 
 
@@ -47,7 +49,7 @@ DISTRIBUTIONS = {
 }
 
 
-class Noise(nn.Module):
+class Noise(Portable, nn.Module):
     """What membrane and escape noise share: a learnable level, and when it is drawn.
 
     Args:
@@ -62,7 +64,11 @@ class Noise(nn.Module):
     """
 
     offered: tuple[str, ...] = ()
+    transient = ("forced", "generator")
     log_sigma: Tensor
+    # Set for a while by noise_on / noise_off; never saved.
+    forced: bool | None = None
+    generator: torch.Generator | None = None
 
     def __init__(
         self,
@@ -85,9 +91,6 @@ class Noise(nn.Module):
             self.register_buffer("log_sigma", level.log())
         self.distribution = distribution
         self.at_eval = at_eval
-        # Set for a while by noise_on / noise_off; never saved.
-        self.forced: bool | None = None
-        self.generator: torch.Generator | None = None
 
     @property
     def sigma(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -32,6 +33,7 @@ class Recording:
     Attributes:
         keeps_graph: whether the neuron's own computations are to carry a graph.
         grad: whether the forward pass runs with gradients.
+        step: a neuron's time step; compiled code leaves its graph there, which could not follow scores being filed.
     """
 
     keeps_graph = True
@@ -46,6 +48,7 @@ class Recording:
         self.neurons = neurons
         self.others = others
         self.grad = True
+        self.step = NoisyNeuron.step
         self._handles: list[RemovableHandle] = []
         self.stream = stream
         self.copies = stream.last - stream.first
@@ -56,6 +59,9 @@ class Recording:
 
     def __enter__(self) -> Recording:
         self.grad = torch.is_grad_enabled()
+        # Where nothing was compiled, the compiler is not worth being imported: it takes seconds and much memory.
+        if "torch._dynamo" in sys.modules:
+            self.step = torch.compiler.disable(NoisyNeuron.step)  # type: ignore[no-untyped-call]
         for neuron in self.neurons.values():
             neuron._recording = self
         for other in self.others:

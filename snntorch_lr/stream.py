@@ -71,10 +71,10 @@ class NoiseStream:
     def _generator(self, device: torch.device, index: int, block: int) -> torch.Generator:
         if device not in self._generators:
             self._generators[device] = torch.Generator(device)
-        return self._generators[device].manual_seed(_mix(self.seed, index, block))
+        return self._generators[device].manual_seed(mix(self.seed, index, block))
 
 
-def _mix(*values: int) -> int:
+def mix(*values: int) -> int:
     """A seed from several numbers (the finaliser of SplitMix64, Steele et al. 2014, applied to each in turn)."""
     state = 0
     for value in values:
