@@ -3,7 +3,7 @@
 from .approximate import Approximate
 from .convert import add_noise, noise_off, noise_on, remove_noise, reset
 from .defects import UNSUPPORTED
-from .diagnostics import GradientReport, gradient_report
+from .diagnostics import gradient_report
 from .estimators import Vanilla
 from .export import export_to_nir
 from .neurons import (
@@ -18,6 +18,7 @@ from .neurons import (
 )
 from .noise import EscapeNoise, MembraneNoise
 from .optim import attach, closure
+from .quality import GradientReport
 
 __version__ = "0.1.0.dev0"
 

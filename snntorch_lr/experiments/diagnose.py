@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..convert import add_noise
-from ..diagnostics import GradientReport, gradient_report
+from ..diagnostics import gradient_report
 from ..network import noisy_neurons
 from ..noise import KINDS
+from ..quality import GradientReport
 from . import data, files, models
 from .reproduce import arguments, check_names, machine, versions
 from .train import Recipe, make_network
