@@ -90,8 +90,9 @@ def _torchvision(name: str, root: Path) -> Images:
     try:
         parts = [_read(kind, root, train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].rstrip(":")
         raise DataError(
-            f"{name} is not under {root} and could not be downloaded ({error}). Connect to the internet, or give the "
+            f"{name} is not under {root} and could not be downloaded ({reason}). Connect to the internet, or give the "
             f"folder that holds {kind.__name__}/raw with --data-root"
         ) from error
 

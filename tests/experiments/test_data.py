@@ -27,10 +27,10 @@ def test_missing_data_without_network_say_what_to_do(tmp_path: Path, monkeypatch
     from torchvision import datasets
 
     def no_network(self: object) -> None:
-        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nTried http://example.org, got:\nnothing\n")
 
     monkeypatch.setattr(datasets.MNIST, "download", no_network)
-    with pytest.raises(data.DataError, match=r"(?s)mnist is not under .*MNIST/raw with --data-root"):
+    with pytest.raises(data.DataError, match=r"^mnist is not under .*idx3-ubyte.gz\)\. .*MNIST/raw with --data-root$"):
         data.load("mnist", tmp_path)
 
 
