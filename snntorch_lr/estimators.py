@@ -243,21 +243,23 @@ class Vanilla(Estimator):
             statistics = statistics or Statistics(self.net)
         after = RandomState.capture()
         everyone, weights = self._compare(torch.cat(parts))
-        for first, last in chunks:
-            before.restore()
-            stream, share = self._stream(seed, first, last), weights[first - start : last - start].reshape(-1)
-            again: Storing
-            if self.memory == "replay":
-                again = Replaying(neurons, stream, batch, share, self._others(neurons))
-            else:
-                again = Storing(neurons, stream, batch, self._others(neurons))
-                again.weights.given = share
-            with again.spikes:
-                losses = self._run(again, loss_fn, inputs, targets, grad=True)
-            _push(losses, everyone.numel(), again)
-        after.restore()
-        if statistics is not None:
-            statistics.restore()
+        try:
+            for first, last in chunks:
+                before.restore()
+                stream, share = self._stream(seed, first, last), weights[first - start : last - start].reshape(-1)
+                again: Storing
+                if self.memory == "replay":
+                    again = Replaying(neurons, stream, batch, share, self._others(neurons))
+                else:
+                    again = Storing(neurons, stream, batch, self._others(neurons))
+                    again.weights.given = share
+                with again.spikes:
+                    losses = self._run(again, loss_fn, inputs, targets, grad=True)
+                _push(losses, everyone.numel(), again)
+        finally:
+            after.restore()
+            if statistics is not None:
+                statistics.restore()
         return everyone.mean()
 
 

@@ -138,3 +138,25 @@ def test_a_call_leaves_nothing_alive(neuron: str, kind: str, options: dict[str, 
     finally:
         gc.enable()
     assert len(set(alive[1:])) == 1
+
+
+@pytest.mark.parametrize("mode", [{"memory": "replay"}, {"chunk": 3}], ids=str)
+def test_an_error_in_the_second_pass_leaves_the_random_state_of_the_first(mode: dict[str, Any]) -> None:
+    net = TwoLayers("Leaky", "subtract")
+    estimator = slr.Vanilla(net, 8, seed=1, **mode)
+    estimator.backward(net.loss, *data())
+
+    def fails_with_a_graph(x: Tensor, y: Tensor) -> Tensor:
+        torch.rand(3)
+        if torch.is_grad_enabled():
+            torch.rand(5)
+            raise RuntimeError
+        return net.loss(x, y)
+
+    torch.manual_seed(0)
+    torch.rand(3)
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError):
+        estimator.backward(fails_with_a_graph, *data())
+    assert torch.equal(torch.get_rng_state(), expected)
