@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from . import uniform
 from .portable import Portable
-
-Filler = Callable[[Tensor, "torch.Generator | None"], Tensor]
 
 
 @dataclass(frozen=True)
@@ -19,27 +18,25 @@ class Distribution:
     """A symmetric density f of standard noise ε (location 0, scale 1).
 
     Attributes:
-        fill: fills a tensor with ε in place, from a generator or the global one, and returns it.
+        shape: makes ε of uniform numbers u in (−1, 1), in place: the quantile function at (1 + u) / 2.
         location_score: −d log f(ε) / dε. The score of the mean is this over σ; because the family is a
             location-scale one, the score of log σ is ε · location_score(ε) − 1.
     """
 
-    fill: Filler
+    shape: Callable[[Tensor], Tensor]
     location_score: Callable[[Tensor], Tensor]
 
 
-def _gaussian(out: Tensor, generator: torch.Generator | None) -> Tensor:
-    return out.normal_(generator=generator)
+def _gaussian(u: Tensor) -> Tensor:
+    return u.erfinv_().mul_(math.sqrt(2))
 
 
-def _laplace(out: Tensor, generator: torch.Generator | None) -> Tensor:
-    out.exponential_(generator=generator)
-    return out.sub_(torch.empty_like(out).exponential_(generator=generator))
+def _laplace(u: Tensor) -> Tensor:
+    return torch.log1p(u.abs().neg_(), out=torch.empty_like(u)).neg_().copysign_(u)
 
 
-def _logistic(out: Tensor, generator: torch.Generator | None) -> Tensor:
-    out.exponential_(generator=generator)
-    return out.div_(torch.empty_like(out).exponential_(generator=generator)).log_()
+def _logistic(u: Tensor) -> Tensor:
+    return u.atanh_().mul_(2)
 
 
 DISTRIBUTIONS = {
@@ -104,8 +101,9 @@ class Noise(Portable, nn.Module):
 
     def sample(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Standard noise ε (scale 1) with the shape, dtype and device of ``like``."""
-        out = torch.empty_like(like, requires_grad=False)
-        return DISTRIBUTIONS[self.distribution].fill(out, self.generator if generator is None else generator)
+        out = torch.empty_like(like, dtype=uniform.resolved(like.dtype), requires_grad=False)
+        uniform.from_generator(out, self.generator if generator is None else generator)
+        return DISTRIBUTIONS[self.distribution].shape(out).to(like.dtype)
 
     def extra_repr(self) -> str:
         """Level (mean over neurons) and distribution, for ``print(net)``."""
@@ -137,9 +135,9 @@ class MembraneNoise(Noise):
 
     offered = ("gaussian", "laplace", "logistic")
 
-    def fill(self, out: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Fills a tensor with standard noise ε in place."""
-        return DISTRIBUTIONS[self.distribution].fill(out, generator)
+    def shape(self, u: Tensor) -> Tensor:
+        """Standard noise ε of uniform numbers in (−1, 1), in place."""
+        return DISTRIBUTIONS[self.distribution].shape(u)
 
     def location_score(self, epsilon: Tensor) -> Tensor:
         """Score of the mean times σ, from standard noise ε of any shape; the same shape."""
@@ -172,15 +170,13 @@ class EscapeNoise(Noise):
 
     offered = ("gaussian", "logistic")
 
-    def fill(self, out: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Fills a tensor with what ``fires`` decides by: symmetric around 0, so that its negation is antithetic."""
-        if self.distribution == "gaussian":
-            return out.normal_(generator=generator)
-        return out.uniform_(-0.5, 0.5, generator=generator)
+    def shape(self, u: Tensor) -> Tensor:
+        """What ``fires`` decides by, of uniform numbers in (−1, 1), in place; odd, so that −u is antithetic."""
+        return _gaussian(u) if self.distribution == "gaussian" else u
 
     def fires(self, z: Tensor, noise: Tensor) -> Tensor:
-        """Which neurons spike, given noise of ``fill``; Boolean, in the shape of z."""
-        return z + noise > 0 if self.distribution == "gaussian" else torch.sigmoid(z) > noise + 0.5
+        """Which neurons spike, given noise of ``shape``; Boolean, in the shape of z."""
+        return z + noise > 0 if self.distribution == "gaussian" else torch.tanh(z / 2) > noise
 
     def location_score(self, z: Tensor, spikes: Tensor) -> Tensor:
         """Derivative of the log-probability of the spikes with respect to z; finite for any finite z."""

@@ -161,7 +161,7 @@ class Recording:
         """Samples mean + σ ε without a graph, and files the draw."""
         index = self._next()
         constant = mean.detach()
-        epsilon = self.stream.draw(index, constant, noise.fill)
+        epsilon = self.stream.draw(index, constant, noise.shape)
         self.file_membrane(neuron, noise, mean, epsilon, index)
         return torch.addcmul(constant, noise.sigma.detach().to(constant.dtype), epsilon)
 
@@ -169,7 +169,7 @@ class Recording:
         """Samples spikes given the distance to the threshold, without a graph, and files the draw."""
         index = self._next()
         z = margin.detach() / noise.sigma.detach().to(margin.dtype)
-        spikes = noise.fires(z, self.stream.draw(index, z, noise.fill)).to(z.dtype)
+        spikes = noise.fires(z, self.stream.draw(index, z, noise.shape)).to(z.dtype)
         self.file_escape(neuron, noise, margin, z, spikes)
         return spikes
 
@@ -239,7 +239,7 @@ class Storing(Recording):
 
             def scores() -> tuple[Tensor, Tensor]:
                 like = torch.empty(shape, dtype=dtype, device=device)
-                drawn = stream.draw(index, like, noise.fill)
+                drawn = stream.draw(index, like, noise.shape)
                 return noise.location_score(drawn), noise.scale_score(drawn)
 
             self.tokens.append(_File.apply(mean, sigma, self.weights, scores))

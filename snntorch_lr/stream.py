@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Fill = Callable[[Tensor, torch.Generator], object]
+from . import uniform
+
+Shape = Callable[[Tensor], Tensor]
 
 # Fewer numbers than this are not worth a generator of their own.
 _BLOCK = 1 << 15
@@ -35,43 +37,54 @@ class NoiseStream:
         self.antithetic = antithetic
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def draw(self, index: int, like: Tensor, fill: Fill) -> Tensor:
+    def draw(self, index: int, like: Tensor, shape: Shape) -> Tensor:
         """Noise with the shape, dtype and device of ``like``, whose rows are the copies of this range, copy-first.
 
         Args:
             index: which draw of the forward pass it is.
             like: ``[(last - first) * batch, ...]``.
-            fill: fills a tensor in place from a generator.
+            shape: makes noise of uniform numbers in (-1, 1), in place; odd, so that antithetic noise is negated.
         """
         rows = len(like) // (self.last - self.first)
         row = like[:1].numel()
         half = self.copies // 2 if self.antithetic else self.copies
         block = max(1, min(half, _BLOCK // max(1, rows * row)))
-        out = torch.empty_like(like, requires_grad=False, memory_format=torch.contiguous_format)
+        out = torch.empty_like(
+            like, dtype=uniform.resolved(like.dtype), requires_grad=False, memory_format=torch.contiguous_format
+        )
+        parts, copied, negated = [], [], []
         copy = self.first
         while copy < self.last:
-            negated = copy >= half
-            source = copy - half if negated else copy
+            second = copy >= half
+            source = copy - half if second else copy
             start = source - source % block
             end = min(start + block, half)
-            taken = min(end - source, self.last - copy, (half if not negated else self.copies) - copy)
+            taken = min(end - source, self.last - copy, (half if not second else self.copies) - copy)
             into = out[(copy - self.first) * rows : (copy - self.first + taken) * rows]
-            generator = self._generator(like.device, index, start)
-            if source == start and taken == end - start:
-                fill(into, generator)
-            else:
+            whole = into
+            if source != start or taken != end - start:
                 whole = out.new_empty(((end - start) * rows, *like.shape[1:]))
-                fill(whole, generator)
-                into.copy_(whole[(source - start) * rows : (source - start + taken) * rows])
-            if negated:
-                into.neg_()
+                copied.append((into, whole[(source - start) * rows : (source - start + taken) * rows]))
+            parts.append((whole, (self.seed, index, start)))
+            if second:
+                negated.append(into)
             copy += taken
-        return out
+        self._fill(parts)
+        for into, numbers in copied:
+            into.copy_(numbers)
+        for into in negated:
+            into.neg_()
+        return shape(out).to(like.dtype)
 
-    def _generator(self, device: torch.device, index: int, block: int) -> torch.Generator:
+    def _fill(self, parts: list[tuple[Tensor, tuple[int, int, int]]]) -> None:
+        device = parts[0][0].device
+        if device.type == "cpu":
+            uniform.from_seeds(parts)
+            return
         if device not in self._generators:
             self._generators[device] = torch.Generator(device)
-        return self._generators[device].manual_seed(mix(self.seed, index, block))
+        for tensor, seed in parts:
+            uniform.from_generator(tensor, self._generators[device].manual_seed(mix(*seed)))
 
 
 def mix(*values: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
+from snntorch_lr import uniform
 
 from .helpers import CLASSES, build, inputs_for
 
@@ -42,11 +43,15 @@ def test_scores_are_safe_in_float32(kind: str, spike: float) -> None:
     torch.testing.assert_close(noise.location_score(z, spikes).double(), exact, rtol=1e-4, atol=1e-6)
 
 
+def drawn_uniformly(like: Tensor) -> Tensor:
+    return uniform.from_generator(torch.empty_like(like), torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_spikes_have_their_probability(kind: str) -> None:
     noise = slr.EscapeNoise(distribution=kind)
     z = torch.tensor([-2.0, -0.5, 0.0, 1.0]).expand(200_000, 4).contiguous()
-    fired = noise.fires(z, noise.fill(torch.empty_like(z), torch.Generator().manual_seed(0))).double()
+    fired = noise.fires(z, noise.shape(drawn_uniformly(z))).double()
     p = log_probability(kind, z[0].double(), torch.ones(4)).exp()
     assert ((fired.mean(0) - p).abs() < 4.5 * (p * (1 - p) / len(z)).sqrt()).all()
 
@@ -55,7 +60,7 @@ def test_spikes_have_their_probability(kind: str) -> None:
 def test_antithetic_noise_fires_with_the_same_probability(kind: str) -> None:
     noise = slr.EscapeNoise(distribution=kind)
     z = torch.full((200_000,), 0.7)
-    drawn = noise.fill(torch.empty_like(z), torch.Generator().manual_seed(0))
+    drawn = noise.shape(drawn_uniformly(z))
     one, other = noise.fires(z, drawn).double(), noise.fires(z, -drawn).double()
     assert abs(one.mean() - other.mean()) < 0.01
     assert torch.corrcoef(torch.stack((one, other)))[0, 1] < -0.3

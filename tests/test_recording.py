@@ -112,7 +112,7 @@ def given_states(name: str) -> tuple[Tensor, ...]:
     neuron = build(snn, name)
     run(neuron, inputs_for(name))
     generator = torch.Generator().manual_seed(5)
-    return tuple(torch.rand(state.shape, generator=generator) for state in initial_states(neuron))
+    return tuple(3 * torch.rand(state.shape, generator=generator) for state in initial_states(neuron))
 
 
 def loss_and_gradient(name: str, reset: str, states: tuple[Tensor, ...]) -> dict[str, Tensor]:
