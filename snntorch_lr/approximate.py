@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 
 from .estimators import Estimator, LossFn, batch_size
 from .graph import ancestors
-from .neurons import NoisyNeuron
+from .noisy import NoisyNeuron
 from .rates import RatePass, RatesCaptured, Summing, Sums, roots
 from .repeatable import RandomState, Statistics
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .network import noisy_neurons, reset_state, spiking_neurons
-from .neurons import NoisyNeuron, to_noisy, to_plain
+from .neurons import to_noisy, to_plain
 from .noise import KINDS
+from .noisy import NoisyNeuron
 
 Net = TypeVar("Net", bound=nn.Module)
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from .baselines import BASELINES, Baseline
 from .division import Undivided
 from .network import parameters, spiking_neurons
-from .neurons import NoisyNeuron
+from .noisy import NoisyNeuron
 from .recording import Recording, Replaying, Storing
 from .repeatable import RandomState, Statistics
 from .stream import NoiseStream

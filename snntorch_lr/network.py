@@ -8,7 +8,7 @@ import snntorch as snn
 from torch import Tensor, nn
 
 from .defects import UNSUPPORTED
-from .neurons import NoisyNeuron
+from .noisy import NoisyNeuron
 
 # snnTorch 0.9.4 lacks some of those that are not supported.
 _SPIKING_TYPES = (snn.SpikingNeuron, *(getattr(snn, name) for name in UNSUPPORTED if hasattr(snn, name)))

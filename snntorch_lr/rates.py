@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .graph import leaves
-from .neurons import NoisyNeuron
 from .noise import EscapeNoise, MembraneNoise, Noise
+from .noisy import NoisyNeuron
 from .recording import Recording, sigma_gradient, weighted
 from .stream import NoiseStream
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .neurons import NoisyNeuron
 from .noise import EscapeNoise, MembraneNoise, Noise
+from .noisy import NoisyNeuron
 from .packing import PackedSpikes, pack, unpack
 from .stream import NoiseStream
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .graph import ancestors
 from .network import noisy_neurons, spiking_neurons
-from .neurons import NoisyNeuron
+from .noisy import NoisyNeuron
 from .warn import warn
 
 
