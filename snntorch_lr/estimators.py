@@ -15,8 +15,9 @@ from .baselines import BASELINES, Baseline
 from .division import Undivided
 from .network import parameters, spiking_neurons
 from .noisy import NoisyNeuron
-from .recording import Recording, Replaying, Storing
+from .recording import Recording
 from .repeatable import RandomState, Statistics
+from .storing import Replaying, Storing
 from .stream import NoiseStream
 from .validate import NoiseFreeNeurons, check_losses, check_network, check_parameters, noisy, warn_about_batch_norm
 

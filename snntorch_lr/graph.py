@@ -35,3 +35,8 @@ def same_numbers(first: Tensor, second: Tensor) -> bool:
     if first.shape != second.shape or first.device != second.device:
         return False
     return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 for tensors of inference mode, which are not counted."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -145,7 +145,7 @@ class MembraneNoise(Noise):
 
     def scale_score(self, epsilon: Tensor) -> Tensor:
         """Score of log σ, from standard noise ε of any shape; the same shape."""
-        return epsilon * self.location_score(epsilon) - 1
+        return (epsilon * self.location_score(epsilon)).sub_(1)
 
 
 class EscapeNoise(Noise):
@@ -175,8 +175,9 @@ class EscapeNoise(Noise):
         return _gaussian(u) if self.distribution == "gaussian" else u
 
     def fires(self, z: Tensor, noise: Tensor) -> Tensor:
-        """Which neurons spike, given noise of ``shape``; Boolean, in the shape of z."""
-        return z + noise > 0 if self.distribution == "gaussian" else torch.tanh(z / 2) > noise
+        """Which neurons spike: zeros and ones, given noise of ``shape``, and written in its place."""
+        limit = -z if self.distribution == "gaussian" else (z / -2).tanh_()
+        return torch.gt(noise, limit, out=noise)
 
     def location_score(self, z: Tensor, spikes: Tensor) -> Tensor:
         """Derivative of the log-probability of the spikes with respect to z; finite for any finite z."""
@@ -189,7 +190,7 @@ class EscapeNoise(Noise):
 
     def scale_score(self, z: Tensor, spikes: Tensor) -> Tensor:
         """Derivative of the log-probability of the spikes with respect to log σ."""
-        return -z * self.location_score(z, spikes)
+        return (z * self.location_score(z, spikes)).neg_()
 
 
 KINDS: dict[str, type[Noise]] = {"membrane": MembraneNoise, "escape": EscapeNoise}

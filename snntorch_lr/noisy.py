@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .defects import ALPHA_DEFECT, check_defects
-from .graph import same_numbers
+from .graph import same_numbers, version
 from .noise import EscapeNoise, MembraneNoise, Noise, make_noise
 from .portable import Portable
 from .warn import warn
 
 if TYPE_CHECKING:
     from .recording import Recording
+
+# snnTorch's three updates of Leaky, one for each reset mechanism; another one may not be repeated in place.
+_LEAKS = {getattr(snn.Leaky, name, None) for name in ("_base_sub", "_base_zero", "_base_int")} - {None}
 
 
 class NoisyNeuron(Portable, snn.SpikingNeuron):
@@ -40,12 +43,13 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         ValueError: if ``noise`` is no noise, or if an option of the neuron is broken in snnTorch itself.
     """
 
+    mem: Tensor
     noise: Noise | None
     state_names: tuple[str, ...] = ("mem",)
     transient = ("_recording",)
     _recording: Recording | None = None
     _last_spikes: Tensor | None = None
-    _fired: tuple[Tensor, Tensor] | None = None
+    _fired: tuple[Tensor, Tensor, int] | None = None
     _has_binary_spikes: bool = False
     _snn_state_function: Callable[[Tensor], Any]
 
@@ -92,16 +96,29 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         self._make_states(input_)
         states = tuple(self._fitting_state(state, input_) for state in states)
         named_states = {key: self._fitting_state(state, input_) for key, state in named_states.items()}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (recording is None or recording.keeps_graph)):
+        builds_graph = torch.is_grad_enabled()
+        if recording is not None:
+            mem = states[-1] if states else named_states.get("mem", self.mem)
+            builds_graph = builds_graph and recording.builds_graph(self, mem)
+        with torch.set_grad_enabled(builds_graph):
             output = super().forward(input_, *states, **named_states)
         if recording is not None:
             recording.end_step(self, output[0] if isinstance(output, tuple) else output)
-        if self._last_spikes is not None:
-            # With reset_delay=False the spike has reset the membrane already.
-            delayed = getattr(self, "reset_delay", True)
-            self._fired = (self.mem, self._last_spikes if delayed else torch.zeros_like(self._last_spikes))
-            self._last_spikes = None
+            attached = recording.attach(self, self.mem)
+            if attached is not self.mem:
+                self.mem = attached
+                output = (*output[:-1], attached) if isinstance(output, tuple) else output
+        self._remember_spikes()
         return output
+
+    def _remember_spikes(self) -> None:
+        """Keeps the spikes of this step for the reset of the next: what was sampled, and not to be compared again."""
+        spikes, self._last_spikes = self._last_spikes, None
+        delayed = getattr(self, "reset_delay", True)
+        if spikes is not None and (delayed or isinstance(self.noise, EscapeNoise)):
+            # With reset_delay=False the spike has reset the membrane already.
+            kept = spikes if delayed else torch.zeros_like(spikes)
+            self._fired = (self.mem, kept, version(kept))
 
     def reset_mem(self) -> Any:
         """Zeroes the state."""
@@ -115,16 +132,15 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
             return super().fire(mem)
         if not noise.active or (recording is None and not isinstance(noise, EscapeNoise)):
             return super().fire(mem).to(mem.dtype)
-        margin = (self.state_quant(mem) if self.state_quant else mem) - self.threshold
+        mem = self.state_quant(mem) if self.state_quant else mem
         if not isinstance(noise, EscapeNoise):
-            with torch.no_grad():
-                spikes = self.spike_grad(margin).to(mem.dtype)
+            spikes = self._above_threshold(mem)
         elif recording is None:
+            margin = mem - self.threshold
             spikes = self.spike_grad(margin + noise.sigma.to(mem.dtype) * noise.sample(mem)).to(mem.dtype)
         else:
-            spikes = recording.fire(self, noise, margin)
-        if isinstance(noise, EscapeNoise):
-            self._last_spikes = spikes.detach()
+            spikes = recording.fire(self, noise, mem - self.threshold)
+        self._last_spikes = spikes.detach()
         if recording is None:
             return spikes * self.graded_spikes_factor
         with torch.set_grad_enabled(recording.grad):
@@ -133,6 +149,12 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
                 return emitted * self.graded_spikes_factor
         recording.spikes.announce(emitted)
         return emitted
+
+    @torch.no_grad()
+    def _above_threshold(self, mem: Tensor) -> Tensor:
+        if self._is_step_function:
+            return torch.gt(mem, self.threshold, out=torch.empty_like(mem))
+        return self.spike_grad(mem - self.threshold).to(mem.dtype)
 
     def fire_inhibition(self, batch_size: int, mem: Tensor) -> Tensor:
         """Spike of the strongest neuron only; a sampled spike carries no graph."""
@@ -146,17 +168,31 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         with torch.set_grad_enabled(recording.grad):
             return recording.emit(self, spikes)
 
+    @property
+    def _is_step_function(self) -> bool:
+        """Whether spikes are zeros and ones: all surrogates of snnTorch are the step function going forward."""
+        return getattr(self.spike_grad, "__module__", "").startswith("snntorch.")
+
     def _emits_zeros_and_ones(self) -> bool:
         factor = self.graded_spikes_factor
-        known = getattr(self.spike_grad, "__module__", "").startswith("snntorch.")
-        return known and not factor.requires_grad and bool((factor == 1).all())
+        return self._is_step_function and not factor.requires_grad and bool((factor == 1).all())
 
     def mem_reset(self, mem: Tensor) -> Tensor:
-        """Reset signal: the spike of the last step."""
-        if isinstance(self.noise, EscapeNoise) and self._fired is not None:
-            fired_mem, spikes = self._fired
+        """Reset signal: the spike of the last step.
+
+        Raises:
+            RuntimeError: if that was changed in place, and cannot be had again.
+        """
+        if self._fired is not None and (self.sampling_for is not None or isinstance(self.noise, EscapeNoise)):
+            fired_mem, spikes, count = self._fired
             if same_numbers(mem, fired_mem):
-                return spikes.clone()
+                if version(spikes) == count:
+                    return spikes
+                if isinstance(self.noise, EscapeNoise):
+                    raise RuntimeError(
+                        f"the spikes of {type(self).__name__} were changed in place, but with escape noise they decide "
+                        "about its next reset: use dropout without inplace=True, or change a copy"
+                    )
         reset = super().mem_reset(mem)
         return reset if self.noise is None else reset.to(mem.dtype)
 
@@ -171,6 +207,29 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         return self.is_markov and (
             isinstance(self, snn.Leaky) or (isinstance(self, snn.RLeaky) and self.reset_mechanism != "zero")
         )
+
+    @property
+    def leaks_only(self) -> bool:
+        """Whether this is a Leaky of which nothing is learned, so that its graph is known without being built."""
+        return self._is_leaky and getattr(self, "reset_delay", True) and not self.elementwise_parameters
+
+    @property
+    def _is_leaky(self) -> bool:
+        return isinstance(self, snn.Leaky) and getattr(self._snn_state_function, "__func__", None) in _LEAKS
+
+    def gain_after(self, before: Tensor | None) -> Tensor:
+        """Derivative of the membrane of a Leaky, before it is sampled, with respect to a current that never changes.
+
+        Args:
+            before: that of the last time step; None in the first.
+
+        Returns:
+            A tensor that broadcasts against the membrane.
+        """
+        if before is None:
+            return torch.ones_like(self.beta, requires_grad=False)
+        kept = before * self.beta.detach().clamp(0, 1)
+        return 1 + (kept * (1 - self.reset) if self.reset_mechanism == "zero" else kept)
 
     @property
     def is_elementwise(self) -> bool:
@@ -246,10 +305,25 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
     def _noisy_state_function(self, input_: Tensor) -> Any:
         if (recording := self.sampling_for) is not None:
             recording.begin_step(self, input_)
+        if recording is not None and not torch.is_grad_enabled() and self._leaks_in_one_dtype(input_):
+            return self._add_noise(self._leak(input_))
         states = self._snn_state_function(input_)
         if isinstance(states, tuple):
             return (*states[:-1], self._add_noise(states[-1]))
         return self._add_noise(states)
+
+    def _leaks_in_one_dtype(self, input_: Tensor) -> bool:
+        return self._is_leaky and input_.dtype == self.mem.dtype == self.beta.dtype == self.threshold.dtype
+
+    def _leak(self, input_: Tensor) -> Tensor:
+        """snnTorch's update of Leaky, rounded alike, in one new tensor instead of four."""
+        mem = self.mem * self.beta.clamp(0, 1)
+        if self.reset_mechanism == "zero":
+            mem.addcmul_(mem, self.reset, value=-1)
+        mem.add_(input_)
+        if self.reset_mechanism == "subtract":
+            mem.addcmul_(self.reset, self.threshold, value=-1)
+        return mem
 
     def _add_noise(self, mean: Tensor) -> Tensor:
         noise = self.noise

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .graph import leaves
 from .noise import EscapeNoise, MembraneNoise, Noise
 from .noisy import NoisyNeuron
-from .recording import Recording, sigma_gradient, weighted
+from .recording import Recording
+from .storing import sigma_gradient, weighted
 from .stream import NoiseStream
 
 
@@ -49,8 +50,6 @@ class Sums:
 class Summing(Recording):
     """Samples, and adds up what the rate-factorised score needs; nothing of a time step remains."""
 
-    keeps_graph = False
-
     def __init__(
         self,
         neurons: Mapping[str, NoisyNeuron],
@@ -65,7 +64,7 @@ class Summing(Recording):
 
     def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
         """The input without its graph; the graphs of inputs from outside the noisy layers are averaged."""
-        expanded = self.expand(x, neuron)
+        expanded = super().receive(neuron, x)
         first = neuron not in self.sums
         sums = self.sums.setdefault(neuron, Sums())
         if first:
@@ -78,6 +77,10 @@ class Summing(Recording):
                 sums.last_current, sums.repeats = x, 1
         return expanded.detach()
 
+    def builds_graph(self, neuron: NoisyNeuron, mem: Tensor) -> bool:
+        """Derivatives are taken forwards."""
+        return False
+
     def begin_step(self, neuron: NoisyNeuron, input_: Tensor) -> None:
         """Derives the next states, before the neuron updates them."""
         sums = self.sums[neuron]
@@ -89,6 +92,10 @@ class Summing(Recording):
             return
         if neuron.recurrent_block is not None:
             sums.fed_back = _add(sums.fed_back, neuron.spk)
+        if neuron.leaks_only:
+            if not neuron.has_unit_gain:
+                self._derived = {None: (neuron.gain_after(sums.tangents.get(None, (None,))[0]),)}
+            return
         wanted: list[str | None] = list(neuron.elementwise_parameters)
         if not neuron.has_unit_gain:
             wanted.append(None)
@@ -110,7 +117,7 @@ class Summing(Recording):
         self._file(neuron, noise, score)
         if noise.log_sigma.requires_grad:
             sums = self.sums[neuron]
-            sums.scale = _add(sums.scale, -z * score)
+            sums.scale = _add(sums.scale, z.mul_(score).neg_())
 
     def _file(self, neuron: NoisyNeuron, noise: Noise, score: Tensor) -> None:
         sums = self.sums[neuron]
@@ -123,7 +130,9 @@ class Summing(Recording):
                 gain = tangent
             elif tangent is not None:
                 sums.own[name] = _add(sums.own.get(name), score * tangent)
-        sums.score = _add(sums.score, score if gain is None else score * gain)
+        if sums.score is None:
+            sums.score = torch.zeros_like(score)
+        sums.score = sums.score.add_(score) if gain is None else sums.score.addcmul_(score, gain)
 
     def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
         """Adds the spikes; those of the first time step are marked, to see which neurons they reach."""
@@ -163,8 +172,6 @@ class RatesCaptured(BaseException):
 class RatePass(Recording):
     """Sends mean rates through the blocks once, and captures the current that each gives to its neuron."""
 
-    keeps_graph = False
-
     def __init__(
         self,
         neurons: Mapping[str, NoisyNeuron],
@@ -180,13 +187,17 @@ class RatePass(Recording):
 
     def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
         """Captures the current of the first time step; ends the pass when every one is there."""
-        expanded = self.expand(x, neuron)
+        expanded = super().receive(neuron, x)
         if neuron in self._missing:
             self.currents[neuron] = expanded
             self._missing.discard(neuron)
             if not self._missing:
                 raise RatesCaptured
         return expanded.detach()
+
+    def builds_graph(self, neuron: NoisyNeuron, mem: Tensor) -> bool:
+        """What the neuron computes is not used."""
+        return False
 
     def draw(self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor) -> Tensor:
         """No noise: what the neuron does here is not used."""

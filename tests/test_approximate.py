@@ -47,12 +47,12 @@ def by_hand(net: TwoLayers, x: Tensor, y: Tensor, kind: str) -> dict[str, Tensor
     draws: dict[str, list[Any]] = {"lif1": [], "lif2": []}
     spikes: list[Tensor] = []
     names = {net.lif1.noise: "lif1", net.lif2.noise: "lif2"}
-    original = slr.recording.Storing.file_membrane
+    original = slr.storing.Storing.file_membrane
 
     def keep(self: Any, neuron: Any, noise: Any, mean: Tensor, epsilon: Tensor, index: int) -> None:
         draws[names[noise]].append(noise.location_score(epsilon) / noise.sigma.detach())
 
-    slr.recording.Storing.file_membrane = keep  # type: ignore[method-assign]
+    slr.storing.Storing.file_membrane = keep  # type: ignore[method-assign]
     handle = net.lif1.register_forward_hook(lambda *a: spikes.append(a[2].detach()))
     losses: list[Tensor] = []
 
@@ -62,7 +62,7 @@ def by_hand(net: TwoLayers, x: Tensor, y: Tensor, kind: str) -> dict[str, Tensor
 
     torch.manual_seed(3)
     slr.Vanilla(net, 8, seed=1).backward(loss_fn, x, y)
-    slr.recording.Storing.file_membrane = original  # type: ignore[method-assign]
+    slr.storing.Storing.file_membrane = original  # type: ignore[method-assign]
     handle.remove()
     loss = losses[-1].detach().view(8, -1)
     weights = (slr.baselines.leave_one_out(loss) / loss.numel()).reshape(-1, 1)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.recording import Recording, Storing
+from snntorch_lr.recording import Recording
+from snntorch_lr.storing import Storing
 from snntorch_lr.stream import NoiseStream
 
 from .helpers import (

@@ -15,7 +15,9 @@ def as_it_is(uniform: Tensor) -> Tensor:
 
 def draw(first: int, last: int, features: int, antithetic: bool = False, seed: int = 0, index: int = 1) -> Tensor:
     like = torch.empty((last - first) * 2, features)
-    return NoiseStream(seed, COPIES, first, last, antithetic).draw(index, like, as_it_is).view(last - first, 2, features)
+    return (
+        NoiseStream(seed, COPIES, first, last, antithetic).draw(index, like, as_it_is).view(last - first, 2, features)
+    )
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
