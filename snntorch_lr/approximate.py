@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ from .estimators import Estimator, LossFn, batch_size
 from .graph import ancestors
 from .noisy import NoisyNeuron
 from .rates import RatePass, RatesCaptured, Summing, Sums, roots
+from .recording import Recording
 from .repeatable import RandomState, Statistics
 
 
@@ -47,7 +48,11 @@ class Approximate(Estimator):
     whose formula we do not have. This construction is ours and is not claimed to be theirs.
     """
 
-    def _inspect(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
+    _internal: Collection[NoisyNeuron] = ()
+
+    def _inspect(
+        self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any
+    ) -> tuple[Tensor, Recording]:
         membranes: dict[Node, str] = {}
 
         def watch(name: str) -> Any:
@@ -59,7 +64,7 @@ class Approximate(Estimator):
 
         handles = [neuron.register_forward_hook(watch(name)) for name, neuron in neurons.items()]
         try:
-            losses = super()._inspect(neurons, loss_fn, inputs, targets)
+            losses, recording = super()._inspect(neurons, loss_fn, inputs, targets)
         finally:
             for handle in handles:
                 handle.remove()
@@ -69,7 +74,8 @@ class Approximate(Estimator):
                 f"the loss reads the membrane potential of {', '.join(read)}, whose gradient through time is not "
                 "kept here: read a neuron without noise and with reset_mechanism='none', or use the vanilla estimator"
             )
-        return losses
+        self._internal = recording.fed_by_copies
+        return losses, recording
 
     def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
         if not self._inspected:
@@ -77,7 +83,7 @@ class Approximate(Estimator):
         first, last = self.division.own_copies(self.copies)
         stream, others = self._stream(self._next_seed(), first, last), self._others(neurons)
         before = RandomState.capture()
-        sampling = Summing(neurons, stream, batch_size(targets), others)
+        sampling = Summing(neurons, stream, batch_size(targets), others, self._internal)
         with sampling.spikes:
             losses = self._run(sampling, loss_fn, inputs, targets, grad=True)
         _check_calls(sampling.sums, neurons)

@@ -139,12 +139,14 @@ class Estimator(ABC):
         watch.check(recording.tokens, losses)
         return losses
 
-    def _inspect(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
-        """A trial run of one copy, for estimators that never hold a whole graph; returns its losses."""
+    def _inspect(
+        self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any
+    ) -> tuple[Tensor, Recording]:
+        """A trial run of two copies, for estimators that never hold a whole graph: its losses, and its recording."""
         random, statistics = RandomState.capture(), Statistics(self.net)
-        recording = Storing(neurons, NoiseStream(0, 1, 0, 1), batch_size(targets), self._others(neurons))
+        recording = Storing(neurons, NoiseStream(0, 2, 0, 2), batch_size(targets), self._others(neurons))
         try:
-            return self._run_watched(recording, loss_fn, inputs, targets, neurons)
+            return self._run_watched(recording, loss_fn, inputs, targets, neurons), recording
         finally:
             statistics.restore()
             random.restore()

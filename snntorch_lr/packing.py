@@ -68,8 +68,14 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
     def announce(self, spikes: Tensor) -> None:
         """Says that a tensor holds zeros and ones only, and will not be changed in place."""
         key = spikes.data_ptr()
-        self._packed.pop(key, None)
-        self._known[key] = weakref.ref(spikes)
+        known, packed = self._known, self._packed
+
+        def forget(_: object) -> None:
+            known.pop(key, None)
+            packed.pop(key, None)
+
+        packed.pop(key, None)
+        known[key] = weakref.ref(spikes, forget)
 
 
 def _restore(saved: Any) -> Tensor:

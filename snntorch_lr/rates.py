@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .graph import leaves
 from .noise import EscapeNoise, MembraneNoise, Noise
 from .noisy import NoisyNeuron
 from .recording import Recording
@@ -22,7 +21,7 @@ class Sums:
 
     Attributes:
         steps: number of time steps.
-        internal: whether its input comes from spikes that were sampled in this pass.
+        internal: whether its input comes from spikes of other noisy neurons.
         score: Σ_t score_t · ∂(what was sampled) / ∂(input current), times σ.
         scale: Σ_t score of log σ.
         own: Σ_t score_t · ∂(what was sampled) / ∂(parameter), times σ, for each element-wise parameter.
@@ -56,19 +55,17 @@ class Summing(Recording):
         stream: NoiseStream,
         batch: int | None = None,
         others: Iterable[nn.Module] = (),
+        internal: Collection[NoisyNeuron] = (),
     ) -> None:
         super().__init__(neurons, stream, batch, others)
         self.sums: dict[NoisyNeuron, Sums] = {}
-        self._marks: set[Tensor] = set()
+        self._internal = internal
         self._derived: dict[str | None, tuple[Tensor | None, ...]] = {}
 
     def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
         """The input without its graph; the graphs of inputs from outside the noisy layers are averaged."""
         expanded = super().receive(neuron, x)
-        first = neuron not in self.sums
-        sums = self.sums.setdefault(neuron, Sums())
-        if first:
-            sums.internal = not self._marks.isdisjoint(leaves([x]))
+        sums = self.sums.setdefault(neuron, Sums(internal=neuron in self._internal))
         if not sums.internal and x.requires_grad:
             if sums.last_current is x:
                 sums.repeats += 1
@@ -135,12 +132,9 @@ class Summing(Recording):
         sums.score = sums.score.add_(score) if gain is None else sums.score.addcmul_(score, gain)
 
     def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
-        """Adds the spikes; those of the first time step are marked, to see which neurons they reach."""
+        """Adds the spikes."""
         sums = self.sums[neuron]
         sums.spikes = _add(sums.spikes, spikes)
-        if sums.steps == 1 and self.grad:
-            spikes = spikes.detach().requires_grad_()
-            self._marks.add(spikes)
         return spikes
 
     def end_step(self, neuron: NoisyNeuron, spikes: Tensor) -> None:

@@ -48,6 +48,7 @@ class Recording:
         others: snnTorch neurons of the network that do not sample.
 
     Attributes:
+        fed_by_copies: neurons whose first input had been expanded before it came: spikes of other ones are in it.
         grad: whether the forward pass runs with gradients.
         step: a neuron's time step; compiled code leaves its graph there, which could not follow scores being filed.
     """
@@ -71,6 +72,7 @@ class Recording:
         self._draws = 0
         self._started: set[NoisyNeuron] = set()
         self._received: dict[NoisyNeuron, Current] = {}
+        self.fed_by_copies: set[NoisyNeuron] = set()
 
     def __enter__(self) -> Recording:
         self.grad = torch.is_grad_enabled()
@@ -161,6 +163,8 @@ class Recording:
     def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
         """The input of one time step as the neuron is to see it; expanded once if it is the same again."""
         last = self._received.get(neuron)
+        if last is None and self.batch is not None and len(x) > self.batch:
+            self.fed_by_copies.add(neuron)
         if last is None or not last.still_is(x):
             self._received[neuron] = last = Current(x, self.expand(x, neuron))
         return last.expanded

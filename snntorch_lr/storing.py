@@ -52,7 +52,6 @@ class Stretch:
         gain: its derivative with respect to the current; None for membrane noise, and before the first time step.
         score: sum of the scores of the current, times σ.
         scale: sum of the scores of log σ.
-        token: what was filed for the sums.
     """
 
     current: Current
@@ -61,7 +60,6 @@ class Stretch:
     gain: Tensor | None = None
     score: Tensor | None = None
     scale: Tensor | None = None
-    token: Tensor | None = None
 
     def add(self, score: Tensor, scale: Tensor) -> None:
         """Adds the scores of a time step."""
@@ -146,7 +144,7 @@ class Storing(Recording):
             self._file(noise, stretch.current.raw, self._again(noise, mean, index))
             stretch.filed = True
         else:
-            self._add(stretch, noise, noise.location_score(epsilon), noise.scale_score(epsilon))
+            self._add(neuron, stretch, noise, noise.location_score(epsilon), noise.scale_score(epsilon))
 
     def file_escape(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, spikes: Tensor) -> None:
         """Files the score of a sampled spike."""
@@ -154,7 +152,7 @@ class Storing(Recording):
         if stretch is not None:
             stretch.gain = neuron.gain_after(stretch.gain)
             location = noise.location_score(z, spikes)
-            self._add(stretch, noise, location, z.mul_(location).neg_())
+            self._add(neuron, stretch, noise, location, z.mul_(location).neg_())
         elif torch.is_grad_enabled():
             packed = pack(spikes)
 
@@ -175,22 +173,19 @@ class Storing(Recording):
 
         return scores
 
-    def _add(self, stretch: Stretch, noise: Noise, location: Tensor, scale: Tensor) -> None:
+    def _add(self, neuron: NoisyNeuron, stretch: Stretch, noise: Noise, location: Tensor, scale: Tensor) -> None:
         if stretch.score is None:
-            stretch.token = self._file(noise, stretch.current.raw, stretch.sums)
+            self._file(noise, stretch.current.raw, stretch.sums)
         stretch.add(location, scale)
 
-    def _file(self, noise: Noise, mean: Tensor, scores: Scores) -> Tensor | None:
+    def _file(self, noise: Noise, mean: Tensor, scores: Scores) -> None:
         """Leaves a token, if anything is there to have a gradient."""
         with torch.set_grad_enabled(self.grad):
             if noise not in self._sigmas:
                 self._sigmas[noise] = noise.sigma
             sigma = self._sigmas[noise]
             if mean.requires_grad or sigma.requires_grad:
-                token: Tensor = _File.apply(mean, sigma, self.weights, scores)
-                self.tokens.append(token)
-                return token
-        return None
+                self.tokens.append(_File.apply(mean, sigma, self.weights, scores))
 
 
 class _File(torch.autograd.Function):
@@ -242,6 +237,7 @@ class Replaying(Storing):
     ) -> None:
         super().__init__(neurons, stream, batch, others)
         self.weights.given = weights
+        self._summed: dict[NoisyNeuron, Tensor] = {}
         self._sources: dict[NoisyNeuron, tuple[Tensor, Tensor | None]] = {}
         self._leaves: dict[NoisyNeuron, Tensor] = {}
         self._sigma_gradients: dict[Noise, Tensor] = {}
@@ -264,10 +260,10 @@ class Replaying(Storing):
         """As in ``Storing``; what was summed for another current is pushed back."""
         before = self._stretches.get(neuron)
         builds = super().builds_graph(neuron, mem)
-        if before is not None and before.token is not None and before is not self._stretches.get(neuron):
-            self.tokens = [token for token in self.tokens if token is not before.token]
+        if before is not self._stretches.get(neuron) and neuron in self._summed:
+            token = self._summed.pop(neuron)
             # The graph is used again: σ is in that of each time step, and a branch may feed several neurons.
-            torch.autograd.backward(before.token, before.token, retain_graph=True)
+            torch.autograd.backward(token, token, retain_graph=True)
         return builds
 
     def file_membrane(
@@ -275,7 +271,7 @@ class Replaying(Storing):
     ) -> None:
         """Pushes the score of a noisy membrane back at once."""
         if self._now is not None:
-            self._add(self._now, noise, noise.location_score(epsilon), noise.scale_score(epsilon))
+            self._add(neuron, self._now, noise, noise.location_score(epsilon), noise.scale_score(epsilon))
             return
         if not neuron.is_markov or not torch.is_grad_enabled():
             super().file_membrane(neuron, noise, mean, epsilon, index)
@@ -291,11 +287,18 @@ class Replaying(Storing):
 
     def finish(self) -> None:
         """Pushes back what is left at the end of the forward pass."""
+        self.tokens += self._summed.values()
         for neuron in list(self._sources):
             self._collect(neuron)
             self._flush(neuron)
         for noise, gradient in self._sigma_gradients.items():
             torch.autograd.backward(noise.sigma, gradient)
+
+    def _add(self, neuron: NoisyNeuron, stretch: Stretch, noise: Noise, location: Tensor, scale: Tensor) -> None:
+        before = len(self.tokens)
+        super()._add(neuron, stretch, noise, location, scale)
+        if len(self.tokens) > before:
+            self._summed[neuron] = self.tokens.pop()
 
     def _collect(self, neuron: NoisyNeuron) -> None:
         """Adds what the last time step's leaf got to what its source is to get."""

@@ -1,0 +1,206 @@
+"""What the benchmark measures: one training step of the same network by each method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import snntorch as snn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..baselines import batch_mean, leave_one_out
+from ..convert import add_noise, reset
+from ..optim import attach, closure
+
+FEATURES, CLASSES = 784, 10
+_SIGMA = 0.5
+# vanilla is measured in both modes of memory.
+ESTIMATORS = {
+    "vanilla, store": ("vanilla", {"memory": "store"}),
+    "vanilla, replay": ("vanilla", {"memory": "replay"}),
+    "approximate": ("approximate", {}),
+}
+NOISES = {"membrane": ("membrane", "gaussian"), "escape": ("escape", "logistic")}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training step to measure.
+
+    Attributes:
+        method: ``"surrogate"`` (backpropagation through time as snnTorch's tutorials write it),
+            ``"surrogate, hoisted"`` (the current of the constant input computed once), ``"textbook"`` (see
+            ``_textbook_step``), or one of ``ESTIMATORS``.
+        noise: ``"membrane"``, or ``"escape"`` for logistic escape noise.
+        copies: K.
+        num_steps: T.
+        width: neurons of each hidden layer.
+        depth: number of hidden layers.
+        batch: images in a step.
+        rate: the loss reads the output neurons' spike counts, and these neurons have noise too; otherwise it is summed
+            over their membrane potentials at all time steps.
+    """
+
+    method: str
+    noise: str = "membrane"
+    copies: int = 1
+    num_steps: int = 25
+    width: int = 1000
+    depth: int = 1
+    batch: int = 128
+    rate: bool = False
+
+    @property
+    def name(self) -> str:
+        """How tables call it, apart from sizes."""
+        return self.method if self.method.startswith(("surrogate", "textbook")) else f"{self.method}, {self.noise}"
+
+
+class Classifier(nn.Module):
+    """Fully connected layers of leaky neurons that get a constant input, written as snnTorch's tutorials do."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__()
+        sizes = [FEATURES, *[workload.width] * workload.depth, CLASSES]
+        self.linears = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
+        self.neurons = nn.ModuleList(snn.Leaky(beta=0.95) for _ in self.linears)
+        if not workload.rate and not workload.method.startswith("surrogate"):
+            # The pathwise gradient of a readout without noise is exact only if it never resets.
+            self.neurons[-1] = snn.Leaky(beta=0.95, reset_mechanism="none")
+        self.num_steps = workload.num_steps
+        self.rate = workload.rate
+        self.hoists = workload.method != "surrogate"
+
+    @property
+    def noisy(self) -> list[str]:
+        """Names of the neurons that get noise."""
+        return [f"neurons.{index}" for index in range(len(self.neurons) - (not self.rate))]
+
+    def losses(self, x: Tensor, y: Tensor) -> Tensor:
+        """One cross-entropy for each row of the targets."""
+        reset(self)
+        states = [torch.zeros((), device=x.device)] * len(self.neurons)
+        current = self.linears[0](x) if self.hoists else None
+        counts = total = torch.zeros((), device=x.device)
+        for _ in range(self.num_steps):
+            value = x
+            for index, (linear, neuron) in enumerate(zip(self.linears, self.neurons, strict=True)):
+                given = current if index == 0 and current is not None else linear(value)
+                value, states[index] = neuron(given, states[index])
+            if self.rate:
+                counts = counts + value
+            else:
+                total = total + F.cross_entropy(states[-1], y, reduction="none")
+        return F.cross_entropy(counts, y, reduction="none") if self.rate else total
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step with Adam on a fixed random batch; each call updates the weights and returns the loss.
+
+    Attributes:
+        net: the network; its ``num_steps`` may be changed between calls.
+        call: the step.
+    """
+
+    net: Classifier
+    call: Callable[[], Tensor]
+
+    def __call__(self) -> Tensor:
+        """Updates the weights once."""
+        return self.call()
+
+
+def make_step(workload: Workload, device: torch.device) -> Step:
+    """A network and one training step of it.
+
+    Raises:
+        ValueError: if the method is unknown.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(workload.batch, FEATURES, generator=generator).to(device)
+    y = torch.randint(CLASSES, (workload.batch,), generator=generator).to(device)
+    torch.manual_seed(0)
+    net = Classifier(workload).to(device)
+    if workload.method.startswith("surrogate"):
+        return Step(net, _surrogate_step(net, x, y))
+    if workload.method == "textbook":
+        return Step(net, _textbook_step(workload, net, x, y))
+    if workload.method not in ESTIMATORS:
+        raise ValueError(f"unknown method {workload.method!r}; choose one of {', '.join(ESTIMATORS)}")
+    kind, distribution = NOISES[workload.noise]
+    add_noise(net, sigma=_SIGMA, only=net.noisy, kind=kind, distribution=distribution)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    estimator, options = ESTIMATORS[workload.method]
+    baseline = "leave-one-out" if workload.copies > 1 else "batch-mean"
+    attach(optimizer, net, estimator, copies=workload.copies, baseline=baseline, **options)
+    given = closure(net.losses, x, y)
+    return Step(net, lambda: optimizer.step(given))
+
+
+def _surrogate_step(net: Classifier, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+
+    def step() -> Tensor:
+        loss = net.losses(x, y).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _textbook_step(workload: Workload, net: Classifier, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    """The likelihood ratio for membrane noise as it is usually written, for one hidden layer and a membrane readout.
+
+    Copies are rows of the batch from the input on, all noise and spikes are kept as float32, and each time step has an
+    outer product of its own.
+    """
+    log_sigma = nn.Parameter(torch.tensor(_SIGMA, device=x.device).log())
+    optimizer = torch.optim.Adam([*net.parameters(), log_sigma], lr=1e-3)
+    first, second = net.linears
+    hidden: Any = net.neurons[0]
+    output = net.neurons[1]
+    assert isinstance(first, nn.Linear)
+    rows, targets = x.repeat(workload.copies, 1), y.repeat(workload.copies)
+
+    def sample() -> tuple[list[Tensor], list[Tensor]]:
+        noise, spikes = [], []
+        current = first(rows)
+        mem, spike = torch.zeros_like(current), torch.zeros_like(current)
+        for _ in range(net.num_steps):
+            epsilon = torch.randn_like(current)
+            mem = hidden.beta * mem + current - spike * hidden.threshold + log_sigma.exp() * epsilon
+            spike = (mem > hidden.threshold).float()
+            noise.append(epsilon)
+            spikes.append(spike)
+        return noise, spikes
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            noise, spikes = sample()
+        mem = torch.zeros((), device=x.device)
+        losses = torch.zeros((), device=x.device)
+        for spike in spikes:
+            _, mem = output(second(spike), mem)
+            losses = losses + F.cross_entropy(mem, targets, reduction="none")
+        optimizer.zero_grad()
+        losses.mean().backward()  # type: ignore[no-untyped-call]
+        table = losses.detach().view(workload.copies, -1)
+        baseline = leave_one_out if workload.copies > 1 else batch_mean
+        advantages = baseline(table).reshape(-1, 1) / table.numel()
+        with torch.no_grad():
+            scores = [advantages * epsilon / log_sigma.exp() for epsilon in noise]
+            first.weight.grad = sum((score.T @ rows for score in scores), torch.zeros_like(first.weight))
+            first.bias.grad = sum((score.sum(0) for score in scores), torch.zeros_like(first.bias))
+            scales = ((advantages * (epsilon.square() - 1)).sum() for epsilon in noise)
+            log_sigma.grad = sum(scales, torch.zeros_like(log_sigma))
+        optimizer.step()
+        return losses.mean().detach()
+
+    return step
