@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copy
 
 import pytest
 import torch
 
 from snntorch_lr.experiments import cli, data, ranks
-from snntorch_lr.experiments.train import Recipe, make_network, train
+from snntorch_lr.experiments.train import Recipe, train
 
 CPU = torch.device("cpu")
 PATIENCE = 120  # seconds, so that a deadlock fails instead of hanging
@@ -41,31 +42,27 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def shared(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The second epoch by two ranks."""
     directory = tmp_path_factory.mktemp("ranks")
-    return directory, torchrun(*SMALL, "--out", str(directory))
+    copy(alone / "first.pt", directory / "likelihood-ratio.pt")
+    return directory, torchrun(*SMALL, "--out", str(directory), "--resume")
 
 
-def assert_same_training(found: Path, expected: Path) -> None:
-    """Rounding of sums flips a spike now and then: compared with how far training moved the weights."""
-    initial = make_network(RECIPE, (1, 8, 8)).state_dict()
-    weights, wanted = (torch.load(path, weights_only=True)["net"] for path in (found, expected))
-    for name in ("blocks.0.1.weight", "neurons.0.noise.log_sigma", "readout.weight"):
-        moved = (wanted[name] - initial[name]).norm()
-        assert moved > 0
-        assert (weights[name] - wanted[name]).norm() < 0.03 * moved, name
-
-
-def test_two_ranks_train_like_one_process(fresh: tuple[Path, subprocess.CompletedProcess[str]], alone: Path) -> None:
-    out, result = fresh
+def test_two_ranks_go_on_like_one_process(shared: tuple[Path, subprocess.CompletedProcess[str]], alone: Path) -> None:
+    out, result = shared
     assert result.returncode == 0, result.stderr
-    assert_same_training(out / "likelihood-ratio.pt", alone / "whole.pt")
+    paths = (alone / "first.pt", alone / "whole.pt", out / "likelihood-ratio.pt")
+    first, expected, found = (torch.load(path, weights_only=True)["net"] for path in paths)
+    for name in ("blocks.0.1.weight", "neurons.0.noise.log_sigma", "readout.weight"):
+        # The rounding of sums flips a spike now and then; other noise would differ by a fifth of this and more.
+        assert (found[name] - expected[name]).norm() < 0.03 * (expected[name] - first[name]).norm(), name
 
 
 def test_the_first_rank_alone_prints_and_says_how_many_there_were(
-    fresh: tuple[Path, subprocess.CompletedProcess[str]],
+    shared: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    out, result = fresh
+    out, result = shared
     assert result.stdout.count("training: likelihood ratio") == 1
     assert result.stdout.count("training: surrogate, noise") == 1
     assert result.stdout.count("Written:") == 1
@@ -73,15 +70,8 @@ def test_the_first_rank_alone_prints_and_says_how_many_there_were(
     assert "Ranks: 2." in (out / "table.md").read_text()
 
 
-def test_ranks_go_on_from_a_checkpoint_that_the_first_reads(alone: Path, tmp_path: Path) -> None:
-    (tmp_path / "likelihood-ratio.pt").write_bytes((alone / "first.pt").read_bytes())
-    result = torchrun(*SMALL, "--out", str(tmp_path), "--resume")
-    assert result.returncode == 0, result.stderr
-    assert_same_training(tmp_path / "likelihood-ratio.pt", alone / "whole.pt")
-
-
 def test_an_error_of_the_first_rank_ends_all_with_one_line(alone: Path, tmp_path: Path) -> None:
-    (tmp_path / "likelihood-ratio.pt").write_bytes((alone / "first.pt").read_bytes())
+    copy(alone / "first.pt", tmp_path / "likelihood-ratio.pt")
     result = torchrun(*SMALL, "--out", str(tmp_path))
     assert result.returncode != 0
     said = [line for line in result.stderr.splitlines() if line.startswith("snntorch-lr:")]
