@@ -1,13 +1,24 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The oldest snnTorch that pyproject.toml allows, and the tests of what touches snnTorch.
+OLDEST := $(shell sed -n 's/.*"snntorch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OLDEST_DIR := $(abspath $(VENV))/snntorch-$(OLDEST)
+TOUCH_SNNTORCH := $(patsubst %,tests/test_%.py,neurons convert escape estimators approximate recording optim validate \
+	memory ecosystem)
 
-.PHONY: demo test lint types wheel check
+.PHONY: demo test test-oldest lint types wheel check
 demo: $(VENV)/installed
 	$(BIN)/snntorch-lr reproduce --dataset digits --out runs/digits
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+test-oldest: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(OLDEST_DIR) snntorch==$(OLDEST)
+	PYTHONPATH=$(OLDEST_DIR) $(BIN)/python -c \
+		"import snntorch as s; assert s.__version__ == '$(OLDEST)', f'{s.__file__} is {s.__version__}'"
+	PYTHONPATH=$(OLDEST_DIR) $(BIN)/python -m pytest $(TOUCH_SNNTORCH)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -19,7 +30,7 @@ types: $(VENV)/installed
 wheel: $(VENV)/installed
 	$(BIN)/python -m build
 
-check: lint types test wheel
+check: lint types test test-oldest wheel
 
 # The stamp is written last, so that an interrupted installation is started again.
 $(VENV)/installed: pyproject.toml

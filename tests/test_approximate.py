@@ -12,6 +12,8 @@ import snntorch_lr as slr
 from .statistical.networks import NEURONS, RESETS, STEPS, TwoLayers, data
 from .test_memory import assert_same, gradients, with_noise
 
+CAN_RESET_AT_ONCE = ["Leaky", "Synaptic", "RLeaky"]
+
 
 class OneLayer(TwoLayers):
     """One noisy layer, driven by a constant current."""
@@ -29,13 +31,12 @@ def without_recurrent_block(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if "recurrent.weight" not in name}
 
 
-@pytest.mark.parametrize("delay", [True, False])
+@pytest.mark.parametrize(
+    ("neuron", "delay"), [*((neuron, True) for neuron in NEURONS), *((neuron, False) for neuron in CAN_RESET_AT_ONCE)]
+)
 @pytest.mark.parametrize("kind", ["membrane", "gaussian", "logistic"])
 @pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("neuron", NEURONS)
 def test_equals_vanilla_where_the_input_is_constant(neuron: str, reset: str, kind: str, delay: bool) -> None:
-    if not delay and neuron in ("Lapicque", "Alpha", "RSynaptic"):
-        pytest.skip("has no reset_delay")
     net = with_noise(OneLayer(neuron, reset, **({} if delay else {"reset_delay": False})), kind)
     expected = gradients(net, slr.Vanilla(net, 8, seed=1), *data())
     got = gradients(net, slr.Approximate(net, 8, seed=1), *data())

@@ -20,7 +20,8 @@ except ImportError as error:
 import torch
 
 from .. import __version__
-from . import diagnose, report
+from ..distributed import RankError
+from . import diagnose, ranks, report
 from .data import DataError
 from .reproduce import Settings, reproduce
 from .train import Progress as StepProgress
@@ -68,6 +69,9 @@ def reproduce_command(
     """Train surrogate baselines and the likelihood-ratio network, attack them, print and save a table.
 
     Example: snntorch-lr reproduce --dataset mnist --data-root data --out runs/mnist
+
+    Under torchrun the processes divide the copies; only the first reads and writes --data-root and --out:
+    torchrun --nproc-per-node 4 -m snntorch_lr.experiments.cli reproduce --dataset mnist --copies 64
     """
     with _plain_errors("finished epochs are kept: the same command with --resume goes on from there"):
         _run(
@@ -124,8 +128,11 @@ def diagnose_command(
 
 
 def _run(settings: Settings, out: Path, data_root: Path | None, device: str, resume: bool) -> None:
-    with _progress() as bars:
-        results = reproduce(settings, out, data_root, _device(device), resume, lambda n, s: _announce(bars, n, s))
+    place = _device(device)
+    with ranks.joined(place) as team, _progress() as bars:
+        results = reproduce(settings, out, data_root, place, resume, lambda n, s: _announce(bars, n, s), team)
+    if results is None:
+        return
     header, lines = report.table(results)
     table = Table(*header, title=f"{settings.dataset}, {settings.model}", caption=report.NOTE)
     for line in lines:
@@ -147,7 +154,7 @@ def _plain_errors(interrupted: str) -> Iterator[None]:
         _fail(f"interrupted; {interrupted}", 130)
     except ValueError as error:
         _fail(str(error), 2)
-    except (DataError, OSError) as error:
+    except (DataError, OSError, RankError) as error:
         _fail(str(error), 1)
 
 
@@ -184,3 +191,13 @@ def _announce(bars: Progress, name: str, steps: int) -> StepProgress:
         bars.update(task, completed=done, loss=loss)
 
     return update
+
+
+def main() -> None:
+    """What ``snntorch-lr`` and ``torchrun -m snntorch_lr.experiments.cli`` run."""
+    with ranks.first_prints():
+        app()
+
+
+if __name__ == "__main__":
+    main()

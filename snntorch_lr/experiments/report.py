@@ -40,7 +40,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         "",
         f"Command: `{results['command']}`",
         "",
-        f"Versions: {versions}. Machine: {results['machine']}.",
+        f"Versions: {versions}. Machine: {results['machine']}. Ranks: {results['ranks']}.",
         "",
     ]
     return "\n".join(text)

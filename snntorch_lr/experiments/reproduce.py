@@ -17,6 +17,7 @@ from ..noise import KINDS
 from ..optim import ESTIMATORS
 from ..robustness import AttackableView
 from . import data, files, models, report
+from .ranks import ALONE, Ranks
 from .train import METHODS, Progress, Recipe, Trained, train
 
 ATTACKS = ("FGSM", "PGD")
@@ -107,7 +108,8 @@ def reproduce(
     device: torch.device | None = None,
     resume: bool = False,
     announce: Announce = lambda name, steps: lambda done, loss: None,
-) -> dict[str, Any]:
+    ranks: Ranks = ALONE,
+) -> dict[str, Any] | None:
     """Trains three networks, attacks them, and writes ``results.json``, ``table.md`` and figures.
 
     Args:
@@ -117,15 +119,17 @@ def reproduce(
         device: where to compute; the CPU by default.
         resume: go on from the checkpoints in ``out``.
         announce: progress of each training.
+        ranks: the processes that call this together. The first does everything; the others take part in the
+            likelihood-ratio training, and need neither ``data_root`` nor ``out``.
 
     Returns:
-        What ``results.json`` holds.
+        What ``results.json`` holds; None on other ranks than the first.
 
     Raises:
         ValueError: if a setting is wrong, or ``out`` has checkpoints and ``resume`` is False.
         DataError: if the data cannot be had.
+        RankError: if another rank failed.
     """
-    check_settings(settings)
     device = torch.device("cpu") if device is None else device
     recipes = {
         method: Recipe(
@@ -144,21 +148,37 @@ def reproduce(
         for method in METHODS
     }
     checkpoints = {method: out / f"{method.replace(', ', '-').replace(' ', '-')}.pt" for method in METHODS}
-    there = [path.name for path in checkpoints.values() if path.exists()]
-    if there and not resume:
-        raise ValueError(f"{out} holds {', '.join(there)} already: add --resume to go on, or choose another --out")
-    images = data.load(settings.dataset, data_root)
-    steps = -(-len(images.train) // next(iter(recipes.values())).batch_size)
-    trained: dict[str, Trained] = {}
-    for method, recipe in recipes.items():
-        progress = announce(method, settings.epochs * steps)
-        trained[method] = train(recipe, images, checkpoints[method], device, resume, progress)
+
+    def prepare() -> data.Images:
+        check_settings(settings)
+        if settings.copies < ranks.size:
+            raise ValueError(f"{ranks.size} ranks cannot divide {settings.copies} copies: give more --copies")
+        there = [path.name for path in checkpoints.values() if path.exists()]
+        if there and not resume:
+            raise ValueError(f"{out} holds {', '.join(there)} already: add --resume to go on, or choose another --out")
+        return data.load(settings.dataset, data_root)
+
+    images = ranks.from_first(prepare)
+
+    def run(method: str, ranks: Ranks) -> Trained:
+        recipe = recipes[method]
+        progress = announce(method, recipe.epochs * -(-len(images.train) // recipe.batch_size))
+        return train(recipe, images, checkpoints[method], device, resume, progress, ranks)
+
+    # What the ranks do together comes first, so that none of them waits while the first goes on alone.
+    *alone, together = METHODS
+    shared = run(together, ranks)
+    ranks.leave()
+    if ranks.rank > 0:
+        return None
+    trained = {method: run(method, ALONE) for method in alone} | {together: shared}
     results = {
         "command": f"snntorch-lr reproduce {_arguments(settings)}",
         "versions": versions(
             "snntorch-lr", "snntorch", "torch", "torchvision", "torchattacks", "numpy", "scikit-learn"
         ),
         "machine": machine(device),
+        "ranks": ranks.size,
         "settings": asdict(settings) | {"epsilons": list(settings.epsilons)},
         "recipes": {method: asdict(recipe) for method, recipe in recipes.items()},
         "training": {

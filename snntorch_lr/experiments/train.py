@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..convert import add_noise
-from ..optim import attach, closure
+from ..distributed import share
+from ..optim import ESTIMATORS, attach, closure
 from . import files, models
 from .data import Images
+from .ranks import ALONE, Ranks
 
 METHODS = ("surrogate", "surrogate, noise", "likelihood ratio")
 Progress = Callable[[int, float], None]
@@ -105,11 +108,13 @@ def train(
     device: torch.device,
     resume: bool = False,
     progress: Progress = lambda done, loss: None,
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Trains a network, or goes on from its checkpoint.
 
     The random numbers of an epoch depend on the seed and the epoch alone, so that an interrupted and resumed run ends
-    with the same weights as one that was not interrupted.
+    with the same weights as one that was not interrupted, and one shared by ranks with those of one process (up to the
+    rounding of sums).
 
     Args:
         recipe: what to train.
@@ -118,6 +123,8 @@ def train(
         device: where to train.
         resume: go on from the checkpoint if it exists.
         progress: called after each step.
+        ranks: the processes that call this together and divide the copies of the likelihood ratio. The first alone
+            reads and writes the checkpoint, and tests.
 
     Raises:
         ValueError: if the checkpoint was written with other settings.
@@ -130,13 +137,18 @@ def train(
     steps = -(-len(images.train) // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * steps)
     history: list[dict[str, float]] = []
-    if resume and checkpoint.exists():
-        state = _matching(checkpoint, recipe)
+    state = ranks.from_first(lambda: _matching(checkpoint, recipe) if resume and checkpoint.exists() else None)
+    if state is not None:
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         history = state["history"]
-    take_step = _stepper(recipe, net, optimizer)
+    take_step = _stepper(recipe, net, optimizer, ranks)
+
+    def save() -> None:
+        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        about = {"recipe": asdict(recipe), "shape": list(images.shape), "history": history}
+        files.save_checkpoint(checkpoint, about | state)
 
     for epoch in range(len(history), recipe.epochs):
         torch.manual_seed(1_000_003 * (recipe.seed + 1) + epoch)
@@ -152,25 +164,17 @@ def train(
             {
                 "epoch": epoch + 1,
                 "train_loss": total / len(images.train),
-                "test_accuracy": accuracy(net, images.test, images.test_labels),
+                "test_accuracy": ranks.from_first(partial(accuracy, net, images.test, images.test_labels)),
                 "seconds": seconds,
             }
         )
-        files.save_checkpoint(
-            checkpoint,
-            {
-                "recipe": asdict(recipe),
-                "shape": list(images.shape),
-                "net": net.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "history": history,
-            },
-        )
+        ranks.from_first(save)
     return Trained(net, history)
 
 
-def _stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Tensor, Tensor], float]:
+def _stepper(
+    recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> Callable[[Tensor, Tensor], float]:
     """One update from a batch, by the method of the recipe; returns the mean loss."""
 
     def loss_fn(x: Tensor, y: Tensor) -> Tensor:
@@ -187,7 +191,8 @@ def _stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer) -
         return loss.item()
 
     if recipe.method == "likelihood ratio":
-        attach(optimizer, net, recipe.estimator, copies=recipe.copies)
+        estimator = ESTIMATORS[recipe.estimator](net, copies=recipe.copies)
+        attach(optimizer, net, share(estimator) if ranks.size > 1 else estimator)
         return likelihood_ratio
     return surrogate
 

@@ -49,28 +49,30 @@ def finite_difference(
     targets: Tensor,
     direction: dict[str, Tensor],
     *,
-    draws: int = 8_000,
+    draws: int = 4_000,
     repeats: int = 16,
-    step: float = 0.05,
+    step: float = 0.1,
 ) -> Measured:
     """Derivative of the expected loss along a direction, by central differences with common random numbers.
 
-    Runs outside any estimator, so that it shares no code with one beyond the neuron's own forward pass.
+    Runs outside any estimator, so that it shares no code with one beyond the neuron's own forward pass. In single
+    precision, which takes half the time: its rounding is far below the standard error. With common random numbers the
+    variance falls as the step grows; the error of a step of 0.1 is below one standard error.
     """
     parameters = dict(net.named_parameters())
-    start = {n: parameters[n].detach().clone() for n in direction}
-    x, y = (v.repeat(draws, *[1] * (v.dim() - 1)) for v in (inputs, targets))
+    start = {n: value.clone() for n, value in net.state_dict().items()}
+    x, y = (v.float().repeat(draws, *[1] * (v.dim() - 1)) for v in (inputs, targets))
 
     def mean_loss(shift: float, seed: int) -> float:
         for n, v in direction.items():
             parameters[n].copy_(start[n] + shift * v)
         torch.manual_seed(seed)
-        return loss_fn(x, y).mean().item()
+        return loss_fn(x, y).double().mean().item()
 
+    net.float()
     with torch.no_grad():
         values = [(mean_loss(step, 100 + r) - mean_loss(-step, 100 + r)) / (2 * step) for r in range(repeats)]
-        for n, v in start.items():
-            parameters[n].copy_(v)
+    net.double().load_state_dict(start)
     return Measured.of(values)
 
 
