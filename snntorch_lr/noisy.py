@@ -209,6 +209,12 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         )
 
     @property
+    def meets_threshold_twice(self) -> bool:
+        """Whether one noisy membrane is compared with a learned threshold before its reset and after it."""
+        at_once = not getattr(self, "reset_delay", True) and self.reset_mechanism == "subtract"
+        return at_once and isinstance(self.noise, MembraneNoise) and self.threshold.requires_grad
+
+    @property
     def leaks_only(self) -> bool:
         """Whether this is a Leaky of which nothing is learned, so that its graph is known without being built."""
         return self._is_leaky and getattr(self, "reset_delay", True) and not self.elementwise_parameters

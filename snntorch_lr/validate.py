@@ -36,7 +36,8 @@ def check_network(net: nn.Module) -> dict[str, NoisyNeuron]:
     """The noisy neurons of a network whose noise is on, by name.
 
     Raises:
-        ValueError: if there are none, or if a noise level is not positive and finite.
+        ValueError: if there are none, if a noise level is not positive and finite, or if a learned threshold is met
+            twice by one sample.
     """
     neurons = noisy(net)
     active = {name: neuron for name, neuron in neurons.items() if neuron.noise is not None and neuron.noise.active}
@@ -52,6 +53,12 @@ def check_network(net: nn.Module) -> dict[str, NoisyNeuron]:
             raise ValueError(
                 f"{name}.noise: sigma must be positive and finite, but is {sigma.min().item():.3g} to "
                 f"{sigma.max().item():.3g}; lower its learning rate (a parameter group of its own) or freeze it"
+            )
+        if neuron.meets_threshold_twice:
+            raise ValueError(
+                f"{name or type(neuron).__name__}: with reset_delay=False snnTorch compares the membrane that was reset with the threshold once "
+                "more, so that the gradient of a learned threshold would be biased; use reset_delay=True, "
+                "reset_mechanism='zero', escape noise, or learn_threshold=False"
             )
     return active
 

@@ -370,3 +370,15 @@ def test_warnings_point_at_the_users_line() -> None:
         slr.Vanilla(norm, COPIES).backward(norm.loss, *data())
     assert len(caught) == 2
     assert {warning.filename for warning in caught} == {__file__}
+
+
+@pytest.mark.parametrize("estimator", [slr.Vanilla, slr.Approximate])
+def test_refuses_a_learned_threshold_that_one_sample_meets_twice(estimator: Any) -> None:
+    options = {"learn_threshold": True, "reset_delay": False}
+    net = slr.Leaky(beta=0.9, noise=True, init_hidden=True, **options)
+    with pytest.raises(ValueError, match="reset_delay=True"):
+        estimator(net).backward(lambda x, y: net(x).sum(1), torch.rand(3, 2), torch.zeros(3))
+    assert net.threshold.grad is None
+    net.noise = slr.EscapeNoise()
+    estimator(net).backward(lambda x, y: net(x).sum(1), torch.rand(3, 2), torch.zeros(3))
+    assert net.threshold.grad is not None
