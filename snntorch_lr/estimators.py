@@ -197,6 +197,8 @@ class Vanilla(Estimator):
     not have; the derivation here is ours, and checked against finite differences.
     """
 
+    _storing: type[Storing] = Storing
+
     def __init__(
         self,
         net: nn.Module,
@@ -218,7 +220,7 @@ class Vanilla(Estimator):
         first, last = self.division.own_copies(self.copies)
         if self.memory == "store" and self.chunk >= last - first:
             stream = self._stream(seed, first, last)
-            recording = Storing(neurons, stream, batch_size(targets), self._others(neurons))
+            recording = self._storing(neurons, stream, batch_size(targets), self._others(neurons))
             losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
             everyone, weights = self._compare(losses)
             recording.weights.given = weights.reshape(-1)

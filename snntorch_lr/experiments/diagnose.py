@@ -20,6 +20,24 @@ from .reproduce import arguments, check_names, machine, versions
 from .train import Recipe, make_network
 
 
+class _PlainScores(Storing):
+    """Escape noise by the score of the noise that was drawn, and not of the spike alone."""
+
+    def fire(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor) -> Tensor:
+        """Samples spikes by noise on the margin, and files the score of that as of a membrane's."""
+        sampled = self.draw(neuron, MembraneNoise(noise.sigma, distribution=noise.distribution), margin)
+        return (sampled > 0).to(margin.dtype)
+
+
+class PlainScore(Vanilla):
+    """What the spike-probability score of escape noise is better than: the score of the same noise itself.
+
+    Unbiased too, and of a higher variance. For comparison only.
+    """
+
+    _storing = _PlainScores
+
+
 @dataclass(frozen=True)
 class Settings:
     """Arguments of the command ``snntorch-lr diagnose``.

@@ -55,7 +55,7 @@ def build(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps:
 
     Args:
         model: ``"mlp"`` (256 hidden neurons), ``"deep-mlp"`` (256 and 128) or ``"conv"``
-            (8 and 16 channels, 5 × 5 kernels, each with average pooling by 2).
+            (8 and 16 channels, 5 × 5 kernels, each with max pooling by 2).
         shape: channels, height, width.
         classes: number of outputs.
         num_steps: time steps.
@@ -71,8 +71,8 @@ def build(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps:
         return SpikingClassifier([first, nn.Linear(256, 128)], nn.Linear(128, classes), num_steps)
     if model == "conv":
         blocks: list[nn.Module] = [
-            nn.Sequential(nn.Conv2d(channels, 8, 5, padding=2), nn.AvgPool2d(2)),
-            nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 16, 5, padding=2)),
+            nn.Sequential(nn.Conv2d(channels, 8, 5, padding=2), nn.MaxPool2d(2)),
+            nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 16, 5, padding=2)),
         ]
         features = 16 * (height // 2 // 2) * (width // 2 // 2)
         return SpikingClassifier(blocks, nn.Sequential(nn.Flatten(), nn.Linear(features, classes)), num_steps)

@@ -143,7 +143,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         history = state["history"]
-    take_step = _stepper(recipe, net, optimizer, ranks)
+    take_step = stepper(recipe, net, optimizer, ranks)
 
     def save() -> None:
         state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
@@ -172,8 +172,8 @@ def train(
     return Trained(net, history)
 
 
-def _stepper(
-    recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
+def stepper(
+    recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE
 ) -> Callable[[Tensor, Tensor], float]:
     """One update from a batch, by the method of the recipe; returns the mean loss."""
 
