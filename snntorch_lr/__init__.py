@@ -1,5 +1,6 @@
 """Noise in snnTorch neurons, likelihood-ratio training without backpropagation through time, robustness evaluation."""
 
+from .allocation import Allocated
 from .approximate import Approximate
 from .convert import add_noise, noise_off, noise_on, remove_noise, reset
 from .defects import UNSUPPORTED
@@ -24,6 +25,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "SLSTM",
+    "Allocated",
     "Alpha",
     "Approximate",
     "EscapeNoise",

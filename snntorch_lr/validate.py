@@ -56,8 +56,8 @@ def check_network(net: nn.Module) -> dict[str, NoisyNeuron]:
             )
         if neuron.meets_threshold_twice:
             raise ValueError(
-                f"{name or type(neuron).__name__}: with reset_delay=False snnTorch compares the membrane that was reset "
-                "with the threshold once more, so that the gradient of a learned threshold would be biased; use "
+                f"{name or type(neuron).__name__}: with reset_delay=False snnTorch compares the membrane that was "
+                "reset with the threshold once more, so that the gradient of a learned threshold would be biased; use "
                 "reset_delay=True, reset_mechanism='zero', escape noise, or learn_threshold=False"
             )
     return active

@@ -109,6 +109,8 @@ def diagnose_command(
         Path | None, typer.Option(help="torchvision root of MNIST and Fashion-MNIST; downloaded there if absent.")
     ] = None,
     noise: Annotated[str, typer.Option(help="membrane or escape.")] = "membrane",
+    distribution: Annotated[str, typer.Option(help="gaussian, logistic; membrane noise also laplace.")] = "gaussian",
+    sigma: Annotated[float, typer.Option(help="Noise level where the checkpoint has none.")] = 0.5,
     copies: Annotated[int, typer.Option(help="Noise copies of each sample.")] = 16,
     batch: Annotated[int, typer.Option(help="Training images.")] = 64,
     repeats: Annotated[int, typer.Option(help="Calls of each estimator.")] = 16,
@@ -122,7 +124,9 @@ def diagnose_command(
     Example: snntorch-lr diagnose --checkpoint runs/digits/likelihood-ratio.pt --out runs/gradients
     """
     with _plain_errors("nothing was written"):
-        settings = diagnose.Settings(dataset, model, checkpoint, noise, copies, batch, repeats, reference, seed)
+        settings = diagnose.Settings(
+            dataset, model, checkpoint, noise, distribution, sigma, copies, batch, repeats, reference, seed
+        )
         typer.echo(diagnose.diagnose(settings, out, data_root, _device(device)))
     console.print(f"Written: {out}/gradients.json, gradients.md, gradients.png")
 

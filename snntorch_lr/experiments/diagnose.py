@@ -12,9 +12,12 @@ from torch.nn import functional as F
 
 from ..convert import add_noise
 from ..diagnostics import gradient_report
+from ..estimators import Estimator, Vanilla
 from ..network import noisy_neurons
-from ..noise import KINDS
+from ..noise import KINDS, EscapeNoise, MembraneNoise
+from ..noisy import NoisyNeuron
 from ..quality import GradientReport
+from ..storing import Storing
 from . import data, files, models
 from .reproduce import arguments, check_names, machine, versions
 from .train import Recipe, make_network
@@ -23,10 +26,15 @@ from .train import Recipe, make_network
 class _PlainScores(Storing):
     """Escape noise by the score of the noise that was drawn, and not of the spike alone."""
 
+    def builds_graph(self, neuron: NoisyNeuron, mem: Tensor) -> bool:
+        """The sums that replace a graph are made for the score of the spike."""
+        return True
+
     def fire(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor) -> Tensor:
         """Samples spikes by noise on the margin, and files the score of that as of a membrane's."""
-        sampled = self.draw(neuron, MembraneNoise(noise.sigma, distribution=noise.distribution), margin)
-        return (sampled > 0).to(margin.dtype)
+        same = MembraneNoise(distribution=noise.distribution)
+        same.log_sigma = noise.log_sigma
+        return (self.draw(neuron, same, margin) > 0).to(margin.dtype)
 
 
 class PlainScore(Vanilla):
@@ -47,6 +55,8 @@ class Settings:
         model: ``"mlp"`` or ``"conv"``; None for that of the checkpoint, or mlp.
         checkpoint: a checkpoint of ``reproduce``; None for a fresh network.
         noise: ``"membrane"`` or ``"escape"``, at the noise levels of the checkpoint.
+        distribution: of the noise.
+        sigma: noise level where the checkpoint has none.
         copies: noise copies of each sample.
         batch: training images, drawn by the seed.
         repeats: calls of each estimator.
@@ -58,6 +68,8 @@ class Settings:
     model: str | None = None
     checkpoint: Path | None = None
     noise: str = "membrane"
+    distribution: str = "gaussian"
+    sigma: float = 0.5
     copies: int = 16
     batch: int = 64
     repeats: int = 16
@@ -82,13 +94,14 @@ def diagnose(
     """
     if settings.noise not in KINDS:
         raise ValueError(f"unknown noise {settings.noise!r}; choose one of {', '.join(KINDS)}")
+    KINDS[settings.noise](settings.sigma, distribution=settings.distribution)
     if settings.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {settings.batch}")
     device = torch.device("cpu") if device is None else device
     recipe, trained = _trained(settings) if settings.checkpoint else (_fresh(settings), None)
     images = data.load(recipe.dataset, data_root)
     net = make_network(recipe, images.shape) if trained is None else trained
-    _set_noise(net, settings.noise, recipe.sigma)
+    _set_noise(net, settings)
     net.to(device)
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(settings.seed))
     rows = order[: settings.batch]
@@ -97,7 +110,7 @@ def diagnose(
         return F.cross_entropy(net(x), y, reduction="none")
 
     report = gradient_report(
-        net, loss_fn, images.train[rows].to(device), images.train_labels[rows].to(device),
+        net, loss_fn, images.train[rows].to(device), images.train_labels[rows].to(device), _estimators(net, settings),
         copies=settings.copies, repeats=settings.repeats, reference=settings.reference, seed=settings.seed,
     )  # fmt: skip
     results = {
@@ -112,6 +125,15 @@ def diagnose(
     files.write_text(out / "gradients.md", _markdown(results, report))
     files.save_figure(out / "gradients.png", lambda path: report.plot().savefig(path, dpi=150))
     return report
+
+
+def _estimators(net: models.SpikingClassifier, settings: Settings) -> dict[str, str | Estimator]:
+    """What is compared: the estimators, and what each of their ingredients is worth."""
+    found: dict[str, str | Estimator] = {"vanilla": "vanilla", "approximate": "approximate"}
+    found["no baseline"] = Vanilla(net, settings.copies, baseline="none")
+    if settings.noise == "escape":
+        found["plain score"] = PlainScore(net, settings.copies)
+    return found
 
 
 def _fresh(settings: Settings) -> Recipe:
@@ -141,12 +163,13 @@ def _trained(settings: Settings) -> tuple[Recipe, models.SpikingClassifier]:
     return recipe, net
 
 
-def _set_noise(net: models.SpikingClassifier, noise: str, sigma: float) -> None:
+def _set_noise(net: models.SpikingClassifier, settings: Settings) -> None:
     """Gives the hidden neurons noise of a kind, at the level of the noise that they have, or else ``sigma``."""
-    add_noise(net, sigma=sigma, only=net.hidden)
+    add_noise(net, sigma=settings.sigma, only=net.hidden)
     for neuron in noisy_neurons(net).values():
-        if not isinstance(neuron.noise, KINDS[noise]) and neuron.noise is not None:
-            neuron.noise = KINDS[noise](neuron.noise.sigma)
+        if neuron.noise is not None:
+            level = neuron.noise.sigma if settings.checkpoint else settings.sigma
+            neuron.noise = KINDS[settings.noise](level, distribution=settings.distribution)
     net.train()
 
 
@@ -157,7 +180,8 @@ def _markdown(results: dict[str, Any], report: GradientReport) -> str:
     )
     listed = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
-        f"# Gradients: {recipe['dataset']}, {recipe['model']}, {settings['noise']} noise, {trained}\n\n"
+        f"# Gradients: {recipe['dataset']}, {recipe['model']}, {settings['distribution']} {settings['noise']} noise, "
+        f"{trained}\n\n"
         f"{settings['batch']} training images.\n\n```text\n{report}\n```\n\n"
         f"Command: `{results['command']}`\n\nVersions: {listed}. Machine: {results['machine']}.\n"
     )
