@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .allocation import Allocated
 from .approximate import Approximate
 from .estimators import Estimator, LossFn, Vanilla
 from .graph import leaves
 from .validate import check_optimizer
 
-ESTIMATORS: dict[str, type[Estimator]] = {"vanilla": Vanilla, "approximate": Approximate}
+ESTIMATORS: dict[str, type[Estimator]] = {"vanilla": Vanilla, "approximate": Approximate, "allocated": Allocated}
 
 
 class Closure:
@@ -109,7 +110,7 @@ def attach(
     Args:
         optimizer: any ``torch.optim`` optimizer, with any parameter groups.
         net: the network that it trains.
-        estimator: ``"vanilla"``, ``"approximate"``, or an estimator of this network.
+        estimator: ``"vanilla"``, ``"approximate"``, ``"allocated"``, or an estimator of this network.
         copies: K, noise copies of each sample; 16 by default.
         **options: further arguments of the estimator (``baseline=``, ``antithetic=``, ``memory=``, ``seed=``, ...).
 

@@ -29,6 +29,7 @@ METHODS = {
     "chunk": (slr.Vanilla, {"chunk": 2}),
     "replay in chunks": (slr.Vanilla, {"memory": "replay", "chunk": 1}),
     "approximate": (slr.Approximate, {}),
+    "allocated": (slr.Allocated, {}),
 }
 Result = dict[str, Any]
 
