@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -143,7 +144,7 @@ def _models(
 def _subjects(models: Mapping[str, Target]) -> list[Subject]:
     """Every network with its noise off and, if it has any, on."""
     return [
-        Subject(name, "none" if not settings[1:] else "on" if noise else "off", model, noise)
+        Subject(name, "none" if len(settings) == 1 else "on" if noise else "off", replace(model, noise=noise))
         for name, model in models.items()
         for settings in [(False, True) if noisy_neurons(model.net) else (False,)]
         for noise in settings
