@@ -61,7 +61,9 @@ def surrogates(rows: Sequence[Row], protocol: Protocol) -> Figure:
     panels = figure.subplots(1, len(protocol.epsilons), sharey=True, squeeze=False)[0]
     for axes, budget in zip(panels, protocol.epsilons, strict=True):
         for index, row in enumerate(rows):
-            found = {name: right[budget] for name, right in row.by_surrogate().items()} | {"worst case": row.worst(budget)}
+            found = {name: right[budget] for name, right in row.by_surrogate().items()} | {
+                "worst case": row.worst(budget)
+            }
             shares = [share_of(right) for right in found.values()]
             places = [place + 0.6 * (index + 0.5) / len(rows) - 0.3 for place in range(len(found))]
             axes.errorbar(

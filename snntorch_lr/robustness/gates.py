@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..network import spiking_neurons
 from .descent import Descent
 from .probes import Probe
 from .scoring import logits_of, seeded
 from .statistics import share_of
 from .surrogates import SURROGATES
 from .target import Target
+from .yardstick import alignment
 
 FEW = 0.01
 """Fraction of images that a gate lets pass as exceptions."""
@@ -28,9 +30,12 @@ ALMOST_NONE = 0.05
 """The same where the attack is not given every advantage."""
 LADDER = (0.25, 0.5, 1.0)
 """Budgets, as fractions of the one that holds every image, where robustness has to end."""
-ASCENT = Descent(steps=40, length=0.1, random_start=False)
+ASCENT = Descent(loss="margin", steps=40, length=0.0625, random_start=False)
 """From the image itself: a network without gradient stays there, while a random start could break it by chance."""
-CANARY_IMAGES = 16
+FEW_IMAGES = 16
+"""Images for checks that are slow or need no more."""
+COSINE_FLOOR = 0.6
+RESOLVED = 0.2
 
 
 @dataclass(frozen=True)
@@ -166,17 +171,39 @@ def black_box(white: Mapping[float, Tensor], black: Mapping[float, Tensor]) -> G
     return Gate(name, passed, f"broken without the gradient only: {listed} (at most the half-width of the interval)")
 
 
-def sweep(accuracies: Mapping[str, float]) -> Gate:
+def sweep(net: nn.Module, right: Mapping[str, Tensor]) -> Gate:
     """G6: the suite differentiates through the spikes in every way that there is, and the worst is kept.
 
     Args:
-        accuracies: under the attacks through each surrogate.
+        net: the network.
+        right: what is right under the attacks through each surrogate, by its name, Boolean, ``[images]``.
     """
-    missing = [name for name in SURROGATES if name not in accuracies]
+    name = "G6 surrogates"
+    if not any(True for _ in spiking_neurons(net)):
+        return Gate(name, True, "the network has no spikes to differentiate through")
+    missing = [surrogate for surrogate in SURROGATES if surrogate not in right]
     if missing:
-        return Gate("G6 surrogates", None, f"the suite has no attack through {', '.join(missing)}")
-    listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in accuracies.items())
-    return Gate("G6 surrogates", True, f"{listed}; the worst case has them all")
+        return Gate(name, None, f"the suite has no attack through {', '.join(missing)}")
+    listed = ", ".join(f"{surrogate} {100 * share_of(each).accuracy:.1f} %" for surrogate, each in right.items())
+    return Gate(name, True, f"{listed}; the worst case has them all")
+
+
+def direction(probe: Probe) -> Gate:
+    """G7: the network's own surrogate gradient points where the likelihood-ratio gradient does, which has no surrogate."""
+    name = "G7 direction"
+    if not any(True for _ in spiking_neurons(probe.target.net)):
+        return Gate(name, True, "the network has no spikes: its gradient is exact")
+    few = probe.first(FEW_IMAGES)
+    try:
+        found = alignment(probe.target, few.images, few.labels, seed=probe.seed)
+    except ValueError as error:
+        return Gate(name, None, f"no likelihood-ratio gradient: {str(error).splitlines()[0]}")
+    if found.repeatability < RESOLVED:
+        return Gate(
+            name, None, f"the likelihood-ratio gradient is not resolved (repeatability {found.repeatability:.2f})"
+        )
+    detail = f"cosine {found.cosine:.2f} to the likelihood-ratio gradient (at least {COSINE_FLOOR:g})"
+    return Gate(name, found.cosine >= COSINE_FLOOR, detail)
 
 
 def canary(probe: Probe) -> Gate:
@@ -187,7 +214,7 @@ def canary(probe: Probe) -> Gate:
         blind = images.detach() + 0 * images
         return net(blind) if forward is None else forward(net, blind)
 
-    few = probe.only(torch.arange(min(CANARY_IMAGES, len(probe.images))))
+    few = probe.first(FEW_IMAGES)
     blind = replace(few, target=replace(few.target, forward=masked))
     tripped = [
         guarded("G1", lambda: gradients(blind, {})),

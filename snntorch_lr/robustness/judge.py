@@ -8,11 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..network import spiking_neurons
 from . import gates
 from .gates import Gate, guarded
 from .probes import Probe
-from .statistics import share_of
 
 CURVE_STEPS = (1, 2, 5, 10, 20, 40)
 
@@ -78,7 +76,7 @@ def judge(evidence: Evidence, epsilons: tuple[float, ...]) -> Findings:
         return gates.ladder(ladder)
 
     def converge() -> Gate:
-        runs = [(middle, replace(gates.ASCENT, steps=count)) for count in CURVE_STEPS]
+        runs = [(middle, replace(gates.ASCENT, steps=count, length=2.5 / max(count, 2.5))) for count in CURVE_STEPS]
         steps.update(zip(CURVE_STEPS, probe.curve(runs), strict=True))
         return gates.convergence(probe, evidence.worst(middle)[evidence.rows], middle)
 
@@ -89,15 +87,9 @@ def judge(evidence: Evidence, epsilons: tuple[float, ...]) -> Findings:
         guarded("G3 ladder", climb),
         guarded("G4 convergence", converge),
         gates.black_box(evidence.white, evidence.others),
-        _sweep(evidence, middle),
+        gates.sweep(probe.target.net, {name: right[middle] for name, right in evidence.surrogates.items()}),
         guarded("G7 direction", lambda: gates.direction(probe)),
         gates.canary(probe),
         gates.assertions(evidence.failures),
     )
     return Findings(judged, middle, ladder, steps)
-
-
-def _sweep(evidence: Evidence, epsilon: float) -> Gate:
-    if not any(True for _ in spiking_neurons(evidence.probe.target.net)):
-        return Gate("G6 surrogates", True, "the network has no spikes to differentiate through")
-    return gates.sweep({name: share_of(right[epsilon]).accuracy for name, right in evidence.surrogates.items()})

@@ -68,7 +68,9 @@ class Subject:
     @property
     def noisy_in_evaluation(self) -> bool:
         """Whether the network draws noise after ``net.eval()``."""
-        return any(neuron.noise is not None and neuron.noise.at_eval for neuron in noisy_neurons(self.target.net).values())
+        return any(
+            neuron.noise is not None and neuron.noise.at_eval for neuron in noisy_neurons(self.target.net).values()
+        )
 
 
 @dataclass(frozen=True)
@@ -147,14 +149,14 @@ class Measurement:
         self.attacks = {subject.label: self._attacks_on(subject, attacks) for subject in subjects}
         self.marks = {subject.label: self._mark(subject) for subject in subjects}
         budgets = len(protocol.epsilons)
-        self.total = sum(
-            2 + len(attacks) * budgets + len(protocol.corruptions) for attacks in self.attacks.values()
-        )
+        self.total = sum(2 + len(attacks) * budgets + len(protocol.corruptions) for attacks in self.attacks.values())
         self.done = 0
 
     def measure(self, subject: Subject) -> Row:
         """Clean accuracy, all attacks, corruptions and gates of one subject."""
-        clean = Scores(**self._once(subject, "clean", (), lambda: asdict(self._score(subject, self.images, self.labels))))
+        clean = Scores(
+            **self._once(subject, "clean", (), lambda: asdict(self._score(subject, self.images, self.labels)))
+        )
         right: dict[str, dict[float, Tensor]] = {}
         unchanged: dict[str, float] = {}
         failures: dict[str, str] = {}
@@ -255,7 +257,9 @@ class Measurement:
             *evidence.white.values(),
             *evidence.others.values(),
         )
-        return Findings(tuple(Gate(**gate) for gate in found["gates"]), found["epsilon"], found["ladder"], found["steps"])
+        return Findings(
+            tuple(Gate(**gate) for gate in found["gates"]), found["epsilon"], found["ladder"], found["steps"]
+        )
 
     def _score(self, subject: Subject, images: Tensor, labels: Tensor, *seeds: int) -> Scores:
         seed = mix(self.protocol.seed, *seeds)
@@ -294,7 +298,9 @@ def _from_source(attack: Attack, source: Subject) -> Attack:
         return attack.run(replace(target, sources={source.label: source.target}), x, y, budget, seed)
 
     name = f"{attack.name} from {source.label}"
-    return replace(attack, name=name, run=run, settings={**attack.settings, "source": source.label}, needs_sources=False)
+    return replace(
+        attack, name=name, run=run, settings={**attack.settings, "source": source.label}, needs_sources=False
+    )
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..stream import mix
 from .budget import Budget
 from .descent import LOSSES, Descent
-from .scoring import ROWS, pieces, score, seeded
+from .scoring import ROWS, device_of, pieces, score, seeded
 from .target import Target
 
 
@@ -71,6 +71,11 @@ class Probe:
     def only(self, chosen: Tensor) -> Probe:
         """The same with some of the images."""
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
+    def first(self, count: int) -> Probe:
+        """The same with the first images only, on the network's device."""
+        device = device_of(self.target)
+        return replace(self, images=self.images[:count].to(device), labels=self.labels[:count].to(device))
 
     def right_after(self, epsilon: float, descent: Descent) -> Tensor:
         """What is still right after an attack with fresh noise, Boolean, ``[n]``."""

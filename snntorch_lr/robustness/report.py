@@ -135,9 +135,7 @@ class RobustnessReport:
         return {
             "protocol": asdict(self.protocol) | {"epsilons": list(self.protocol.epsilons)},
             "versions": versions(),
-            "attacks": [
-                {"name": a.name, "access": a.access, "settings": dict(a.settings)} for a in self.attacks
-            ],
+            "attacks": [{"name": a.name, "access": a.access, "settings": dict(a.settings)} for a in self.attacks],
             "headline": self.headline.subject.label,
             "rows": [_row(row, self.protocol.epsilons) for row in self.rows],
             "comparisons": [
@@ -166,7 +164,9 @@ class RobustnessReport:
         return figures.surrogates(self.rows, self.protocol)
 
     def _summary(self) -> str:
-        lines = [f"{self.headline.subject.label}: worst case over {len(self.headline.attacks)} attacks, {self.protocol.norm}"]
+        lines = [
+            f"{self.headline.subject.label}: worst case over {len(self.headline.attacks)} attacks, {self.protocol.norm}"
+        ]
         lines += [f"  ε = {epsilon:g}: {share}" for epsilon, share in self.worst_case.items()]
         return "\n".join(lines)
 
@@ -179,12 +179,18 @@ class RobustnessReport:
             ["majority vote", *(str(share_of(row.clean)) for row in self.rows)],
             ["single draw", *(str(row.single) for row in self.rows)],
         ]
-        attacked = [(f"Accuracy, ε = {epsilon:g}", ["", *labels], self._attacked(epsilon)) for epsilon in self.protocol.epsilons]
+        attacked = [
+            (f"Accuracy, ε = {epsilon:g}", ["", *labels], self._attacked(epsilon)) for epsilon in self.protocol.epsilons
+        ]
         tables = [("Clean accuracy", ["", *labels], clean), *attacked]
         if self.protocol.corruptions:
             tables.append(("Corruptions, by severity", ["", *labels], self._corrupted()))
         tables += [
-            (f"Gates: {row.subject.label}", ["gate", "", "measured"], [[g.name, g.verdict, g.detail] for g in row.findings.gates])
+            (
+                f"Gates: {row.subject.label}",
+                ["gate", "", "measured"],
+                [[g.name, g.verdict, g.detail] for g in row.findings.gates],
+            )
             for row in self.rows
         ]
         if self.comparisons:

@@ -86,8 +86,10 @@ def logits_of(target: Target, images: Tensor, seed: int) -> Tensor:
 
 
 def pieces(target: Target, images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of at most ``size`` images (at least one), on the network's device."""
+    """Parts of at most ``size`` images (at least one), on the network's device; none of no images."""
     device = device_of(target)
+    if not len(images):
+        return
     for x, y in zip(images.split(max(1, size)), labels.split(max(1, size)), strict=True):
         yield x.to(device), y.to(device)
 
