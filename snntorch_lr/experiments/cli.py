@@ -20,7 +20,8 @@ except ImportError as error:
 import torch
 
 from .. import __version__
-from . import diagnose, report
+from ..robustness.measure import Progress as EvaluationProgress
+from . import diagnose, evaluate, report
 from .data import DataError
 from .reproduce import Settings, reproduce
 from .train import Progress as StepProgress
@@ -61,7 +62,8 @@ def reproduce_command(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     epsilon: Annotated[list[float] | None, typer.Option(help="Attack budget, l∞; may be given again.")] = None,
     attack_images: Annotated[int, typer.Option(help="Test images to attack.")] = 1000,
-    draws: Annotated[int, typer.Option(help="Noise draws to average over where the noise is on.")] = 8,
+    draws: Annotated[int, typer.Option(help="Noise draws that attacks average over where the noise is on.")] = 8,
+    suite: Annotated[str, typer.Option(help="Attacks: quick, paper or standard.")] = "quick",
     out: Annotated[Path | None, typer.Option(help="Directory for results and checkpoints; runs/DATASET.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")] = False,
 ) -> None:
@@ -84,6 +86,7 @@ def reproduce_command(
                 epsilons=tuple(epsilon) if epsilon else Settings.epsilons,
                 attack_images=attack_images,
                 draws=draws,
+                suite=suite,
             ),
             out or Path("runs") / dataset,
             data_root,
@@ -123,15 +126,51 @@ def diagnose_command(
     console.print(f"Written: {out}/gradients.json, gradients.md, gradients.png")
 
 
+@app.command("evaluate")
+def evaluate_command(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(help="Checkpoints of reproduce: the network, then its baselines.")
+    ],
+    suite: Annotated[str, typer.Option(help="Attacks: quick, paper or standard.")] = "standard",
+    dataset: Annotated[str | None, typer.Option(help="Whose test images; those of the checkpoints.")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="torchvision root of MNIST and Fashion-MNIST; downloaded there if absent.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Test images to attack, from the first.")] = 1000,
+    epsilon: Annotated[list[float] | None, typer.Option(help="Attack budget; may be given again.")] = None,
+    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    draws: Annotated[int, typer.Option(help="Noise draws that attacks average over.")] = 8,
+    votes: Annotated[int, typer.Option(help="Noise draws for each prediction.")] = 32,
+    corruptions: Annotated[bool, typer.Option("--corruptions", help="Score natural corruptions too.")] = False,
+    seed: Annotated[int, typer.Option(help="Of attacks and noise.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("runs/robustness"),
+) -> None:
+    """Attack trained networks: worst case over a suite, transfers between them, and the gates that it has to pass.
+
+    Example: snntorch-lr evaluate runs/mnist/likelihood-ratio.pt runs/mnist/surrogate.pt --data-root data
+    """
+    settings = evaluate.Settings(
+        tuple(checkpoints), suite, dataset, images, tuple(epsilon) if epsilon else evaluate.Settings.epsilons,
+        norm, draws, votes, corruptions, seed,
+    )  # fmt: skip
+    with _plain_errors("finished attacks are kept: the same command goes on from there"), _progress() as bars:
+        found = evaluate.evaluate(settings, out, data_root, _device(device), _watch(bars))
+    typer.echo(found)
+    console.print(f"Written: {out}/robustness.md, robustness.json, epsilon.png, steps.png, surrogates.png")
+
+
 def _run(settings: Settings, out: Path, data_root: Path | None, device: str, resume: bool) -> None:
     with _progress() as bars:
-        results = reproduce(settings, out, data_root, _device(device), resume, lambda n, s: _announce(bars, n, s))
+        results = reproduce(
+            settings, out, data_root, _device(device), resume, lambda n, s: _announce(bars, n, s), _watch(bars)
+        )
     header, lines = report.table(results)
     table = Table(*header, title=f"{settings.dataset}, {settings.model}", caption=report.NOTE)
     for line in lines:
         table.add_row(*line)
     console.print(table)
-    console.print(f"Written: {out}/results.json, table.md, training.png, attacks.png")
+    console.print(f"Written: {out}/results.json, table.md, robustness.md, training.png, attacks.png and other figures")
 
 
 @contextmanager
@@ -168,7 +207,7 @@ def _device(name: str) -> torch.device:
 
 def _progress() -> Progress:
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
     quiet = not console.is_terminal or "CI" in os.environ
@@ -176,11 +215,24 @@ def _progress() -> Progress:
 
 
 def _announce(bars: Progress, name: str, steps: int) -> StepProgress:
-    task = bars.add_task(name, total=steps, loss=float("nan"))
+    task = bars.add_task(name, total=steps, note="")
     if bars.disable:
         console.print(f"training: {name}")
 
     def update(done: int, loss: float) -> None:
-        bars.update(task, completed=done, loss=loss)
+        bars.update(task, completed=done, note=f"loss {loss:.3f}")
+
+    return update
+
+
+def _watch(bars: Progress) -> EvaluationProgress:
+    task = bars.add_task("attacks", start=False, note="", visible=False)
+
+    def update(what: str, done: int, total: int) -> None:
+        if done == 0:
+            bars.start_task(task)
+            if bars.disable:
+                console.print("attacks")
+        bars.update(task, completed=done, total=total, note=what, visible=True)
 
     return update

@@ -80,7 +80,9 @@ class Trained:
     def seconds_per_epoch(self) -> float:
         """Median training time of an epoch, without the test."""
         ends = [0.0, *(entry["epoch"] for entry in self.history)]
-        paces = [entry["seconds"] / (end - start) for entry, start, end in zip(self.history, ends, ends[1:])]
+        paces = [
+            entry["seconds"] / (end - start) for entry, start, end in zip(self.history, ends, ends[1:], strict=False)
+        ]
         return float(torch.tensor(paces).median())
 
 
@@ -91,6 +93,22 @@ def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> models.SpikingC
     if recipe.method != "surrogate":
         add_noise(net, recipe.sigma, only=net.hidden, kind=recipe.noise, distribution=recipe.distribution)
     return net
+
+
+def load_trained(checkpoint: Path) -> tuple[Recipe, models.SpikingClassifier]:
+    """Recipe and network of a checkpoint.
+
+    Raises:
+        ValueError: if the file is not a checkpoint of ``train``.
+    """
+    state = files.load_checkpoint(checkpoint)
+    try:
+        recipe = Recipe(**state["recipe"])
+        net = make_network(recipe, tuple(state["shape"]))
+        net.load_state_dict(state["net"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint} is not a checkpoint of reproduce ({type(error).__name__})") from error
+    return recipe, net
 
 
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 1000) -> float:

@@ -56,7 +56,7 @@ def evaluate(
 
     Example: ``print(evaluate(net, test_loader, epsilons=[0.05, 0.1], baselines={"surrogate": other}))``
 
-    The result is a function of the seed; modes, states, gradients and torch's global random state are left as they were.
+    The result is a function of the seed. Modes, states, gradients and torch's global random state are left as found.
 
     Args:
         net: any snnTorch network, with noise or without.
@@ -91,8 +91,9 @@ def evaluate(
     models = _models(net, name, baselines or {}, forward, draws, scale)
     images, labels = _collect(loader)
     subjects = _subjects(models)
+    kept = Cache(None if cache is None else Path(cache))
     with untouched([model.net for model in models.values()]):
-        measurement = Measurement(protocol, chosen, subjects, images, labels, Cache(cache and Path(cache)), progress)
+        measurement = Measurement(protocol, chosen, subjects, images, labels, kept, progress)
         measured = [measurement.measure(subject) for subject in subjects]
     return RobustnessReport(protocol, chosen, tuple(measured))
 

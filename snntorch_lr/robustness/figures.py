@@ -66,11 +66,12 @@ def surrogates(rows: Sequence[Row], protocol: Protocol) -> Figure:
             }
             shares = [share_of(right) for right in found.values()]
             places = [place + 0.6 * (index + 0.5) / len(rows) - 0.3 for place in range(len(found))]
-            axes.errorbar(
-                [100 * share.accuracy for share in shares], places,
-                xerr=[[100 * max(0.0, s.accuracy - s.low) for s in shares], [100 * max(0.0, s.high - s.accuracy) for s in shares]],
-                fmt="o", ms=4, lw=1, color=f"C{index}", label=_label(row) if axes is panels[0] else None,
-            )  # fmt: skip
+            middle = [100 * share.accuracy for share in shares]
+            # Rounding may put an end of the interval on the wrong side of its middle.
+            below = [100 * max(0.0, share.accuracy - share.low) for share in shares]
+            above = [100 * max(0.0, share.high - share.accuracy) for share in shares]
+            label = _label(row) if axes is panels[0] else None
+            axes.errorbar(middle, places, xerr=[below, above], fmt="o", ms=4, lw=1, color=f"C{index}", label=label)
             axes.set_yticks(range(len(found)), list(found))
         axes.set(title=f"ε = {budget:g}", xlabel="accuracy (%)", xlim=(-2, 103))
         axes.grid(axis="x", alpha=0.3)

@@ -1,10 +1,10 @@
 """Checks that an evaluation has to pass before its figures mean robustness: G0 to G9.
 
-A stochastic or non-differentiable network looks robust when the gradient that attacks it is bad. Each gate looks for one
-sign of that, on images that the network has right. What could not be checked has not passed.
+A stochastic or non-differentiable network looks robust when the gradient that attacks it is bad. Each gate looks for
+one sign of that, on images that the network has right. What could not be checked has not passed.
 
-Source of the method: Athalye, Carlini & Wagner (2018), "Obfuscated Gradients Give a False Sense of Security"; Carlini et
-al. (2019), "On Evaluating Adversarial Robustness".
+Source: Athalye, Carlini & Wagner (2018), "Obfuscated Gradients Give a False Sense of Security"; Carlini et al. (2019),
+"On Evaluating Adversarial Robustness".
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def convergence(probe: Probe, survived: Tensor, epsilon: float) -> Gate:
     after[survived] = probe.only(survived).right_after(epsilon, longer)
     before, now = share_of(survived), share_of(after)
     detail = (
-        f"ε = {epsilon:g}: {before} % of {len(survived)} images right after the suite, {100 * now.accuracy:.1f} % after "
-        f"{longer.steps} more steps of {longer.draws} draws (at most the half-width less)"
+        f"ε = {epsilon:g}: {before} % of {len(survived)} images right after the suite, {100 * now.accuracy:.1f} % "
+        f"after {longer.steps} more steps of {longer.draws} draws (at most the half-width less)"
     )
     return Gate("G4 convergence", before.accuracy - now.accuracy <= before.half_width, detail)
 
@@ -189,7 +189,7 @@ def sweep(net: nn.Module, right: Mapping[str, Tensor]) -> Gate:
 
 
 def direction(probe: Probe) -> Gate:
-    """G7: the network's own surrogate gradient points where the likelihood-ratio gradient does, which has no surrogate."""
+    """G7: the network's own surrogate gradient points where the likelihood-ratio gradient does."""
     name = "G7 direction"
     if not any(True for _ in spiking_neurons(probe.target.net)):
         return Gate(name, True, "the network has no spikes: its gradient is exact")
@@ -211,8 +211,7 @@ def canary(probe: Probe) -> Gate:
     forward = probe.target.forward
 
     def masked(net: nn.Module, images: Tensor) -> Tensor:
-        blind = images.detach() + 0 * images
-        return net(blind) if forward is None else forward(net, blind)
+        return net(images.detach()) if forward is None else forward(net, images.detach())
 
     few = probe.first(FEW_IMAGES)
     blind = replace(few, target=replace(few.target, forward=masked))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import metadata
 from typing import Any
 from zlib import crc32
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from ..network import noisy_neurons
 from ..stream import mix
+from ..versions import versions
 from .attacks import SUITES, Attack, perturb
 from .budget import Budget
 from .cache import Cache, fingerprint
@@ -22,7 +21,7 @@ from .corruptions import CORRUPTIONS
 from .gates import Gate
 from .judge import Evidence, Findings, judge
 from .probes import Probe
-from .scoring import Scores, device_of, logits_of, pieces, score
+from .scoring import Scores, batch_size, device_of, logits_of, pieces, score
 from .statistics import Share, share_of
 from .target import Target
 
@@ -184,7 +183,7 @@ class Measurement:
         )
 
     def _ladder(self, subject: Subject, attack: Attack, still: Tensor) -> tuple[dict[float, Tensor], float]:
-        """What is right under an attack by budget, each attacking what smaller ones left right, and what it left as is."""
+        """What is right by budget, each attacking what smaller ones left right, and the fraction that it left as is."""
         under: dict[float, Tensor] = {}
         unchanged, attacked = 0, 0
         source = str(attack.settings.get("source"))
@@ -205,10 +204,10 @@ class Measurement:
         right, unchanged = [], 0
         seed = mix(self.protocol.seed, crc32(f"{attack.name} {epsilon:g}".encode()))
         budget = Budget(epsilon, self.protocol.norm)
-        size = self.protocol.rows // subject.target.draws
+        size = batch_size(subject.target, self.protocol.rows)
         for index, (x, y) in enumerate(pieces(subject.target, self.images[still], self.labels[still], size)):
             try:
-                adversarial = perturb(attack, subject.target, x, y, budget, mix(seed, index))
+                adversarial = perturb(attack, subject.target, x, y, budget, mix(seed, index), self.protocol.rows)
             except (RuntimeError, ValueError) as error:
                 raise AttackFailedError(str(error).splitlines()[0]) from error
             right.append(self._score(subject, adversarial, y, seed, index, 1).right)
@@ -281,7 +280,7 @@ class Measurement:
         protocol = self.protocol
         mark = fingerprint(
             self.marks[subject.label], self.images, self.labels, protocol.norm, protocol.votes, protocol.seed,
-            protocol.rows, versions(), what, depends, *tensors,
+            protocol.rows, versions(*PACKAGES), what, depends, *tensors,
         )  # fmt: skip
         return self.cache.once(f"{subject.label} {what}", mark, compute)
 
@@ -301,12 +300,3 @@ def _from_source(attack: Attack, source: Subject) -> Attack:
     return replace(
         attack, name=name, run=run, settings={**attack.settings, "source": source.label}, needs_sources=False
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    found = {}
-    for package in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found

@@ -8,37 +8,32 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..stream import mix
 from .budget import Budget
 from .descent import LOSSES, Descent
-from .scoring import ROWS, device_of, pieces, score, seeded
+from .scoring import ROWS, batch_size, device_of, pieces, score, seeded
 from .target import Target
+from .view import AttackableView
 
 
-class _Frozen(nn.Module):
+class _FrozenView(AttackableView):
     """A view whose noise is the same in each call."""
 
-    def __init__(self, target: Target, seed: int) -> None:
-        super().__init__()
-        self.target = target
-        self.seed = seed
-
     def forward(self, images: Tensor) -> Tensor:
-        with seeded(self.seed):
-            logits: Tensor = self.target.view(draws=1, seed=self.seed)(images)
-        return logits
+        self._generator.manual_seed(self._generator.initial_seed())
+        with seeded(self._generator.initial_seed()):
+            return super().forward(images)
 
 
 @dataclass(frozen=True)
 class FrozenTarget(Target):
-    """A target of which every view makes the same single noise draw in each call."""
+    """A target whose views make the same single noise draw in each call."""
 
-    def view(self, *, seed: int = 0, **_: Any) -> nn.Module:  # type: ignore[override]
+    def view(self, *, seed: int = 0, **_: Any) -> AttackableView:
         """The network with its noise frozen by the seed."""
-        thawed = Target(self.net, self.forward, self.noise, 1, self.scale)
-        return _Frozen(thawed, seed)
+        return _FrozenView(self.net, self.forward, 1, self.noise, seed, self.scale)
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class Probe:
     def right_after(self, epsilon: float, descent: Descent) -> Tensor:
         """What is still right after an attack with fresh noise, Boolean, ``[n]``."""
         right = [torch.zeros(0, dtype=torch.bool)]
-        size = self.rows // (descent.draws or self.target.draws)
+        size = batch_size(self.target, self.rows, descent.draws)
         for index, (x, y) in enumerate(pieces(self.target, self.images, self.labels, size)):
             seed = mix(self.seed, index)
             with seeded(seed):
@@ -91,7 +86,7 @@ class Probe:
     def right_after_frozen(self, epsilon: float, descent: Descent) -> Tensor:
         """What is still right after an attack on a single noise draw, which is also the draw that judges it."""
         right = [torch.zeros(0, dtype=torch.bool)]
-        target = FrozenTarget(self.target.net, self.target.forward, self.target.noise, 1, self.target.scale)
+        target = FrozenTarget(self.target.net, self.target.forward, self.target.noise, scale=self.target.scale)
         for x, y in pieces(self.target, self.images, self.labels, self.rows):
             adversarial = descent(target, x, y, Budget(epsilon, self.norm), self.seed)
             with torch.no_grad():
@@ -110,7 +105,9 @@ class Probe:
     def vanishing(self, loss: str) -> float:
         """Fraction of the images at which the gradient of a loss, ``"margin"`` or ``"cross-entropy"``, is zero."""
         zeros = 0
-        for index, (x, y) in enumerate(pieces(self.target, self.images, self.labels, self.rows // self.target.draws)):
+        for index, (x, y) in enumerate(
+            pieces(self.target, self.images, self.labels, batch_size(self.target, self.rows))
+        ):
             seed = mix(self.seed, index)
             x = x.clone().requires_grad_()
             with seeded(seed):

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..versions import versions
 from . import figures
 from .attacks import Attack
 from .gates import Gate, mark, verdict
-from .measure import Protocol, Row, versions
+from .measure import PACKAGES, Protocol, Row
 from .statistics import McNemar, Share, mcnemar, share_of
 
 if TYPE_CHECKING:
@@ -127,14 +128,14 @@ class RobustnessReport:
             rows = [header, ["---"] * len(header), *lines]
             table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
             parts.append(f"{'#' * level} {title}\n\n{table}")
-        listed = ", ".join(f"{name} {version}" for name, version in versions().items())
+        listed = ", ".join(f"{name} {version}" for name, version in versions(*PACKAGES).items())
         return "\n\n".join([*parts, self._note(), f"Seed {self.protocol.seed}. Versions: {listed}."]) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """All figures and settings as plain dicts and numbers, ready for ``json.dump``."""
         return {
             "protocol": asdict(self.protocol) | {"epsilons": list(self.protocol.epsilons)},
-            "versions": versions(),
+            "versions": versions(*PACKAGES),
             "attacks": [{"name": a.name, "access": a.access, "settings": dict(a.settings)} for a in self.attacks],
             "headline": self.headline.subject.label,
             "rows": [_row(row, self.protocol.epsilons) for row in self.rows],

@@ -59,7 +59,7 @@ def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed:
         return Scores(torch.zeros(0, dtype=torch.bool), torch.zeros(0))
     votes = votes if is_random(target, images) else 1
     right, single = [], []
-    for index, (x, y) in enumerate(pieces(target, images, labels, rows // votes)):
+    for index, (x, y) in enumerate(pieces(target, images, labels, max(1, rows // votes))):
         piece_seed = mix(seed, index)
         with torch.no_grad(), seeded(piece_seed):
             logits = target.view(draws=1, seed=piece_seed)(x.repeat(votes, *[1] * (x.dim() - 1)))
@@ -86,12 +86,17 @@ def logits_of(target: Target, images: Tensor, seed: int) -> Tensor:
 
 
 def pieces(target: Target, images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of at most ``size`` images (at least one), on the network's device; none of no images."""
+    """Parts of at most ``size`` images, on the network's device; none of no images."""
     device = device_of(target)
     if not len(images):
         return
-    for x, y in zip(images.split(max(1, size)), labels.split(max(1, size)), strict=True):
+    for x, y in zip(torch.split(images, size), torch.split(labels, size), strict=True):
         yield x.to(device), y.to(device)
+
+
+def batch_size(target: Target, rows: int, draws: int | None = None) -> int:
+    """How many images, each with its noise draws (the target's by default), make that many rows; at least one."""
+    return max(1, rows // ((draws or target.draws) if target.noise else 1))
 
 
 def device_of(target: Target) -> torch.device:

@@ -4,12 +4,10 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import snntorch_lr as slr
-from snntorch_lr.robustness import RobustnessReport, evaluate, gates
-from snntorch_lr.robustness.gates import Gate
+from snntorch_lr.robustness import RobustnessReport, evaluate
 
 from . import canaries
 
