@@ -29,8 +29,8 @@ def rga(neuron: nn.Module, current: Tensor, rate: Tensor, gamma: float = 0.2) ->
 
     Source: Bu, Ding, Hao & Yu (2023), "Rate Gradient Approximation Attack Threats Deep Spiking Neural Networks", CVPR.
     """
-    threshold = neuron.threshold.detach()
-    tau = neuron.beta.detach().clamp(0, 1)
+    threshold, beta = (torch.as_tensor(getattr(neuron, name)).detach() for name in ("threshold", "beta"))
+    tau = beta.clamp(0, 1)
     drive = current / threshold
     slope = torch.where(drive < 1 - tau, torch.as_tensor(gamma).to(drive), (1 - gamma + gamma * tau) / (1 + tau))
     return slope * ((drive >= 0) & (drive <= 2)) / threshold

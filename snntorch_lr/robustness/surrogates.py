@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -205,12 +206,12 @@ def _noise_level(neuron: nn.Module) -> Tensor:
     return level
 
 
-SURROGATES: dict[str, Callable[[], Surrogate]] = {
+SURROGATES: dict[str, Callable[..., Surrogate]] = {
     "training": Training,
     "gaussian": gaussian,
     "atan": arctangent,
     "ste": straight_through,
-    "rga": lambda: RateGradient(rga),
+    "rga": lambda gamma=0.2: RateGradient(partial(rga, gamma=gamma)),
     "bptr": lambda: RateGradient(bptr),
     "assg": AdaptiveSharpness,
 }
@@ -220,11 +221,19 @@ SURROGATES: dict[str, Callable[[], Surrogate]] = {
 def make_surrogate(which: str | Surrogate) -> Surrogate:
     """A surrogate by name, or the one that is given.
 
+    Args:
+        which: a name of ``SURROGATES``, or a name and its parameter as in ``"atan:4"`` (α), ``"gaussian:0.3"`` (width),
+            ``"assg:0.42"`` (ω) or ``"rga:0.1"`` (γ); or an object.
+
     Raises:
-        ValueError: if the name is unknown.
+        ValueError: if there is no surrogate of this name, or it has no such parameter.
     """
     if not isinstance(which, str):
         return which
-    if which not in SURROGATES:
+    name, _, parameter = which.partition(":")
+    if name not in SURROGATES:
         raise ValueError(f"unknown surrogate {which!r}; choose one of {', '.join(SURROGATES)}, or give an object")
-    return SURROGATES[which]()
+    try:
+        return SURROGATES[name](float(parameter)) if parameter else SURROGATES[name]()
+    except TypeError as error:
+        raise ValueError(f"surrogate {name!r} has no parameter, so {which!r} is not one") from error

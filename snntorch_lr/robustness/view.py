@@ -36,7 +36,8 @@ class AttackableView(nn.Module):
             network was built.
 
     Raises:
-        ValueError: if draws is below 1 or the surrogate is unknown; at a call, if images are not in [0, 1], or what ``forward`` returns has another shape.
+        ValueError: if draws is below 1 or the surrogate is unknown; at a call, if images are not in [0, 1],
+            or what ``forward`` returns has another shape.
     """
 
     def __init__(
@@ -76,25 +77,28 @@ class AttackableView(nn.Module):
             )
         rows = images.repeat(self.draws, *[1] * (images.dim() - 1))
         switch = noise_on(self.net, self._generator) if self.noise else noise_off(self.net)
-        with _evaluating(self.net), switch, self.surrogate.applied_to(self.net):
+        with evaluating(self.net), switch, self.surrogate.applied_to(self.net):
             reset(self.net)
-            logits = self.net_forward(self.net, rows)
+            logits = self.read(self.net_forward(self.net, rows))
             reset(self.net)
-        if logits.dim() == 3:
-            logits = self.scale * logits.mean(0)
         if logits.dim() != 2 or len(logits) != len(rows):
             raise ValueError(
                 f"forward returned shape {tuple(logits.shape)} for {len(rows)} images; logits [batch, classes] or a "
                 "record [time, batch, classes] are needed"
             )
-        if images.requires_grad and not logits.requires_grad:
+        if images.requires_grad:
             # Attacks would fail on a network that cuts its graph: they are to see its gradient as it is, zero.
             logits = logits + 0 * rows.flatten(1).sum(1, keepdim=True)
         return logits.view(self.draws, len(images), -1).mean(0)
 
+    def read(self, output: Tensor) -> Tensor:
+        """Logits ``[batch, classes]`` of what ``forward`` returned; what has another shape stays as it is."""
+        return self.scale * output.mean(0) if output.dim() == 3 else output
+
 
 @contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Context in which every module of the network is in evaluation mode; each gets its own mode back."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
