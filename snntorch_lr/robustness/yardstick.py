@@ -35,7 +35,7 @@ class Alignment:
     repeatability: float
 
 
-def alignment(target: Target, images: Tensor, labels: Tensor, copies: int = 1024, seed: int = 0) -> Alignment:
+def alignment(target: Target, images: Tensor, labels: Tensor, copies: int = 256, seed: int = 0) -> Alignment:
     """Compares the gradient that attacks follow, through the network's own surrogate, with one that needs none.
 
     The likelihood-ratio gradient is that of the expected margin over the noise of the neurons; a copy of a network
