@@ -68,7 +68,7 @@ def _library(name: str, run: Library | AutoPgd | SquareSearch) -> Attack:
 def _free(name: str, run: RandomNoise | Transfer) -> Attack:
     settings = {"library": "snntorch_lr"} | asdict(run)
     if isinstance(run, Transfer):
-        return Attack(name, run, settings, "transfer", needs_sources=True)
+        return Attack(name, run, settings, "transfer", NORMS, needs_sources=True)
     return Attack(name, run, settings, "black-box", NORMS)
 
 
@@ -97,7 +97,7 @@ SUITES: dict[str, tuple[Attack, ...]] = {
         gradient_attack("SA-PGD", Descent(rule="sa-pgd")),
         gradient_attack("SA-PGD ASSG", Descent("assg", rule="sa-pgd")),
         gradient_attack("margin EOT-PGD-40x8", Descent(loss="margin", steps=40, draws=8)),
-        gradient_attack("targeted SA-PGD", Descent(rule="sa-pgd", targets=3)),
+        gradient_attack("targeted EOT-PGD", Descent(targets=3)),
         _free("transfer", Transfer()),
         _free("random noise", RandomNoise()),
         _library("Square", SquareSearch()),

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 Level = TypeVar("Level")
 Corruption = Callable[[Tensor, int, torch.Generator], Tensor]
-"""From images ``[batch, channels, height, width]`` in [0, 1], a severity from 1 to 5 and a generator to images."""
+"""From images ``[batch, channels, height, width]`` in [0, 1], a severity from 1 to 5 and a generator on their
+device to corrupted images."""
 
 _GAUSSIAN = (0.08, 0.12, 0.18, 0.26, 0.38)
 _IMPULSE = (0.03, 0.06, 0.09, 0.17, 0.27)

@@ -33,6 +33,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross-entropy": cross_entropy, "margin": margin}
 RULES = ("steepest", "sa-pgd")
 _LOOKS = 4
+_FRESH = 2**32
 
 
 class Steps(Protocol):
@@ -103,6 +104,7 @@ class Best:
     def offer(self, images: Tensor, margins: Tensor) -> None:
         """Takes those images that are better than what is kept, or the first."""
         margins = margins.detach().to(self.margins.dtype)
+        margins = torch.where(margins.isnan(), -torch.inf, margins)
         better = (margins > self.margins) | self.margins.isneginf()
         self.images[better] = images.detach()[better]
         self.margins[better] = margins[better]
@@ -124,7 +126,7 @@ class Descent:
         rule: ``"steepest"``, or ``"sa-pgd"`` for ``StableAdaptiveSteps``, which sets its own length.
         random_start: whether it starts at a random image within the budget, instead of the clean one.
         targets: number of wrong classes to aim at, one after the other from the likeliest, with the margin of that
-            class over the right one as the loss; 0 for any wrong class.
+            class over the right one as the loss; 0 for any wrong class, with ``loss``.
 
     Raises:
         ValueError: if a setting is none of these.
@@ -154,7 +156,8 @@ class Descent:
     def __call__(self, target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
         """Adversarial images, in the shape of x."""
         generator = torch.Generator(x.device).manual_seed(seed)
-        referee, chosen = target.view(draws=self.draws, seed=seed), Best(x)
+        # Draws that the iterates have not seen.
+        referee, chosen = target.view(draws=self.draws, seed=seed + _FRESH), Best(x)
         for aim in self._aims(target, x, y, seed):
             view = target.view(draws=self.draws, surrogate=self.surrogate, seed=seed)
             steps, passed = self._steps(budget), Best(x)
@@ -221,7 +224,7 @@ def tune_sharpness(
     Source: arXiv 2512.22522.
     """
     descent = Descent(rule="sa-pgd") if descent is None else descent
-    view = target.view(seed=seed)
+    view = target.view(seed=seed + _FRESH)
 
     def success(omega: float) -> float:
         images = replace(descent, surrogate=f"assg:{omega}")(target, x, y, budget, seed)

@@ -46,7 +46,7 @@ class Transfer:
         descent: the attack on each source.
     """
 
-    descent: Descent = field(default_factory=lambda: Descent(rule="sa-pgd"))
+    descent: Descent = field(default_factory=Descent)
 
     def __call__(self, target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
         """Adversarial images, in the shape of x.

@@ -61,7 +61,7 @@ def test_sa_pgd_stands_gradients_that_vanish_or_explode(size: float) -> None:
 
 def test_best_keeps_the_largest_margin_of_each_image() -> None:
     best = Best(torch.zeros(2, 1))
-    best.offer(torch.tensor([[1.0], [2.0]]), torch.tensor([-torch.inf, -3.0]))
+    best.offer(torch.tensor([[1.0], [2.0]]), torch.tensor([torch.nan, -3.0]))
     best.offer(torch.tensor([[3.0], [4.0]]), torch.tensor([-9.0, -4.0]))
     best.offer(torch.tensor([[5.0], [6.0]]), torch.tensor([torch.nan, torch.nan]))
     assert best.images.flatten().tolist() == [3.0, 2.0]
