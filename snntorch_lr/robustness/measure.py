@@ -26,7 +26,7 @@ from .statistics import Share, share_of
 from .target import Target
 
 SEVERITIES = (1, 2, 3, 4, 5)
-FINGERPRINT_IMAGES = 64
+FINGERPRINT_IMAGES = 8
 PACKAGES = ("snntorch-lr", "snntorch", "torch", "torchattacks")
 Progress = Callable[[str, int, int], None]
 """Called with what is done next, the number of pieces done, and their total."""
@@ -146,6 +146,8 @@ class Measurement:
         self.cache = cache
         self.progress = progress
         self.attacks = {subject.label: self._attacks_on(subject, attacks) for subject in subjects}
+        # Transfers run on the networks that they come from.
+        self.size = min(batch_size(subject.target, protocol.rows) for subject in subjects)
         self.marks = {subject.label: self._mark(subject) for subject in subjects}
         budgets = len(protocol.epsilons)
         self.total = sum(2 + len(attacks) * budgets + len(protocol.corruptions) for attacks in self.attacks.values())
@@ -204,8 +206,7 @@ class Measurement:
         right, unchanged = [], 0
         seed = mix(self.protocol.seed, crc32(f"{attack.name} {epsilon:g}".encode()))
         budget = Budget(epsilon, self.protocol.norm)
-        size = batch_size(subject.target, self.protocol.rows)
-        for index, (x, y) in enumerate(pieces(subject.target, self.images[still], self.labels[still], size)):
+        for index, (x, y) in enumerate(pieces(subject.target, self.images[still], self.labels[still], self.size)):
             try:
                 adversarial = perturb(attack, subject.target, x, y, budget, mix(seed, index), self.protocol.rows)
             except (RuntimeError, ValueError) as error:

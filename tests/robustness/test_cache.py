@@ -12,7 +12,8 @@ from snntorch_lr.robustness.cache import Cache, fingerprint
 def test_fingerprints_tell_apart_what_differs() -> None:
     x = torch.arange(4.0)
     parts: list[tuple[Any, ...]] = [
-        (x,), (x.double(),), (x.view(2, 2),), (x, 1), (x, "1"), (x.flip(0),), ({"a": 1},), ({"a": 2},), ("a", "b"), ("ab",),
+        (x,), (x.double(),), (x.view(2, 2),), (x, 1), (x, "1"), (x.flip(0),), ({"a": 1},), ({"a": 2},),
+        ("a", "b"), ("ab",),
     ]  # fmt: skip
     assert len({fingerprint(*each) for each in parts}) == len(parts)
     assert fingerprint(x.clone(), {"a": 1, "b": 2}) == fingerprint(x, {"b": 2, "a": 1})

@@ -29,6 +29,7 @@ def test_an_honest_network_passes(noisy: bool) -> None:
     for row in report.rows:
         assert all(gate.passed is not False for gate in row.findings.gates), report.table()
     assert [gate.name[:2] for gate in report.gates] == [f"G{index}" for index in range(10)]
+    assert run(net).gates == report.gates
 
 
 @pytest.mark.parametrize(
