@@ -149,7 +149,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
 
     def _emits_zeros_and_ones(self) -> bool:
         factor = self.graded_spikes_factor
-        known = getattr(self.spike_grad, "__module__", "").startswith("snntorch.")
+        known = (getattr(self.spike_grad, "__module__", None) or "").startswith("snntorch.")
         return known and not factor.requires_grad and bool((factor == 1).all())
 
     def mem_reset(self, mem: Tensor) -> Tensor:
