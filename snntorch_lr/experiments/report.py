@@ -23,7 +23,9 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = results["rows"]
     header = ["", *(f"{row['network']}{_noise(row)}" for row in rows)]
     seconds = [results["training"][row["network"]]["seconds_per_epoch"] for row in rows]
-    lines = [["s/epoch", *(f"{value:.2g}" for value in seconds)], ["clean", *(_percent(row["clean"]) for row in rows)]]
+    epochs = [results["training"][row["network"]]["history"][-1]["epoch"] for row in rows]
+    lines = [["epochs", *(f"{value:.3g}" for value in epochs)], ["s/epoch", *(f"{value:.2g}" for value in seconds)]]
+    lines += [["clean", *(_percent(row["clean"]) for row in rows)]]
     lines.append(["single draw", *(_percent(row["single draw"]) for row in rows)])
     attacks = dict.fromkeys(attack for row in rows for attack in row["attacks"])
     lines += [[attack, *(_percent(row["attacks"].get(attack)) for row in rows)] for attack in attacks]

@@ -16,7 +16,7 @@ from .cache import Cache
 from .corruptions import CORRUPTIONS
 from .measure import Measurement, Progress, Protocol, Subject
 from .report import RobustnessReport
-from .scoring import ROWS
+from .scoring import ROWS, is_random
 from .target import Target
 from .untouched import untouched
 from .view import Forward
@@ -52,7 +52,7 @@ def evaluate(
     3. Adversarial images of every other network, and of the same network with its noise switched over, are tried too.
     4. An image counts as right in the worst case if it is right clean and under all of these. With noise, every attack
        has a fresh chance at an image near the decision boundary: the worst case errs on the attacker's side.
-    5. The gates G0 to G9 look for signs of masked gradients.
+    5. The gates G0 to G9 look for signs of masked gradients. An attack that fails does not count, and fails G9.
 
     Example: ``print(evaluate(net, test_loader, epsilons=[0.05, 0.1], baselines={"surrogate": other}))``
 
@@ -90,9 +90,9 @@ def evaluate(
     _check(protocol, draws, chosen)
     models = _models(net, name, baselines or {}, forward, draws, scale)
     images, labels = _collect(loader)
-    subjects = _subjects(models)
     kept = Cache(None if cache is None else Path(cache))
     with untouched([model.net for model in models.values()]):
+        subjects = [subject for key, model in models.items() for subject in _subjects(key, model, images)]
         measurement = Measurement(protocol, chosen, subjects, images, labels, kept, progress)
         measured = [measurement.measure(subject) for subject in subjects]
     return RobustnessReport(protocol, chosen, tuple(measured))
@@ -142,14 +142,13 @@ def _models(
     return models
 
 
-def _subjects(models: Mapping[str, Target]) -> list[Subject]:
-    """Every network with its noise off and, if it has any, on."""
-    return [
-        Subject(name, "none" if len(settings) == 1 else "on" if noise else "off", replace(model, noise=noise))
-        for name, model in models.items()
-        for settings in [(False, True) if noisy_neurons(model.net) else (False,)]
-        for noise in settings
-    ]
+def _subjects(name: str, model: Target, images: Tensor) -> list[Subject]:
+    """A network with its noise off and, if it has any, on."""
+    silent = replace(model, noise=False)
+    if noisy_neurons(model.net):
+        return [Subject(name, "off", silent), Subject(name, "on", replace(model, noise=True))]
+    # Attacks average over the draws of a target with noise: also where a network draws its own, as rate codes do.
+    return [Subject(name, "none", replace(model, noise=is_random(silent, images)))]
 
 
 def _collect(loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

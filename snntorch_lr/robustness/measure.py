@@ -21,7 +21,7 @@ from .corruptions import CORRUPTIONS
 from .gates import Gate
 from .judge import Evidence, Findings, judge
 from .probes import Probe
-from .scoring import Scores, batch_size, device_of, logits_of, pieces, score
+from .scoring import Scores, batch_size, device_of, logits_of, pieces, score, seeded
 from .statistics import Share, share_of
 from .target import Target
 
@@ -266,11 +266,15 @@ class Measurement:
         return score(subject.target, images, labels, self.protocol.votes, seed, self.protocol.rows)
 
     def _mark(self, subject: Subject) -> str:
-        """Fingerprint of a network, of how it is read, and of what it does."""
+        """Fingerprint of a network, of how it is read, and of what it and its gradient do on a few images."""
         target = subject.target
         state = [part for item in target.net.state_dict().items() for part in item]
         few = self.images[:FINGERPRINT_IMAGES].to(device_of(target))
-        return fingerprint(*state, logits_of(target, few, 0), target.noise, target.draws, target.scale)
+        logits = logits_of(target, few, 0)
+        with seeded(0):
+            x = few.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(target.view(draws=1)(x).square().sum(), x)
+        return fingerprint(*state, logits, gradient, target.noise, target.draws, target.scale)
 
     def _once(
         self, subject: Subject, what: str, depends: Any, compute: Callable[[], dict[str, Any]], *tensors: Tensor

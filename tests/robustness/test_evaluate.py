@@ -143,6 +143,29 @@ def test_nothing_stale_is_read_from_the_cache(change: str, tmp_path: Path) -> No
     assert 0.3 in calls
 
 
+def test_another_surrogate_is_not_read_from_the_cache(tmp_path: Path) -> None:
+    calls: list[float] = []
+    for net in canaries.trained(), canaries.with_steep_surrogate():
+        run(net, attacks=[counting(calls)], cache=tmp_path)
+    assert calls == [0.1, 0.3] * 2
+
+
+def test_attacks_average_over_the_draws_of_a_network_that_draws_its_own() -> None:
+    def forward(net: Any, images: Tensor) -> Tensor:
+        return net(torch.bernoulli(images) + images - images.detach())
+
+    seen: list[int] = []
+
+    def attack(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
+        seen.append(target.view().draws)
+        return x
+
+    own = Attack("own", attack, {}, "white-box")
+    run(canaries.trained(), forward=forward, attacks=[own], draws=3)
+    run(canaries.trained(), attacks=[own], draws=3)
+    assert seen == [3, 3, 1, 1]
+
+
 def test_an_attack_that_cheats_or_breaks_is_named_and_does_not_count() -> None:
     def cheat(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
         return 1 - x
