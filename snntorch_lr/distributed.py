@@ -49,7 +49,8 @@ def share(estimator: E, split: str = "copies", group: ProcessGroup | None = None
     statistics of BatchNorm are each rank's own.
 
     Args:
-        estimator: ``Vanilla``, ``Approximate`` or, with split="copies", ``Allocated``, made with the same arguments on every rank.
+        estimator: ``Vanilla``, ``Approximate`` or, to split copies, ``Allocated``, made with the same arguments on
+            every rank.
         split: ``"copies"`` if every rank gets the same batch and runs a range of its K copies: the gradient is that of
             one process with the same seed. The baseline compares all K. What is random in ``loss_fn`` besides the
             noise comes from the global generator of each rank: seed these alike to have one input coding.

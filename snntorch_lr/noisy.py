@@ -171,7 +171,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
     @property
     def _is_step_function(self) -> bool:
         """Whether spikes are zeros and ones: all surrogates of snnTorch are the step function going forward."""
-        return getattr(self.spike_grad, "__module__", "").startswith("snntorch.")
+        return (getattr(self.spike_grad, "__module__", None) or "").startswith("snntorch.")
 
     def _emits_zeros_and_ones(self) -> bool:
         factor = self.graded_spikes_factor

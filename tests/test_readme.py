@@ -41,7 +41,11 @@ def names() -> dict[str, Any]:
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
     x, y = torch.as_tensor(images / 16, dtype=torch.float32), torch.as_tensor(labels).long()
-    return {"net": ExistingModel(), "loader": list(zip(x.split(64), y.split(64), strict=True)) * 25, "x": x, "y": y}
+    return {
+        "net": ExistingModel(), "other_net": ExistingModel(), "x": x, "y": y,
+        "loader": list(zip(x.split(64), y.split(64), strict=True)) * 25,
+        "test_loader": [(x[:8].view(-1, 1, 8, 8), y[:8])],
+    }  # fmt: skip
 
 
 def test_readme_begins_with_ten_lines_that_train_an_existing_model(names: dict[str, Any]) -> None:

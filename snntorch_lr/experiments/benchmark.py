@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from ..versions import versions
 from . import data, files
 from .benchmark_report import to_markdown, write_figures
 from .measure import Progress, median_milliseconds, peak_megabytes, slope
-from .reproduce import arguments, machine, versions
+from .reproduce import arguments, machine
 from .train import Recipe, accuracy, stepper
 from .train import make_network as make_classifier
 from .workloads import ESTIMATORS, NOISES, Workload

@@ -21,7 +21,9 @@ import torch
 
 from .. import __version__
 from ..distributed import RankError
-from . import diagnose, ranks, report
+from ..robustness.measure import Progress as EvaluationProgress
+from . import benchmark, diagnose, evaluate, ranks, report
+from .benchmark_report import to_markdown
 from .data import DataError
 from .reproduce import Settings, reproduce
 from .train import Progress as StepProgress
@@ -55,14 +57,16 @@ def reproduce_command(
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; 30 for digits, 4 otherwise.")] = None,
     copies: Annotated[int, typer.Option(help="Noise copies of each sample.")] = 16,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    estimator: Annotated[str, typer.Option(help="vanilla or approximate.")] = "vanilla",
+    estimator: Annotated[str, typer.Option(help="vanilla, approximate or allocated.")] = "vanilla",
     noise: Annotated[str, typer.Option(help="membrane or escape.")] = "membrane",
     distribution: Annotated[str, typer.Option(help="gaussian, logistic; membrane noise also laplace.")] = "gaussian",
     sigma: Annotated[float, typer.Option(help="Initial noise level of the hidden neurons.")] = 0.5,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, for all networks; falls to 0 along a cosine.")] = 1e-3,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     epsilon: Annotated[list[float] | None, typer.Option(help="Attack budget, l∞; may be given again.")] = None,
     attack_images: Annotated[int, typer.Option(help="Test images to attack.")] = 1000,
-    draws: Annotated[int, typer.Option(help="Noise draws to average over where the noise is on.")] = 8,
+    draws: Annotated[int, typer.Option(help="Noise draws that attacks average over where the noise is on.")] = 8,
+    suite: Annotated[str, typer.Option(help="Attacks: quick, paper or standard.")] = "quick",
     out: Annotated[Path | None, typer.Option(help="Directory for results and checkpoints; runs/DATASET.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")] = False,
 ) -> None:
@@ -85,15 +89,62 @@ def reproduce_command(
                 noise=noise,
                 distribution=distribution,
                 sigma=sigma,
+                learning_rate=learning_rate,
                 epsilons=tuple(epsilon) if epsilon else Settings.epsilons,
                 attack_images=attack_images,
                 draws=draws,
+                suite=suite,
             ),
             out or Path("runs") / dataset,
             data_root,
             device,
             resume,
         )
+
+
+@app.command("benchmark")
+def benchmark_command(
+    part: Annotated[
+        list[str] | None, typer.Option(help="steps, memory, growth or accuracy; may be given again. All by default.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed rounds; the median counts.")] = 7,
+    copies: Annotated[list[int] | None, typer.Option(help="Values of K; may be given again. 1, 4, 16, 64.")] = None,
+    num_steps: Annotated[int, typer.Option(help="Time steps of the timed steps.")] = 25,
+    width: Annotated[int, typer.Option(help="Hidden neurons.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Images in a step.")] = 128,
+    memory_steps: Annotated[
+        list[int] | None, typer.Option(help="Time steps at which memory is measured; may be given again. 25, 100, 400.")
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="Of the time to an accuracy: mnist, fashion-mnist or digits.")] = "mnist",
+    data_root: Annotated[
+        Path | None, typer.Option(help="torchvision root of MNIST and Fashion-MNIST; downloaded there if absent.")
+    ] = None,
+    limit: Annotated[float, typer.Option(help="Seconds of training after which an accuracy is given up.")] = 600.0,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("runs/benchmark"),
+) -> None:
+    """Measure time and memory of a training step by every method, their growth, and the time to an accuracy.
+
+    Example: snntorch-lr benchmark --part steps --part memory --out runs/benchmark
+    """
+    with _plain_errors("nothing was written"):
+        chosen = benchmark.Settings(
+            parts=tuple(part) if part else benchmark.PARTS,
+            repeats=repeats,
+            copies=tuple(copies) if copies else benchmark.Settings.copies,
+            num_steps=num_steps,
+            width=width,
+            batch=batch,
+            memory_steps=tuple(memory_steps) if memory_steps else benchmark.Settings.memory_steps,
+            dataset=dataset,
+            limit=limit,
+            threads=threads,
+        )
+        with console.status("benchmark") as status:
+            results = benchmark.benchmark(chosen, out, data_root, _device(device), status.update)
+    typer.echo(to_markdown(results))
+    console.print(f"Written: {out}/benchmark.json, benchmark.md and figures")
 
 
 @app.command("diagnose")
@@ -131,10 +182,46 @@ def diagnose_command(
     console.print(f"Written: {out}/gradients.json, gradients.md, gradients.png")
 
 
+@app.command("evaluate")
+def evaluate_command(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(help="Checkpoints of reproduce: the network, then its baselines.")
+    ],
+    suite: Annotated[str, typer.Option(help="Attacks: quick, paper or standard.")] = "standard",
+    dataset: Annotated[str | None, typer.Option(help="Whose test images; those of the checkpoints.")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="torchvision root of MNIST and Fashion-MNIST; downloaded there if absent.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Test images to attack, from the first.")] = 1000,
+    epsilon: Annotated[list[float] | None, typer.Option(help="Attack budget; may be given again.")] = None,
+    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    draws: Annotated[int, typer.Option(help="Noise draws that attacks average over.")] = 8,
+    votes: Annotated[int, typer.Option(help="Noise draws for each prediction.")] = 32,
+    corruptions: Annotated[bool, typer.Option("--corruptions", help="Score natural corruptions too.")] = False,
+    seed: Annotated[int, typer.Option(help="Of attacks and noise.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("runs/robustness"),
+) -> None:
+    """Attack trained networks: worst case over a suite, transfers between them, and the gates that it has to pass.
+
+    Example: snntorch-lr evaluate runs/mnist/likelihood-ratio.pt runs/mnist/surrogate.pt --data-root data
+    """
+    settings = evaluate.Settings(
+        tuple(checkpoints), suite, dataset, images, tuple(epsilon) if epsilon else evaluate.Settings.epsilons,
+        norm, draws, votes, corruptions, seed,
+    )  # fmt: skip
+    with _plain_errors("finished attacks are kept: the same command goes on from there"), _progress() as bars:
+        found = evaluate.evaluate(settings, out, data_root, _device(device), _watch(bars))
+    typer.echo(found)
+    console.print(f"Written: {out}/robustness.md, robustness.json, epsilon.png, steps.png, surrogates.png")
+
+
 def _run(settings: Settings, out: Path, data_root: Path | None, device: str, resume: bool) -> None:
     place = _device(device)
     with ranks.joined(place) as team, _progress() as bars:
-        results = reproduce(settings, out, data_root, place, resume, lambda n, s: _announce(bars, n, s), team)
+        results = reproduce(
+            settings, out, data_root, place, resume, lambda n, s: _announce(bars, n, s), _watch(bars), team
+        )
     if results is None:
         return
     header, lines = report.table(results)
@@ -142,7 +229,7 @@ def _run(settings: Settings, out: Path, data_root: Path | None, device: str, res
     for line in lines:
         table.add_row(*line)
     console.print(table)
-    console.print(f"Written: {out}/results.json, table.md, training.png, attacks.png")
+    console.print(f"Written: {out}/results.json, table.md, robustness.md, training.png, attacks.png and other figures")
 
 
 @contextmanager
@@ -179,7 +266,7 @@ def _device(name: str) -> torch.device:
 
 def _progress() -> Progress:
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
     quiet = not console.is_terminal or "CI" in os.environ
@@ -187,12 +274,25 @@ def _progress() -> Progress:
 
 
 def _announce(bars: Progress, name: str, steps: int) -> StepProgress:
-    task = bars.add_task(name, total=steps, loss=float("nan"))
+    task = bars.add_task(name, total=steps, note="")
     if bars.disable:
         console.print(f"training: {name}")
 
     def update(done: int, loss: float) -> None:
-        bars.update(task, completed=done, loss=loss)
+        bars.update(task, completed=done, note=f"loss {loss:.3f}")
+
+    return update
+
+
+def _watch(bars: Progress) -> EvaluationProgress:
+    task = bars.add_task("attacks", start=False, note="", visible=False)
+
+    def update(what: str, done: int, total: int) -> None:
+        if done == 0:
+            bars.start_task(task)
+            if bars.disable:
+                console.print("attacks")
+        bars.update(task, completed=done, total=total, note=what, visible=True)
 
     return update
 

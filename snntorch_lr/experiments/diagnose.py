@@ -18,9 +18,10 @@ from ..noise import KINDS, EscapeNoise, MembraneNoise
 from ..noisy import NoisyNeuron
 from ..quality import GradientReport
 from ..storing import Storing
+from ..versions import versions
 from . import data, files, models
-from .reproduce import arguments, check_names, machine, versions
-from .train import Recipe, make_network
+from .reproduce import arguments, check_names, machine
+from .train import Recipe, load_trained, make_network
 
 
 class _PlainScores(Storing):
@@ -147,13 +148,7 @@ def _fresh(settings: Settings) -> Recipe:
 def _trained(settings: Settings) -> tuple[Recipe, models.SpikingClassifier]:
     """Recipe and network of the checkpoint."""
     assert settings.checkpoint is not None
-    state = files.load_checkpoint(settings.checkpoint)
-    try:
-        recipe = Recipe(**state["recipe"])
-        net = make_network(recipe, tuple(state["shape"]))
-        net.load_state_dict(state["net"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{settings.checkpoint} is not a checkpoint of reproduce ({type(error).__name__})") from error
+    recipe, net = load_trained(settings.checkpoint)
     for name, given, found in (
         ("dataset", settings.dataset, recipe.dataset),
         ("model", settings.model, recipe.model),

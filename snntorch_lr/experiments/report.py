@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..robustness import RobustnessReport
 from . import files
 
+NOT_RUN = {"accuracy": float("nan"), "low": float("nan"), "high": float("nan")}
 NOTE = (
-    "Accuracy in percent, with the half-width of its 95 % Wilson interval. 'worst' counts an image as right only if it "
-    "is right clean and under every attack of that size. FGSM and PGD alone overestimate the robustness of stochastic "
-    "spiking networks: these figures compare training methods, they are no robustness claim."
+    "Accuracy in percent, with the half-width of its 95 % Wilson interval: clean of all test images, the rest of those "
+    "attacked. Noise on: majority of 32 draws. 'worst' counts an image as right only if it is right clean and under "
+    "every attack of that size, transfers from the other networks included. Unless all gates passed these figures "
+    "compare training methods and are no robustness claim."
 )
 
 
@@ -19,8 +23,13 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = results["rows"]
     header = ["", *(f"{row['network']}{_noise(row)}" for row in rows)]
     seconds = [results["training"][row["network"]]["seconds_per_epoch"] for row in rows]
-    lines = [["s/epoch", *(f"{value:.2g}" for value in seconds)], ["clean", *(_percent(row["clean"]) for row in rows)]]
-    lines += [[attack, *(_percent(row["attacks"][attack]) for row in rows)] for attack in rows[0]["attacks"]]
+    epochs = [results["training"][row["network"]]["history"][-1]["epoch"] for row in rows]
+    lines = [["epochs", *(f"{value:.3g}" for value in epochs)], ["s/epoch", *(f"{value:.2g}" for value in seconds)]]
+    lines += [["clean", *(_percent(row["clean"]) for row in rows)]]
+    lines.append(["single draw", *(_percent(row["single draw"]) for row in rows)])
+    attacks = dict.fromkeys(attack for row in rows for attack in row["attacks"])
+    lines += [[attack, *(_percent(row["attacks"].get(attack)) for row in rows)] for attack in attacks]
+    lines.append(["gates", *(row["verdict"] for row in rows)])
     return header, lines
 
 
@@ -46,18 +55,39 @@ def to_markdown(results: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def write(results: dict[str, Any], out: Path) -> None:
-    """Writes ``table.md``, ``training.png`` and ``attacks.png``."""
+def write(results: dict[str, Any], evaluation: RobustnessReport, out: Path) -> None:
+    """Writes ``table.md``, ``robustness.md`` and figures."""
     files.write_text(out / "table.md", to_markdown(results))
+    write_evaluation(evaluation, out, f"Command: `{results['command']}`\n")
     files.save_figure(out / "training.png", lambda path: _draw_training(results, path))
     files.save_figure(out / "attacks.png", lambda path: _draw_attacks(results, path))
+
+
+def write_evaluation(evaluation: RobustnessReport, out: Path, note: str) -> None:
+    """Writes ``robustness.md``, ``robustness.json`` and figures of an evaluation.
+
+    Args:
+        evaluation: the report.
+        out: directory for the files.
+        note: what made it, for the end of the Markdown file.
+    """
+    files.write_text(out / "robustness.md", f"# Robustness\n\n{evaluation.to_markdown()}\n{note}")
+    files.write_json(out / "robustness.json", evaluation.to_json())
+    for name, figure in (
+        ("epsilon", evaluation.plot_epsilon()),
+        ("steps", evaluation.plot_steps()),
+        ("surrogates", evaluation.plot_surrogates()),
+    ):
+        files.save_figure(out / f"{name}.png", partial(figure.savefig, dpi=150))
 
 
 def _noise(row: dict[str, Any]) -> str:
     return "" if row["noise"] == "none" else f" (noise {row['noise']} at test)"
 
 
-def _percent(share: dict[str, float]) -> str:
+def _percent(share: dict[str, float] | None) -> str:
+    if share is None:
+        return "-"
     return f"{100 * share['accuracy']:.1f} ± {50 * (share['high'] - share['low']):.1f}"
 
 
@@ -80,12 +110,12 @@ def _draw_training(results: dict[str, Any], path: Path) -> None:
 def _draw_attacks(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    groups = ["clean", *results["rows"][0]["attacks"]]
+    groups = ["clean", *dict.fromkeys(attack for row in results["rows"] for attack in row["attacks"])]
     figure = Figure(figsize=(1.1 * len(groups) + 2, 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(results["rows"])
     for index, row in enumerate(results["rows"]):
-        shares = [row["clean"], *row["attacks"].values()]
+        shares = [row["clean"], *(row["attacks"].get(attack, NOT_RUN) for attack in groups[1:])]
         heights = [100 * share["accuracy"] for share in shares]
         below = [max(0.0, 100 * (share["accuracy"] - share["low"])) for share in shares]
         above = [max(0.0, 100 * (share["high"] - share["accuracy"])) for share in shares]

@@ -5,23 +5,24 @@ from __future__ import annotations
 import platform
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ..noise import KINDS
 from ..optim import ESTIMATORS
-from ..robustness import AttackableView
+from ..robustness import RobustnessReport, evaluate, score, share_of, suite, verdict
+from ..robustness.measure import Progress as EvaluationProgress
+from ..robustness.measure import Row
+from ..versions import versions
 from . import data, files, models, report
 from .ranks import ALONE, Ranks
-from .train import METHODS, Progress, Recipe, Trained, train
+from .train import METHODS, Progress, Recipe, Trained, split, train, validation_accuracy
 
-ATTACKS = ("FGSM", "PGD")
-PGD_STEPS = 20
+LIKELIHOOD_RATIO = "likelihood ratio"
+STOPPED = "surrogate, stopped"
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,15 @@ class Settings:
         epochs: passes over the training images.
         copies: noise copies of each sample, for the likelihood ratio.
         seed: of everything random.
-        estimator: of the likelihood ratio, ``"vanilla"`` or ``"approximate"``.
+        estimator: of the likelihood ratio, ``"vanilla"``, ``"approximate"`` or ``"allocated"``.
         noise: kind of noise, ``"membrane"`` or ``"escape"``.
         distribution: of the noise.
         sigma: initial noise level.
+        learning_rate: of Adam, for all networks.
         epsilons: budgets of the attacks, l∞, for pixels in [0, 1].
         attack_images: number of test images to attack, from the first.
-        draws: noise draws that predictions and attacks average over where the noise is on.
+        draws: noise draws that attacks average over where the noise is on.
+        suite: attacks: ``"quick"``, ``"paper"`` or ``"standard"``.
     """
 
     dataset: str = "digits"
@@ -52,9 +55,11 @@ class Settings:
     noise: str = "membrane"
     distribution: str = "gaussian"
     sigma: float = 0.5
+    learning_rate: float = 1e-3
     epsilons: tuple[float, ...] = (0.05, 0.1, 0.2)
     attack_images: int = 1000
     draws: int = 8
+    suite: str = "quick"
 
 
 Announce = Callable[[str, int], Progress]
@@ -81,12 +86,14 @@ def check_settings(settings: Settings) -> None:
     ):
         if value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
+    if not settings.learning_rate > 0:
+        raise ValueError(f"--learning-rate must be positive, got {settings.learning_rate}")
     if not settings.epsilons or any(not 0 < epsilon <= 1 for epsilon in settings.epsilons):
         raise ValueError(f"--epsilon must be in (0, 1], got {', '.join(map(str, settings.epsilons))}")
     try:
-        import torchattacks  # noqa: F401
+        suite(settings.suite)
     except ImportError as error:
-        raise ValueError("torchattacks is missing: pip install 'snntorch-lr[attacks]'") from error
+        raise ValueError(str(error)) from error
 
 
 def check_names(dataset: str, model: str) -> None:
@@ -108,9 +115,14 @@ def reproduce(
     device: torch.device | None = None,
     resume: bool = False,
     announce: Announce = lambda name, steps: lambda done, loss: None,
+    watch: EvaluationProgress = lambda what, done, total: None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any] | None:
-    """Trains three networks, attacks them, and writes ``results.json``, ``table.md`` and figures.
+    """Trains the networks, attacks them, and writes ``results.json``, ``table.md``, ``robustness.md`` and figures.
+
+    A tenth of the training images is held out. The likelihood-ratio network stands beside surrogate-gradient networks
+    without noise, with the same noise, and without noise but stopped at its own accuracy on the held-out images:
+    robustness falls while accuracy rises, and is to be compared where accuracy is equal.
 
     Args:
         settings: what to run.
@@ -119,6 +131,7 @@ def reproduce(
         device: where to compute; the CPU by default.
         resume: go on from the checkpoints in ``out``.
         announce: progress of each training.
+        watch: progress of the evaluation.
         ranks: the processes that call this together. The first does everything; the others take part in the
             likelihood-ratio training, and need neither ``data_root`` nor ``out``.
 
@@ -131,7 +144,62 @@ def reproduce(
         RankError: if another rank failed.
     """
     device = torch.device("cpu") if device is None else device
-    recipes = {
+    checkpoints = {name: out / f"{name.replace(', ', '-').replace(' ', '-')}.pt" for name in (*METHODS, STOPPED)}
+
+    def prepare() -> data.Images:
+        check_settings(settings)
+        if settings.copies < ranks.size:
+            raise ValueError(f"{ranks.size} ranks cannot divide {settings.copies} copies: give more --copies")
+        there = [path.name for path in checkpoints.values() if path.exists()]
+        if there and not resume:
+            raise ValueError(f"{out} holds {', '.join(there)} already: add --resume to go on, or choose another --out")
+        return data.load(settings.dataset, data_root)
+
+    images = ranks.from_first(prepare).to(device)
+    recipes = _recipes(settings, images)
+    steps = -(-len(split(recipes[LIKELIHOOD_RATIO], images)[0]) // recipes[LIKELIHOOD_RATIO].batch_size)
+
+    def run(name: str, ranks: Ranks = ALONE) -> Trained:
+        progress = announce(name, settings.epochs * steps)
+        return train(recipes[name], images, checkpoints[name], device, resume, progress, ranks)
+
+    # What the ranks do together comes first, so that none of them waits while the first goes on alone.
+    together = run(LIKELIHOOD_RATIO, ranks)
+    ranks.leave()
+    if ranks.rank > 0:
+        return None
+    reached = validation_accuracy(together.net, recipes[LIKELIHOOD_RATIO], images)
+    recipes[STOPPED] = replace(recipes["surrogate"], stop_at=reached)
+    trained = {name: together if name == LIKELIHOOD_RATIO else run(name) for name in checkpoints}
+    evaluation = _evaluate(settings, {name: run.net for name, run in trained.items()}, images, out / "attacks", watch)
+    results = {
+        "command": f"snntorch-lr reproduce {_arguments(settings)}",
+        "versions": versions(
+            "snntorch-lr", "snntorch", "torch", "torchvision", "torchattacks", "numpy", "scikit-learn"
+        ),
+        "machine": machine(device),
+        "ranks": ranks.size,
+        "settings": asdict(settings) | {"epsilons": list(settings.epsilons)},
+        "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
+        "training": {
+            name: {"seconds_per_epoch": run.seconds_per_epoch, "history": run.history} for name, run in trained.items()
+        },
+        "rows": [
+            _row(row, settings, images)
+            for name in checkpoints
+            for row in evaluation.rows
+            if row.subject.network == name
+        ],
+        "evaluation": evaluation.to_json(),
+    }
+    files.write_json(out / "results.json", results)
+    report.write(results, evaluation, out)
+    return results
+
+
+def _recipes(settings: Settings, images: data.Images) -> dict[str, Recipe]:
+    """What to train, by name; the stopping point of the last is known after the likelihood ratio has been trained."""
+    return {
         method: Recipe(
             method=method,
             dataset=settings.dataset,
@@ -143,118 +211,50 @@ def reproduce(
             noise=settings.noise,
             distribution=settings.distribution,
             sigma=settings.sigma,
+            learning_rate=settings.learning_rate,
             batch_size=32 if settings.dataset == "digits" else 128,
+            validation=len(images.train) // 10,
         )
         for method in METHODS
     }
-    checkpoints = {method: out / f"{method.replace(', ', '-').replace(' ', '-')}.pt" for method in METHODS}
-
-    def prepare() -> data.Images:
-        check_settings(settings)
-        if settings.copies < ranks.size:
-            raise ValueError(f"{ranks.size} ranks cannot divide {settings.copies} copies: give more --copies")
-        there = [path.name for path in checkpoints.values() if path.exists()]
-        if there and not resume:
-            raise ValueError(f"{out} holds {', '.join(there)} already: add --resume to go on, or choose another --out")
-        return data.load(settings.dataset, data_root)
-
-    images = ranks.from_first(prepare)
-
-    def run(method: str, ranks: Ranks) -> Trained:
-        recipe = recipes[method]
-        progress = announce(method, recipe.epochs * -(-len(images.train) // recipe.batch_size))
-        return train(recipe, images, checkpoints[method], device, resume, progress, ranks)
-
-    # What the ranks do together comes first, so that none of them waits while the first goes on alone.
-    *alone, together = METHODS
-    shared = run(together, ranks)
-    ranks.leave()
-    if ranks.rank > 0:
-        return None
-    trained = {method: run(method, ALONE) for method in alone} | {together: shared}
-    results = {
-        "command": f"snntorch-lr reproduce {_arguments(settings)}",
-        "versions": versions(
-            "snntorch-lr", "snntorch", "torch", "torchvision", "torchattacks", "numpy", "scikit-learn"
-        ),
-        "machine": machine(device),
-        "ranks": ranks.size,
-        "settings": asdict(settings) | {"epsilons": list(settings.epsilons)},
-        "recipes": {method: asdict(recipe) for method, recipe in recipes.items()},
-        "training": {
-            method: {"seconds_per_epoch": run.seconds_per_epoch, "history": run.history}
-            for method, run in trained.items()
-        },
-        "rows": _evaluate(settings, {method: run.net for method, run in trained.items()}, images.to(device)),
-    }
-    files.write_json(out / "results.json", results)
-    report.write(results, out)
-    return results
 
 
 def _evaluate(
-    settings: Settings, nets: Mapping[str, models.SpikingClassifier], images: data.Images
-) -> list[dict[str, Any]]:
-    """One row for each network and each use of its noise: clean accuracy, and accuracy under each attack."""
-    rows = []
-    x, y = images.test[: settings.attack_images], images.test_labels[: settings.attack_images]
-    for method, net in nets.items():
-        for noise in (False,) if method == "surrogate" else (False, True):
-            view = AttackableView(net, draws=settings.draws, noise=noise, seed=settings.seed)
-            right = _right(view, images.test, images.test_labels)
-            row: dict[str, Any] = {
-                "network": method,
-                "noise": "on" if noise else "off" if method != "surrogate" else "none",
-                "clean": _share(right),
-                "attacks": {},
-            }
-            for epsilon in settings.epsilons:
-                survived = right[: len(x)]
-                for name in ATTACKS:
-                    adversarial = _attack(name, view, epsilon, x, y, settings.seed)
-                    still = _right(view, adversarial, y)
-                    row["attacks"][f"{name} {epsilon:g}"] = _share(still)
-                    survived = survived & still
-                row["attacks"][f"worst {epsilon:g}"] = _share(survived)
-            rows.append(row)
-    return rows
+    settings: Settings,
+    nets: Mapping[str, models.SpikingClassifier],
+    images: data.Images,
+    cache: Path,
+    progress: EvaluationProgress,
+) -> RobustnessReport:
+    baselines = {name: net for name, net in nets.items() if name != LIKELIHOOD_RATIO}
+    attacked = images.test[: settings.attack_images], images.test_labels[: settings.attack_images]
+    return evaluate(
+        nets[LIKELIHOOD_RATIO],
+        [attacked],
+        settings.epsilons,
+        settings.suite,
+        baselines=baselines,
+        seed=settings.seed,
+        name=LIKELIHOOD_RATIO,
+        draws=settings.draws,
+        cache=cache,
+        progress=progress,
+    )
 
 
-def _attack(name: str, view: AttackableView, epsilon: float, x: Tensor, y: Tensor, seed: int) -> Tensor:
-    import torchattacks
-
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(seed)
-        if name == "FGSM":
-            attack = torchattacks.FGSM(view, eps=epsilon)
-        else:
-            attack = torchattacks.PGD(view, eps=epsilon, alpha=epsilon / 4, steps=PGD_STEPS, random_start=True)
-        parts = [attack(*part).detach() for part in _batches(x, y)]
-    adversarial = torch.cat(parts)
-    if not bool(adversarial.isfinite().all()) or float((adversarial - x).abs().max()) > epsilon + 1e-5:
-        raise RuntimeError(f"{name} left its budget of {epsilon}, or made images that are not finite")
-    return adversarial
-
-
-def _right(view: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([view(part).argmax(1) == labels for part, labels in _batches(x, y)])
-
-
-def _batches(x: Tensor, y: Tensor, size: int = 250) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(torch.split(x, size), torch.split(y, size), strict=True))
-
-
-def _share(right: Tensor) -> dict[str, float]:
-    """Accuracy with its 95 % Wilson interval."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(int(right.sum()), len(right)).proportion_ci(0.95, "wilson")
+def _row(row: Row, settings: Settings, images: data.Images) -> dict[str, Any]:
+    """Figures of one network with its noise off or on; the clean ones are of all test images."""
+    scores = score(row.subject.target, images.test, images.test_labels, seed=settings.seed)
+    names = [attack.name for attack in suite(settings.suite) if attack.name in row.right]
+    shares = {f"{name} {e:g}": share_of(row.right[name][e]) for e in sorted(settings.epsilons) for name in names}
+    shares |= {f"worst {e:g}": share_of(row.worst(e)) for e in sorted(settings.epsilons)}
     return {
-        "accuracy": float(right.float().mean()),
-        "low": float(interval.low),
-        "high": float(interval.high),
-        "images": len(right),
+        "network": row.subject.network,
+        "noise": row.subject.noise,
+        "clean": asdict(share_of(scores.right)),
+        "single draw": asdict(share_of(scores.single)),
+        "attacks": {name: asdict(share) for name, share in shares.items()},
+        "verdict": verdict(row.findings.gates),
     }
 
 
@@ -267,11 +267,6 @@ def arguments(values: Mapping[str, object]) -> str:
     """Options of the command line from the settings that are not None."""
     given = {key: value for key, value in values.items() if value is not None}
     return " ".join(f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in given.items())
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of packages."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
 def machine(device: torch.device) -> str:

@@ -21,6 +21,8 @@ from .data import Images
 from .ranks import ALONE, Ranks
 
 METHODS = ("surrogate", "surrogate, noise", "likelihood ratio")
+CHECKS = 20
+"""Times in an epoch at which a run with ``stop_at`` looks at its validation accuracy."""
 Progress = Callable[[int, float], None]
 """Called after each step with the number of steps done, resumed ones included, and the loss."""
 
@@ -38,12 +40,14 @@ class Recipe:
         copies: noise copies of each sample, for the likelihood ratio.
         seed: of weights, order of the images, and noise.
         num_steps: time steps.
-        estimator: of the likelihood ratio, ``"vanilla"`` or ``"approximate"``.
+        estimator: of the likelihood ratio, ``"vanilla"``, ``"approximate"`` or ``"allocated"``.
         noise: kind of the noise of the hidden neurons, ``"membrane"`` or ``"escape"``.
         distribution: of the noise.
         sigma: initial noise level of the hidden neurons.
         batch_size: images per step.
         learning_rate: of Adam, falling to zero along a cosine.
+        validation: training images held out to choose by, drawn by the seed.
+        stop_at: validation accuracy (noise off) at which training stops; None to train to the end.
     """
 
     method: str
@@ -59,6 +63,8 @@ class Recipe:
     sigma: float = 0.5
     batch_size: int = 128
     learning_rate: float = 1e-3
+    validation: int = 0
+    stop_at: float | None = None
 
 
 @dataclass
@@ -67,7 +73,7 @@ class Trained:
 
     Attributes:
         net: the network.
-        history: epoch, train_loss, test_accuracy (noise off), seconds.
+        history: epoch (a fraction where training stopped within one), train_loss, test_accuracy (noise off), seconds.
     """
 
     net: models.SpikingClassifier
@@ -76,7 +82,11 @@ class Trained:
     @property
     def seconds_per_epoch(self) -> float:
         """Median training time of an epoch, without the test."""
-        return float(torch.tensor([epoch["seconds"] for epoch in self.history]).median())
+        ends = [0.0, *(entry["epoch"] for entry in self.history)]
+        paces = [
+            entry["seconds"] / (end - start) for entry, start, end in zip(self.history, ends, ends[1:], strict=False)
+        ]
+        return float(torch.tensor(paces).median())
 
 
 def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> models.SpikingClassifier:
@@ -86,6 +96,22 @@ def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> models.SpikingC
     if recipe.method != "surrogate":
         add_noise(net, recipe.sigma, only=net.hidden, kind=recipe.noise, distribution=recipe.distribution)
     return net
+
+
+def load_trained(checkpoint: Path) -> tuple[Recipe, models.SpikingClassifier]:
+    """Recipe and network of a checkpoint.
+
+    Raises:
+        ValueError: if the file is not a checkpoint of ``train``.
+    """
+    state = files.load_checkpoint(checkpoint)
+    try:
+        recipe = Recipe(**state["recipe"])
+        net = make_network(recipe, tuple(state["shape"]))
+        net.load_state_dict(state["net"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint} is not a checkpoint of reproduce ({type(error).__name__})") from error
+    return recipe, net
 
 
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 1000) -> float:
@@ -99,6 +125,25 @@ def accuracy(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 1
         )
     net.train(was_training)
     return right / len(images)
+
+
+def split(recipe: Recipe, images: Images) -> tuple[Tensor, Tensor]:
+    """Rows of the training images to train on, and those held out; the same for all recipes of a seed.
+
+    Raises:
+        ValueError: if nothing is left to train on.
+    """
+    if not 0 <= recipe.validation < len(images.train):
+        raise ValueError(f"validation must be in [0, {len(images.train)}), got {recipe.validation}")
+    order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(recipe.seed))
+    order = order.to(images.train.device)
+    return order[recipe.validation :].sort().values, order[: recipe.validation]
+
+
+def validation_accuracy(net: nn.Module, recipe: Recipe, images: Images) -> float:
+    """Accuracy on the training images that were held out, noise off."""
+    _, held_out = split(recipe, images)
+    return accuracy(net, images.train[held_out], images.train_labels[held_out])
 
 
 def train(
@@ -127,49 +172,65 @@ def train(
             reads and writes the checkpoint, and tests.
 
     Raises:
-        ValueError: if the checkpoint was written with other settings.
+        ValueError: if the checkpoint was written with other settings, or there is nothing to stop by.
     """
     if recipe.method not in METHODS:
         raise ValueError(f"unknown method {recipe.method!r}; choose one of {', '.join(METHODS)}")
+    if recipe.stop_at is not None and not recipe.validation:
+        raise ValueError("stop_at needs validation images, so that the test images decide nothing")
     images = images.to(device)
     net = make_network(recipe, images.shape).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=recipe.learning_rate)
-    steps = -(-len(images.train) // recipe.batch_size)
+    rows, _ = split(recipe, images)
+    steps = -(-len(rows) // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * steps)
     history: list[dict[str, float]] = []
+    stopped = False
     state = ranks.from_first(lambda: _matching(checkpoint, recipe) if resume and checkpoint.exists() else None)
     if state is not None:
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        history = state["history"]
+        history, stopped = state["history"], state.get("stopped", False)
     take_step = stepper(recipe, net, optimizer, ranks)
 
     def save() -> None:
         state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        about = {"recipe": asdict(recipe), "shape": list(images.shape), "history": history}
+        about = {"recipe": asdict(recipe), "shape": list(images.shape), "history": history, "stopped": stopped}
         files.save_checkpoint(checkpoint, about | state)
 
-    for epoch in range(len(history), recipe.epochs):
+    while len(history) < recipe.epochs and not stopped:
+        epoch = len(history)
         torch.manual_seed(1_000_003 * (recipe.seed + 1) + epoch)
-        order = torch.randperm(len(images.train)).to(device)
-        started, total = time.perf_counter(), 0.0
-        for step, rows in enumerate(torch.split(order, recipe.batch_size)):
-            loss = take_step(images.train[rows], images.train_labels[rows])
+        order = rows[torch.randperm(len(rows)).to(device)]
+        started, losses = time.perf_counter(), []
+        for step, batch in enumerate(torch.split(order, recipe.batch_size), start=1):
+            losses.append(take_step(images.train[batch], images.train_labels[batch]) * len(batch))
             schedule.step()
-            total += loss * len(rows)
-            progress(epoch * steps + step + 1, loss)
+            progress(epoch * steps + step, losses[-1] / len(batch))
+            stopped = _is_check(step, steps) and _reached(recipe, net, images)
+            if stopped:
+                break
         seconds = time.perf_counter() - started
         history.append(
             {
-                "epoch": epoch + 1,
-                "train_loss": total / len(images.train),
+                "epoch": epoch + 1 if step == steps else epoch + step / steps,
+                "train_loss": sum(losses) / min(step * recipe.batch_size, len(rows)),
                 "test_accuracy": ranks.from_first(partial(accuracy, net, images.test, images.test_labels)),
                 "seconds": seconds,
             }
         )
         ranks.from_first(save)
     return Trained(net, history)
+
+
+def _is_check(step: int, steps: int) -> bool:
+    """Whether training may stop after this step of an epoch: at a few evenly spaced ones, and at its end."""
+    return step == steps or step % max(1, steps // CHECKS) == 0
+
+
+def _reached(recipe: Recipe, net: nn.Module, images: Images) -> bool:
+    return recipe.stop_at is not None and validation_accuracy(net, recipe, images) >= recipe.stop_at
 
 
 def stepper(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import noise_off, noise_on, reset
+from .surrogates import Surrogate, make_surrogate
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -31,9 +32,12 @@ class AttackableView(nn.Module):
         seed: of the view's generator.
         scale: factor from a record's mean over time to logits. Spike counts of many steps would saturate the softmax
             and hide the gradient from the attack, rates alone would hardly move it.
+        surrogate: how to differentiate through the spikes, a name of ``SURROGATES`` or an object; by default as the
+            network was built.
 
     Raises:
-        ValueError: at a call, if images are not in [0, 1], or what ``forward`` returns has another shape.
+        ValueError: if draws is below 1 or the surrogate is unknown; at a call, if images are not in [0, 1],
+            or what ``forward`` returns has another shape.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class AttackableView(nn.Module):
         noise: bool = True,
         seed: int = 0,
         scale: float = 10.0,
+        surrogate: str | Surrogate = "training",
     ) -> None:
         super().__init__()
         if draws < 1:
@@ -53,6 +58,7 @@ class AttackableView(nn.Module):
         self.draws = draws if noise else 1
         self.noise = noise
         self.scale = scale
+        self.surrogate = make_surrogate(surrogate)
         device = next((p.device for p in net.parameters()), torch.device("cpu"))
         self._generator = torch.Generator(device).manual_seed(seed)
 
@@ -71,22 +77,28 @@ class AttackableView(nn.Module):
             )
         rows = images.repeat(self.draws, *[1] * (images.dim() - 1))
         switch = noise_on(self.net, self._generator) if self.noise else noise_off(self.net)
-        with _evaluating(self.net), switch:
+        with evaluating(self.net), switch, self.surrogate.applied_to(self.net):
             reset(self.net)
-            logits = self.net_forward(self.net, rows)
+            logits = self.read(self.net_forward(self.net, rows))
             reset(self.net)
-        if logits.dim() == 3:
-            logits = self.scale * logits.mean(0)
         if logits.dim() != 2 or len(logits) != len(rows):
             raise ValueError(
                 f"forward returned shape {tuple(logits.shape)} for {len(rows)} images; logits [batch, classes] or a "
                 "record [time, batch, classes] are needed"
             )
+        if images.requires_grad:
+            # Attacks would fail on a network that cuts its graph: they are to see its gradient as it is, zero.
+            logits = logits + 0 * rows.flatten(1).sum(1, keepdim=True)
         return logits.view(self.draws, len(images), -1).mean(0)
+
+    def read(self, output: Tensor) -> Tensor:
+        """Logits ``[batch, classes]`` of what ``forward`` returned; what has another shape stays as it is."""
+        return self.scale * output.mean(0) if output.dim() == 3 else output
 
 
 @contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Context in which every module of the network is in evaluation mode; each gets its own mode back."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:

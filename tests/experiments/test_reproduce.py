@@ -8,7 +8,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import snntorch_lr
-from snntorch_lr.experiments import cli, reproduce
+from snntorch_lr.experiments import cli, data, reproduce
+from snntorch_lr.experiments.train import Recipe, load_trained, validation_accuracy
+from snntorch_lr.robustness.judge import Findings
 
 SMALL = ["--epochs", "1", "--copies", "2", "--attack-images", "20", "--draws", "2", "--epsilon", "0.1"]
 
@@ -32,14 +34,14 @@ def test_results_hold_everything_that_is_needed_to_repeat_them(out: Path) -> Non
     assert results["versions"]["snntorch-lr"] == snntorch_lr.__version__
     assert [(row["network"], row["noise"]) for row in results["rows"]] == [
         ("surrogate", "none"), ("surrogate, noise", "off"), ("surrogate, noise", "on"),
-        ("likelihood ratio", "off"), ("likelihood ratio", "on"),
+        ("likelihood ratio", "off"), ("likelihood ratio", "on"), ("surrogate, stopped", "none"),
     ]  # fmt: skip
 
 
 def test_worst_case_is_no_better_than_any_attack_or_clean(out: Path) -> None:
     for row in json.loads((out / "results.json").read_text())["rows"]:
         shares = {name: share["accuracy"] for name, share in row["attacks"].items()}
-        assert shares["worst 0.1"] <= min(shares["FGSM 0.1"], shares["PGD 0.1"])
+        assert shares["worst 0.1"] <= min(shares["FGSM 0.1"], shares["PGD-20 0.1"])
         assert row["attacks"]["FGSM 0.1"]["images"] == 20
         assert row["clean"]["images"] == 360
         assert row["clean"]["low"] <= row["clean"]["accuracy"] <= row["clean"]["high"]
@@ -49,14 +51,27 @@ def test_table_and_figures_are_written(out: Path) -> None:
     text = (out / "table.md").read_text()
     assert "| clean |" in text
     assert "no robustness claim" in text
-    for figure in ("training.png", "attacks.png"):
+    assert "| gates | masking" in text.lower()
+    assert "| G9 budget | PASS |" in (out / "robustness.md").read_text()
+    for figure in ("training.png", "attacks.png", "epsilon.png", "steps.png", "surrogates.png"):
         assert (out / figure).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_same_seed_gives_the_same_numbers(out: Path, tmp_path: Path) -> None:
+def test_stopped_baseline_stops_where_the_likelihood_ratio_network_is_on_validation_images(out: Path) -> None:
+    recipes = json.loads((out / "results.json").read_text())["recipes"]
+    _, network = load_trained(out / "likelihood-ratio.pt")
+    digits, stopped = data.load("digits"), Recipe(**recipes["surrogate, stopped"])
+    assert stopped.validation == len(digits.train) // 10
+    assert stopped.stop_at == validation_accuracy(network, stopped, digits)
+
+
+def test_same_seed_gives_the_same_numbers(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The gates change no figure, and have tests of their own.
+    monkeypatch.setattr("snntorch_lr.robustness.measure.judge", lambda *_: Findings())
     assert run("reproduce", *SMALL, "--out", str(tmp_path)).exit_code == 0
     first, again = (json.loads((path / "results.json").read_text()) for path in (out, tmp_path))
-    assert first["rows"] == again["rows"]
+    for one, other in zip(first["rows"], again["rows"], strict=True):
+        assert one | {"verdict": ""} == other | {"verdict": ""}
 
 
 def test_finished_runs_are_kept_and_resumed(out: Path) -> None:
@@ -90,6 +105,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path: Path, monkeypatch: 
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--copies", "1"], "--copies must be at least 2"),
         (["--epsilon", "2"], r"--epsilon must be in \(0, 1\]"),
+        (["--suite", "mild"], "quick, paper, standard"),
         (["--device", "gpu"], "cpu or cuda"),
     ],
 )

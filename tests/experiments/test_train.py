@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from snntorch_lr.experiments import data, models
-from snntorch_lr.experiments.train import METHODS, Recipe, make_network, train
+from snntorch_lr.experiments.train import METHODS, Recipe, make_network, split, train, validation_accuracy
 
 CPU = torch.device("cpu")
 RECIPE = Recipe("likelihood ratio", "digits", "mlp", epochs=3, copies=2, seed=0, num_steps=8, batch_size=16)
@@ -63,6 +63,39 @@ def test_killed_and_resumed_gives_the_same_weights(method: str, images: data.Ima
     assert len(resumed.history) == 3
     for name, value in resumed.net.state_dict().items():
         assert torch.equal(value, whole[name]), name
+
+
+def test_training_stops_where_the_held_out_images_are_right_often_enough(images: data.Images, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, method="surrogate", validation=64, learning_rate=5e-3, stop_at=0.5)
+    run = train(recipe, images, tmp_path / "c.pt", CPU)
+    assert validation_accuracy(run.net, recipe, images) >= 0.5
+    assert 0 < run.history[-1]["epoch"] < recipe.epochs
+    losses: list[float] = []
+    stopped: list[float] = []
+    train(replace(recipe, stop_at=None), images, tmp_path / "whole.pt", CPU, progress=lambda _, x: losses.append(x))
+    train(recipe, images, tmp_path / "again.pt", CPU, progress=lambda _, x: stopped.append(x))
+    assert stopped == losses[: len(stopped)]
+    assert len(stopped) == round(12 * run.history[-1]["epoch"])
+
+
+def test_stopped_training_is_not_resumed(images: data.Images, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, method="surrogate", validation=64, learning_rate=5e-3, stop_at=0.5)
+    first = train(recipe, images, tmp_path / "c.pt", CPU)
+    again = train(recipe, images, tmp_path / "c.pt", CPU, resume=True)
+    assert again.history == first.history
+
+
+def test_held_out_images_are_not_trained_on(images: data.Images, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, method="surrogate", epochs=1, validation=64)
+    rows, held_out = split(recipe, images)
+    assert sorted([*rows.tolist(), *held_out.tolist()]) == list(range(256))
+    spoilt = replace(images, train=images.train.index_fill(0, held_out, 1.0))
+    nets = [train(recipe, each, tmp_path / f"{index}.pt", CPU).net for index, each in enumerate((images, spoilt))]
+    assert torch.equal(nets[0].readout.weight, nets[1].readout.weight)
+    with pytest.raises(ValueError, match="validation images"):
+        train(replace(recipe, validation=0, stop_at=0.5), images, tmp_path / "x.pt", CPU)
+    with pytest.raises(ValueError, match=r"\[0, 256\)"):
+        train(replace(recipe, validation=256), images, tmp_path / "x.pt", CPU)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(images: data.Images, tmp_path: Path) -> None:

@@ -83,6 +83,12 @@ def test_gradient_reaches_the_images(images: Tensor) -> None:
     assert (x.grad.flatten(1).norm(dim=1) > 0).all()
 
 
+def test_a_gradient_that_is_cut_is_zero_and_no_error(images: Tensor) -> None:
+    x = images.clone().requires_grad_()
+    cut = AttackableView(Net(), forward=lambda net, x: net.out(net.record(x).detach().mean(0)))
+    assert not torch.autograd.grad(cut(x).sum(), x)[0].any()
+
+
 @pytest.mark.parametrize("attack", ["FGSM", "PGD"])
 def test_attacks_work_within_their_budget(images: Tensor, attack: str) -> None:
     view = AttackableView(slr.add_noise(Net()), draws=2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr import baselines, estimators, neurons, recording
+from snntorch_lr import baselines, estimators, neurons, recording, storing
 
 from .networks import HIDDEN, NEURONS, RESETS, STEPS, TwoLayers, data, groups
 from .objective import Measured, along, directions, estimates, finite_difference
@@ -238,13 +238,13 @@ def _drop_minus_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def _drop_first_step(patch: pytest.MonkeyPatch) -> None:
-    original = recording.Storing.file_membrane
+    original = storing.Storing.file_membrane
 
     def file_membrane(self: Any, neuron: Any, noise: Any, mean: Tensor, epsilon: Tensor, index: int) -> None:
         if index > 2:  # two layers
             original(self, neuron, noise, mean, epsilon, index)
 
-    patch.setattr(recording.Storing, "file_membrane", file_membrane)
+    patch.setattr(storing.Storing, "file_membrane", file_membrane)
 
 
 MUTANTS = [

@@ -1,0 +1,128 @@
+"""Trained networks of the experiments under attack: the command ``snntorch-lr evaluate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..robustness import CORRUPTIONS, RobustnessReport, suite
+from ..robustness import evaluate as evaluate_networks
+from ..robustness.measure import Progress
+from . import data, models, report
+from .reproduce import arguments, machine
+from .train import Recipe, load_trained
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of the command ``snntorch-lr evaluate``.
+
+    Attributes:
+        checkpoints: of ``reproduce``; the first is the network, the others are its baselines.
+        suite: ``"quick"``, ``"paper"`` or ``"standard"``.
+        dataset: whose test images; None for that of the checkpoints.
+        images: number of test images, from the first.
+        epsilons: budgets of the attacks, for pixels in [0, 1].
+        norm: ``"linf"`` or ``"l2"``.
+        draws: noise draws that attacks average over.
+        votes: noise draws for each prediction.
+        corruptions: whether natural corruptions are scored too.
+        seed: of attacks and noise.
+    """
+
+    checkpoints: tuple[Path, ...]
+    suite: str = "standard"
+    dataset: str | None = None
+    images: int = 1000
+    epsilons: tuple[float, ...] = (0.05, 0.1, 0.2)
+    norm: str = "linf"
+    draws: int = 8
+    votes: int = 32
+    corruptions: bool = False
+    seed: int = 0
+
+
+def evaluate(
+    settings: Settings,
+    out: Path,
+    data_root: Path | None = None,
+    device: torch.device | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> RobustnessReport:
+    """Evaluates checkpoints, and writes ``robustness.md``, ``robustness.json`` and figures.
+
+    Finished attacks are kept in ``out/attacks``: the same call goes on from there.
+
+    Args:
+        settings: what to evaluate, and how.
+        out: directory for the files.
+        data_root: torchvision root.
+        device: where to compute; the CPU by default.
+        progress: told before each piece.
+
+    Raises:
+        ValueError: if a setting is wrong, a file is not a checkpoint, or a package is missing.
+        DataError: if the data cannot be had.
+    """
+    if settings.images < 1:
+        raise ValueError(f"--images must be at least 1, got {settings.images}")
+    try:
+        suite(settings.suite)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    device = torch.device("cpu") if device is None else device
+    recipes, nets = _load(settings.checkpoints, device)
+    images = data.load(_dataset(settings.dataset, recipes), data_root)
+    (name, net), *baselines = nets.items()
+    evaluation = evaluate_networks(
+        net,
+        [(images.test[: settings.images], images.test_labels[: settings.images])],
+        settings.epsilons,
+        settings.suite,
+        baselines=dict(baselines),
+        seed=settings.seed,
+        name=name,
+        norm=settings.norm,
+        draws=settings.draws,
+        votes=settings.votes,
+        corruptions=tuple(CORRUPTIONS) if settings.corruptions else (),
+        cache=out / "attacks",
+        progress=progress,
+    )
+    report.write_evaluation(
+        evaluation, out, f"Command: `snntorch-lr evaluate {_arguments(settings)}`. Machine: {machine(device)}.\n"
+    )
+    return evaluation
+
+
+def _load(
+    checkpoints: Sequence[Path], device: torch.device
+) -> tuple[list[Recipe], dict[str, models.SpikingClassifier]]:
+    """Recipes, and networks by the names of their files, with the folders where those are not enough."""
+    short = [path.stem for path in checkpoints]
+    names = short if len(set(short)) == len(short) else [str(path.with_suffix("")) for path in checkpoints]
+    if len(set(names)) < len(names):
+        raise ValueError("a checkpoint is given more than once")
+    loaded = [load_trained(path) for path in checkpoints]
+    return [recipe for recipe, _ in loaded], {
+        name: net.to(device).eval() for name, (_, net) in zip(names, loaded, strict=True)
+    }
+
+
+def _dataset(given: str | None, recipes: Sequence[Recipe]) -> str:
+    trained_on = sorted({recipe.dataset for recipe in recipes})
+    if given is None and len(trained_on) > 1:
+        raise ValueError(f"the checkpoints were trained on {', '.join(trained_on)}; choose one with --dataset")
+    return given or trained_on[0]
+
+
+def _arguments(settings: Settings) -> str:
+    values = {
+        key: value for key, value in asdict(settings).items() if key not in ("checkpoints", "epsilons", "corruptions")
+    }
+    flags = ["--corruptions"] if settings.corruptions else []
+    budgets = [f"--epsilon {epsilon:g}" for epsilon in settings.epsilons]
+    return " ".join([*map(str, settings.checkpoints), arguments(values), *budgets, *flags])

@@ -1,0 +1,241 @@
+"""White-box attacks by gradient that no library has: through a chosen surrogate, with the noise averaged out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .budget import Budget, per_image
+from .surrogates import make_surrogate
+from .target import Target
+from .view import AttackableView
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest wrong logit − the right one, ``[batch]``; positive where the prediction is wrong.
+
+    Its gradient does not vanish where a network is sure, as that of the cross-entropy does.
+    """
+    right = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each sample, ``[batch]``."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross-entropy": cross_entropy, "margin": margin}
+RULES = ("steepest", "sa-pgd")
+_LOOKS = 4
+_FRESH = 2**32
+
+
+class Steps(Protocol):
+    """How the iterates of one attack on one batch move."""
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """The next step, in the shape of the gradient."""
+
+
+class SteepestSteps:
+    """Steps of one length along the steepest direction: the sign of the gradient for l∞, its direction for l2.
+
+    Args:
+        budget: of the attack.
+        length: of a step, as a share of the budget's epsilon.
+    """
+
+    def __init__(self, budget: Budget, length: float) -> None:
+        self.budget, self.length = budget, length
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """The next step, in the shape of the gradient."""
+        return self.length * self.budget.epsilon * self.budget.steepest(gradient)
+
+
+class StableAdaptiveSteps:
+    """Steps of stable adaptive projected gradient descent (SA-PGD), for l∞.
+
+    For the gradient g of one image: m ← 0.5 m + g / mean|g|, v ← 0.8 v + g² / mean(g²), and the step is
+    clip(η m / (√v + 1e-12), −η, η). η starts at epsilon and is halved after ⌊0.22 S⌋ of S steps, then each time after
+    k ← max(k − ⌊0.03 S⌋, ⌊0.06 S⌋) more. An image without a gradient adds nothing to m and v.
+
+    Args:
+        epsilon: of the budget.
+        steps: S.
+
+    Source: arXiv 2512.22522, "Towards Reliable Evaluation of Adversarial Robustness for Spiking Neural Networks".
+    """
+
+    def __init__(self, epsilon: float, steps: int) -> None:
+        self.length, self.steps = epsilon, steps
+        self.until_halved = self.left = max(int(0.22 * steps), 1)
+        self.mean = self.square = torch.zeros(())
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """The next step, in the shape of the gradient."""
+        if self.left == 0:
+            self.length /= 2
+            self.until_halved = max(self.until_halved - int(0.03 * self.steps), int(0.06 * self.steps), 1)
+            self.left = self.until_halved
+        self.left -= 1
+        # Both quotients are those of the gradient over its largest element, whose square cannot underflow.
+        g = gradient / per_image(gradient.flatten(1).abs().amax(1).clamp(min=1e-30), gradient)
+        size = per_image(g.flatten(1).abs().mean(1), g)
+        power = per_image(g.flatten(1).square().mean(1), g)
+        self.mean = 0.5 * self.mean.to(g) + torch.where(size > 0, g / size, 0)
+        self.square = 0.8 * self.square.to(g) + torch.where(power > 0, g.square() / power, 0)
+        return (self.length * self.mean / (self.square.sqrt() + 1e-12)).clamp(-self.length, self.length)
+
+
+class Best:
+    """Of several perturbed versions of each image, the one with the largest margin."""
+
+    def __init__(self, clean: Tensor) -> None:
+        self.images = clean.clone()
+        self.margins = torch.full((len(clean),), -torch.inf, device=clean.device)
+
+    def offer(self, images: Tensor, margins: Tensor) -> None:
+        """Takes those images that are better than what is kept, or the first."""
+        margins = margins.detach().to(self.margins.dtype)
+        margins = torch.where(margins.isnan(), -torch.inf, margins)
+        better = (margins > self.margins) | self.margins.isneginf()
+        self.images[better] = images.detach()[better]
+        self.margins[better] = margins[better]
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Projected gradient attack through a surrogate, with the logits averaged over noise draws (EOT-PGD).
+
+    Image by image it returns the last iterate or the one with the largest margin on the way, whichever has the larger
+    one in four more looks: what looked best among many noisy looks may only have been lucky. Never the clean image.
+
+    Attributes:
+        surrogate: as ``make_surrogate`` takes it; made afresh for each run.
+        loss: to ascend: ``"cross-entropy"``, ``"margin"``.
+        steps: number of steps.
+        draws: noise draws of each step; None for the target's.
+        length: of a step, as a share of the budget's epsilon.
+        rule: ``"steepest"``, or ``"sa-pgd"`` for ``StableAdaptiveSteps``, which sets its own length.
+        random_start: whether it starts at a random image within the budget, instead of the clean one.
+        targets: number of wrong classes to aim at, one after the other from the likeliest, with the margin of that
+            class over the right one as the loss; 0 for any wrong class, with ``loss``.
+
+    Raises:
+        ValueError: if a setting is none of these.
+
+    Source: Athalye, Carlini & Wagner (2018), "Obfuscated Gradients Give a False Sense of Security", for the expectation
+    over draws; Gowal et al. (2019), "An Alternative Surrogate Loss for PGD-based Adversarial Testing", for targets.
+    """
+
+    surrogate: str = "training"
+    loss: str = "cross-entropy"
+    steps: int = 20
+    draws: int | None = None
+    length: float = 0.25
+    rule: str = "steepest"
+    random_start: bool = True
+    targets: int = 0
+
+    def __post_init__(self) -> None:
+        make_surrogate(self.surrogate)
+        if self.loss not in LOSSES:
+            raise ValueError(f"unknown loss {self.loss!r}; choose one of {', '.join(LOSSES)}")
+        if self.rule not in RULES:
+            raise ValueError(f"unknown rule {self.rule!r}; choose one of {', '.join(RULES)}")
+        if self.steps < 1 or self.length <= 0 or self.targets < 0:
+            raise ValueError("steps must be at least 1, length positive and targets not negative")
+
+    def __call__(self, target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
+        """Adversarial images, in the shape of x."""
+        generator = torch.Generator(x.device).manual_seed(seed)
+        # Draws that the iterates have not seen.
+        referee, chosen = target.view(draws=self.draws, seed=seed + _FRESH), Best(x)
+        for aim in self._aims(target, x, y, seed):
+            view = target.view(draws=self.draws, surrogate=self.surrogate, seed=seed)
+            steps, passed = self._steps(budget), Best(x)
+            z = budget.random(x, generator) if self.random_start else x.clone()
+            for step in range(self.steps):
+                gradient, margins = self._gradient(view, z, y, aim)
+                if step > 0 or self.random_start:
+                    passed.offer(z, margins)
+                z = budget.project(z + steps(gradient), x)
+            chosen.offer(z, _settled_margin(referee, z, y))
+            if self.steps > 1 or self.random_start:
+                chosen.offer(passed.images, _settled_margin(referee, passed.images, y))
+        return chosen.images
+
+    def _aims(self, target: Target, x: Tensor, y: Tensor, seed: int) -> list[Tensor | None]:
+        if self.targets == 0:
+            return [None]
+        with torch.no_grad():
+            logits = target.view(draws=self.draws, seed=seed)(x)
+        ranked = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
+        return list(ranked[:, : min(self.targets, logits.shape[1] - 1)].unbind(1))
+
+    def _gradient(self, view: nn.Module, z: Tensor, y: Tensor, aim: Tensor | None) -> tuple[Tensor, Tensor]:
+        z = z.detach().requires_grad_()
+        logits = view(z)
+        if aim is None:
+            losses = LOSSES[self.loss](logits, y)
+        else:
+            losses = (logits.gather(1, aim[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+        (gradient,) = torch.autograd.grad(losses.sum(), z)
+        return gradient, margin(logits, y)
+
+    def _steps(self, budget: Budget) -> Steps:
+        if self.rule == "sa-pgd":
+            return StableAdaptiveSteps(budget.epsilon, self.steps)
+        return SteepestSteps(budget, self.length)
+
+
+@torch.no_grad()
+def _settled_margin(view: AttackableView, x: Tensor, y: Tensor) -> Tensor:
+    looks = _LOOKS if view.noise else 1
+    return margin(torch.stack([view(x) for _ in range(looks)]).mean(0), y)
+
+
+def tune_sharpness(
+    target: Target, x: Tensor, y: Tensor, budget: Budget, descent: Descent | None = None, rounds: int = 5, seed: int = 0
+) -> float:
+    """ω of the surrogate ``"assg"`` with which an attack raises the margin of wrong classes most.
+
+    By ternary search in [0.35, 0.49]: two attacks in each round.
+
+    Args:
+        target: the network.
+        x: validation images ``[batch, ...]``, not those that are to be reported.
+        y: their labels.
+        budget: of the attack.
+        descent: the attack; its surrogate does not matter. By default SA-PGD with 20 steps.
+        rounds: each narrows the interval by a third.
+        seed: of all attacks.
+
+    Returns:
+        ω; the surrogate is then called ``f"assg:{omega}"``.
+
+    Source: arXiv 2512.22522.
+    """
+    descent = Descent(rule="sa-pgd") if descent is None else descent
+    view = target.view(seed=seed + _FRESH)
+
+    def success(omega: float) -> float:
+        images = replace(descent, surrogate=f"assg:{omega}")(target, x, y, budget, seed)
+        with torch.no_grad():
+            return float(margin(view(images), y).mean())
+
+    low, high = 0.35, 0.49
+    for _ in range(rounds):
+        first, second = low + (high - low) / 3, high - (high - low) / 3
+        if success(first) < success(second):
+            low = first
+        else:
+            high = second
+    return (low + high) / 2

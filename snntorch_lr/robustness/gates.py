@@ -1,0 +1,240 @@
+"""Checks that an evaluation has to pass before its figures mean robustness: G0 to G9.
+
+A stochastic or non-differentiable network looks robust when the gradient that attacks it is bad. Each gate looks for
+one sign of that, on images that the network has right. What could not be checked has not passed.
+
+Source: Athalye, Carlini & Wagner (2018), "Obfuscated Gradients Give a False Sense of Security"; Carlini et al. (2019),
+"On Evaluating Adversarial Robustness".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..network import spiking_neurons
+from .descent import Descent
+from .probes import Probe
+from .scoring import logits_of, seeded
+from .statistics import share_of
+from .surrogates import SURROGATES
+from .target import Target
+from .yardstick import alignment
+
+FEW = 0.01
+"""Fraction of images that a gate lets pass as exceptions."""
+ALMOST_NONE = 0.05
+"""The same where the attack is not given every advantage."""
+LADDER = (0.25, 0.5, 1.0)
+"""Budgets, as fractions of the one that holds every image, where robustness has to end."""
+ASCENT = Descent(loss="margin", steps=20, length=0.125, random_start=False)
+"""From the image itself: a network without gradient stays there, while a random start could break it by chance."""
+LONGER = 80
+"""Twice the steps of the longest attack that averages over noise."""
+FEW_IMAGES = 16
+"""Images for checks that are slow or need no more."""
+COSINE_FLOOR = 0.6
+RESOLVED = 0.2
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One check.
+
+    Attributes:
+        name: ``"G1 gradients"`` and so on.
+        passed: None if the suite has not what the check needs.
+        detail: what was measured, and against what.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+    @property
+    def verdict(self) -> str:
+        """PASS, FAIL or NOT RUN."""
+        return {True: "PASS", False: "FAIL", None: "NOT RUN"}[self.passed]
+
+    def __str__(self) -> str:
+        return f"{self.verdict:7} {self.name}: {self.detail}"
+
+
+def verdict(gates: Sequence[Gate]) -> str:
+    """What the gates say of a headline, in a few words."""
+    failed = [gate.name for gate in gates if gate.passed is False]
+    missing = [gate.name for gate in gates if gate.passed is None]
+    if failed:
+        return f"MASKING SUSPECTED ({', '.join(name.split()[0] for name in failed)} failed)"
+    if missing:
+        return f"masking not ruled out ({', '.join(name.split()[0] for name in missing)} not run)"
+    return "all gates passed"
+
+
+def mark(gates: Sequence[Gate]) -> str:
+    """What goes behind a worst case: `` !`` if a gate failed, `` ?`` if one was not run, else nothing."""
+    passed = {gate.passed for gate in gates}
+    return " !" if False in passed else " ?" if None in passed else ""
+
+
+def guarded(name: str, check: Callable[[], Gate]) -> Gate:
+    """A gate; one whose check cannot run has failed, and says why."""
+    try:
+        return check()
+    except Exception as error:
+        return Gate(name, False, f"could not be checked: {type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+def forward_pass(target: Target, images: Tensor) -> Gate:
+    """G0: logits are a function of images and noise alone, and torch's global random state is left to the caller."""
+    name = "G0 forward pass"
+    first = logits_of(target, images, 1)
+    logits_of(target, images.flip(0), 2)
+    if not torch.equal(logits_of(target, images, 1), first):
+        return Gate(name, False, "the same images and noise give other logits: a state is not reset between calls")
+    states = []
+    for seed in 1, 2:
+        with seeded(seed), torch.no_grad():
+            target.view(draws=1, seed=0)(images)
+            states.append(torch.get_rng_state())
+    if torch.equal(*states):
+        return Gate(name, False, "the network sets torch's global seed: its noise is the same in each call")
+    return Gate(name, True, "logits depend on images and noise alone; torch's seed is left alone")
+
+
+def gradients(probe: Probe, unchanged: Mapping[str, float]) -> Gate:
+    """G1: few inputs at which the network's own gradient is zero, or that an attack by gradients leaves as they are.
+
+    Args:
+        probe: images that are right.
+        unchanged: fraction of the images that each white-box attack gave back unchanged.
+    """
+    found = {f"zero gradient of the {loss}": probe.vanishing(loss) for loss in ("margin", "cross-entropy")}
+    found |= {f"unchanged by {name}": share for name, share in unchanged.items()}
+    worst = max(found, key=lambda key: found[key])
+    detail = f"{worst}: {100 * found[worst]:.1f} % of the images (at most {100 * FEW:g} %)"
+    return Gate("G1 gradients", found[worst] <= FEW, detail)
+
+
+def frozen_noise(probe: Probe, ascent: Descent = ASCENT) -> Gate:
+    """G2: with the noise frozen, ascent from the image breaks nearly all of them within half of the pixel range."""
+    epsilon = probe.span / 2
+    left = float(probe.right_after_frozen(epsilon, ascent).double().mean())
+    detail = f"{100 * left:.1f} % right after {ascent.steps} steps at ε = {epsilon:g} (at most {100 * ALMOST_NONE:g} %)"
+    return Gate("G2 frozen noise", left <= ALMOST_NONE, detail)
+
+
+def ladder(shares: Mapping[float, float]) -> Gate:
+    """G3: accuracy under ascent from the image falls to zero where every image is within the budget.
+
+    Args:
+        shares: fraction still right by budget, the largest of which holds every image.
+    """
+    largest = max(shares)
+    listed = ", ".join(f"{epsilon:g}: {100 * share:.1f} %" for epsilon, share in sorted(shares.items()))
+    return Gate("G3 ladder", shares[largest] <= FEW, f"{listed} (at most {100 * FEW:g} % at ε = {largest:g})")
+
+
+def convergence(probe: Probe, survived: Tensor, epsilon: float) -> Gate:
+    """G4: twice the steps and twice the draws break no more of the survivors than the interval allows.
+
+    Args:
+        probe: images that are right.
+        survived: those of them that no attack of the suite broke, Boolean, ``[n]``.
+        epsilon: budget.
+    """
+    longer = replace(ASCENT, steps=LONGER, length=2.5 / LONGER, draws=2 * probe.target.draws, random_start=True)
+    after = survived.clone()
+    after[survived] = probe.only(survived).right_after(epsilon, longer)
+    before, now = share_of(survived), share_of(after)
+    detail = (
+        f"ε = {epsilon:g}: {before} % of {len(survived)} images right after the suite, {100 * now.accuracy:.1f} % "
+        f"after {longer.steps} more steps of {longer.draws} draws (at most the half-width less)"
+    )
+    return Gate("G4 convergence", before.accuracy - now.accuracy <= before.half_width, detail)
+
+
+def black_box(white: Mapping[float, Tensor], black: Mapping[float, Tensor]) -> Gate:
+    """G5: attacks without the gradient break no more images that the white-box attacks miss than the interval allows.
+
+    Args:
+        white: what all white-box attacks together leave right, by budget.
+        black: the same for all others: black-box and transfer attacks.
+    """
+    name = "G5 black box"
+    if not white or not black:
+        return Gate(name, None, f"the suite has no {'black-box' if white else 'white-box'} attack")
+    missed = {epsilon: share_of(white[epsilon] & ~black[epsilon]).accuracy for epsilon in white}
+    passed = all(missed[epsilon] <= share_of(white[epsilon]).half_width for epsilon in white)
+    listed = ", ".join(f"ε = {epsilon:g}: {100 * share:.1f} %" for epsilon, share in missed.items())
+    return Gate(name, passed, f"broken without the gradient only: {listed} (at most the half-width of the interval)")
+
+
+def sweep(net: nn.Module, right: Mapping[str, Tensor]) -> Gate:
+    """G6: the suite differentiates through the spikes in every way that there is, and the worst is kept.
+
+    Args:
+        net: the network.
+        right: what is right under the attacks through each surrogate, by its name, Boolean, ``[images]``.
+    """
+    name = "G6 surrogates"
+    if not any(True for _ in spiking_neurons(net)):
+        return Gate(name, True, "the network has no spikes to differentiate through")
+    missing = [surrogate for surrogate in SURROGATES if surrogate not in right]
+    if missing:
+        return Gate(name, None, f"the suite has no attack through {', '.join(missing)}")
+    listed = ", ".join(f"{surrogate} {100 * share_of(each).accuracy:.1f} %" for surrogate, each in right.items())
+    return Gate(name, True, f"{listed}; the worst case has them all")
+
+
+def direction(probe: Probe) -> Gate:
+    """G7: the network's own surrogate gradient points where the likelihood-ratio gradient does."""
+    name = "G7 direction"
+    if not any(True for _ in spiking_neurons(probe.target.net)):
+        return Gate(name, True, "the network has no spikes: its gradient is exact")
+    few = probe.first(FEW_IMAGES)
+    try:
+        found = alignment(probe.target, few.images, few.labels, seed=probe.seed)
+    except ValueError as error:
+        return Gate(name, None, f"no likelihood-ratio gradient: {str(error).splitlines()[0]}")
+    if found.repeatability < RESOLVED:
+        return Gate(
+            name, None, f"the likelihood-ratio gradient is not resolved (repeatability {found.repeatability:.2f})"
+        )
+    detail = f"cosine {found.cosine:.2f} to the likelihood-ratio gradient (at least {COSINE_FLOOR:g})"
+    return Gate(name, found.cosine >= COSINE_FLOOR, detail)
+
+
+def canary(probe: Probe) -> Gate:
+    """G8: the same network with an input gradient of zero is called out by G1, G2 and G3."""
+    forward = probe.target.forward
+
+    def masked(net: nn.Module, images: Tensor) -> Tensor:
+        return net(images.detach()) if forward is None else forward(net, images.detach())
+
+    few = probe.first(FEW_IMAGES)
+    blind = replace(few, target=replace(few.target, forward=masked))
+    # No number of steps leads away without a gradient.
+    ascent = replace(ASCENT, steps=2)
+    tripped = [
+        guarded("G1", lambda: gradients(blind, {})),
+        guarded("G2", lambda: frozen_noise(blind, ascent)),
+        guarded("G3", lambda: ladder({blind.span: blind.curve([(blind.span, ascent)])[0]})),
+    ]
+    missed = [gate.name for gate in tripped if gate.passed]
+    detail = "a copy without gradient passes " + ", ".join(missed) if missed else "G1, G2, G3 call out a masked copy"
+    return Gate("G8 canary", not missed, detail)
+
+
+def assertions(failures: Mapping[str, str]) -> Gate:
+    """G9: every adversarial image was within its budget, in [0, 1] and finite; attacks that failed are named.
+
+    Args:
+        failures: messages of the attacks that failed, by name.
+    """
+    if failures:
+        return Gate("G9 budget", False, "; ".join(f"{name}: {message}" for name, message in failures.items()))
+    return Gate("G9 budget", True, "budget, range and finiteness asserted for every adversarial image")

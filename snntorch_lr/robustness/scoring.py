@@ -1,0 +1,104 @@
+"""How often a network is right on images, clean or attacked, with noise draws that no attack has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..repeatable import RandomState
+from ..stream import mix
+from .target import Target
+
+ROWS = 4000
+"""Images times draws that a network sees at once, by default; bounds the memory."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a network has right, on the CPU.
+
+    Attributes:
+        right: by the majority of the votes, Boolean, ``[images]``.
+        single: expected accuracy of a single noise draw: fraction of the draws that are right, ``[images]``.
+    """
+
+    right: Tensor
+    single: Tensor
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Context with torch's global generators seeded, for networks that draw from them; their state comes back."""
+    state = RandomState.capture()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed: int = 0, rows: int = ROWS) -> Scores:
+    """Classifies images with fresh noise draws: by their majority, and by each draw alone.
+
+    Each draw votes for its class; a tie goes to the class with the larger mean probability among those tied. A network
+    that gives the same logits whatever the noise is run once.
+
+    Args:
+        target: the network and how it is read.
+        images: ``[n, channels, height, width]`` in [0, 1].
+        labels: ``[n]``.
+        votes: noise draws for each image.
+        seed: of the draws.
+        rows: images times draws that the network sees at once.
+    """
+    if not len(images):
+        return Scores(torch.zeros(0, dtype=torch.bool), torch.zeros(0))
+    votes = votes if is_random(target, images) else 1
+    right, single = [], []
+    for index, (x, y) in enumerate(pieces(target, images, labels, max(1, rows // votes))):
+        piece_seed = mix(seed, index)
+        with torch.no_grad(), seeded(piece_seed):
+            logits = target.view(draws=1, seed=piece_seed)(x.repeat(votes, *[1] * (x.dim() - 1)))
+        logits = logits.view(votes, len(x), -1)
+        chosen = logits.argmax(2)
+        tally = torch.zeros_like(logits[0]).scatter_add_(1, chosen.T, torch.ones_like(chosen.T, dtype=logits.dtype))
+        # Mean probabilities differ by less than a vote, and so decide ties only.
+        right.append(((tally + logits.softmax(2).mean(0)).argmax(1) == y).cpu())
+        single.append((chosen == y).double().mean(0).cpu())
+    return Scores(torch.cat(right), torch.cat(single))
+
+
+def is_random(target: Target, images: Tensor, count: int = 8) -> bool:
+    """Whether another seed gives other logits: noise is on, or the network draws random numbers itself."""
+    x = images[:count].to(device_of(target))
+    return not torch.equal(logits_of(target, x, 1), logits_of(target, x, 2))
+
+
+def logits_of(target: Target, images: Tensor, seed: int) -> Tensor:
+    """Logits of a single noise draw ``[n, classes]``, with all noise frozen by the seed."""
+    with torch.no_grad(), seeded(seed):
+        logits: Tensor = target.view(draws=1, seed=seed)(images)
+    return logits
+
+
+def pieces(target: Target, images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of at most ``size`` images, on the network's device; none of no images."""
+    device = device_of(target)
+    if not len(images):
+        return
+    for x, y in zip(torch.split(images, size), torch.split(labels, size), strict=True):
+        yield x.to(device), y.to(device)
+
+
+def batch_size(target: Target, rows: int, draws: int | None = None) -> int:
+    """How many images, each with its noise draws (the target's by default), make that many rows; at least one."""
+    return max(1, rows // ((draws or target.draws) if target.noise else 1))
+
+
+def device_of(target: Target) -> torch.device:
+    """Where the network is."""
+    return next((parameter.device for parameter in target.net.parameters()), torch.device("cpu"))

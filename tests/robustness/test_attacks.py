@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import builtins
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import snntorch_lr as slr
+from snntorch_lr.robustness import SUITES, Attack, Budget, Descent, Target, gradient_attack, perturb, suite
+from snntorch_lr.robustness.attacks import unfit
+from snntorch_lr.robustness.library import AutoPgd
+
+from .networks import SmallNet, images, predictions
+
+EVERY = {(attack.name, attack.needs_torchattacks): attack for members in SUITES.values() for attack in members}
+BUDGETS = {"linf": Budget(0.1), "l2": Budget(0.4, "l2")}
+
+
+def quicker(attack: Attack) -> Attack:
+    """The same attack with few steps, samples and queries."""
+    run: Any = attack.run
+    for name, few in (("steps", 3), ("samples", 4), ("queries", 5)):
+        if hasattr(run, name):
+            run = type(run)(**{**vars(run), name: few})
+    if "steps" in getattr(run, "options", {}):
+        run = type(run)(**{**vars(run), "options": {**run.options, "steps": 3}})
+    return Attack(**{**vars(attack), "run": run})
+
+
+@pytest.fixture
+def target() -> Target:
+    return Target(slr.add_noise(SmallNet(), sigma=0.3), draws=2, sources={"plain": Target(SmallNet(), draws=1)})
+
+
+@pytest.mark.parametrize("key", EVERY, ids=[f"{name}-{'library' if library else 'own'}" for name, library in EVERY])
+@pytest.mark.parametrize("norm", BUDGETS)
+def test_every_attack_stays_within_its_budget_and_restores_no_image(
+    target: Target, key: tuple[str, bool], norm: str
+) -> None:
+    attack, budget, x = quicker(EVERY[key]), BUDGETS[norm], images()
+    if norm not in attack.norms:
+        with pytest.raises(ValueError, match="no l2 version"):
+            perturb(attack, target, x, predictions(target.net, x), budget, seed=0)
+        return
+    before = torch.random.get_rng_state()
+    adversarial = perturb(attack, target, x, predictions(target.net, x), budget, seed=0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not adversarial.requires_grad
+    sizes = budget.size(adversarial, x)
+    assert (sizes > 0.5 * budget.epsilon).all()
+    assert (sizes <= budget.epsilon + 1e-5).all()
+    again = perturb(attack, target, x, predictions(target.net, x), budget, seed=0)
+    torch.testing.assert_close(again, adversarial, rtol=0, atol=0)
+
+
+def test_settings_are_complete_and_json() -> None:
+    for attack in EVERY.values():
+        settings = json.loads(json.dumps(dict(attack.settings)))
+        assert {"library"} | set(vars(attack.run)) == set(settings)
+
+
+def test_suites_are_what_the_documentation_says() -> None:
+    assert [attack.name for attack in suite("quick")] == ["FGSM", "PGD-20"]
+    assert [attack.name for attack in suite("paper")] == ["FGSM", "RFGSM", "PGD", "MIFGSM"]
+    assert not any(attack.needs_torchattacks for attack in suite("quick"))
+    assert all(attack.needs_torchattacks for attack in suite("paper"))
+    own = gradient_attack("mine", Descent(steps=2))
+    assert suite(["FGSM", own]) == (SUITES["quick"][0], own)
+    assert suite(["quick", "Square"])[-1].name == "Square"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [(["PGDD"], "unknown attack"), ([], "no attack"), (["FGSM"] * 2, "FGSM")]
+)
+def test_refuses_lists_that_mean_nothing(wrong: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        suite(wrong)
+
+
+def test_says_what_to_install_without_torchattacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "torchattacks":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'snntorch-lr\[attacks\]'"):
+        suite("paper")
+    assert suite("quick")
+
+
+def test_transfer_needs_sources(target: Target) -> None:
+    transfer = suite(["transfer"])[0]
+    assert unfit(transfer, target, Budget(0.1)) is None
+    assert "baselines" in str(unfit(transfer, Target(target.net), Budget(0.1)))
+
+
+def spoiled(change: Any) -> Attack:
+    def run(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
+        result: Tensor = change(x)
+        return result
+
+    return Attack("mine", run, {}, "white-box", ("linf", "l2"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: (x + 0.2).clamp(0, 1), "left its budget"),
+        (lambda x: x - 0.05, r"outside \[0, 1\]"),
+        (lambda x: x * torch.nan, "not finite"),
+        (lambda x: x[:2], "shape"),
+    ],
+)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_attack_that_cheats_is_an_error(target: Target, change: Any, message: str, norm: str) -> None:
+    x = images()
+    x[:, 0, 0, 0] = 0
+    with pytest.raises(RuntimeError, match=f"mine .*{message}"):
+        perturb(spoiled(change), target, x, torch.zeros(6, dtype=torch.long), Budget(0.1, norm), seed=0)
+
+
+def test_chunks_bound_the_rows_of_a_forward_pass(target: Target) -> None:
+    rows: list[int] = []
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        rows.append(len(x))
+        logits: Tensor = net(x)
+        return logits
+
+    x = images(10)
+    bounded = Target(target.net, forward=forward, draws=2)
+    attack = gradient_attack("mine", Descent(steps=1, draws=4))
+    assert perturb(attack, bounded, x, predictions(target.net, x), Budget(0.1), seed=0, rows=8).shape == x.shape
+    assert max(rows) == 8
+
+
+def test_library_and_own_attack_agree() -> None:
+    net, x = SmallNet(), images()
+    target, y = Target(net, draws=1), predictions(net, x)
+    own, library = (
+        perturb(attack, target, x, y, Budget(0.1), seed=0) for attack in (EVERY["FGSM", False], EVERY["FGSM", True])
+    )
+    torch.testing.assert_close(own, library)
+
+
+def test_apgd_returns_its_best_iterate_where_it_fails(target: Target) -> None:
+    x = images()
+    y = predictions(target.net, x)
+    tiny = Budget(1e-4)
+    adversarial = perturb(Attack("APGD", AutoPgd(steps=3), {}, "white-box"), target, x, y, tiny, seed=0)
+    assert torch.equal(predictions(target.net, adversarial), y)
+    assert (tiny.size(adversarial, x) > 0).all()

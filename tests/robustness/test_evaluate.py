@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import snntorch_lr as slr
+from snntorch_lr.robustness import SUITES, Attack, Budget, Descent, RobustnessReport, Target, evaluate, gradient_attack
+from snntorch_lr.robustness import judge as judging
+
+from . import canaries
+
+FAST = gradient_attack("fast", Descent(steps=2, length=0.5))
+RIGHT_WAY = [canaries.digits(20)]
+
+
+@pytest.fixture(autouse=True)
+def _no_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gates take most of the time, and have tests of their own."""
+    monkeypatch.setattr("snntorch_lr.robustness.measure.judge", lambda *_: judging.Findings())
+
+
+def run(net: nn.Module | None = None, **options: Any) -> RobustnessReport:
+    net = slr.add_noise(canaries.trained(), 0.3) if net is None else net
+    settings: dict[str, Any] = {"epsilons": [0.1, 0.3], "attacks": [FAST], "draws": 2, "votes": 4} | options
+    return evaluate(net, settings.pop("loader", RIGHT_WAY), settings.pop("epsilons"), **settings)
+
+
+def test_worst_case_is_what_is_right_under_everything() -> None:
+    report = run(attacks=["FGSM", FAST])
+    for row in report.rows:
+        for epsilon in report.protocol.epsilons:
+            worst = row.worst(epsilon)
+            assert torch.equal(worst, torch.stack([row.clean, *(r[epsilon] for r in row.right.values())]).all(0))
+            assert not (worst & ~row.clean).any()
+        for right in row.right.values():
+            assert not (right[0.3] & ~right[0.1]).any()
+    assert report.worst_case[0.3].accuracy < report.worst_case[0.1].accuracy < 1
+
+
+def test_noise_is_off_and_on_and_the_headline_is_the_network_in_evaluation_mode() -> None:
+    report = run()
+    assert [row.subject.noise for row in report.rows] == ["off", "on"]
+    assert report.headline.subject.noise == "off"
+    assert report.rows[0].single.accuracy == report.rows[0].clean.double().mean()
+    kept = canaries.trained()
+    slr.add_noise(kept, 0.3)
+    kept.hidden.noise.at_eval = True
+    assert run(kept).headline.subject.noise == "on"
+    assert [row.subject.noise for row in run(canaries.trained()).rows] == ["none"]
+
+
+def reseeding(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
+    torch.manual_seed(0)
+    target.net.train()
+    target.view(noise=False)(x.requires_grad_()).sum().backward()
+    return budget.random(x.detach(), torch.Generator().manual_seed(seed))
+
+
+RESEEDING = Attack("reseeding", reseeding, {}, "black-box")
+
+
+def test_a_seed_decides_everything_and_nothing_is_touched() -> None:
+    net = slr.add_noise(canaries.trained(), 0.3).train()
+    net.hidden.mem = torch.full((3, 32), 0.7)
+    net.first.weight.grad = torch.ones_like(net.first.weight)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = run(net, attacks=[RESEEDING, FAST])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert net.training
+    assert net.hidden.training
+    assert torch.equal(net.hidden.mem, torch.full((3, 32), 0.7))
+    assert torch.equal(net.first.weight.grad, torch.ones_like(net.first.weight))
+    assert net.readout.weight.grad is None
+    torch.manual_seed(6)
+    again = run(net, attacks=[RESEEDING, FAST])
+    assert again.to_json() == first.to_json()
+    assert run(net, seed=1).rows[1].single != first.rows[1].single
+
+
+def counting(calls: list[float], name: str = "counting", **settings: Any) -> Attack:
+    def attack(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
+        calls.append(budget.epsilon)
+        return FAST.run(target, x, y, budget, seed)
+
+    return Attack(name, attack, settings, "white-box")
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_attacks_that_are_left(tmp_path: Path) -> None:
+    calls: list[float] = []
+    attacks = [counting(calls), counting(calls, "second")]
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if "second 0.3" in what:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(attacks=attacks, cache=tmp_path, progress=interrupt)
+    assert calls == [0.1, 0.3, 0.1]
+    seen: list[tuple[int, int]] = []
+    resumed = run(attacks=attacks, cache=tmp_path, progress=lambda what, done, total: seen.append((done, total)))
+    assert calls == [0.1, 0.3, 0.1, 0.3, *[0.1, 0.3] * 2]
+    assert [done for done, _ in seen] == list(range(seen[0][1]))
+    calls.clear()
+    assert run(attacks=attacks, cache=str(tmp_path)).to_json() == resumed.to_json()
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "change", ["weights", "noise level", "image", "label", "seed", "settings", "draws", "smaller epsilon"]
+)
+def test_nothing_stale_is_read_from_the_cache(change: str, tmp_path: Path) -> None:
+    calls: list[float] = []
+    net = slr.add_noise(canaries.trained(), 0.3)
+    (images, labels), options = canaries.digits(20), {}
+    run(net, attacks=[counting(calls)], cache=tmp_path, loader=[(images, labels)])
+    calls.clear()
+    if change == "weights":
+        net.readout.bias.data[0] += 1e-3
+    elif change == "noise level":
+        net.hidden.noise.log_sigma.data += 0.1
+    elif change == "image":
+        images = images.clone()
+        images[3, 0, 0, 0] = 1
+    elif change == "label":
+        labels = (labels + (torch.arange(20) == 3)) % 10
+    else:
+        options = {"seed": {"seed": 1}, "draws": {"draws": 3}, "smaller epsilon": {"epsilons": [0.05, 0.3]}}.get(
+            change, {}
+        )
+    attack = counting(calls, steps=3) if change == "settings" else counting(calls)
+    run(net, attacks=[attack], cache=tmp_path, loader=[(images, labels)], **options)
+    assert 0.3 in calls
+
+
+def test_another_surrogate_is_not_read_from_the_cache(tmp_path: Path) -> None:
+    calls: list[float] = []
+    for net in canaries.trained(), canaries.with_steep_surrogate():
+        run(net, attacks=[counting(calls)], cache=tmp_path)
+    assert calls == [0.1, 0.3] * 2
+
+
+def test_attacks_average_over_the_draws_of_a_network_that_draws_its_own() -> None:
+    def forward(net: Any, images: Tensor) -> Tensor:
+        return net(torch.bernoulli(images) + images - images.detach())
+
+    seen: list[int] = []
+
+    def attack(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
+        seen.append(target.view().draws)
+        return x
+
+    own = Attack("own", attack, {}, "white-box")
+    run(canaries.trained(), forward=forward, attacks=[own], draws=3)
+    run(canaries.trained(), attacks=[own], draws=3)
+    assert seen == [3, 3, 1, 1]
+
+
+def test_an_attack_that_cheats_or_breaks_is_named_and_does_not_count() -> None:
+    def cheat(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
+        return 1 - x
+
+    def crash(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
+        raise RuntimeError("out of luck")
+
+    failures: dict[str, str] = {}
+    original = judging.Evidence
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "snntorch_lr.robustness.measure.Evidence",
+            lambda **parts: failures.update(parts["failures"]) or original(**parts),
+        )
+        report = run(
+            canaries.trained(),
+            attacks=[Attack("cheat", cheat, {}, "white-box"), Attack("crash", crash, {}, "white-box"), FAST],
+        )
+    assert [attack.name for attack in report.rows[0].attacks] == ["fast"]
+    assert "left its budget" in failures["cheat"]
+    assert "out of luck" in failures["crash"]
+    assert report.to_json() | {"attacks": []} == run(canaries.trained()).to_json() | {"attacks": []}
+
+
+def test_every_network_is_a_source_for_the_others() -> None:
+    def record(net: Any, images: Tensor) -> Tensor:
+        return net(images).expand(3, -1, -1)
+
+    other = canaries.with_steep_surrogate()
+    report = run(baselines={"other": Target(other, record, draws=2)})
+    names = {row.subject.label: [attack.name for attack in row.attacks] for row in report.rows}
+    assert names == {
+        "network, noise off": ["fast", "transfer from network, noise on", "transfer from other"],
+        "network, noise on": ["fast", "transfer from network, noise off", "transfer from other"],
+        "other": ["fast", "transfer from network, noise off"],
+    }
+    assert [(each.first, each.second) for each in report.comparisons] == [
+        ("network, noise off", "other"), ("network, noise on", "other"),
+    ]  # fmt: skip
+    # The same weights through another surrogate: what breaks one breaks the other.
+    assert report.rows[2].right["transfer from network, noise off"][0.3].sum() < report.rows[2].clean.sum()
+
+
+def test_attacks_of_another_norm_are_left_out() -> None:
+    report = run(canaries.trained(), attacks=["SA-PGD", FAST], norm="l2", epsilons=[1.0])
+    assert [attack.name for attack in report.rows[0].attacks] == ["fast"]
+    assert report.worst_case[1.0].accuracy < 1
+
+
+def test_memory_is_bounded() -> None:
+    sizes: list[int] = []
+
+    def forward(net: Any, images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return net(images)
+
+    run(forward=forward, rows=10)
+    assert max(sizes) == 10
+
+
+def test_corruptions_are_the_same_for_all_networks() -> None:
+    report = run(canaries.trained(), baselines={"twin": canaries.trained()}, corruptions=["contrast", "gaussian noise"])
+    first, second = report.rows
+    assert list(first.corruptions) == ["contrast", "gaussian noise"]
+    assert first.corruptions == second.corruptions
+    assert first.corruptions["contrast"][5].accuracy < first.corruptions["contrast"][1].accuracy
+
+
+def test_without_torchattacks_the_suites_that_need_it_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchattacks", None)
+    with pytest.raises(ImportError, match=r"snntorch-lr\[attacks\]"):
+        run(attacks="paper")
+    assert "PGD-20" in run(canaries.trained(), attacks="quick").rows[0].right
+
+
+def images_of(value: float) -> Iterable[tuple[Tensor, Tensor]]:
+    return [(torch.full((2, 1, 8, 8), value), torch.zeros(2, dtype=torch.long))]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epsilons": []}, "epsilons must be positive"),
+        ({"epsilons": [0.1, -1]}, "epsilons must be positive"),
+        ({"attacks": "mild"}, "quick, paper, standard"),
+        ({"norm": "l3"}, "linf, l2"),
+        ({"attacks": ["SA-PGD"], "norm": "l2"}, "none of the attacks SA-PGD has the norm l2"),
+        ({"draws": 0}, "draws must be at least 1"),
+        ({"votes": 0}, "votes must be at least 1"),
+        ({"gate_images": 0}, "gate_images must be at least 1"),
+        ({"corruptions": ["fog"]}, "unknown corruption fog"),
+        ({"baselines": {"network": nn.Flatten()}}, "rename"),
+        ({"baselines": {"b": "net.pt"}}, "b must be a network or a Target, got str"),
+        ({"loader": []}, "no images"),
+        ({"loader": images_of(2.0)}, r"\[0, 1\], got 2 to 2"),
+        ({"loader": images_of(float("nan"))}, r"\[0, 1\]"),
+        ({"loader": [(torch.zeros(2, 64), torch.zeros(2))]}, "integer labels"),
+    ],
+)
+def test_wrong_arguments_are_said_before_any_attack(options: dict[str, Any], message: str) -> None:
+    calls: list[float] = []
+    with pytest.raises(ValueError, match=message):
+        run(**({"attacks": [counting(calls)]} | options))
+    assert not calls
+
+
+def test_every_suite_gives_a_report_that_json_can_hold() -> None:
+    small = tuple(
+        replace(attack, run=replace(attack.run, steps=2)) if isinstance(attack.run, Descent) else attack
+        for attack in SUITES["quick"]
+    )
+    text = json.dumps(run(attacks=small).to_json(), allow_nan=False)
+    assert json.loads(text)["rows"][1]["worst_case"]["0.3"]["images"] == 20

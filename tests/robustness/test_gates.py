@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import snntorch_lr as slr
+from snntorch_lr.robustness import Gate, RobustnessReport, Target, evaluate, gates, score
+from snntorch_lr.robustness.probes import Probe
+
+from . import canaries
+
+SMALL = {"draws": 4, "votes": 8, "gate_images": 24}
+
+
+def run(net: nn.Module, **options: object) -> RobustnessReport:
+    return evaluate(net, [canaries.digits()], [0.2], attacks=["PGD-20"], **(SMALL | options))  # type: ignore[arg-type]
+
+
+def failed(report: RobustnessReport) -> set[str]:
+    return {gate.name[:2] for gate in report.gates if gate.passed is False}
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_an_honest_network_passes(noisy: bool) -> None:
+    net = canaries.trained()
+    report = run(slr.add_noise(net, 0.3) if noisy else net)
+    for row in report.rows:
+        assert all(gate.passed is not False for gate in row.findings.gates), report.table()
+    assert [gate.name[:2] for gate in report.gates] == [f"G{index}" for index in range(10)]
+    assert run(net).gates == report.gates
+
+
+@pytest.mark.parametrize(
+    ("canary", "expected"),
+    [
+        (canaries.with_zero_gradient, {"G1", "G2", "G3", "G7"}),
+        (canaries.with_steep_surrogate, {"G7"}),
+        (partial(canaries.with_unreset_state, detached=True), {"G0"}),
+        (partial(canaries.with_unreset_state, detached=False), {"G0"}),
+        (canaries.with_saturated_rates, {"G1"}),
+        (canaries.with_seed_of_its_own, {"G0"}),
+    ],
+)
+def test_canaries_are_called_out(canary: Callable[[], nn.Module], expected: set[str]) -> None:
+    report = run(canary())
+    assert failed(report) >= expected, report.table()
+    assert "MASKING SUSPECTED" in str(report.worst_case[0.2])
+    assert "MASKING SUSPECTED" in report.table()
+    assert "MASKING SUSPECTED" in report.to_markdown()
+
+
+def test_a_surrogate_without_a_module_does_not_stop_the_likelihood_ratio() -> None:
+    (direction,) = (gate for gate in run(canaries.with_zero_gradient()).gates if gate.name == "G7 direction")
+    assert "cosine 0.00" in direction.detail
+
+
+def test_a_network_without_spikes_has_nothing_to_differentiate_through() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    report = evaluate(net, [canaries.digits()], [0.2], attacks=["PGD-20"], **SMALL)  # type: ignore[arg-type]
+    passed = {gate.name[:2]: gate.passed for gate in report.gates}
+    assert passed["G6"] is passed["G7"] is True
+
+
+def test_a_network_that_has_nothing_right_is_not_judged() -> None:
+    images, labels = canaries.digits(8)
+    net = canaries.trained()
+    net.readout.bias.data.fill_(-1e3)[0] = 1e3
+    chosen = labels != 0
+    report = evaluate(net, [(images[chosen], labels[chosen])], [0.2], attacks=["PGD-20"], **SMALL)  # type: ignore[arg-type]
+    assert [gate.passed for gate in report.gates] == [None]
+    assert report.worst_case[0.2].accuracy == 0
+    assert "nothing to attack" in report.table()
+    for plot in report.plot_epsilon, report.plot_steps, report.plot_surrogates:
+        assert plot().axes
+
+
+class TestBlackBox:
+    names = torch.tensor([True] * 90 + [False] * 10)
+
+    def test_passes_within_the_interval(self) -> None:
+        black = self.names.clone()
+        black[:4] = False
+        assert gates.black_box({0.1: self.names}, {0.1: black}).passed
+
+    def test_fails_beyond_it(self) -> None:
+        black = self.names.clone()
+        black[:12] = False
+        gate = gates.black_box({0.1: self.names}, {0.1: black})
+        assert gate.passed is False
+        assert "12.0 %" in gate.detail
+
+    def test_needs_both(self) -> None:
+        assert gates.black_box({0.1: self.names}, {}).passed is None
+        assert gates.black_box({}, {0.1: self.names}).passed is None
+
+
+def test_more_steps_that_break_more_mean_that_the_suite_had_not_converged() -> None:
+    images, labels = canaries.digits(24)
+    target = Target(canaries.trained(), draws=2)
+    probe = Probe(target, images, labels, votes=4).only(score(target, images, labels).right)
+    survived = torch.ones(len(probe.images), dtype=torch.bool)
+    assert gates.convergence(probe, survived, 0.3).passed is False
+    assert gates.convergence(probe, ~survived, 0.3).passed is True
+
+
+def test_guarded_checks_fail_with_their_reason() -> None:
+    def broken() -> Gate:
+        raise RuntimeError("first line\nsecond line")
+
+    assert gates.guarded("G2 x", broken) == Gate("G2 x", False, "could not be checked: RuntimeError: first line")

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import snntorch as snn
+import torch
+from torch import Tensor, nn
+
+import snntorch_lr as slr
+from snntorch_lr.robustness import SURROGATES, AttackableView
+from snntorch_lr.robustness.surrogates import AdaptiveSharpness, Shape, differentiated, gaussian, make_surrogate
+
+from ..helpers import CLASSES, build, has_option, inputs_for, run
+from .networks import SmallNet, images
+
+
+def derivative(name: str, margin: list[float], neuron: Any = None) -> list[float]:
+    surrogate: Any = make_surrogate(name)
+    values: list[float] = surrogate.of(neuron or snn.Leaky(beta=0.9))(
+        torch.tensor(margin, dtype=torch.float64)
+    ).tolist()
+    return values
+
+
+def test_shapes_are_their_formulas() -> None:
+    assert derivative("atan", [0.0, 1.0]) == pytest.approx([1.0, 1 / (1 + math.pi**2)])
+    assert derivative("atan:4", [0.0, 0.5]) == pytest.approx([2.0, 2 / (1 + math.pi**2)])
+    assert derivative("ste", [-7.0, 3.0]) == [1.0, 1.0]
+    assert derivative("gaussian:2", [0.0, 2.0]) == pytest.approx([0.199471, 0.120985], rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "distribution", "deviation"), [
+    ("membrane", "gaussian", 0.3), ("membrane", "laplace", 0.3 * math.sqrt(2)),
+    ("escape", "logistic", 0.3 * math.pi / math.sqrt(3)),
+])  # fmt: skip
+def test_gaussian_is_as_wide_as_the_noise(kind: str, distribution: str, deviation: float) -> None:
+    net = slr.add_noise(SmallNet(), sigma=0.3, kind=kind, distribution=distribution)
+    height = gaussian().of(net.lif)(torch.zeros(1)).item()
+    assert height == pytest.approx(1 / (deviation * math.sqrt(2 * math.pi)))
+    assert derivative("gaussian", [0.0]) == pytest.approx([1 / (0.5 * math.sqrt(2 * math.pi))])
+
+
+def test_the_default_of_snntorch_is_atan() -> None:
+    x = images().requires_grad_()
+    gradients = [
+        torch.autograd.grad(AttackableView(SmallNet(), surrogate=name)(x).square().sum(), x)[0]
+        for name in ("training", "atan", "ste")
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert not torch.allclose(gradients[2], gradients[0])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("noise", [None, "membrane", "escape"])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_reaches_every_neuron_and_leaves_the_forward_pass(name: str, noise: str | None, surrogate: str) -> None:
+    neuron = build(slr, name, init_hidden=True, noise=noise or False, spike_grad=cut)
+    x = inputs_for(name).requires_grad_()
+
+    def spikes(which: str) -> Tensor:
+        slr.reset(neuron)
+        generator = torch.Generator().manual_seed(0)
+        with slr.noise_on(neuron, generator), make_surrogate(which).applied_to(neuron):
+            return torch.stack([step[0] for step in run(neuron, x)])
+
+    plain = spikes("training")
+    swapped = spikes(surrogate)
+    torch.testing.assert_close(swapped, plain, rtol=0, atol=0)
+    if surrogate != "training" and (surrogate not in ("rga", "bptr") or not name.endswith("LSTM")):
+        (gradient,) = torch.autograd.grad(swapped.sum(), x)
+        assert gradient.any()
+
+
+def cut(margin: Tensor) -> Tensor:
+    """A spike without a derivative."""
+    return (margin > 0).to(margin.dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if has_option(name, "inhibition") and "LSTM" not in name])
+def test_reaches_inhibited_neurons(name: str) -> None:
+    with pytest.warns(UserWarning, match="Inhibition"):
+        neuron = build(snn, name, init_hidden=True, inhibition=True, spike_grad=cut)
+    x = inputs_for(name).requires_grad_()
+    with make_surrogate("atan").applied_to(neuron):
+        spikes = torch.stack([step[0] for step in run(neuron, x)])
+    assert torch.autograd.grad(spikes.sum(), x)[0].any()
+
+
+class OfTheClass(snn.Leaky):  # type: ignore[misc]
+    """A neuron whose spike is a method, as users write them."""
+
+    def __init__(self) -> None:
+        super().__init__(beta=0.9, init_hidden=True)
+        del self.spike_grad
+
+    def spike_grad(self, margin: Tensor) -> Tensor:
+        return cut(margin)
+
+
+class AsModule(nn.Module):
+    def forward(self, margin: Tensor) -> Tensor:
+        return cut(margin)
+
+
+UNUSUAL = {
+    "class": OfTheClass,
+    "module": lambda: snn.Leaky(beta=0.9, init_hidden=True, spike_grad=AsModule()),
+    "disabled": lambda: snn.Leaky(beta=0.9, init_hidden=True, surrogate_disable=True),
+    "parallel": lambda: snn.LeakyParallel(3, 3, beta=0.9),
+}
+
+
+def attributes(neuron: nn.Module) -> dict[str, object]:
+    return {name: value for name, value in vars(neuron).items() if name not in ("mem", "reset")}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_reaches_unusual_spikes_and_restores_them_after_an_error(kind: str) -> None:
+    torch.manual_seed(0)
+    neuron = UNUSUAL[kind]()
+    x = 3 * torch.rand(4, 2, 3, requires_grad=True)
+    neuron(x.detach())
+    before, modules = attributes(neuron), dict(neuron.named_modules())
+
+    def fail() -> None:
+        with make_surrogate("ste").applied_to(neuron):
+            assert torch.autograd.grad(neuron(x).sum(), x)[0].any()
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        fail()
+    assert attributes(neuron) == before
+    assert dict(neuron.named_modules()) == modules
+
+
+@pytest.mark.parametrize("kind", [None, "membrane", "escape"])
+@pytest.mark.parametrize("delay", [True, False])
+def test_derivative_is_asked_once_a_step(kind: str | None, delay: bool) -> None:
+    neuron = slr.Leaky(beta=0.9, init_hidden=True, noise=kind or False, reset_delay=delay)
+    asked = []
+
+    def ones(margin: Tensor) -> Tensor:
+        asked.append(margin)
+        return torch.ones_like(margin)
+
+    x = torch.rand(4, 2, 3, requires_grad=True)
+    with slr.noise_on(neuron), differentiated(neuron, ones):
+        for step in x:
+            neuron(step)
+    assert len(asked) == 4
+
+
+def test_assg_by_hand() -> None:
+    """Margins 0.5 then −1 at the only step of two iterations, ω = 1/4, so a = 2/π."""
+    surrogate = AdaptiveSharpness(omega=0.25)
+    neuron = snn.Leaky(beta=1.0, init_hidden=True, threshold=1.0)
+    found = []
+    for current in (1.5, 0.0):
+        slr.reset(neuron)
+        x = torch.tensor([[current]], dtype=torch.float64, requires_grad=True)
+        with surrogate.applied_to(neuron):
+            found.append(torch.autograd.grad(neuron(x).sum(), x)[0].item())
+        with torch.no_grad(), surrogate.applied_to(neuron):
+            neuron(x)  # looking at the network is no iteration
+    # M = .9 + .05 = .95, D = .1 |.5 - .95| = .045, α = (2/π) / (.95 + .0675 + .0001)
+    alpha = 2 / math.pi / 1.0176
+    assert found[0] == pytest.approx(alpha / 2 / (1 + (math.pi * alpha * 0.5 / 2) ** 2))
+    # M = .855 + .1 = .955, D = .0405 + .1 |1 - .955| = .045, α = (2/π) / (.955 + .0675 + .0001)
+    alpha = 2 / math.pi / 1.0226
+    assert found[1] == pytest.approx(alpha / 2 / (1 + (math.pi * alpha / 2) ** 2))
+
+
+def test_assg_keeps_time_steps_apart_and_starts_again_with_another_batch() -> None:
+    net, x = SmallNet(), images().requires_grad_()
+    surrogate = AdaptiveSharpness()
+    view = AttackableView(net, surrogate=surrogate)
+    first = torch.autograd.grad(view(x).sum(), x)[0]
+    assert not torch.equal(torch.autograd.grad(view(x).sum(), x)[0], first)
+    steps = [step for _, step in surrogate._averages]
+    assert steps == [0, 1, 2, 3, 4]
+    half = torch.autograd.grad(view(x[:3]).sum(), x)[0]
+    torch.testing.assert_close(half[:3], first[:3])
+
+
+def test_view_uses_a_surrogate_of_ones_own() -> None:
+    x = images().requires_grad_()
+    blind = Shape(lambda neuron: torch.zeros_like)
+    assert not torch.autograd.grad(AttackableView(SmallNet(), surrogate=blind)(x).sum(), x)[0].any()
+
+
+@pytest.mark.parametrize("wrong", ["sigmoid", "ste:2", "bptr:1", "atan:x", "assg:0.6"])
+def test_refuses_unknown_surrogates(wrong: str) -> None:
+    with pytest.raises(ValueError, match=r"surrogate|omega|float"):
+        make_surrogate(wrong)
