@@ -20,6 +20,7 @@ from .neurons import (
 from .noise import EscapeNoise, MembraneNoise
 from .optim import attach, closure
 from .quality import GradientReport
+from .rollout import rollout
 
 __version__ = "0.1.0.dev0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "noise_on",
     "remove_noise",
     "reset",
+    "rollout",
 ]
 
 

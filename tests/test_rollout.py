@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import snntorch as snn
+import torch
+from torch import nn
+
+import snntorch_lr as slr
+
+from .helpers import assert_same
+
+STEPS, BATCH = 6, 4
+
+
+def make(noise: bool = False, **last: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(6, 5), slr.Leaky(beta=0.8, init_hidden=True, noise=noise),
+        nn.Linear(5, 3), snn.Leaky(beta=0.8, init_hidden=True, **last),
+    )  # fmt: skip
+
+
+def images() -> torch.Tensor:
+    return 3 * torch.rand(BATCH, 2, 3, generator=torch.Generator().manual_seed(1))
+
+
+def test_constant_input_is_the_same_as_repeated() -> None:
+    net = make()
+    x = images()
+    constant = slr.rollout(net, x, STEPS)
+    assert constant.shape == (STEPS, BATCH, 3)
+    assert constant.any()
+    assert torch.equal(constant, slr.rollout(net, x.expand(STEPS, *x.shape)))
+    assert torch.equal(constant, slr.rollout(net, x, STEPS))
+
+
+def test_what_precedes_the_first_neuron_runs_once() -> None:
+    net = make()
+    calls: list[int] = []
+    net[1].register_forward_hook(lambda *_: calls.append(1))
+    net[3].register_forward_hook(lambda *_: calls.append(3))
+    slr.rollout(net, images(), STEPS)
+    assert calls == [1] + [3] * STEPS
+
+
+def test_states_are_returned_if_the_last_neuron_returns_them() -> None:
+    spikes, mem = slr.rollout(make(output=True), images(), STEPS)
+    assert spikes.shape == mem.shape == (STEPS, BATCH, 3)
+    assert not torch.equal(spikes, mem)
+
+
+@pytest.mark.parametrize("estimator", ["vanilla", "approximate", "allocated"])
+def test_trains_by_the_likelihood_ratio_as_a_loop_does(estimator: str) -> None:
+    def train(constant: bool) -> dict[str, torch.Tensor]:
+        net = make(noise=True, output=True, reset_mechanism="none")
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        slr.attach(optimizer, net, estimator, copies=8, seed=0)
+
+        def loss_fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            _, mem = slr.rollout(net, x, STEPS) if constant else slr.rollout(net, x.expand(STEPS, *x.shape))
+            return nn.functional.cross_entropy(mem.mean(0), y, reduction="none")
+
+        optimizer.step(slr.closure(loss_fn, images(), torch.tensor([0, 1, 2, 0])))
+        return dict(net.state_dict())
+
+    hoisted, repeated = train(True), train(False)
+    for name in ("1.weight", "3.weight"):
+        assert_same({name: hoisted[name]}, {name: repeated[name]}, rtol=1e-4, atol=1e-5)
+
+
+def test_neurons_in_nested_modules_are_found() -> None:
+    net = make(output=True)
+    nested = nn.Sequential(net[:2], nn.Sequential(net[2], nn.Sequential(net[3], net[4])))
+    assert torch.equal(slr.rollout(nested, images(), STEPS)[1], slr.rollout(net, images(), STEPS)[1])
+
+
+@pytest.mark.parametrize(
+    ("net", "num_steps", "message"),
+    [
+        (nn.Sequential(nn.Linear(3, 2), snn.Leaky(beta=0.9)), 2, r"1 \(Leaky\) does not hold.*init_hidden=True"),
+        (
+            nn.Sequential(snn.Leaky(beta=0.9, init_hidden=True, output=True), nn.Linear(3, 2)),
+            2,
+            r"0 \(Leaky\) returns its state.*output=False",
+        ),
+        (nn.Sequential(nn.Linear(3, 2)), 0, "at least 1"),
+    ],
+)
+def test_refuses_what_it_cannot_run(net: nn.Sequential, num_steps: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        slr.rollout(net, torch.rand(4, 3), num_steps)
