@@ -173,7 +173,7 @@ def test_a_constant_current_files_once(kind: str) -> None:
 
     net = Net(constant, kind, "subtract", beta=0.8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("snntorch_lr.estimators.Storing", Counting)
+        patch.setattr(slr.Vanilla, "_storing", Counting)
         estimate(net)
     # The first membrane score is filed before it is known that its current comes again.
     assert tokens == [2 if kind == "membrane" else 1]

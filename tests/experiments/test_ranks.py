@@ -16,7 +16,7 @@ from snntorch_lr.experiments.train import Recipe, train
 CPU = torch.device("cpu")
 PATIENCE = 120  # seconds, so that a deadlock fails instead of hanging
 SMALL = ["--epochs", "2", "--copies", "3", "--attack-images", "5", "--draws", "1", "--epsilon", "0.1"]
-RECIPE = Recipe("likelihood ratio", "digits", "mlp", epochs=2, copies=3, seed=0, batch_size=32)
+RECIPE = Recipe("likelihood ratio", "digits", "mlp", epochs=2, copies=3, seed=0, batch_size=32, validation=143)
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +31,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of one process, after the first epoch and after the second."""
     directory = tmp_path_factory.mktemp("alone")
-    images, steps = data.load("digits"), 45
+    images, steps = data.load("digits"), 41
 
     def keep_first(done: int, loss: float) -> None:
         if done == steps + 1:
