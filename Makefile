@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # The oldest snnTorch that pyproject.toml allows, and the tests of what touches snnTorch.
 OLDEST := $(shell sed -n 's/.*"snntorch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST_DIR := $(abspath $(VENV))/snntorch-$(OLDEST)
-TOUCH_SNNTORCH := $(patsubst %,tests/test_%.py,neurons convert escape estimators approximate recording optim validate \
+TOUCH_SNNTORCH := $(patsubst %,tests/test_%.py,neurons convert escape estimators approximate recording storing optim validate \
 	memory ecosystem)
 
 .PHONY: demo test test-oldest lint types wheel check

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from snntorch_lr.experiments import benchmark, cli
+from snntorch_lr.experiments.measure import peak_megabytes, slope
+from snntorch_lr.experiments.workloads import ESTIMATORS, NOISES, Workload, make_step
+
+CPU = torch.device("cpu")
+TINY: dict[str, Any] = {"num_steps": 4, "width": 20, "batch": 8}
+
+
+@pytest.mark.parametrize("rate", [False, True])
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("method", ["surrogate", "surrogate, hoisted", "textbook", *ESTIMATORS])
+def test_every_workload_learns(method: str, noise: str, rate: bool) -> None:
+    if method == "textbook" and (rate or noise == "escape"):
+        pytest.skip("written for one case")
+    step = make_step(Workload(method, noise, copies=32, rate=rate, num_steps=4, width=100, batch=4), CPU)
+    losses = [float(step()) for _ in range(60)]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+def test_textbook_has_the_gradient_of_vanilla() -> None:
+    means = []
+    for method in ("textbook", "vanilla, store"):
+        step = make_step(Workload(method, copies=20_000, num_steps=3, width=4, batch=2), CPU)
+        step()
+        gradient = step.net.linears[0].weight.grad
+        means.append(gradient.clone())
+    assert torch.nn.functional.cosine_similarity(means[0].flatten(), means[1].flatten(), dim=0) > 0.95
+    assert means[0].norm() == pytest.approx(means[1].norm(), rel=0.1)
+
+
+def test_hoisting_computes_the_first_current_once() -> None:
+    calls: list[int] = []
+    for method in ("surrogate", "surrogate, hoisted"):
+        step = make_step(Workload(method, **TINY), CPU)
+        step.net.linears[0].register_forward_hook(lambda *_: calls.append(1))
+        step()
+    assert len(calls) == TINY["num_steps"] + 1
+
+
+def test_memory_of_replay_does_not_grow_with_time_and_that_of_the_surrogate_does() -> None:
+    def peak(method: str, num_steps: int) -> float:
+        return peak_megabytes(Workload(method, num_steps=num_steps, rate=True, width=400), CPU)
+
+    assert peak("surrogate", 200) > 4 * peak("surrogate", 20)
+    assert peak("vanilla, replay", 200) < 1.5 * peak("vanilla, replay", 20) + 1
+
+
+def test_a_process_that_dies_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="ended with status"):
+        peak_megabytes(Workload("no such method"), CPU)
+
+
+def test_slope_is_the_exponent() -> None:
+    assert slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("benchmark")
+    settings = benchmark.Settings(
+        repeats=1, copies=(1, 2), memory_steps=(2, 3), dataset="digits", limit=1.0, threads=1, **TINY
+    )
+    benchmark.benchmark(settings, out)
+    return out
+
+
+def test_writes_every_part(written: Path) -> None:
+    results = json.loads((written / "benchmark.json").read_text())
+    assert {part for part in benchmark.PARTS if results[part]} == set(benchmark.PARTS)
+    assert results["steps"][0]["ratio"] == 1
+    assert len(results["steps"]) == 2 + 2 * (len(ESTIMATORS) * len(NOISES) + 1)
+    page = (written / "benchmark.md").read_text()
+    assert results["command"] in page
+    assert {path.name for path in written.glob("*.png")} == {"steps.png", "memory.png"}
+
+
+def test_the_command_runs_chosen_parts(tmp_path: Path) -> None:
+    arguments = ["--part", "steps", "--repeats", "1", "--copies", "2", "--num-steps", "2", "--width", "5"]
+    result = CliRunner().invoke(cli.app, ["benchmark", *arguments, "--batch", "2", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "textbook" in result.output
+    assert "memory" not in json.loads((tmp_path / "benchmark.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--part", "speed"], "steps, memory, growth, accuracy"),
+        (["--dataset", "cifar"], "mnist, fashion-mnist, digits"),
+        (["--repeats", "0"], "--repeats must be positive"),
+        (["--copies", "0"], "--copies must be positive integers"),
+        (["--device", "gpu"], "unknown device"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = CliRunner().invoke(cli.app, ["benchmark", *arguments, "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert message in result.output + capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
