@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .graph import version
 from .noise import EscapeNoise, MembraneNoise, Noise
 from .noisy import NoisyNeuron
 from .packing import pack, unpack
@@ -49,6 +50,7 @@ class Stretch:
         current: the current.
         filed: whether the score of its first time step was filed by itself.
         mem: membrane potential after the last time step.
+        count: how often it had been changed in place.
         gain: its derivative with respect to the current; None for membrane noise, and before the first time step.
         score: sum of the scores of the current, times σ.
         scale: sum of the scores of log σ.
@@ -57,6 +59,7 @@ class Stretch:
     current: Current
     filed: bool = False
     mem: Tensor | None = None
+    count: int = 0
     gain: Tensor | None = None
     score: Tensor | None = None
     scale: Tensor | None = None
@@ -109,7 +112,7 @@ class Storing(Recording):
         current = self._received[neuron]
         stretch = self._stretches.get(neuron)
         same = stretch is not None and stretch.current is current
-        follows = same and stretch is not None and mem is stretch.mem
+        follows = same and stretch is not None and mem is stretch.mem and version(mem) == stretch.count
         if not neuron.leaks_only or (mem.requires_grad and not follows):
             self._stretches.pop(neuron, None)
             return True
@@ -128,7 +131,7 @@ class Storing(Recording):
         if stretch.gain is not None and stretch.current.raw.requires_grad:
             with torch.enable_grad():
                 mem = _Attach.apply(mem, stretch.current.raw, stretch.gain)
-        stretch.mem = mem
+        stretch.mem, stretch.count = mem, version(mem)
         return mem
 
     def file_membrane(

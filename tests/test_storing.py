@@ -70,6 +70,16 @@ def altered(neuron: slr.Leaky, one: Tensor, two: Tensor) -> Tensor:
     return total
 
 
+def altered_in_place(neuron: slr.Leaky, one: Tensor, two: Tensor) -> Tensor:
+    """A membrane potential that the user changes in place."""
+    mem, total = ZERO, ZERO
+    for _ in range(STEPS):
+        spikes, mem = neuron(one, mem)
+        mem.mul_(0.5)
+        total = total + spikes
+    return total
+
+
 def truncated(neuron: slr.Leaky, one: Tensor, two: Tensor) -> Tensor:
     """A membrane potential that is cut from the past now and then."""
     mem, total = ZERO, ZERO
@@ -137,7 +147,7 @@ def with_graph(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 @pytest.mark.parametrize(
     "run",
     [
-        constant, switching, changing, in_place, altered, truncated, restarted, from_learned_state,
+        constant, switching, changing, in_place, altered, altered_in_place, truncated, restarted, from_learned_state,
         reading_the_membrane,
     ],
 )  # fmt: skip
