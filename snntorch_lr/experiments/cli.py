@@ -142,7 +142,8 @@ def benchmark_command(
             threads=threads,
         )
         with console.status("benchmark") as status:
-            results = benchmark.benchmark(chosen, out, data_root, _device(device), status.update)
+            show = status.update if console.is_terminal else console.print
+            results = benchmark.benchmark(chosen, out, data_root, _device(device), show)
     typer.echo(to_markdown(results))
     console.print(f"Written: {out}/benchmark.json, benchmark.md and figures")
 

@@ -158,8 +158,8 @@ def _surrogate_step(net: Classifier, x: Tensor, y: Tensor) -> Callable[[], Tenso
 def _textbook_step(workload: Workload, net: Classifier, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
     """The likelihood ratio for membrane noise as it is usually written, for one hidden layer and a membrane readout.
 
-    Copies are rows of the batch from the input on, all noise and spikes are kept as float32, and each time step has an
-    outer product of its own.
+    Copies are rows of the batch from the input on, as in the tutorials the current is computed in each time step, all
+    noise and spikes are kept as float32, and each time step has an outer product of its own.
     """
     log_sigma = nn.Parameter(torch.tensor(_SIGMA, device=x.device).log())
     optimizer = torch.optim.Adam([*net.parameters(), log_sigma], lr=1e-3)
@@ -171,9 +171,9 @@ def _textbook_step(workload: Workload, net: Classifier, x: Tensor, y: Tensor) ->
 
     def sample() -> tuple[list[Tensor], list[Tensor]]:
         noise, spikes = [], []
-        current = first(rows)
-        mem, spike = torch.zeros_like(current), torch.zeros_like(current)
+        mem = spike = torch.zeros(len(rows), first.out_features, device=x.device)
         for _ in range(net.num_steps):
+            current = first(rows)
             epsilon = torch.randn_like(current)
             mem = hidden.beta * mem + current - spike * hidden.threshold + log_sigma.exp() * epsilon
             spike = (mem > hidden.threshold).float()
