@@ -13,8 +13,8 @@ from torch import Tensor
 from .budget import NORMS, Budget
 from .descent import Descent
 from .gradient_free import RandomNoise, Transfer
-from .library import AutoPgd, Library, SquareSearch, import_torchattacks
 from .target import Target
+from .torchattacks_runs import AutoPgd, Library, SquareSearch, import_torchattacks
 
 Run = Callable[[Target, Tensor, Tensor, Budget, int], Tensor]
 ACCESS = ("white-box", "black-box", "transfer")

@@ -11,7 +11,7 @@ from torch import Tensor
 import snntorch_lr as slr
 from snntorch_lr.robustness import SUITES, Attack, Budget, Descent, Target, gradient_attack, perturb, suite
 from snntorch_lr.robustness.attacks import unfit
-from snntorch_lr.robustness.library import AutoPgd
+from snntorch_lr.robustness.torchattacks_runs import AutoPgd
 
 from .networks import SmallNet, images, predictions
 
