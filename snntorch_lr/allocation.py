@@ -13,6 +13,7 @@ from .approximate import Approximate
 from .baselines import Baseline
 from .convert import noise_off
 from .estimators import Estimator, LossFn, Vanilla, batch_size
+from .network import parameters
 from .noisy import NoisyNeuron
 from .repeatable import RandomState, Statistics
 from .validate import check_losses
@@ -105,6 +106,25 @@ class Allocated(Estimator):
 
     def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
         given = self.allocate(self._pilot(loss_fn, inputs, targets))
+        before = [(parameter, parameter.grad) for parameter in parameters(self.net)]
+        for parameter, _ in before:
+            parameter.grad = None
+        try:
+            loss = self._run_levels(given, neurons, loss_fn, inputs, targets)
+        except BaseException:
+            # One level may have been run when another one fails.
+            for parameter, gradient in before:
+                parameter.grad = gradient
+            raise
+        for parameter, gradient in before:
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+        return loss
+
+    def _run_levels(
+        self, given: Tensor, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any
+    ) -> Tensor:
+        """The samples of each level as a batch of their own; returns the mean loss."""
         parts = []
         for count, part in self.parts.items():
             rows = (given == count).nonzero().squeeze(1)

@@ -116,3 +116,26 @@ def test_the_optimizer_hook_takes_it() -> None:
     loss = optimizer.step(slr.closure(net.loss, *data()))
     assert loss.isfinite()
     assert not torch.equal(net.fc1.weight, before)
+
+
+def test_an_error_in_one_level_leaves_the_gradients_of_before() -> None:
+    net = Net()
+    x, y = data()
+    allocated = slr.Allocated(net, COPIES)
+    allocated.allocate = lambda losses: torch.tensor([2, 2, 2, 2, 32])  # type: ignore[method-assign]
+    allocated.backward(net.loss, x, y)
+
+    def fails_for_many_copies(x: Tensor, y: Tensor) -> Tensor:
+        losses = net.loss(x, y)
+        return losses * torch.nan if len(y) == 32 else losses
+
+    with pytest.raises(ValueError, match="not finite"), nothing_changes(net):
+        allocated.backward(fails_for_many_copies, x, y)
+
+
+def test_gradients_are_added_to_those_of_before() -> None:
+    net = Net()
+    once = estimate(slr.Allocated(net, COPIES, seed=3), net)
+    slr.Allocated(net, COPIES, seed=3).backward(net.loss, *data())
+    twice = gradients(net)
+    assert_same(twice, {name: 2 * once[name] for name in twice}, rtol=1e-5, atol=1e-6)
