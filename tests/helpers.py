@@ -149,7 +149,10 @@ def nothing_changes(net: nn.Module) -> Iterator[None]:
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     weights = {name: p.detach().clone() for name, p in net.named_parameters()}
-    grads = gradients(net)
-    yield
-    assert_same(weights, {name: p.detach() for name, p in net.named_parameters()})
-    assert_same(grads, gradients(net))
+    grads = {name: gradient.clone() for name, gradient in gradients(net).items()}
+    try:
+        yield
+    finally:
+        # Also, and above all, after an error.
+        assert_same(weights, {name: p.detach() for name, p in net.named_parameters()})
+        assert_same(grads, gradients(net))
