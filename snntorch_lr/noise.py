@@ -143,9 +143,9 @@ class MembraneNoise(Noise):
         """Score of the mean times σ, from standard noise ε of any shape; the same shape."""
         return DISTRIBUTIONS[self.distribution].location_score(epsilon)
 
-    def scale_score(self, epsilon: Tensor) -> Tensor:
-        """Score of log σ, from standard noise ε of any shape; the same shape."""
-        return (epsilon * self.location_score(epsilon)).sub_(1)
+    def scale_score(self, epsilon: Tensor, location: Tensor, out: Tensor | None = None) -> Tensor:
+        """Score of log σ, from standard noise ε and its ``location_score``; the same shape."""
+        return torch.mul(epsilon, location, out=out).sub_(1)
 
 
 class EscapeNoise(Noise):
@@ -174,23 +174,34 @@ class EscapeNoise(Noise):
         """What ``fires`` decides by, of uniform numbers in (−1, 1), in place; odd, so that −u is antithetic."""
         return _gaussian(u) if self.distribution == "gaussian" else u
 
-    def fires(self, z: Tensor, noise: Tensor) -> Tensor:
+    def limit(self, z: Tensor) -> Tensor:
+        """What noise of ``shape`` must exceed for a spike."""
+        return -z if self.distribution == "gaussian" else (z / -2).tanh_()
+
+    def fires(self, limit: Tensor, noise: Tensor) -> Tensor:
         """Which neurons spike: zeros and ones, given noise of ``shape``, and written in its place."""
-        limit = -z if self.distribution == "gaussian" else (z / -2).tanh_()
         return torch.gt(noise, limit, out=noise)
 
-    def location_score(self, z: Tensor, spikes: Tensor) -> Tensor:
-        """Derivative of the log-probability of the spikes with respect to z; finite for any finite z."""
+    def location_score(self, z: Tensor, spikes: Tensor, limit: Tensor | None = None) -> Tensor:
+        """Derivative of the log-probability of the spikes with respect to z; finite for any finite z.
+
+        Args:
+            z: distance to the threshold, in units of σ.
+            spikes: zeros and ones.
+            limit: that of ``z``, if it is there, to be overwritten.
+        """
         if self.distribution == "logistic":
-            return spikes - torch.sigmoid(z)
+            limit = self.limit(z) if limit is None else limit
+            # sigmoid(z) is (1 - limit) / 2.
+            return torch.add(spikes, limit.sub_(1), alpha=0.5, out=limit)
         sign = 2 * spikes - 1
         # φ/Φ at sign·z is 1 over this; erfcx neither cancels nor underflows there, and its overflow gives 0.
         inverse: Tensor = torch.special.erfcx(-sign * z / math.sqrt(2)) * math.sqrt(math.pi / 2)
         return sign / inverse
 
-    def scale_score(self, z: Tensor, spikes: Tensor) -> Tensor:
-        """Derivative of the log-probability of the spikes with respect to log σ."""
-        return (z * self.location_score(z, spikes)).neg_()
+    def scale_score(self, z: Tensor, location: Tensor, out: Tensor | None = None) -> Tensor:
+        """Derivative of the log-probability of the spikes with respect to log σ, from ``location_score``."""
+        return torch.mul(z, location, out=out).neg_()
 
 
 KINDS: dict[str, type[Noise]] = {"membrane": MembraneNoise, "escape": EscapeNoise}

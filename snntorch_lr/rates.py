@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .noise import EscapeNoise, MembraneNoise, Noise
+from .noise import EscapeNoise, MembraneNoise
 from .noisy import NoisyNeuron
 from .recording import Recording
 from .storing import sigma_gradient, weighted
@@ -103,20 +103,16 @@ class Summing(Recording):
         self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int
     ) -> None:
         """Adds the scores of a noisy membrane."""
-        self._file(neuron, noise, noise.location_score(epsilon))
-        if noise.log_sigma.requires_grad:
-            sums = self.sums[neuron]
-            sums.scale = _add(sums.scale, noise.scale_score(epsilon))
+        self._file(neuron, noise, epsilon, noise.location_score(epsilon))
 
-    def file_escape(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, spikes: Tensor) -> None:
+    def file_escape(
+        self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, limit: Tensor, spikes: Tensor
+    ) -> None:
         """Adds the scores of a sampled spike."""
-        score = noise.location_score(z, spikes)
-        self._file(neuron, noise, score)
-        if noise.log_sigma.requires_grad:
-            sums = self.sums[neuron]
-            sums.scale = _add(sums.scale, z.mul_(score).neg_())
+        self._file(neuron, noise, z, noise.location_score(z, spikes, limit))
 
-    def _file(self, neuron: NoisyNeuron, noise: Noise, score: Tensor) -> None:
+    def _file(self, neuron: NoisyNeuron, noise: MembraneNoise | EscapeNoise, value: Tensor, score: Tensor) -> None:
+        """Adds scores; overwrites the value that they are of, ε or z, last: the score may be the same tensor."""
         sums = self.sums[neuron]
         gain: Tensor | None = None
         for name, tangents in self._derived.items():
@@ -130,6 +126,8 @@ class Summing(Recording):
         if sums.score is None:
             sums.score = torch.zeros_like(score)
         sums.score = sums.score.add_(score) if gain is None else sums.score.addcmul_(score, gain)
+        if noise.log_sigma.requires_grad:
+            sums.scale = _add(sums.scale, noise.scale_score(value, score, out=value))
 
     def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
         """Adds the spikes."""

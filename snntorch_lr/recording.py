@@ -197,18 +197,20 @@ class Recording:
         index = self._next()
         constant = mean.detach()
         epsilon = self.stream.draw(index, constant, noise.shape)
-        self.file_membrane(neuron, noise, mean, epsilon, index)
         # Without a graph nobody else holds the mean.
         out = None if mean.requires_grad else constant
-        return torch.addcmul(constant, noise.sigma.detach().to(constant.dtype), epsilon, out=out)
+        sampled = torch.addcmul(constant, noise.sigma.detach().to(constant.dtype), epsilon, out=out)
+        self.file_membrane(neuron, noise, mean, epsilon, index)
+        return sampled
 
     def fire(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor) -> Tensor:
         """Samples spikes given the distance to the threshold, without a graph, and files the draw."""
         index = self._next()
         sigma = noise.sigma.detach().to(margin.dtype)
         z = torch.div(margin.detach(), sigma, out=None if margin.requires_grad else margin)
-        spikes = noise.fires(z, self.stream.draw(index, z, noise.shape))
-        self.file_escape(neuron, noise, margin, z, spikes)
+        limit = noise.limit(z)
+        spikes = noise.fires(limit, self.stream.draw(index, z, noise.shape))
+        self.file_escape(neuron, noise, margin, z, limit, spikes)
         return spikes
 
     def _next(self) -> int:
@@ -218,7 +220,9 @@ class Recording:
     def file_membrane(
         self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int
     ) -> None:
-        """Keeps what the score of a noisy membrane needs; nothing here."""
+        """Keeps what the score of a noisy membrane needs, and may overwrite ε; nothing here."""
 
-    def file_escape(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, spikes: Tensor) -> None:
-        """Keeps what the score of a sampled spike needs; nothing here."""
+    def file_escape(
+        self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, limit: Tensor, spikes: Tensor
+    ) -> None:
+        """Keeps what the score of a sampled spike needs, and may overwrite z and its limit; nothing here."""

@@ -64,15 +64,16 @@ class Stretch:
     score: Tensor | None = None
     scale: Tensor | None = None
 
-    def add(self, score: Tensor, scale: Tensor) -> None:
-        """Adds the scores of a time step."""
+    def add(self, noise: MembraneNoise | EscapeNoise, value: Tensor, score: Tensor) -> None:
+        """Adds the scores of a time step; overwrites the value that they are of, ε or z."""
         if self.score is None or self.scale is None:
-            self.score, self.scale = torch.zeros_like(score), torch.zeros_like(scale)
+            self.score, self.scale = torch.zeros_like(score), torch.zeros_like(score)
         if self.gain is None:
             self.score.add_(score)
         else:
             self.score.addcmul_(score, self.gain)
-        self.scale.add_(scale)
+        # Last: the score may be the same tensor as the value.
+        self.scale.add_(noise.scale_score(value, score, out=value))
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """Both sums."""
@@ -147,22 +148,23 @@ class Storing(Recording):
             self._file(noise, stretch.current.raw, self._again(noise, mean, index))
             stretch.filed = True
         else:
-            self._add(neuron, stretch, noise, noise.location_score(epsilon), noise.scale_score(epsilon))
+            self._add(neuron, stretch, noise, epsilon, noise.location_score(epsilon))
 
-    def file_escape(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, spikes: Tensor) -> None:
+    def file_escape(
+        self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, limit: Tensor, spikes: Tensor
+    ) -> None:
         """Files the score of a sampled spike."""
         stretch = self._now
         if stretch is not None:
             stretch.gain = neuron.gain_after(stretch.gain)
-            location = noise.location_score(z, spikes)
-            self._add(neuron, stretch, noise, location, z.mul_(location).neg_())
+            self._add(neuron, stretch, noise, z, noise.location_score(z, spikes, limit))
         elif torch.is_grad_enabled():
             packed = pack(spikes)
 
             def scores() -> tuple[Tensor, Tensor]:
                 fired = unpack(packed, z.shape, z.dtype)
                 location = noise.location_score(z, fired)
-                return location, -z * location
+                return location, noise.scale_score(z, location)
 
             self._file(noise, margin, scores)
 
@@ -172,14 +174,17 @@ class Storing(Recording):
 
         def scores() -> tuple[Tensor, Tensor]:
             drawn = stream.draw(index, torch.empty(shape, dtype=dtype, device=device), noise.shape)
-            return noise.location_score(drawn), noise.scale_score(drawn)
+            location = noise.location_score(drawn)
+            return location, noise.scale_score(drawn, location)
 
         return scores
 
-    def _add(self, neuron: NoisyNeuron, stretch: Stretch, noise: Noise, location: Tensor, scale: Tensor) -> None:
+    def _add(
+        self, neuron: NoisyNeuron, stretch: Stretch, noise: MembraneNoise | EscapeNoise, value: Tensor, score: Tensor
+    ) -> None:
         if stretch.score is None:
             self._file(noise, stretch.current.raw, stretch.sums)
-        stretch.add(location, scale)
+        stretch.add(noise, value, score)
 
     def _file(self, noise: Noise, mean: Tensor, scores: Scores) -> None:
         """Leaves a token, if anything is there to have a gradient."""
@@ -274,18 +279,19 @@ class Replaying(Storing):
     ) -> None:
         """Pushes the score of a noisy membrane back at once."""
         if self._now is not None:
-            self._add(neuron, self._now, noise, noise.location_score(epsilon), noise.scale_score(epsilon))
+            self._add(neuron, self._now, noise, epsilon, noise.location_score(epsilon))
             return
         if not neuron.is_markov or not torch.is_grad_enabled():
             super().file_membrane(neuron, noise, mean, epsilon, index)
             return
+        location = noise.location_score(epsilon)
         if mean.requires_grad:
-            gradient = weighted(noise.location_score(epsilon), self.weights.value) / noise.sigma.detach()
+            gradient = weighted(location, self.weights.value) / noise.sigma.detach()
             # Parameters of the neuron may be in the graph of a state that the user gave, and that is used again.
             torch.autograd.backward(mean, gradient.to(mean.dtype), retain_graph=True)
         if noise.log_sigma.requires_grad:
             sigma = noise.sigma.detach()
-            gradient = sigma_gradient(noise.scale_score(epsilon), self.weights.value, sigma)
+            gradient = sigma_gradient(noise.scale_score(epsilon, location), self.weights.value, sigma)
             self._sigma_gradients[noise] = self._sigma_gradients.get(noise, torch.zeros_like(sigma)) + gradient
 
     def finish(self) -> None:
@@ -297,9 +303,11 @@ class Replaying(Storing):
         for noise, gradient in self._sigma_gradients.items():
             torch.autograd.backward(noise.sigma, gradient)
 
-    def _add(self, neuron: NoisyNeuron, stretch: Stretch, noise: Noise, location: Tensor, scale: Tensor) -> None:
+    def _add(
+        self, neuron: NoisyNeuron, stretch: Stretch, noise: MembraneNoise | EscapeNoise, value: Tensor, score: Tensor
+    ) -> None:
         before = len(self.tokens)
-        super()._add(neuron, stretch, noise, location, scale)
+        super()._add(neuron, stretch, noise, value, score)
         if len(self.tokens) > before:
             self._summed[neuron] = self.tokens.pop()
 

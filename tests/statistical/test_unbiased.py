@@ -173,7 +173,7 @@ def test_is_unbiased_for_lstm_cells(kind: str) -> None:
 
 
 def _drop_sigma_score(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(slr.MembraneNoise, "scale_score", lambda self, epsilon: torch.zeros_like(epsilon))
+    patch.setattr(slr.MembraneNoise, "scale_score", lambda self, epsilon, *_, **__: torch.zeros_like(epsilon))
 
 
 def _halve_location_score(patch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def _pair_unaware_baseline(patch: pytest.MonkeyPatch) -> None:
 
 
 def _drop_minus_one(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(slr.MembraneNoise, "scale_score", lambda self, epsilon: epsilon * epsilon)
+    patch.setattr(slr.MembraneNoise, "scale_score", lambda self, epsilon, *_, **__: epsilon * epsilon)
 
 
 def _drop_first_step(patch: pytest.MonkeyPatch) -> None:
@@ -339,7 +339,7 @@ def _rethreshold(patch: pytest.MonkeyPatch) -> None:
 
 def _drop_scale_of_escape(patch: pytest.MonkeyPatch) -> None:
     original = slr.EscapeNoise.location_score
-    patch.setattr(slr.EscapeNoise, "location_score", lambda self, z, s: original(self, z, s) * (z.abs() < 1))
+    patch.setattr(slr.EscapeNoise, "location_score", lambda self, z, *rest: original(self, z, *rest) * (z.abs() < 1))
 
 
 @pytest.mark.parametrize(
