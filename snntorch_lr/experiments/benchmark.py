@@ -193,6 +193,7 @@ def _accuracy(
     escape = replace(membrane, noise="escape", distribution="logistic", sigma=0.3)
     recipes = {
         "surrogate": surrogate,
+        "surrogate, learning rate 0.003": replace(surrogate, learning_rate=3e-3),
         "vanilla, membrane, K = 16": membrane,
         "approximate, membrane, K = 16": replace(membrane, estimator="approximate"),
         "vanilla, escape, K = 16": escape,
