@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .approximate import Approximate
 from .baselines import Baseline
+from .control import Controlled
 from .convert import noise_off
 from .estimators import Estimator, LossFn, Vanilla, batch_size
 from .network import parameters
@@ -18,7 +19,11 @@ from .noisy import NoisyNeuron
 from .repeatable import RandomState, Statistics
 from .validate import check_losses
 
-_KINDS: dict[str, Callable[..., Vanilla | Approximate]] = {"vanilla": Vanilla, "approximate": Approximate}
+_KINDS: dict[str, Callable[..., Vanilla | Approximate]] = {
+    "vanilla": Vanilla,
+    "approximate": Approximate,
+    "controlled": Controlled,
+}
 
 
 class Allocated(Estimator):
@@ -42,7 +47,7 @@ class Allocated(Estimator):
         baseline: as in ``Vanilla``.
         antithetic: as in ``Vanilla``.
         seed: as in ``Vanilla``.
-        estimator: ``"vanilla"`` or ``"approximate"``.
+        estimator: ``"vanilla"``, ``"approximate"`` or ``"controlled"``.
         levels: multiples of K that a sample may get.
         batch_dim: dimension of the tensors among the inputs that is the batch. Targets have it first.
         **options: further arguments of the estimator (``memory=``, ``chunk=``).
@@ -71,8 +76,8 @@ class Allocated(Estimator):
         if not levels or min(levels) <= 0:
             raise ValueError(f"levels must be positive multiples of the number of copies, got {list(levels)}")
         step = 2 if antithetic else 1
-        # Leave-one-out needs another copy, or pair, to compare with.
-        least = 2 * step if baseline == "leave-one-out" else step
+        # Leave-one-out needs another copy, or pair, to compare with, and a control variate two halves of two.
+        least = 4 if estimator == "controlled" else 2 * step if baseline == "leave-one-out" else step
         counts = sorted({max(least, step * round(level * copies / step)) for level in levels})
         self.batch_dim = batch_dim
         self.parts = {

@@ -197,10 +197,10 @@ class Controlling(Storing):
     ) -> None:
         """Files a sampled spike, and controls it."""
         effect = self._next_effect(neuron)
-        kept = None if effect is None else z.clone()
+        if effect is not None:
+            # Before z is overwritten.
+            self._control(neuron, noise, margin, z, spikes, effect)
         super().file_escape(neuron, noise, margin, z, limit, spikes)
-        if effect is not None and kept is not None:
-            self._control(neuron, noise, margin, kept, spikes, effect)
 
     def _next_effect(self, neuron: NoisyNeuron) -> Tensor | None:
         return next(self._effects.get(neuron, iter(())), None)
@@ -214,28 +214,20 @@ class Controlling(Storing):
         spikes: Tensor,
         effect: Tensor,
     ) -> None:
-        surprise = (spikes - noise.cdf(z)).view(self.copies, *effect.shape).mul_(effect)
-        control = surprise.flatten(2).sum(2).flatten() if surprise.dim() > 2 else surprise.flatten()
+        p, density = noise.chances(z)
+        pull = density.view(self.copies, *effect.shape).mul_(effect).view_as(z)
+        rows = (self.copies, len(effect), -1)
+        control = torch.einsum("kbf,bf->kb", (spikes - p).view(rows), effect.reshape(len(effect), -1)).flatten()
         self.controls[neuron] = self.controls.get(neuron, 0) + control
         weights = self.returns.setdefault(neuron, Weights())
-
-        def pull() -> Tensor:
-            return noise.density(z).view(self.copies, *effect.shape).mul_(effect).view_as(z)
-
         stretch = self._now
-        if stretch is None:
-            if torch.is_grad_enabled():
-
-                def scores() -> tuple[Tensor, Tensor]:
-                    location = pull()
-                    return location, -z * location
-
-                self._file(noise, mean, scores, weights)
-            return
-        shadow = self._shadow(neuron, noise, stretch, weights)
-        shadow.gain = stretch.gain
-        location = pull()
-        shadow.add(location, lambda: z.mul_(location).neg_())
+        if stretch is not None:
+            shadow = self._shadow(neuron, noise, stretch, weights)
+            if isinstance(noise, EscapeNoise):
+                shadow.gain = neuron.gain_after(stretch.gain)
+            shadow.add(pull, lambda: torch.mul(z, pull).neg_())
+        elif torch.is_grad_enabled():
+            self._file(noise, mean, lambda: (pull, -z * pull), weights)
 
     def _shadow(
         self, neuron: NoisyNeuron, noise: MembraneNoise | EscapeNoise, stretch: Stretch, weights: Weights

@@ -74,12 +74,18 @@ def _keep_what_was_taken(patch: pytest.MonkeyPatch) -> None:
 
 
 def _halve_density(patch: pytest.MonkeyPatch) -> None:
-    original = slr.EscapeNoise.density
-    patch.setattr(slr.EscapeNoise, "density", lambda self, z: original(self, z) / 2)
+    original = slr.EscapeNoise.chances
+
+    def chances(self: Any, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        p, density = original(self, z)
+        return p, density / 2
+
+    patch.setattr(slr.EscapeNoise, "chances", chances)
 
 
 def _drop_probability(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(slr.EscapeNoise, "cdf", lambda self, z: torch.zeros_like(z))
+    original = slr.EscapeNoise.chances
+    patch.setattr(slr.EscapeNoise, "chances", lambda self, z: (torch.zeros_like(z), original(self, z)[1]))
 
 
 @pytest.mark.parametrize("mutate", [_keep_what_was_taken, _halve_density, _drop_probability])
