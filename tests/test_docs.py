@@ -107,7 +107,7 @@ def test_figures_of_a_table_are_in_the_files_that_its_rows_name(page: Path) -> N
 def test_every_result_is_in_the_index() -> None:
     index = pages.ROOT / "docs" / "results" / "index.md"
     listed = {pages.leads_to(index, link) for link in pages.links(index) if pages.is_relative(link)}
-    lost = {page for page in index.parent.glob("*.md") if page != index} - listed
+    lost = {page for page in index.parent.rglob("*.md") if page != index} - listed
     assert not lost, "add a line to docs/results/index.md"
 
 
