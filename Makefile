@@ -7,7 +7,7 @@ OLDEST_DIR := $(abspath $(VENV))/snntorch-$(OLDEST)
 TOUCH_SNNTORCH := $(patsubst %,tests/test_%.py,neurons convert escape estimators approximate recording storing optim validate \
 	memory ecosystem)
 
-.PHONY: demo test test-oldest lint types wheel check
+.PHONY: demo test test-oldest lint types docs compatibility wheel check
 demo: $(VENV)/installed
 	$(BIN)/snntorch-lr reproduce --dataset digits --out runs/digits
 
@@ -27,14 +27,21 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build --strict
+
+# Tries every feature with every class of neurons, and writes the table of the documentation.
+compatibility: $(VENV)/installed
+	SNNTORCH_LR_REWRITE=1 $(BIN)/python -m pytest tests/test_compatibility.py
+
 wheel: $(VENV)/installed
 	$(BIN)/python -m build
 
-check: lint types test test-oldest wheel
+check: lint types test test-oldest docs wheel
 
 # The stamp is written last, so that an interrupted installation is started again.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[attacks,experiments,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[attacks,experiments,docs,dev]"
 	touch $@

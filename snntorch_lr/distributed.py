@@ -29,7 +29,7 @@ class RankError(RuntimeError):
 def share(estimator: E, split: str = "copies", group: ProcessGroup | None = None) -> E:
     """Divides the work of an estimator over the ranks of a process group, in place.
 
-    Every rank makes the same network and estimator, calls this once, and trains as it would alone::
+    Every rank makes the same network and estimator, calls this once, and trains as it would alone:
 
         torch.distributed.init_process_group()  # under torchrun
         estimator = share(snntorch_lr.Vanilla(net, copies=64), split="copies")

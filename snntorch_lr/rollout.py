@@ -23,7 +23,7 @@ def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) ->
         num_steps: time steps of a constant input.
 
     Returns:
-        What the last module returned, over time: ``[time, batch, ...]``, or a tuple of such tensors (spikes and
+        What the last module returned, over time, ``[time, batch, ...]``, or a tuple of such tensors (spikes and
         membrane potentials, if the last neuron has ``output=True``).
 
     Raises:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +10,9 @@ from torch import Tensor, nn
 
 from snntorch_lr import network, reset
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+from . import pages
+
+BLOCKS = pages.blocks(pages.README, "python")
 
 
 class ExistingModel(nn.Module):
@@ -50,9 +49,9 @@ def names() -> dict[str, Any]:
 
 def test_readme_begins_with_ten_lines_that_train_an_existing_model(names: dict[str, Any]) -> None:
     first = BLOCKS[0]
-    assert len([line for line in first.splitlines() if line.strip()]) <= 10
+    assert len([line for line in first.code.splitlines() if line.strip()]) <= 10
     net = names["net"]
-    exec(first, names)
+    pages.run(first, names)
     assert set(network.noisy_neurons(net)) == {"lif1", "lif2"}
     net.eval()
     assert (net(names["x"]).argmax(1) == names["y"]).float().mean() > 0.8
@@ -62,5 +61,5 @@ def test_every_block_of_the_readme_runs(names: dict[str, Any]) -> None:
     names["loader"] = names["loader"][:2]
     for block in BLOCKS:
         names.get("optimizer") and names["optimizer"]._optimizer_step_pre_hooks.clear()
-        exec(block, names)
+        pages.run(block, names)
     reset(names["net"])
