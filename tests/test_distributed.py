@@ -30,6 +30,7 @@ METHODS = {
     "replay in chunks": (slr.Vanilla, {"memory": "replay", "chunk": 1}),
     "approximate": (slr.Approximate, {}),
     "allocated": (slr.Allocated, {}),
+    "controlled": (slr.Controlled, {}),
 }
 Result = dict[str, Any]
 

@@ -57,7 +57,9 @@ def reproduce_command(
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; 30 for digits, 4 otherwise.")] = None,
     copies: Annotated[int, typer.Option(help="Noise copies of each sample.")] = 16,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    estimator: Annotated[str, typer.Option(help="vanilla, approximate or allocated.")] = "vanilla",
+    estimator: Annotated[
+        str, typer.Option(help="vanilla, approximate, allocated, controlled or allocated-controlled.")
+    ] = "vanilla",
     noise: Annotated[str, typer.Option(help="membrane or escape.")] = "membrane",
     distribution: Annotated[str, typer.Option(help="gaussian, logistic; membrane noise also laplace.")] = "gaussian",
     sigma: Annotated[float, typer.Option(help="Initial noise level of the hidden neurons.")] = 0.5,

@@ -132,7 +132,7 @@ def diagnose(
 
 def _estimators(net: models.SpikingClassifier, settings: Settings) -> dict[str, str | Estimator]:
     """What is compared: the estimators, and what each of their ingredients is worth."""
-    found: dict[str, str | Estimator] = {"vanilla": "vanilla", "approximate": "approximate"}
+    found: dict[str, str | Estimator] = {name: name for name in ("vanilla", "approximate", "controlled")}
     found["no baseline"] = Vanilla(net, settings.copies, baseline="none")
     if settings.noise == "escape":
         found["plain score"] = PlainScore(net, settings.copies)

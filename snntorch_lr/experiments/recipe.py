@@ -30,7 +30,8 @@ class Recipe:
         copies: noise copies of each sample, for the likelihood ratio.
         seed: of weights, order of the images, and noise.
         num_steps: time steps.
-        estimator: of the likelihood ratio, ``"vanilla"``, ``"approximate"`` or ``"allocated"``.
+        estimator: of the likelihood ratio, ``"vanilla"``, ``"approximate"``, ``"allocated"``, ``"controlled"`` or
+            ``"allocated-controlled"``.
         noise: kind of the noise of the hidden neurons, ``"membrane"`` or ``"escape"``.
         distribution: of the noise.
         sigma: initial noise level of the hidden neurons.

@@ -37,7 +37,8 @@ class Settings:
         epochs: passes over the training images.
         copies: noise copies of each sample, for the likelihood ratio.
         seed: of everything random.
-        estimator: of the likelihood ratio, ``"vanilla"``, ``"approximate"`` or ``"allocated"``.
+        estimator: of the likelihood ratio, ``"vanilla"``, ``"approximate"``, ``"allocated"``, ``"controlled"`` or
+            ``"allocated-controlled"``.
         noise: kind of noise, ``"membrane"`` or ``"escape"``.
         distribution: of the noise.
         sigma: initial noise level.
