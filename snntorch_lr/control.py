@@ -58,6 +58,8 @@ class Controlled(Vanilla):
     for feed-forward networks about their mean field; sums of martingale differences in its place are ours.
     """
 
+    least_copies = 4
+
     def __init__(
         self,
         net: nn.Module,
@@ -67,10 +69,10 @@ class Controlled(Vanilla):
         seed: int | None = None,
     ) -> None:
         super().__init__(net, copies, baseline, antithetic, seed=seed)
-        if self.copies < 4:
+        if self.copies < self.least_copies:
             raise ValueError(
                 f"{self.copies} copies are too few to fit a control variate on one half of them and use it on the "
-                "other: give copies >= 4, or use the vanilla estimator"
+                f"other: give copies >= {self.least_copies}, or use the vanilla estimator"
             )
 
     def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:

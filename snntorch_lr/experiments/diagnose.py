@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..control import Controlled
 from ..convert import add_noise
 from ..diagnostics import gradient_report
 from ..estimators import Estimator, Vanilla
@@ -132,7 +133,9 @@ def diagnose(
 
 def _estimators(net: models.SpikingClassifier, settings: Settings) -> dict[str, str | Estimator]:
     """What is compared: the estimators, and what each of their ingredients is worth."""
-    found: dict[str, str | Estimator] = {name: name for name in ("vanilla", "approximate", "controlled")}
+    found: dict[str, str | Estimator] = {"vanilla": "vanilla", "approximate": "approximate"}
+    if settings.copies >= Controlled.least_copies:
+        found["controlled"] = "controlled"
     found["no baseline"] = Vanilla(net, settings.copies, baseline="none")
     if settings.noise == "escape":
         found["plain score"] = PlainScore(net, settings.copies)
