@@ -38,7 +38,7 @@ def write_stand_in_for_mnist(root: Path) -> None:
     raw.mkdir(parents=True)
     digits = load_digits()
     images = np.pad(np.kron(digits.images * 15.9, np.ones((3, 3))), ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
-    for part, rows in ("train", slice(0, 256)), ("t10k", slice(256, 288)):
+    for part, rows in ("train", slice(0, 256)), ("t10k", slice(256, 264)):
         for name, values in ("images-idx3", images[rows]), ("labels-idx1", digits.target[rows].astype(np.uint8)):
             header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
             (raw / f"{part}-{name}-ubyte").write_bytes(header + values.tobytes())
