@@ -7,7 +7,7 @@ OLDEST_DIR := $(abspath $(VENV))/snntorch-$(OLDEST)
 TOUCH_SNNTORCH := $(patsubst %,tests/test_%.py,neurons convert escape estimators approximate recording storing optim validate \
 	memory ecosystem)
 
-.PHONY: demo test test-oldest lint types docs compatibility wheel check
+.PHONY: demo test test-oldest tutorials lint types docs compatibility wheel check
 demo: $(VENV)/installed
 	$(BIN)/snntorch-lr reproduce --dataset digits --out runs/digits
 
@@ -19,6 +19,9 @@ test-oldest: $(VENV)/installed
 	PYTHONPATH=$(OLDEST_DIR) $(BIN)/python -c \
 		"import snntorch as s; assert s.__version__ == '$(OLDEST)', f'{s.__file__} is {s.__version__}'"
 	PYTHONPATH=$(OLDEST_DIR) $(BIN)/python -m pytest $(TOUCH_SNNTORCH)
+
+tutorials: $(VENV)/installed
+	$(BIN)/python tutorials/execute.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,0 +1,91 @@
+"""The tutorials run from top to bottom, also on MNIST, and show what they printed and drew."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+FOLDER = Path(__file__).parent.parent / "tutorials"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+FLAG = "RUN_ON_MNIST = False"
+# Two or more names after a slash, at the beginning of a word, or a drive.
+MACHINE_PATH = re.compile(r"(?<![\w./])(?:/[\w.+-]+){2,}|\b[A-Z]:\\|~/")
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def outputs(path: Path) -> list[Any]:
+    notebook = nbformat.read(path, as_version=4)
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def text_of(output: Any) -> str:
+    if output.output_type == "stream":
+        return str(output.text)
+    return "\n".join(str(value) for kind, value in output.get("data", {}).items() if kind.startswith("text/"))
+
+
+def write_stand_in_for_mnist(root: Path) -> None:
+    """Digits of scikit-learn enlarged to 28 × 28 pixels, as the files that torchvision would download."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    digits = load_digits()
+    images = np.pad(np.kron(digits.images * 15.9, np.ones((3, 3))), ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
+    for part, rows in ("train", slice(0, 256)), ("t10k", slice(256, 264)):
+        for name, values in ("images-idx3", images[rows]), ("labels-idx1", digits.target[rows].astype(np.uint8)):
+            header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+            (raw / f"{part}-{name}-ubyte").write_bytes(header + values.tobytes())
+
+
+def test_there_are_four() -> None:
+    assert [path.name[0] for path in NOTEBOOKS] == ["1", "2", "3", "4"]
+
+
+@every_notebook
+def test_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    (last,) = (cell for cell in notebook.cells if cell.source.startswith(FLAG))
+    last.source = last.source.replace(FLAG, "RUN_ON_MNIST = True")
+    write_stand_in_for_mnist(tmp_path / "data")
+    runpy.run_path(str(FOLDER / "execute.py"))["execute"](notebook, tmp_path)
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert [output.text for output in shown if output.get("name") == "stderr"] == []
+
+
+@every_notebook
+def test_shows_its_outputs(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run `make tutorials`"
+    shown = outputs(path)
+    assert any(output.output_type == "stream" for output in shown)
+    assert any("image/png" in output.get("data", {}) for output in shown)
+
+
+@every_notebook
+def test_outputs_hold_no_error_and_nothing_of_the_machine(path: Path) -> None:
+    for output in outputs(path):
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr"
+        assert not MACHINE_PATH.search(text_of(output)), text_of(output)
+    notebook = nbformat.read(path, as_version=4)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert all(not cell.metadata for cell in notebook.cells)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("File /home/me/net.py", True), ('"/opt/python/lib"', True), ("C:\\net", True), ("~/net.py", True),
+        ("noise off / surrogate", False), ("1/2/3", False), ("d/dw", False), ("../docs/estimators.md", False),
+    ],
+)  # fmt: skip
+def test_what_a_machine_path_is(text: str, found: bool) -> None:
+    assert bool(MACHINE_PATH.search(text)) is found
