@@ -6,14 +6,14 @@ import contextlib
 import ctypes
 import math
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -66,23 +66,40 @@ def peak_megabytes(workload: Workload, device: torch.device) -> float:
     On a CUDA device it is what torch's allocator counts.
 
     Raises:
-        RuntimeError: if the process dies, for want of memory for example.
+        ChildProcessError: if the process dies, for want of memory for example.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_measure, args=(there, workload, str(device), torch.get_num_threads()))
-    process.start()
+    with _deaf_to_ctrl_c():
+        process.start()
     there.close()
     try:
         peak: float = here.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(f"measuring the memory of {workload} ended with status {process.exitcode}") from None
-    process.join()
+        raise ChildProcessError(f"measuring the memory of {workload} ended with status {process.exitcode}") from None
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        process.join()
     return peak
 
 
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes that are started here do not hear Ctrl-C: it is for their parent, which ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _measure(pipe: Connection, workload: Workload, name: str, threads: int) -> None:
+    import psutil
+
     torch.set_num_threads(threads)
     device = torch.device(name)
     step = make_step(workload, device)

@@ -23,6 +23,8 @@ from .ranks import ALONE, Ranks
 METHODS = ("surrogate", "surrogate, noise", "likelihood ratio")
 CHECKS = 20
 """Times in an epoch at which a run with ``stop_at`` looks at its validation accuracy."""
+# What is raised by a checkpoint that lacks something, or has something else in its place.
+_INCOMPLETE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 Progress = Callable[[int, float], None]
 """Called after each step with the number of steps done, resumed ones included, and the loss."""
 
@@ -109,7 +111,7 @@ def load_trained(checkpoint: Path) -> tuple[Recipe, models.SpikingClassifier]:
         recipe = Recipe(**state["recipe"])
         net = make_network(recipe, tuple(state["shape"]))
         net.load_state_dict(state["net"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except _INCOMPLETE as error:
         raise ValueError(f"{checkpoint} is not a checkpoint of reproduce ({type(error).__name__})") from error
     return recipe, net
 
@@ -188,10 +190,13 @@ def train(
     stopped = False
     state = ranks.from_first(lambda: _matching(checkpoint, recipe) if resume and checkpoint.exists() else None)
     if state is not None:
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        history, stopped = state["history"], state.get("stopped", False)
+        try:
+            net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            history, stopped = state["history"], state.get("stopped", False)
+        except _INCOMPLETE as error:
+            raise ValueError(f"{checkpoint} is not a checkpoint of reproduce ({type(error).__name__})") from error
     take_step = stepper(recipe, net, optimizer, ranks)
 
     def save() -> None:
@@ -260,7 +265,9 @@ def stepper(
 
 def _matching(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
     state = files.load_checkpoint(checkpoint)
-    wanted, found = asdict(recipe), state.get("recipe", {})
+    wanted, found = asdict(recipe), state.get("recipe")
+    if not isinstance(found, dict):
+        raise ValueError(f"{checkpoint} is not a checkpoint of reproduce")
     different = [f"{key}={found.get(key)!r} (now {wanted[key]!r})" for key in wanted if found.get(key) != wanted[key]]
     if different:
         raise ValueError(
