@@ -4,15 +4,18 @@ BIN := $(VENV)/bin
 # The oldest snnTorch that pyproject.toml allows, and the tests of what touches snnTorch.
 OLDEST := $(shell sed -n 's/.*"snntorch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST_DIR := $(abspath $(VENV))/snntorch-$(OLDEST)
-TOUCH_SNNTORCH := $(patsubst %,tests/test_%.py,neurons convert escape estimators approximate recording storing optim validate \
-	memory ecosystem)
+TOUCH_SNNTORCH := $(patsubst %,tests/test_%.py,neurons convert switches escape estimators losses_and_targets approximate \
+	recording storing optim validate memory ecosystem)
 
-.PHONY: demo test test-oldest lint types wheel check
+.PHONY: demo test test-newest test-oldest lint types wheel wheel-check check
 demo: $(VENV)/installed
 	$(BIN)/snntorch-lr reproduce --dataset digits --out runs/digits
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+test-newest: $(VENV)/installed
+	$(BIN)/python -m pytest $(TOUCH_SNNTORCH)
 
 test-oldest: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(OLDEST_DIR) snntorch==$(OLDEST)
@@ -28,12 +31,16 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 wheel: $(VENV)/installed
+	rm -rf dist
 	$(BIN)/python -m build
 
-check: lint types test test-oldest wheel
+wheel-check: wheel
+	$(BIN)/python .ci/wheel_check.py
 
-# The stamp is written last, so that an interrupted installation is started again.
-$(VENV)/installed: pyproject.toml
+check: lint types test test-oldest wheel-check
+
+# The stamp is written last, so that an interrupted installation is started again. __init__.py has the version.
+$(VENV)/installed: pyproject.toml snntorch_lr/__init__.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[attacks,experiments,dev]"
