@@ -16,7 +16,9 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 except ImportError as error:
-    raise SystemExit(f"snntorch-lr: {error.name} is missing: pip install 'snntorch-lr[experiments,attacks]'") from error
+    raise SystemExit(
+        f"snntorch-lr: not installed: {error.name}; pip install 'snntorch-lr[experiments,attacks]'"
+    ) from error
 
 import torch
 
@@ -54,7 +56,7 @@ def _root(
     """Noise, likelihood-ratio training and robustness evaluation for snnTorch."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        _fail(f"{', '.join(missing)} is missing: pip install 'snntorch-lr[experiments,attacks]'", 1)
+        _fail(f"not installed: {', '.join(missing)}; pip install 'snntorch-lr[experiments,attacks]'", 1)
 
 
 @app.command("reproduce")
