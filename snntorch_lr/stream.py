@@ -11,8 +11,8 @@ from . import uniform
 
 Shape = Callable[[Tensor], Tensor]
 
-# Fewer numbers than this are not worth a generator of their own.
-_BLOCK = 1 << 15
+# Fewer numbers than this are not worth a generator of their own, nor a thread.
+_BLOCK = 1 << 17
 
 
 class NoiseStream:

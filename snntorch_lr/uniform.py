@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 # Fewer numbers than this are filled sooner than another thread wakes up.
-_WORTH_A_THREAD = 1 << 17
+_WORTH_A_THREAD = 1 << 18
 
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None
 
@@ -33,20 +33,22 @@ def from_seeds(parts: Sequence[tuple[Tensor, Sequence[int]]]) -> None:
     Args:
         parts: contiguous float32 or float64 tensors, and the integers that their numbers are a function of.
     """
-    threads = torch.get_num_threads()
-    if threads > 1 and len(parts) > 1 and sum(tensor.numel() for tensor, _ in parts) >= _WORTH_A_THREAD:
-        list(_threads(threads).map(_fill, parts))
-    else:
-        for part in parts:
-            _fill(part)
+    threads = min(torch.get_num_threads(), len(parts))
+    if threads < 2 or sum(tensor.numel() for tensor, _ in parts) < _WORTH_A_THREAD:
+        _fill_all(parts)
+        return
+    # One task for each thread, this one included: handing over costs as much as a hundred thousand numbers.
+    others = [_threads(threads - 1).submit(_fill_all, parts[index::threads]) for index in range(1, threads)]
+    _fill_all(parts[::threads])
+    for other in others:
+        other.result()
 
 
-def _fill(part: tuple[Tensor, Sequence[int]]) -> None:
-    tensor, seed = part
-    out = tensor.numpy().reshape(-1)
-    bits = np.random.Generator(np.random.SFC64(seed))
-    size = out.size if out.itemsize == 8 else -(-out.size // 2)
-    to_unit_interval(bits.integers(0, 2**64, size, dtype=np.uint64), out)
+def _fill_all(parts: Sequence[tuple[Tensor, Sequence[int]]]) -> None:
+    for tensor, seed in parts:
+        out = tensor.numpy().reshape(-1)
+        size = out.size if out.itemsize == 8 else -(-out.size // 2)
+        to_unit_interval(np.random.SFC64(seed).random_raw(size), out)
 
 
 def to_unit_interval(bits: NDArray[np.uint64], out: NDArray[np.floating[Any]]) -> None:

@@ -15,9 +15,10 @@ from ..versions import versions
 from . import data, files
 from .benchmark_report import to_markdown, write_figures
 from .measure import Progress, median_milliseconds, peak_megabytes, slope
+from .recipe import Recipe
+from .recipe import make_network as make_classifier
 from .reproduce import arguments, machine
-from .train import Recipe, accuracy, stepper
-from .train import make_network as make_classifier
+from .train import accuracy, stepper
 from .workloads import ESTIMATORS, NOISES, Workload
 
 PARTS = ("steps", "memory", "growth", "accuracy")

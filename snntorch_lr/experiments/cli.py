@@ -25,7 +25,7 @@ import torch
 from .. import __version__
 from ..distributed import RankError
 from ..robustness.measure import Progress as EvaluationProgress
-from . import benchmark, diagnose, evaluate, ranks, report
+from . import benchmark, diagnose, evaluate, ranks, report, study_cli
 from .benchmark_report import to_markdown
 from .data import DataError
 from .reproduce import Settings, reproduce
@@ -303,6 +303,12 @@ def _watch(bars: Progress) -> EvaluationProgress:
         bars.update(task, completed=done, total=total, note=what, visible=True)
 
     return update
+
+
+app.command("study")(
+    _plain_errors("finished networks, epochs and attacks are kept: start again")(study_cli.study_command)
+)
+app.command("report")(_plain_errors("nothing was written")(study_cli.report_command))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..convert import add_noise
@@ -21,8 +21,8 @@ from ..storing import Storing
 from ..text import listed
 from ..versions import versions
 from . import data, files, models
+from .recipe import Recipe, load_trained, make_network
 from .reproduce import arguments, check_names, machine
-from .train import Recipe, load_trained, make_network
 
 
 class _PlainScores(Storing):
@@ -104,6 +104,8 @@ def diagnose(
     recipe, trained = _trained(settings) if settings.checkpoint else (_fresh(settings), None)
     images = data.load(recipe.dataset, data_root)
     net = make_network(recipe, images.shape) if trained is None else trained
+    if not isinstance(net, models.SpikingClassifier):
+        raise ValueError(f"the model {recipe.model} has no spiking neurons")
     _set_noise(net, settings)
     net.to(device)
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(settings.seed))
@@ -147,7 +149,7 @@ def _fresh(settings: Settings) -> Recipe:
     return recipe
 
 
-def _trained(settings: Settings) -> tuple[Recipe, models.SpikingClassifier]:
+def _trained(settings: Settings) -> tuple[Recipe, nn.Module]:
     """Recipe and network of the checkpoint."""
     assert settings.checkpoint is not None
     recipe, net = load_trained(settings.checkpoint)

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..robustness import CORRUPTIONS, RobustnessReport, suite
 from ..robustness import evaluate as evaluate_networks
 from ..robustness.measure import Progress
-from . import data, files, models, report
+from . import data, files, report
+from .recipe import Recipe, load_trained
 from .reproduce import arguments, machine
-from .train import Recipe, load_trained
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,7 @@ def evaluate(
     return evaluation
 
 
-def _load(
-    checkpoints: Sequence[Path], device: torch.device
-) -> tuple[list[Recipe], dict[str, models.SpikingClassifier]]:
+def _load(checkpoints: Sequence[Path], device: torch.device) -> tuple[list[Recipe], dict[str, nn.Module]]:
     """Recipes, and networks by the names of their files, with the folders where those are not enough."""
     short = [path.stem for path in checkpoints]
     names = short if len(set(short)) == len(short) else [str(path.with_suffix("")) for path in checkpoints]
@@ -114,7 +113,7 @@ def _load(
     }
 
 
-def _check_sizes(nets: Mapping[str, models.SpikingClassifier], recipes: Sequence[Recipe], images: data.Images) -> None:
+def _check_sizes(nets: Mapping[str, nn.Module], recipes: Sequence[Recipe], images: data.Images) -> None:
     for (name, net), recipe in zip(nets.items(), recipes, strict=True):
         device = next(net.parameters()).device
         try:

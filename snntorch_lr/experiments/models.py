@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..convert import reset
 
 NAMES = ("mlp", "deep-mlp", "conv")
+"""Spiking networks. There is also ``"ann"``, with rectified linear units, to transfer adversarial images from."""
 
 
 class SpikingClassifier(nn.Module):
@@ -50,12 +51,12 @@ class SpikingClassifier(nn.Module):
         return total / self.num_steps
 
 
-def build(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps: int = 8) -> SpikingClassifier:
+def build(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps: int = 8) -> nn.Module:
     """A network for images of a given shape.
 
     Args:
-        model: ``"mlp"`` (256 hidden neurons), ``"deep-mlp"`` (256 and 128) or ``"conv"``
-            (8 and 16 channels, 5 × 5 kernels, each with max pooling by 2).
+        model: ``"mlp"`` (256 hidden neurons), ``"deep-mlp"`` (256 and 128), ``"conv"``
+            (8 and 16 channels, 5 × 5 kernels, each with max pooling by 2), or ``"ann"`` (256 rectified linear units).
         shape: channels, height, width.
         classes: number of outputs.
         num_steps: time steps.
@@ -64,6 +65,10 @@ def build(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps:
         ValueError: if the model is unknown.
     """
     channels, height, width = shape
+    if model == "ann":
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(channels * height * width, 256), nn.ReLU(), nn.Linear(256, classes)
+        )
     if model in ("mlp", "deep-mlp"):
         first = nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, 256))
         if model == "mlp":

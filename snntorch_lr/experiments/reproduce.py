@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..noise import KINDS
 from ..optim import ESTIMATORS
@@ -19,7 +20,8 @@ from ..robustness.measure import Row
 from ..versions import versions
 from . import data, files, models, report
 from .ranks import ALONE, Ranks
-from .train import METHODS, Progress, Recipe, Trained, split, train, validation_accuracy
+from .recipe import METHODS, Recipe
+from .train import Progress, Trained, split, train, validation_accuracy
 
 LIKELIHOOD_RATIO = "likelihood ratio"
 STOPPED = "surrogate, stopped"
@@ -222,7 +224,7 @@ def _recipes(settings: Settings, images: data.Images) -> dict[str, Recipe]:
 
 def _evaluate(
     settings: Settings,
-    nets: Mapping[str, models.SpikingClassifier],
+    nets: Mapping[str, nn.Module],
     images: data.Images,
     cache: Path,
     progress: EvaluationProgress,

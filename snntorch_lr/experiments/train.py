@@ -11,62 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..convert import add_noise
 from ..distributed import share
+from ..objectives import OBJECTIVES
 from ..optim import ESTIMATORS, attach, closure
-from . import files, models
+from ..robustness.attacks import gradient_attack, perturb
+from ..robustness.budget import Budget
+from ..robustness.descent import Descent
+from ..robustness.target import Target
+from . import files
 from .data import Images
 from .ranks import ALONE, Ranks
+from .recipe import INCOMPLETE, Recipe, check_recipe, make_network, make_optimizer
 
-METHODS = ("surrogate", "surrogate, noise", "likelihood ratio")
+_ADVERSARY = gradient_attack("PGD-7", Descent(steps=7, length=0.25))
 CHECKS = 20
 """Times in an epoch at which a run with ``stop_at`` looks at its validation accuracy."""
-# What is raised by a checkpoint that lacks something, or has something else in its place.
-_INCOMPLETE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+Step = Callable[[Tensor, Tensor], float]
 Progress = Callable[[int, float], None]
 """Called after each step with the number of steps done, resumed ones included, and the loss."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides what a training run computes.
-
-    Attributes:
-        method: one of ``METHODS``: surrogate-gradient backpropagation without noise, the same with the noise of the
-            likelihood-ratio network, and the likelihood ratio.
-        dataset: name of the data set.
-        model: name of the network.
-        epochs: passes over the training images.
-        copies: noise copies of each sample, for the likelihood ratio.
-        seed: of weights, order of the images, and noise.
-        num_steps: time steps.
-        estimator: of the likelihood ratio, ``"vanilla"``, ``"approximate"`` or ``"allocated"``.
-        noise: kind of the noise of the hidden neurons, ``"membrane"`` or ``"escape"``.
-        distribution: of the noise.
-        sigma: initial noise level of the hidden neurons.
-        batch_size: images per step.
-        learning_rate: of Adam, falling to zero along a cosine.
-        validation: training images held out to choose by, drawn by the seed.
-        stop_at: validation accuracy (noise off) at which training stops; None to train to the end.
-    """
-
-    method: str
-    dataset: str
-    model: str
-    epochs: int
-    copies: int
-    seed: int
-    estimator: str = "vanilla"
-    noise: str = "membrane"
-    distribution: str = "gaussian"
-    num_steps: int = 8
-    sigma: float = 0.5
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    validation: int = 0
-    stop_at: float | None = None
 
 
 @dataclass
@@ -78,7 +41,7 @@ class Trained:
         history: epoch (a fraction where training stopped within one), train_loss, test_accuracy (noise off), seconds.
     """
 
-    net: models.SpikingClassifier
+    net: nn.Module
     history: list[dict[str, float]]
 
     @property
@@ -89,31 +52,6 @@ class Trained:
             entry["seconds"] / (end - start) for entry, start, end in zip(self.history, ends, ends[1:], strict=False)
         ]
         return float(torch.tensor(paces).median())
-
-
-def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> models.SpikingClassifier:
-    """The untrained network of a recipe; networks of the same seed start from the same weights."""
-    torch.manual_seed(recipe.seed)
-    net = models.build(recipe.model, shape, num_steps=recipe.num_steps)
-    if recipe.method != "surrogate":
-        add_noise(net, recipe.sigma, only=net.hidden, kind=recipe.noise, distribution=recipe.distribution)
-    return net
-
-
-def load_trained(checkpoint: Path) -> tuple[Recipe, models.SpikingClassifier]:
-    """Recipe and network of a checkpoint.
-
-    Raises:
-        ValueError: if the file is not a checkpoint of ``train``.
-    """
-    state = files.load_checkpoint(checkpoint)
-    try:
-        recipe = Recipe(**state["recipe"])
-        net = make_network(recipe, tuple(state["shape"]))
-        net.load_state_dict(state["net"])
-    except _INCOMPLETE as error:
-        raise ValueError(f"{checkpoint} is not a checkpoint of reproduce ({type(error).__name__})") from error
-    return recipe, net
 
 
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 1000) -> float:
@@ -174,15 +112,12 @@ def train(
             reads and writes the checkpoint, and tests.
 
     Raises:
-        ValueError: if the checkpoint was written with other settings, or there is nothing to stop by.
+        ValueError: if the recipe cannot be trained, or the checkpoint was written with other settings.
     """
-    if recipe.method not in METHODS:
-        raise ValueError(f"unknown method {recipe.method!r}; choose one of {', '.join(METHODS)}")
-    if recipe.stop_at is not None and not recipe.validation:
-        raise ValueError("stop_at needs validation images, so that the test images decide nothing")
+    check_recipe(recipe)
     images = images.to(device)
     net = make_network(recipe, images.shape).to(device)
-    optimizer = torch.optim.Adam(net.parameters(), lr=recipe.learning_rate)
+    optimizer = make_optimizer(recipe, net)
     rows, _ = split(recipe, images)
     steps = -(-len(rows) // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * steps)
@@ -195,7 +130,7 @@ def train(
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
             history, stopped = state["history"], state.get("stopped", False)
-        except _INCOMPLETE as error:
+        except INCOMPLETE as error:
             raise ValueError(f"{checkpoint} is not a checkpoint of reproduce ({type(error).__name__})") from error
     take_step = stepper(recipe, net, optimizer, ranks)
 
@@ -238,13 +173,12 @@ def _reached(recipe: Recipe, net: nn.Module, images: Images) -> bool:
     return recipe.stop_at is not None and validation_accuracy(net, recipe, images) >= recipe.stop_at
 
 
-def stepper(
-    recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE
-) -> Callable[[Tensor, Tensor], float]:
+def stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE) -> Step:
     """One update from a batch, by the method of the recipe; returns the mean loss."""
+    objective = OBJECTIVES[recipe.objective]
 
     def loss_fn(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(net(x), y, reduction="none")
+        return objective(net(x), y)
 
     def likelihood_ratio(x: Tensor, y: Tensor) -> float:
         return float(optimizer.step(closure(loss_fn, x, y)))
@@ -259,8 +193,23 @@ def stepper(
     if recipe.method == "likelihood ratio":
         estimator = ESTIMATORS[recipe.estimator](net, copies=recipe.copies)
         attach(optimizer, net, share(estimator) if ranks.size > 1 else estimator)
-        return likelihood_ratio
-    return surrogate
+        return _disturbed(recipe, net, likelihood_ratio)
+    return _disturbed(recipe, net, surrogate)
+
+
+def _disturbed(recipe: Recipe, net: nn.Module, step: Step) -> Step:
+    """A step from noisy or adversarial images in place of clean ones, if the recipe asks for that."""
+    target = Target(net, draws=1)
+    budget = Budget(recipe.adversary, "linf") if recipe.adversary else None
+
+    def disturb(x: Tensor, y: Tensor) -> float:
+        if recipe.input_noise:
+            x = x + recipe.input_noise * torch.randn_like(x)
+        if budget is not None:
+            x = perturb(_ADVERSARY, target, x, y, budget, int(torch.randint(2**31, ())), rows=len(x))
+        return step(x, y)
+
+    return disturb if recipe.input_noise or recipe.adversary else step
 
 
 def _matching(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:

@@ -31,6 +31,8 @@ def evaluate(
     baselines: Mapping[str, nn.Module | Target] | None = None,
     seed: int = 0,
     *,
+    sources: Mapping[str, nn.Module | Target] | None = None,
+    noise: str = "both",
     name: str = "network",
     norm: str = "linf",
     draws: int = 8,
@@ -67,6 +69,8 @@ def evaluate(
         forward: as ``AttackableView``'s, for the network and the baselines.
         baselines: other networks by name; a ``Target`` for one that needs another ``forward``.
         seed: of attacks and noise.
+        sources: networks by name that adversarial images are transferred from, and that are not evaluated themselves.
+        noise: ``"off"``, ``"on"`` or ``"both"``: how networks with noise are evaluated.
         name: of the network in the report.
         norm: ``"linf"`` or ``"l2"``.
         draws: noise draws that the gradient of an attack averages over.
@@ -87,13 +91,21 @@ def evaluate(
     protocol = Protocol(
         _budgets(epsilons), norm, votes, seed, rows, _at_least_one("gate_images", gate_images), tuple(corruptions)
     )  # fmt: skip
-    _check(protocol, draws, chosen)
-    models = _models(net, name, baselines or {}, forward, draws, scale)
+    _check(protocol, draws, chosen, noise)
+    others = {**(baselines or {}), **(sources or {})}
+    if len(others) < len(baselines or {}) + len(sources or {}):
+        raise ValueError("a source is called like a baseline; rename it")
+    models = _models(net, name, others, forward, draws, scale)
     images, labels = _collect(loader)
     kept = Cache(None if cache is None else Path(cache))
     with untouched([model.net for model in models.values()]):
-        subjects = [subject for key, model in models.items() for subject in _subjects(key, model, images)]
-        measurement = Measurement(protocol, chosen, subjects, images, labels, kept, progress)
+        uses = {key: _subjects(key, model, images) for key, model in models.items()}
+        attacked = {
+            key: [s for s in found if s.noise in (noise, "none") or noise == "both"] for key, found in uses.items()
+        }
+        subjects = [subject for key in models if key not in (sources or {}) for subject in attacked[key]]
+        lent = [use for key in sources or {} for use in uses[key]]
+        measurement = Measurement(protocol, chosen, subjects, images, labels, kept, progress, lent)
         measured = [measurement.measure(subject) for subject in subjects]
     return RobustnessReport(protocol, chosen, tuple(measured))
 
@@ -111,7 +123,9 @@ def _at_least_one(name: str, value: int) -> int:
     return value
 
 
-def _check(protocol: Protocol, draws: int, attacks: Sequence[Attack]) -> None:
+def _check(protocol: Protocol, draws: int, attacks: Sequence[Attack], noise: str) -> None:
+    if noise not in ("off", "on", "both"):
+        raise ValueError(f"noise must be 'off', 'on' or 'both', got {noise!r}")
     for name, value in ("draws", draws), ("votes", protocol.votes), ("rows", protocol.rows):
         _at_least_one(name, value)
     if protocol.norm not in ("linf", "l2"):
@@ -133,7 +147,7 @@ def _models(
 ) -> dict[str, Target]:
     """The networks by name, the first one first."""
     if name in baselines:
-        raise ValueError(f"a baseline is called {name!r}, like the network itself; rename it")
+        raise ValueError(f"a baseline or source is called {name!r}, like the network itself; rename it")
     models = {}
     for key, value in {name: net, **baselines}.items():
         if not isinstance(value, (nn.Module, Target)):

@@ -123,11 +123,12 @@ class Measurement:
     Args:
         protocol: how.
         attacks: of the suite.
-        subjects: all of them; each is a source of transferred images for the others.
+        subjects: what to measure; each is a source of transferred images for the others.
         images: ``[n, channels, height, width]`` in [0, 1].
         labels: ``[n]``.
         cache: of finished pieces.
         progress: told before each piece.
+        lent: subjects that are sources only.
     """
 
     def __init__(
@@ -139,17 +140,18 @@ class Measurement:
         labels: Tensor,
         cache: Cache,
         progress: Progress,
+        lent: Sequence[Subject] = (),
     ) -> None:
         self.protocol = protocol
-        self.subjects = subjects
+        self.sources = [*subjects, *lent]
         self.images = images
         self.labels = labels
         self.cache = cache
         self.progress = progress
         self.attacks = {subject.label: self._attacks_on(subject, attacks) for subject in subjects}
         # Transfers run on the networks that they come from.
-        self.size = min(batch_size(subject.target, protocol.rows) for subject in subjects)
-        self.marks = {subject.label: self._mark(subject) for subject in subjects}
+        self.size = min(batch_size(subject.target, protocol.rows) for subject in self.sources)
+        self.marks = {subject.label: self._mark(subject) for subject in self.sources}
         budgets = len(protocol.epsilons)
         self.total = sum(2 + len(attacks) * budgets + len(protocol.corruptions) for attacks in self.attacks.values())
         self.done = 0
@@ -179,7 +181,7 @@ class Measurement:
         transfers = [attack for attack in usable if attack.needs_sources] or [
             attack for attack in SUITES["standard"] if attack.needs_sources and self.protocol.norm in attack.norms
         ]
-        sources = [other for other in self.subjects if _is_source(other, subject)]
+        sources = [other for other in self.sources if _is_source(other, subject)]
         return (
             *(attack for attack in usable if not attack.needs_sources),
             *(_from_source(attack, source) for attack in transfers for source in sources),

@@ -25,6 +25,7 @@ from snntorch_lr.experiments import benchmark, data, diagnose, evaluate, train
 from .test_data import write_idx
 from .test_reproduce import run
 
+PATIENCE = 120  # seconds, on a busy machine
 STEPS = ["--repeats", "1", "--copies", "2", "--num-steps", "1", "--width", "2", "--batch", "2"]
 COMMANDS = {
     "reproduce": ["--epochs", "1", "--copies", "2", "--attack-images", "4", "--draws", "1", "--epsilon", "0.1"],
@@ -223,19 +224,34 @@ def test_a_device_that_is_not_there_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_reaches_the_processes_that_measure_memory(tmp_path: Path) -> None:
+def test_a_study_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    is_one_line(run("study", "digits", "--out", str(tmp_path / "file" / "out")), 1, "file/out: Not a directory")
+    assert contents(tmp_path) == {"file": b"kept"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "garbage"])
+def test_a_result_of_a_study_that_cannot_be_read_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    is_one_line(run("report", str(tmp_path)), 2, "a.json is not a result of a study")
+    assert contents(tmp_path) == {"a.json": content.encode()}
+
+
+def test_ctrl_c_ends_the_process_that_measures_memory_too(tmp_path: Path) -> None:
     words = ["benchmark", "--part", "memory", "--width", "2", "--batch", "2", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
         [sys.executable, "-m", "snntorch_lr.experiments.cli", *words, "--threads", "1"],
         env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
-    patience = time.monotonic() + 60
-    while not any("spawn_main" in " ".join(child.cmdline()) for child in psutil.Process(process.pid).children()):
-        assert time.monotonic() < patience
-        time.sleep(0.05)
-    time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    try:
+        patience = time.monotonic() + PATIENCE
+        while not psutil.Process(process.pid).children():
+            assert time.monotonic() < patience
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert said == "snntorch-lr: interrupted; nothing was written\n"

@@ -12,7 +12,7 @@ from snntorch_lr.experiments import cli
 
 from .test_reproduce import run
 
-COMMANDS = ("benchmark", "diagnose", "evaluate", "reproduce")
+COMMANDS = ("benchmark", "diagnose", "evaluate", "report", "reproduce", "study")
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from snntorch_lr.experiments import data
-from snntorch_lr.experiments.train import Recipe, train
+from snntorch_lr.experiments.recipe import Recipe
+from snntorch_lr.experiments.train import train
 
 from .test_reproduce import run
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from snntorch_lr.experiments import cli, data, ranks
-from snntorch_lr.experiments.train import Recipe, train
+from snntorch_lr.experiments.recipe import Recipe
+from snntorch_lr.experiments.train import train
 
 CPU = torch.device("cpu")
 PATIENCE = 120  # seconds, so that a deadlock fails instead of hanging

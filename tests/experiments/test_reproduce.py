@@ -9,7 +9,8 @@ from typer.testing import CliRunner, Result
 
 import snntorch_lr
 from snntorch_lr.experiments import cli, data
-from snntorch_lr.experiments.train import Recipe, load_trained, validation_accuracy
+from snntorch_lr.experiments.recipe import Recipe, load_trained
+from snntorch_lr.experiments.train import validation_accuracy
 from snntorch_lr.robustness.judge import Findings
 
 SMALL = ["--epochs", "1", "--copies", "2", "--attack-images", "20", "--draws", "2", "--epsilon", "0.1"]

@@ -57,6 +57,31 @@ def test_noise_is_off_and_on_and_the_headline_is_the_network_in_evaluation_mode(
     assert [row.subject.noise for row in run(canaries.trained()).rows] == ["none"]
 
 
+@pytest.mark.parametrize("noise", ["off", "on"])
+def test_noise_may_be_evaluated_one_way_only(noise: str) -> None:
+    both, one = run(), run(noise=noise)
+    assert [row.subject.noise for row in one.rows] == [noise]
+    index = ["off", "on"].index(noise)
+    assert torch.equal(one.rows[0].clean, both.rows[index].clean)
+    assert torch.equal(one.rows[0].right["fast"][0.1], both.rows[index].right["fast"][0.1])
+    assert [row.subject.noise for row in run(canaries.trained(), noise=noise).rows] == ["none"]
+
+
+def test_sources_lend_their_images_and_are_not_attacked() -> None:
+    other = canaries.trained()
+    beside, lent = run(baselines={"other": other}), run(sources={"other": other})
+    assert [row.subject.network for row in lent.rows] == ["network", "network"]
+    name = "transfer from other"
+    for row, same in zip(lent.rows, beside.rows, strict=False):
+        assert torch.equal(row.right[name][0.3], same.right[name][0.3])
+
+
+@pytest.mark.parametrize("options", [{"sources": {"network": nn.Identity()}}, {"noise": "loud"}])
+def test_wrong_sources_and_noise_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"rename it|noise must be"):
+        run(**options)
+
+
 def reseeding(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
     torch.manual_seed(0)
     target.net.train()

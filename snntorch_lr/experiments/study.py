@@ -1,0 +1,195 @@
+"""Trains and evaluates the networks of a plan, several at a time, and goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..robustness import CORRUPTIONS, RobustnessReport, score, share_of
+from ..robustness import evaluate as evaluate_networks
+from ..robustness.target import Target
+from ..versions import versions
+from . import data, files
+from .plans import GROUPS, REDUCED, SOURCES, Entry, Evaluation, plan
+from .recipe import load_trained, make_network, noise_levels
+from .reproduce import machine
+from .train import split, train, validation_accuracy
+
+Tell = Callable[[str, int, int, float], None]
+"""Called with what was finished last, how many are finished, how many there are, and the seconds left, about."""
+
+
+def study(
+    name: str,
+    out: Path,
+    data_root: Path | None = None,
+    groups: Sequence[str] = (),
+    jobs: int = 1,
+    tell: Tell = lambda what, done, total, left: None,
+) -> None:
+    """Trains and evaluates what is not finished yet of a plan; one JSON file in ``out/results`` for each network.
+
+    Every process computes with one thread. The same call goes on where an earlier one was interrupted: finished
+    networks are not touched, and of others finished epochs and attacks are kept.
+
+    Args:
+        name: of the plan, see ``PLANS``.
+        out: folder for results, checkpoints and finished attacks.
+        data_root: torchvision root.
+        groups: which groups of entries; all by default. Sources are always trained.
+        jobs: how many networks at a time.
+        tell: told after each network.
+
+    Raises:
+        ValueError: if the plan or a group is unknown, or ``jobs`` is not positive.
+        DataError: if the data cannot be had.
+    """
+    entries = plan(name)
+    unknown = [group for group in groups if group not in GROUPS]
+    if unknown:
+        raise ValueError(f"unknown group {', '.join(unknown)}; choose from {', '.join(GROUPS)}")
+    if jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {jobs}")
+    files.check_writable(out)
+    data.load(entries[0].recipe.dataset, data_root)
+    wanted = _with_needs(entries, [entry for entry in entries if not groups or entry.group in groups])
+    waiting = [entry for entry in wanted if not finished(entry, out)]
+    done = {entry.name for entry in wanted} - {entry.name for entry in waiting}
+    started, worked = time.perf_counter(), 0.0
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context) as pool:
+        running: dict[Future[None], Entry] = {}
+        try:
+            while waiting or running:
+                for entry in [entry for entry in waiting if _needs(entry) <= done][: jobs - len(running)]:
+                    running[pool.submit(work, entry, entries, out, data_root)] = entry
+                    waiting.remove(entry)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    entry = running.pop(future)
+                    future.result()
+                    done.add(entry.name)
+                    worked += entry.work
+                    left = sum(other.work for other in (*waiting, *running.values()))
+                    seconds = (time.perf_counter() - started) * left / worked
+                    tell(entry.name, len(done), len(wanted), seconds)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def finished(entry: Entry, out: Path) -> bool:
+    """Whether the result of exactly this entry is there."""
+    try:
+        result = json.loads(result_file(entry, out).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(result.get("mark") == entry.mark)
+
+
+def result_file(entry: Entry, out: Path) -> Path:
+    """Where the result of an entry is."""
+    return out / "results" / f"{entry.slug}.json"
+
+
+def checkpoint_file(entry: Entry, out: Path) -> Path:
+    """Where the network of an entry is; another recipe has another file."""
+    return out / "checkpoints" / f"{entry.slug}-{entry.mark}.pt"
+
+
+def _needs(entry: Entry) -> set[str]:
+    """Names of the entries that must be finished before."""
+    sources = set() if entry.group == "source" else set(SOURCES)
+    return sources | ({entry.matches} if entry.matches else set())
+
+
+def _with_needs(entries: Sequence[Entry], wanted: Collection[Entry]) -> list[Entry]:
+    names = {name for entry in wanted for name in _needs(entry)} | {entry.name for entry in wanted}
+    return [entry for entry in entries if entry.name in names]
+
+
+def work(entry: Entry, entries: Sequence[Entry], out: Path, data_root: Path | None) -> None:
+    """Trains and evaluates one network, in a process of its own, and writes its result."""
+    torch.set_num_threads(1)
+    images = data.load(entry.recipe.dataset, data_root)
+    named = {other.name: other for other in entries}
+    recipe = entry.recipe
+    if entry.matches:
+        matched, net = load_trained(checkpoint_file(named[entry.matches], out))
+        recipe = replace(recipe, stop_at=validation_accuracy(net, matched, images))
+    run = train(recipe, images, checkpoint_file(entry, out), torch.device("cpu"), resume=True)
+    result: dict[str, Any] = {
+        "mark": entry.mark,
+        "entry": asdict(entry),
+        "versions": versions("snntorch-lr", "snntorch", "torch", "torchvision", "torchattacks", "numpy"),
+        "machine": machine(torch.device("cpu")),
+        "seconds_per_epoch": run.seconds_per_epoch,
+        "history": run.history,
+        "validation": validation_accuracy(run.net, recipe, images),
+        "sigma": {"before": noise_levels(make_network(recipe, images.shape)), "after": noise_levels(run.net)},
+    }
+    if entry.evaluation is not None:
+        sources = {name: load_trained(checkpoint_file(named[name], out))[1].eval() for name in SOURCES}
+        if entry.recipe == named["surrogate"].recipe:
+            del sources["surrogate"]
+        result |= _evaluated(entry, entry.evaluation, run.net, sources, images, out)
+    files.write_json(result_file(entry, out), result)
+
+
+def _evaluated(
+    entry: Entry,
+    evaluation: Evaluation,
+    net: nn.Module,
+    sources: dict[str, nn.Module],
+    images: data.Images,
+    out: Path,
+) -> dict[str, Any]:
+    """Accuracies of one network: clean of all test images, under attack of some, with what is right image by image."""
+    x, y = images.test, images.test_labels
+    if evaluation.held_out:
+        _, rows = split(entry.recipe, images)
+        x, y = images.train[rows], images.train_labels[rows]
+    report = evaluate_networks(
+        net.eval(),
+        [(x[: evaluation.images], y[: evaluation.images])],
+        evaluation.epsilons,
+        evaluation.attacks if isinstance(evaluation.attacks, str) else list(evaluation.attacks),
+        sources=sources,
+        noise=evaluation.noise,
+        name=entry.name,
+        corruptions=tuple(CORRUPTIONS) if evaluation.corruptions else (),
+        cache=out / "attacks" / entry.slug,
+    )
+    clean = {}
+    for row in report.rows:
+        scores = score(Target(net, noise=row.subject.noise == "on"), x, y)
+        clean[row.subject.noise] = {
+            "majority vote": asdict(share_of(scores.right)),
+            "single draw": asdict(share_of(scores.single)),
+        }
+    return {"clean": clean, "rows": _rows(report)}
+
+
+def _rows(report: RobustnessReport) -> list[dict[str, Any]]:
+    """Rows of the report, with what is right of each image as a string of zeros and ones."""
+    rows: list[dict[str, Any]] = report.to_json()["rows"]
+    for row, measured in zip(rows, report.rows, strict=True):
+        reduced = [name for name in measured.right if name.startswith(REDUCED)]
+        row["right"] = {
+            "clean": _bits(measured.clean),
+            "worst": {f"{e:g}": _bits(measured.worst(e)) for e in report.protocol.epsilons},
+            "reduced": {f"{e:g}": _bits(measured.under(reduced, e)) for e in report.protocol.epsilons},
+        }
+    return rows
+
+
+def _bits(right: torch.Tensor) -> str:
+    return "".join("1" if value else "0" for value in right.tolist())

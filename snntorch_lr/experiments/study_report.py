@@ -1,0 +1,293 @@
+"""The page of a study, made from its results alone: the same bytes from the same results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from . import files, study_figures
+from .fronts import Point, beside, difference, front
+
+Result = dict[str, Any]
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+PAPER = ("FGSM", "RFGSM", "PGD", "MIFGSM")
+REFERENCE = "surrogate, PGD-trained"
+
+
+def write(results: Path, out: Path) -> list[Path]:
+    """Writes ``index.md`` and its figures.
+
+    Args:
+        results: folder of JSON files of ``study``.
+        out: folder for the page.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: if there is no result in the folder, or a file cannot be read as one.
+    """
+    found = [result for result in map(_read, sorted(results.glob("*.json"))) if "entry" in result]
+    if not found:
+        raise ValueError(f"{results} holds no results of a study")
+    written = []
+    if points(found, "0.05"):
+        figure = out / "fronts.png"
+        files.save_figure(figure, partial(study_figures.fronts, [(e, points(found, e)) for e in ("0.05", "0.1")]))
+        written.append(figure)
+    page = out / "index.md"
+    files.write_text(page, to_markdown(found))
+    return [page, *written]
+
+
+def _read(path: Path) -> Result:
+    try:
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a result of a study: {error}") from error
+    return result
+
+
+def to_markdown(results: Sequence[Result]) -> str:
+    """The whole page."""
+    recipe = results[0]["entry"]["recipe"]
+    parts = [f"# The study: {recipe['dataset']}, {_model(results)}", _HEAD]
+    usual = _group(results, "usual")
+    for epsilon in _budgets(usual):
+        parts += [f"## Table A, as usually compared: ε = {epsilon}", _table(_usual(usual, epsilon))]
+    if usual:
+        parts += [_NOTE_A, "## Differences to the surrogate on the same images", _table(_differences(usual))]
+        parts += ["## Natural corruptions (mean of five severities)", _table(_corruptions(usual))]
+        parts += ["## Noise levels", _table(_levels(usual))]
+        parts += ["## Gates", *(_gates(result) for result in usual)]
+    if _group(results, "seed"):
+        parts += ["## Seeds", _NOTE_SEEDS, _table(_seeds(results))]
+    if _group(results, "front"):
+        parts += ["## Table B, at equal effort", "![accuracy and robustness](fronts.png)"]
+        parts += [_table(_fronts(results)), _NOTE_B]
+    if _group(results, "tune"):
+        parts += ["## Tried on held-out training images", _NOTE_TUNE, _table(_tuning(results))]
+    return "\n\n".join([*parts, _foot(results)]) + "\n"
+
+
+_HEAD = (
+    "Accuracy in percent. Clean: all test images, noise off or by the majority of 32 noise draws. Under attack: the "
+    "images attacked, per-example worst case. Intervals: 95 %."
+)
+_NOTE_A = (
+    "Same network, same data, same number of epochs, no tuning for robustness. 'worst' is the worst case over the "
+    "suite \"standard\" and transfers. What the gates say stands in the last line: without 'all gates passed' a column "
+    "is no claim of robustness."
+)
+_NOTE_SEEDS = (
+    'Worst case over a reduced suite (the strongest attacks of "standard"), noise off; Student\'s t over seeds.'
+)
+_NOTE_B = (
+    "Noise off; suite \"standard\" and transfers. 'to the front': worst case minus that of the best surrogate networks "
+    "(all families called surrogate but the PGD-trained) at the same clean accuracy, interpolated between neighbours "
+    "on their front, paired by image. '*' marks the networks on that front."
+)
+_NOTE_TUNE = (
+    "Four epochs each; clean accuracy of the held-out images, and worst case over a reduced suite on 500 of them, "
+    "noise off. Settings were chosen by this table, never by test images."
+)
+
+
+def _group(results: Iterable[Result], group: str) -> list[Result]:
+    return [result for result in results if result["entry"]["group"] == group]
+
+
+def _budgets(results: Sequence[Result]) -> list[str]:
+    return list(results[0]["rows"][0]["worst_case"]) if results else []
+
+
+def _model(results: Sequence[Result]) -> str:
+    models = {r["entry"]["recipe"]["model"]: None for r in results if r["entry"]["group"] != "source"}
+    return ", ".join(models)
+
+
+def _columns(results: Sequence[Result]) -> list[tuple[str, Result, dict[str, Any]]]:
+    """Label, result and row of each network with its noise off and on; surrogates first."""
+    ordered = sorted(results, key=lambda r: (not r["entry"]["family"].startswith("surrogate"), r["entry"]["family"]))
+    return [
+        (r["entry"]["family"] + ("" if row["noise"] == "none" else f" (noise {row['noise']})"), r, row)
+        for r in ordered
+        for row in r["rows"]
+    ]
+
+
+def _usual(results: Sequence[Result], epsilon: str) -> Table:
+    columns = _columns(results)
+    lines = [
+        ["clean", *(_share(r["clean"][row["noise"]]["majority vote"]) for _, r, row in columns)],
+        ["clean, single draw", *(_share(r["clean"][row["noise"]]["single draw"]) for _, r, row in columns)],
+        *(
+            [name, *(_share(row["attacks"].get(name, {}).get(epsilon)) for _, _, row in columns)]
+            for name in PAPER
+        ),
+        ["worst", *(f"**{_share(row['worst_case'][epsilon])}**" for _, _, row in columns)],
+        ["s / epoch", *(f"{r['seconds_per_epoch']:.3g}" for _, r, _ in columns)],
+        ["gates", *(row["verdict"] for _, _, row in columns)],
+    ]  # fmt: skip
+    return ["", *(label for label, _, _ in columns)], lines
+
+
+def _differences(results: Sequence[Result]) -> Table:
+    columns = _columns(results)
+    reference = columns[0][2]["right"]["worst"]
+    budgets = _budgets(results)
+    lines = []
+    for label, _, row in columns[1:]:
+        cells = []
+        for epsilon in budgets:
+            mine, other = _array(row["right"]["worst"][epsilon]), _array(reference[epsilon])
+            only = int(((mine == 1) & (other == 0)).sum()), int(((mine == 0) & (other == 1)).sum())
+            p = stats.binomtest(only[0], sum(only)).pvalue if sum(only) else 1.0
+            cells.append(f"{difference(mine, other)}, p = {p:.2g}")
+        lines.append([label, *cells])
+    return ["worst case, points; McNemar's p", *(f"ε = {epsilon}" for epsilon in budgets)], lines
+
+
+def _corruptions(results: Sequence[Result]) -> Table:
+    columns = [column for column in _columns(results) if column[2]["corruptions"]]
+    names = dict.fromkeys(name for _, _, row in columns for name in row["corruptions"])
+    lines = [
+        [
+            name,
+            *(_percent(np.mean([s["accuracy"] for s in row["corruptions"][name].values()])) for _, _, row in columns),
+        ]
+        for name in names
+    ]
+    return ["", *(label for label, _, _ in columns)], lines
+
+
+def _levels(results: Sequence[Result]) -> Table:
+    lines = [
+        [r["entry"]["family"], name, _spread(before), _spread(r["sigma"]["after"][name])]
+        for r in results
+        for name, before in r["sigma"]["before"].items()
+    ]
+    return ["network", "neurons", "σ before", "σ after"], lines
+
+
+def _gates(result: Result) -> str:
+    lines = [
+        [row["noise"], gate["name"], {True: "PASS", False: "FAIL", None: "not run"}[gate["passed"]], gate["detail"]]
+        for row in result["rows"]
+        for gate in row["gates"]
+    ]
+    return f"### {result['entry']['family']}\n\n" + _table((["noise", "gate", "", "measured"], lines))
+
+
+def _seeds(results: Sequence[Result]) -> Table:
+    """Clean accuracy and worst case by family, over its seeds; table A's networks are the first seed."""
+    both = [*_group(results, "usual"), *_group(results, "seed")]
+    budgets = _budgets(_group(results, "seed"))
+    lines = []
+    for family in dict.fromkeys(r["entry"]["family"] for r in both):
+        runs = [r for r in both if r["entry"]["family"] == family]
+        rows = [r["rows"][0] for r in runs]
+        clean = [r["clean"][row["noise"]]["majority vote"]["accuracy"] for r, row in zip(runs, rows, strict=True)]
+        worst = [[float(_array(row["right"]["reduced"][epsilon]).mean()) for row in rows] for epsilon in budgets]
+        lines.append([family, str(len(runs)), _over_seeds(clean), *map(_over_seeds, worst)])
+    return ["", "seeds", "clean", *(f"worst, ε = {epsilon}" for epsilon in budgets)], lines
+
+
+def points(results: Sequence[Result], epsilon: str) -> list[tuple[str, str, Point]]:
+    """Family, change and point of every network of tables A and B, noise off."""
+    found = []
+    for result in [*_group(results, "usual"), *_group(results, "front")]:
+        row = result["rows"][0]
+        if epsilon in row["right"]["worst"]:
+            entry = result["entry"]
+            clean = result["clean"][row["noise"]]["majority vote"]["accuracy"]
+            change = entry["name"].partition(": ")[2].removeprefix(entry["family"]).removeprefix(", ")
+            found.append((entry["family"], change, Point(entry["name"], clean, _array(row["right"]["worst"][epsilon]))))
+    return found
+
+
+def _fronts(results: Sequence[Result]) -> Table:
+    budgets = [e for e in ("0.05", "0.1") if points(results, e)]
+    by_budget = {epsilon: points(results, epsilon) for epsilon in budgets}
+    named = {result["entry"]["name"]: result for result in results}
+    lines = []
+    for family, change, point in sorted(by_budget[budgets[0]], key=lambda item: (item[0], -item[2].clean)):
+        cells = []
+        for epsilon in budgets:
+            rivals = [p for f, _, p in by_budget[epsilon] if f.startswith("surrogate") and f != REFERENCE]
+            own = next(p for _, _, p in by_budget[epsilon] if p.name == point.name)
+            on_front = any(p.name == own.name for p in front(rivals))
+            apart = None if any(p.name == own.name for p in rivals) else beside(own, rivals)
+            cells += [_percent(own.worst) + (" *" if on_front else ""), "-" if apart is None else str(apart)]
+        result = named[point.name]
+        verdict = result["rows"][0]["verdict"]
+        lines.append([family, change, _percent(point.clean), *cells, f"{result['seconds_per_epoch']:.3g}", verdict])
+    header = ["family", "change", "clean"]
+    for epsilon in budgets:
+        header += [f"worst, ε = {epsilon}", "to the front"]
+    return [*header, "s / epoch", "gates"], lines
+
+
+def _tuning(results: Sequence[Result]) -> Table:
+    tried = _group(results, "tune")
+    budgets = _budgets(tried)
+    lines = [
+        [
+            r["entry"]["name"].partition(": ")[2], _percent(r["validation"]),
+            *(_share(r["rows"][0]["worst_case"][epsilon]) for epsilon in budgets), f"{r['seconds_per_epoch']:.3g}",
+        ]
+        for r in tried
+    ]  # fmt: skip
+    return ["", "clean", *(f"worst, ε = {epsilon}" for epsilon in budgets), "s / epoch"], lines
+
+
+def _foot(results: Sequence[Result]) -> str:
+    versions = dict.fromkeys(", ".join(f"{n} {v}" for n, v in r["versions"].items()) for r in results)
+    machines = dict.fromkeys(r["machine"] for r in results)
+    minutes = sum(entry["seconds"] for r in results for entry in r["history"]) / 60
+    dataset = results[0]["entry"]["recipe"]["dataset"]
+    name = dataset + ("-conv" if "conv" in _model(results) else "")
+    return (
+        f"Commands: `snntorch-lr study {name}`, then `snntorch-lr report` on its results. {len(results)} networks, "
+        f"{minutes:.0f} minutes of training. Versions: {'; '.join(versions)}. Machine: {'; '.join(machines)}."
+    )
+
+
+def _table(table: Table) -> str:
+    header, rows = table
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+        for row in (header, ["---"] * len(header), *rows)
+    )
+
+
+def _array(bits: str) -> NDArray[np.float64]:
+    return np.array([bit == "1" for bit in bits], dtype=np.float64)
+
+
+def _percent(value: Any) -> str:
+    return f"{100 * float(value):.1f}"
+
+
+def _share(share: dict[str, float] | None) -> str:
+    return "-" if share is None else f"{100 * share['accuracy']:.1f} ± {50 * (share['high'] - share['low']):.1f}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3g}"
+    return f"mean {np.mean(values):.3g}, {min(values):.3g} to {max(values):.3g}"
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return _percent(values[0])
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return f"{_percent(np.mean(values))} ± {_percent(half)}"

@@ -1,0 +1,76 @@
+"""Losses per sample, beside torch's own, that the likelihood ratio can minimise: it never differentiates a spike.
+
+``loss_fn`` may return any of them. Backpropagation gets stuck on the first, whose gradient vanishes for samples that
+are confidently wrong, and gets no gradient at all from the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def true_class(logits: Tensor, targets: Tensor) -> Tensor:
+    """One minus the softmax probability of the true class: the expected error of a prediction drawn from it.
+
+    Args:
+        logits: ``[batch, classes]``.
+        targets: class indices ``[batch]``.
+
+    Returns:
+        In [0, 1], ``[batch]``.
+    """
+    return 1 - logits.softmax(1).gather(1, targets[:, None])[:, 0]
+
+
+def zero_one(logits: Tensor, targets: Tensor) -> Tensor:
+    """The 0-1 loss: 1 where the prediction is wrong.
+
+    It has no gradient: whatever is learned by it must come before a noisy neuron, the readout's weights included.
+
+    Args:
+        logits: ``[batch, classes]``.
+        targets: class indices ``[batch]``.
+
+    Returns:
+        0 or 1 in the dtype of the logits, ``[batch]``.
+    """
+    return (logits.argmax(1) != targets).to(logits.dtype)
+
+
+def clipped_margin(logits: Tensor, targets: Tensor, margin: float = 1.0) -> Tensor:
+    """The hinge loss of the margin to the best wrong class, clipped so that no outlier counts more than an error.
+
+    Args:
+        logits: ``[batch, classes]``.
+        targets: class indices ``[batch]``.
+        margin: by which the true class has to lead; positive, in units of the logits.
+
+    Returns:
+        ``(margin − lead) / (2 margin)`` clipped to [0, 1], ``[batch]``.
+
+    Raises:
+        ValueError: if the margin is not positive.
+    """
+    if not margin > 0:
+        raise ValueError(f"margin must be positive, got {margin}")
+    right = F.one_hot(targets, logits.shape[1]).bool()
+    lead = logits[right] - logits.masked_fill(right, -torch.inf).amax(1)
+    return ((margin - lead) / (2 * margin)).clamp(0, 1)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each sample, ``[batch]``."""
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross-entropy": cross_entropy,
+    "true-class": true_class,
+    "zero-one": zero_one,
+    "clipped-margin": clipped_margin,
+}
+"""By name, as the experiments call them."""

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from snntorch_lr.experiments import data
+from snntorch_lr.experiments.recipe import Recipe, make_network, make_optimizer, noise_levels
+from snntorch_lr.experiments.train import train
+
+CPU = torch.device("cpu")
+RECIPE = Recipe("likelihood ratio", "digits", "mlp", epochs=2, copies=4, seed=0, batch_size=32, learning_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def images() -> data.Images:
+    digits = data.load("digits")
+    return replace(digits, train=digits.train[:256], train_labels=digits.train_labels[:256])
+
+
+def losses(recipe: Recipe, images: data.Images, path: Path) -> list[float]:
+    return [entry["train_loss"] for entry in train(recipe, images, path / "c.pt", CPU).history]
+
+
+@pytest.mark.parametrize("objective", ["true-class", "zero-one", "clipped-margin"])
+def test_every_objective_trains(objective: str, images: data.Images, tmp_path: Path) -> None:
+    first, last = losses(replace(RECIPE, objective=objective, copies=16), images, tmp_path)
+    assert last < first
+
+
+def test_zero_one_moves_the_readout(images: data.Images, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, objective="zero-one")
+    before = dict(make_network(recipe, images.shape).named_parameters())
+    after = dict(train(recipe, images, tmp_path / "c.pt", CPU).net.named_parameters())
+    assert not torch.equal(before["readout.weight"], after["readout.weight"])
+
+
+@pytest.mark.parametrize("model", ["mlp", "conv"])
+def test_each_neuron_may_have_a_level_of_its_own(model: str) -> None:
+    net = make_network(replace(RECIPE, model=model, per_neuron=True), (1, 8, 8))
+    levels = noise_levels(net)
+    assert len(levels["neurons.0"]) == (256 if model == "mlp" else 8)
+    net(torch.rand(2, 1, 8, 8))
+
+
+def test_noise_levels_are_fixed_on_request(images: data.Images, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, learn_sigma=False)
+    net = train(recipe, images, tmp_path / "c.pt", CPU).net
+    assert noise_levels(net) == noise_levels(make_network(recipe, images.shape))
+    learned = train(RECIPE, images, tmp_path / "d.pt", CPU).net
+    assert noise_levels(learned) != noise_levels(net)
+
+
+def test_decay_shrinks_the_first_weights_only() -> None:
+    recipe = replace(RECIPE, decay=2.0, learning_rate=0.1)
+    net = make_network(recipe, (1, 8, 8))
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    optimizer = make_optimizer(recipe, net)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, value in net.named_parameters():
+        torch.testing.assert_close(value.detach(), before[name] * (0.8 if name == "blocks.0.1.weight" else 1))
+
+
+@pytest.mark.parametrize("method", ["surrogate", "likelihood ratio"])
+def test_training_images_are_disturbed(method: str, images: data.Images, tmp_path: Path) -> None:
+    plain = losses(replace(RECIPE, method=method), images, tmp_path / "plain")[-1]
+    for change in ({"adversary": 0.2}, {"input_noise": 1.0}):
+        assert losses(replace(RECIPE, method=method, **change), images, tmp_path / str(change))[-1] > plain
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "magic"}, "unknown method"),
+        ({"objective": "fame"}, "unknown objective"),
+        ({"objective": "zero-one", "method": "surrogate"}, "no gradient"),
+        ({"decay": -1.0}, "decay"),
+        ({"model": "ann"}, "no spiking neurons"),
+        ({"stop_at": 0.5}, "validation"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_training(
+    change: dict[str, object], message: str, images: data.Images, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(replace(RECIPE, **change), images, tmp_path / "c.pt", CPU)  # type: ignore[arg-type]
+    assert not (tmp_path / "c.pt").exists()
