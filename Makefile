@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two processes of one thread each: the tensors of the tests are too small for threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 # The oldest snnTorch that pyproject.toml allows, and the tests of what touches snnTorch.
 OLDEST := $(shell sed -n 's/.*"snntorch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST_DIR := $(abspath $(VENV))/snntorch-$(OLDEST)
@@ -12,16 +14,16 @@ demo: $(VENV)/installed
 	$(BIN)/snntorch-lr reproduce --dataset digits --out runs/digits
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-newest: $(VENV)/installed
-	$(BIN)/python -m pytest $(TOUCH_SNNTORCH)
+	$(PYTEST) $(TOUCH_SNNTORCH)
 
 test-oldest: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(OLDEST_DIR) snntorch==$(OLDEST)
 	PYTHONPATH=$(OLDEST_DIR) $(BIN)/python -c \
 		"import snntorch as s; assert s.__version__ == '$(OLDEST)', f'{s.__file__} is {s.__version__}'"
-	PYTHONPATH=$(OLDEST_DIR) $(BIN)/python -m pytest $(TOUCH_SNNTORCH)
+	PYTHONPATH=$(OLDEST_DIR) $(PYTEST) $(TOUCH_SNNTORCH)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
