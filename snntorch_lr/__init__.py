@@ -2,6 +2,7 @@
 
 from .allocation import Allocated
 from .approximate import Approximate
+from .control import Controlled
 from .convert import add_noise, noise_off, noise_on, remove_noise, reset
 from .defects import UNSUPPORTED
 from .diagnostics import gradient_report
@@ -29,6 +30,7 @@ __all__ = [
     "Allocated",
     "Alpha",
     "Approximate",
+    "Controlled",
     "EscapeNoise",
     "GradientReport",
     "Lapicque",

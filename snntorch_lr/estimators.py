@@ -225,7 +225,7 @@ class Vanilla(Estimator):
             losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
             everyone, weights = self._compare(losses)
             recording.weights.given = weights.reshape(-1)
-            _push(losses, everyone.numel(), recording)
+            push(losses, everyone.numel(), recording)
             return everyone.mean()
         if not self._inspected:
             self._inspect(neurons, loss_fn, inputs, targets)
@@ -262,7 +262,7 @@ class Vanilla(Estimator):
                     again.weights.given = share
                 with again.spikes:
                     losses = self._run(again, loss_fn, inputs, targets, grad=True)
-                _push(losses, everyone.numel(), again)
+                push(losses, everyone.numel(), again)
         finally:
             after.restore()
             if statistics is not None:
@@ -291,7 +291,7 @@ def batch_size(targets: Any) -> int | None:
     return sizes[0] if sizes else None
 
 
-def _push(losses: Tensor, count: int, recording: Storing) -> None:
+def push(losses: Tensor, count: int, recording: Storing) -> None:
     """One backward pass from the losses and from everything that was filed."""
     if isinstance(recording, Replaying):
         recording.finish()

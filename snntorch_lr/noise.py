@@ -21,10 +21,14 @@ class Distribution:
         shape: makes ε of uniform numbers u in (−1, 1), in place: the quantile function at (1 + u) / 2.
         location_score: −d log f(ε) / dε. The score of the mean is this over σ; because the family is a
             location-scale one, the score of log σ is ε · location_score(ε) − 1.
+        cdf: P(noise < z), which is P(noise > −z).
+        density: f.
     """
 
     shape: Callable[[Tensor], Tensor]
     location_score: Callable[[Tensor], Tensor]
+    cdf: Callable[[Tensor], Tensor]
+    density: Callable[[Tensor], Tensor]
 
 
 def _gaussian(u: Tensor) -> Tensor:
@@ -39,10 +43,27 @@ def _logistic(u: Tensor) -> Tensor:
     return u.atanh_().mul_(2)
 
 
+def _gaussian_density(z: Tensor) -> Tensor:
+    return z.square().mul_(-0.5).exp_().div_(math.sqrt(2 * math.pi))
+
+
+def _laplace_cdf(z: Tensor) -> Tensor:
+    return torch.where(z > 0, 1 - _laplace_density(z), _laplace_density(z))
+
+
+def _laplace_density(z: Tensor) -> Tensor:
+    return z.abs().neg_().exp_().div_(2)
+
+
+def _logistic_density(z: Tensor) -> Tensor:
+    p = torch.sigmoid(z)
+    return torch.addcmul(p, p, p, value=-1)
+
+
 DISTRIBUTIONS = {
-    "gaussian": Distribution(_gaussian, lambda epsilon: epsilon),
-    "laplace": Distribution(_laplace, torch.sign),
-    "logistic": Distribution(_logistic, lambda epsilon: torch.tanh(epsilon / 2)),
+    "gaussian": Distribution(_gaussian, lambda epsilon: epsilon, torch.special.ndtr, _gaussian_density),
+    "laplace": Distribution(_laplace, torch.sign, _laplace_cdf, _laplace_density),
+    "logistic": Distribution(_logistic, lambda epsilon: torch.tanh(epsilon / 2), torch.sigmoid, _logistic_density),
 }
 
 
@@ -104,6 +125,14 @@ class Noise(Portable, nn.Module):
         out = torch.empty_like(like, dtype=uniform.resolved(like.dtype), requires_grad=False)
         uniform.from_generator(out, self.generator if generator is None else generator)
         return DISTRIBUTIONS[self.distribution].shape(out).to(like.dtype)
+
+    def cdf(self, z: Tensor) -> Tensor:
+        """Probability of a spike at a distance z to the threshold, in units of σ."""
+        return DISTRIBUTIONS[self.distribution].cdf(z)
+
+    def density(self, z: Tensor) -> Tensor:
+        """Derivative of ``cdf``."""
+        return DISTRIBUTIONS[self.distribution].density(z)
 
     def extra_repr(self) -> str:
         """Level (mean over neurons) and distribution, for ``print(net)``."""

@@ -169,6 +169,11 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
             return recording.emit(self, spikes)
 
     @property
+    def fires_above_threshold(self) -> bool:
+        """Whether each neuron spikes, once, exactly where its own membrane potential exceeds its threshold."""
+        return self._is_step_function and not self.inhibition and not self.state_quant
+
+    @property
     def _is_step_function(self) -> bool:
         """Whether spikes are zeros and ones: all surrogates of snnTorch are the step function going forward."""
         return (getattr(self.spike_grad, "__module__", None) or "").startswith("snntorch.")

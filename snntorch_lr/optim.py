@@ -9,11 +9,17 @@ from torch import Tensor, nn
 
 from .allocation import Allocated
 from .approximate import Approximate
+from .control import Controlled
 from .estimators import Estimator, LossFn, Vanilla
 from .graph import leaves
 from .validate import check_optimizer
 
-ESTIMATORS: dict[str, type[Estimator]] = {"vanilla": Vanilla, "approximate": Approximate, "allocated": Allocated}
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "vanilla": Vanilla,
+    "approximate": Approximate,
+    "allocated": Allocated,
+    "controlled": Controlled,
+}
 
 
 class Closure:

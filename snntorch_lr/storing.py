@@ -63,16 +63,15 @@ class Stretch:
     score: Tensor | None = None
     scale: Tensor | None = None
 
-    def add(self, noise: MembraneNoise | EscapeNoise, value: Tensor, score: Tensor) -> None:
-        """Adds the scores of a time step; overwrites the value that they are of, ε or z."""
+    def add(self, score: Tensor, scale: Callable[[], Tensor]) -> None:
+        """Adds the scores of a time step; that of log σ is asked for last, and may overwrite the other."""
         if self.score is None or self.scale is None:
             self.score, self.scale = torch.zeros_like(score), torch.zeros_like(score)
         if self.gain is None:
             self.score.add_(score)
         else:
             self.score.addcmul_(score, self.gain)
-        # Last: the score may be the same tensor as the value.
-        self.scale.add_(noise.scale_score(value, score, out=value))
+        self.scale.add_(scale())
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """Both sums."""
@@ -177,16 +176,17 @@ class Storing(Recording):
     ) -> None:
         if stretch.score is None:
             self._file(noise, stretch.current.raw, stretch.sums)
-        stretch.add(noise, value, score)
+        # The score may be the very tensor that it is the score of.
+        stretch.add(score, lambda: noise.scale_score(value, score, out=value))
 
-    def _file(self, noise: Noise, mean: Tensor, scores: Scores) -> None:
+    def _file(self, noise: Noise, mean: Tensor, scores: Scores, weights: Weights | None = None) -> None:
         """Leaves a token, if anything is there to have a gradient."""
         with torch.set_grad_enabled(self.grad):
             if noise not in self._sigmas:
                 self._sigmas[noise] = noise.sigma
             sigma = self._sigmas[noise]
             if mean.requires_grad or sigma.requires_grad:
-                self.tokens.append(_File.apply(mean, sigma, self.weights, scores))
+                self.tokens.append(_File.apply(mean, sigma, weights or self.weights, scores))
 
 
 class _File(torch.autograd.Function):

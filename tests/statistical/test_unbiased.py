@@ -228,8 +228,8 @@ def _drop_recurrence(patch: pytest.MonkeyPatch) -> None:
 
 
 def _drop_pathwise(patch: pytest.MonkeyPatch) -> None:
-    original = estimators._push
-    patch.setattr(estimators, "_push", lambda losses, count, record: original(losses.detach(), count, record))
+    original = estimators.push
+    patch.setattr(estimators, "push", lambda losses, count, record: original(losses.detach(), count, record))
 
 
 def _keep_graph_of_samples(patch: pytest.MonkeyPatch) -> None:
