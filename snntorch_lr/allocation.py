@@ -76,10 +76,9 @@ class Allocated(Estimator):
         if not levels or min(levels) <= 0:
             raise ValueError(f"levels must be positive multiples of the number of copies, got {list(levels)}")
         step = 2 if antithetic else 1
-        # Leave-one-out needs another copy, or pair, to compare with, and a control variate two halves of two.
-        least = (
-            Controlled.least_copies if estimator == "controlled" else 2 * step if baseline == "leave-one-out" else step
-        )
+        # Leave-one-out needs another copy, or pair, to compare with.
+        least = 2 * step if baseline == "leave-one-out" else step
+        least = max(least, Controlled.least_copies if estimator == "controlled" else 1)
         counts = sorted({max(least, step * round(level * copies / step)) for level in levels})
         self.batch_dim = batch_dim
         self.parts = {

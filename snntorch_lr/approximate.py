@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,9 +83,9 @@ class Approximate(Estimator):
         if not self._inspected:
             self._inspect(neurons, loss_fn, inputs, targets)
         first, last = self.division.own_copies(self.copies)
-        stream, others = self._stream(self._next_seed(), first, last), self._others(neurons)
+        copies = self._copies(neurons, self._stream(self._next_seed(), first, last), batch_size(targets))
         before = RandomState.capture()
-        sampling = Summing(neurons, stream, batch_size(targets), others, self._internal)
+        sampling = Summing(copies, self._internal)
         with sampling.spikes:
             losses = self._run(sampling, loss_fn, inputs, targets, grad=True)
         _check_calls(sampling.sums, neurons)
@@ -95,7 +96,7 @@ class Approximate(Estimator):
         if any(sums.internal for sums in sampling.sums.values()):
             after, statistics = RandomState.capture(), Statistics(self.net)
             before.restore()
-            through_rates = RatePass(neurons, stream, sampling.batch, others, sampling.sums)
+            through_rates = RatePass(replace(copies, batch=sampling.batch), sampling.sums)
             try:
                 with suppress(RatesCaptured):
                     self._run(through_rates, loss_fn, inputs, targets, grad=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from .baselines import Baseline
 from .estimators import LossFn, Vanilla, batch_size, push
 from .noise import EscapeNoise, MembraneNoise
 from .noisy import NoisyNeuron
-from .recording import Recording
+from .recording import Copies, Recording
 from .repeatable import RandomState, Statistics
 from .storing import Storing, Stretch, Weights
 from .stream import NoiseStream
@@ -76,12 +76,10 @@ class Controlled(Vanilla):
             )
 
     def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
-        others, batch = self._others(neurons), batch_size(targets)
-        effects = self._effects(neurons, others, loss_fn, inputs, targets)
+        effects = self._effects(neurons, loss_fn, inputs, targets)
         first, last = self.division.own_copies(self.copies)
-        recording = Controlling(
-            neurons, self._stream(self._next_seed(), first, last), batch, others, effects
-        )  # fmt: skip
+        copies = self._copies(neurons, self._stream(self._next_seed(), first, last), batch_size(targets))
+        recording = Controlling(copies, effects)
         losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
         everyone, _ = self._compare(losses)
         controlled = losses.detach().view(last - first, -1).clone()
@@ -94,17 +92,10 @@ class Controlled(Vanilla):
         push(losses, everyone.numel(), recording)
         return everyone.mean()
 
-    def _effects(
-        self,
-        neurons: Mapping[str, NoisyNeuron],
-        others: Iterable[nn.Module],
-        loss_fn: LossFn,
-        inputs: Any,
-        targets: Any,
-    ) -> Effects:
+    def _effects(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Effects:
         """What each spike does to the loss, to first order, where the noise is off."""
         random, statistics = RandomState.capture(), Statistics(self.net)
-        pilot = Pilot(neurons, NoiseStream(0, 1, 0, 1), batch_size(targets), others)
+        pilot = Pilot(self._copies(neurons, NoiseStream(0, 1, 0, 1), batch_size(targets)))
         try:
             losses = self._run(pilot, loss_fn, inputs, targets, grad=True)
         finally:
@@ -136,14 +127,8 @@ class Controlled(Vanilla):
 class Pilot(Recording):
     """A forward pass without noise, in which every spike is a leaf that the loss is differentiated by."""
 
-    def __init__(
-        self,
-        neurons: Mapping[str, NoisyNeuron],
-        stream: NoiseStream,
-        batch: int | None,
-        others: Iterable[nn.Module],
-    ) -> None:
-        super().__init__(neurons, stream, batch, others)
+    def __init__(self, copies: Copies) -> None:
+        super().__init__(copies)
         self.spikes_of: dict[NoisyNeuron, list[Tensor]] = {}
 
     def builds_graph(self, neuron: NoisyNeuron, mem: Tensor) -> bool:
@@ -168,15 +153,8 @@ class Pilot(Recording):
 class Controlling(Storing):
     """A forward pass that also sums up the control variates, and files what they take away from the gradient."""
 
-    def __init__(
-        self,
-        neurons: Mapping[str, NoisyNeuron],
-        stream: NoiseStream,
-        batch: int | None,
-        others: Iterable[nn.Module],
-        effects: Effects,
-    ) -> None:
-        super().__init__(neurons, stream, batch, others)
+    def __init__(self, copies: Copies, effects: Effects) -> None:
+        super().__init__(copies)
         self.controls: dict[NoisyNeuron, Tensor] = {}
         self.returns: dict[NoisyNeuron, Weights] = {}
         self._effects = {neuron: iter(steps) for neuron, steps in effects.items()}

@@ -15,7 +15,7 @@ from .baselines import BASELINES, Baseline
 from .division import Undivided
 from .network import parameters, spiking_neurons
 from .noisy import NoisyNeuron
-from .recording import Recording
+from .recording import Copies, Recording
 from .repeatable import RandomState, Statistics
 from .storing import Replaying, Storing
 from .stream import NoiseStream
@@ -108,8 +108,9 @@ class Estimator(ABC):
     def _stream(self, seed: int, first: int, last: int) -> NoiseStream:
         return NoiseStream(seed, self.copies, first, last, self.antithetic)
 
-    def _others(self, neurons: Mapping[str, NoisyNeuron]) -> list[nn.Module]:
-        return [neuron for name, neuron in spiking_neurons(self.net) if name not in neurons]
+    def _copies(self, neurons: Mapping[str, NoisyNeuron], stream: NoiseStream, batch: int | None) -> Copies:
+        others = [neuron for name, neuron in spiking_neurons(self.net) if name not in neurons]
+        return Copies(neurons, stream, batch, others)
 
     def _next_seed(self) -> int:
         return self.division.seed(int(torch.randint(2**62, (), generator=self._seeds)))
@@ -144,7 +145,7 @@ class Estimator(ABC):
     ) -> tuple[Tensor, Recording]:
         """A trial run of two copies, for estimators that never hold a whole graph: its losses, and its recording."""
         random, statistics = RandomState.capture(), Statistics(self.net)
-        recording = Storing(neurons, NoiseStream(0, 2, 0, 2), batch_size(targets), self._others(neurons))
+        recording = Storing(self._copies(neurons, NoiseStream(0, 2, 0, 2), batch_size(targets)))
         try:
             return self._run_watched(recording, loss_fn, inputs, targets, neurons), recording
         finally:
@@ -219,8 +220,8 @@ class Vanilla(Estimator):
         seed = self._next_seed()
         first, last = self.division.own_copies(self.copies)
         if self.memory == "store" and self.chunk >= last - first:
-            stream = self._stream(seed, first, last)
-            recording = self._storing(neurons, stream, batch_size(targets), self._others(neurons))
+            copies = self._copies(neurons, self._stream(seed, first, last), batch_size(targets))
+            recording = self._storing(copies)
             losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
             everyone, weights = self._compare(losses)
             recording.weights.given = weights.reshape(-1)
@@ -241,7 +242,7 @@ class Vanilla(Estimator):
         statistics = None
         for first, last in chunks:
             before.restore()
-            recording = Recording(neurons, self._stream(seed, first, last), batch, self._others(neurons))
+            recording = Recording(self._copies(neurons, self._stream(seed, first, last), batch))
             losses = self._run(recording, loss_fn, inputs, targets, grad=False)
             batch = recording.batch
             parts.append(losses.view(last - first, -1))
@@ -251,12 +252,13 @@ class Vanilla(Estimator):
         try:
             for first, last in chunks:
                 before.restore()
-                stream, share = self._stream(seed, first, last), weights[first - start : last - start].reshape(-1)
+                copies = self._copies(neurons, self._stream(seed, first, last), batch)
+                share = weights[first - start : last - start].reshape(-1)
                 again: Storing
                 if self.memory == "replay":
-                    again = Replaying(neurons, stream, batch, share, self._others(neurons))
+                    again = Replaying(copies, share)
                 else:
-                    again = Storing(neurons, stream, batch, self._others(neurons))
+                    again = Storing(copies)
                     again.weights.given = share
                 with again.spikes:
                     losses = self._run(again, loss_fn, inputs, targets, grad=True)

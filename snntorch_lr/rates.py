@@ -6,13 +6,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .noise import EscapeNoise, MembraneNoise
 from .noisy import NoisyNeuron
-from .recording import Recording
+from .recording import Copies, Recording
 from .storing import sigma_gradient, weighted
-from .stream import NoiseStream
 
 
 @dataclass
@@ -49,15 +48,8 @@ class Sums:
 class Summing(Recording):
     """Samples, and adds up what the rate-factorised score needs; nothing of a time step remains."""
 
-    def __init__(
-        self,
-        neurons: Mapping[str, NoisyNeuron],
-        stream: NoiseStream,
-        batch: int | None = None,
-        others: Iterable[nn.Module] = (),
-        internal: Collection[NoisyNeuron] = (),
-    ) -> None:
-        super().__init__(neurons, stream, batch, others)
+    def __init__(self, copies: Copies, internal: Collection[NoisyNeuron] = ()) -> None:
+        super().__init__(copies)
         self.sums: dict[NoisyNeuron, Sums] = {}
         self._internal = internal
         self._derived: dict[str | None, tuple[Tensor | None, ...]] = {}
@@ -164,15 +156,8 @@ class RatesCaptured(BaseException):
 class RatePass(Recording):
     """Sends mean rates through the blocks once, and captures the current that each gives to its neuron."""
 
-    def __init__(
-        self,
-        neurons: Mapping[str, NoisyNeuron],
-        stream: NoiseStream,
-        batch: int | None,
-        others: Iterable[nn.Module],
-        sums: Mapping[NoisyNeuron, Sums],
-    ) -> None:
-        super().__init__(neurons, stream, batch, others)
+    def __init__(self, copies: Copies, sums: Mapping[NoisyNeuron, Sums]) -> None:
+        super().__init__(copies)
         self.sums = sums
         self.currents: dict[NoisyNeuron, Tensor] = {}
         self._missing = {neuron for neuron in sums if sums[neuron].internal}

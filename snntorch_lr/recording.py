@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -35,6 +35,23 @@ class Current:
         return self.raw is x and version(x) == self.count
 
 
+@dataclass(frozen=True)
+class Copies:
+    """What a forward pass of noise copies is run with.
+
+    Attributes:
+        neurons: the neurons that sample, by name.
+        stream: the noise, and which copies there are.
+        batch: number of samples, or None to take it from the first noisy neuron's input.
+        others: snnTorch neurons of the network that do not sample.
+    """
+
+    neurons: Mapping[str, NoisyNeuron]
+    stream: NoiseStream
+    batch: int | None = None
+    others: Collection[nn.Module] = ()
+
+
 class Recording:
     """One forward pass of noise copies: expands inputs, and samples without a graph or a score.
 
@@ -42,10 +59,7 @@ class Recording:
     ``k * batch + b`` of every tensor belongs to copy k of sample b.
 
     Args:
-        neurons: the neurons that sample, by name.
-        stream: the noise, and which copies there are.
-        batch: number of samples, or None to take it from the first noisy neuron's input.
-        others: snnTorch neurons of the network that do not sample.
+        copies: who samples, and what.
 
     Attributes:
         fed_by_copies: neurons whose first input had been expanded before it came: spikes of other ones are in it.
@@ -53,21 +67,15 @@ class Recording:
         step: a neuron's time step; compiled code leaves its graph there, which could not follow scores being filed.
     """
 
-    def __init__(
-        self,
-        neurons: Mapping[str, NoisyNeuron],
-        stream: NoiseStream,
-        batch: int | None = None,
-        others: Iterable[nn.Module] = (),
-    ) -> None:
-        self.neurons = neurons
-        self.others = others
+    def __init__(self, copies: Copies) -> None:
+        self.neurons = copies.neurons
+        self.others = copies.others
+        self.stream = copies.stream
+        self.copies = copies.stream.last - copies.stream.first
+        self.batch = copies.batch
         self.grad = True
         self.step = NoisyNeuron.step
         self._handles: list[RemovableHandle] = []
-        self.stream = stream
-        self.copies = stream.last - stream.first
-        self.batch = batch
         self.spikes = PackedSpikes()
         self._draws = 0
         self._started: set[NoisyNeuron] = set()

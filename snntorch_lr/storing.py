@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .graph import version
 from .noise import EscapeNoise, MembraneNoise, Noise
 from .noisy import NoisyNeuron
 from .packing import pack, unpack
-from .recording import Current, Recording
-from .stream import NoiseStream
+from .recording import Copies, Current, Recording
 
 Scores = Callable[[], tuple[Tensor, Tensor]]
 """Scores of the mean (times σ) and of log σ, ``[copies * batch, ...]`` each."""
@@ -88,14 +87,8 @@ class Storing(Recording):
     backward pass. ``tokens`` are empty tensors at which that backward pass begins.
     """
 
-    def __init__(
-        self,
-        neurons: Mapping[str, NoisyNeuron],
-        stream: NoiseStream,
-        batch: int | None = None,
-        others: Iterable[nn.Module] = (),
-    ) -> None:
-        super().__init__(neurons, stream, batch, others)
+    def __init__(self, copies: Copies) -> None:
+        super().__init__(copies)
         self.tokens: list[Tensor] = []
         self.weights = Weights()
         self._sigmas: dict[Noise, Tensor] = {}
@@ -235,15 +228,8 @@ class Replaying(Storing):
     current that changes) are stored as in ``Storing``.
     """
 
-    def __init__(
-        self,
-        neurons: Mapping[str, NoisyNeuron],
-        stream: NoiseStream,
-        batch: int | None,
-        weights: Tensor,
-        others: Iterable[nn.Module] = (),
-    ) -> None:
-        super().__init__(neurons, stream, batch, others)
+    def __init__(self, copies: Copies, weights: Tensor) -> None:
+        super().__init__(copies)
         self.weights.given = weights
         self._summed: dict[NoisyNeuron, Tensor] = {}
         self._sources: dict[NoisyNeuron, tuple[Tensor, Tensor | None]] = {}

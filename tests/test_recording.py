@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.recording import Recording
+from snntorch_lr.recording import Copies, Recording
 from snntorch_lr.storing import Storing
 from snntorch_lr.stream import NoiseStream
 
@@ -88,7 +88,7 @@ def test_copies_are_independent_and_copy_first() -> None:
 def test_files_what_was_sampled() -> None:
     neuron = slr.Leaky(beta=0.8, init_hidden=True, noise=slr.MembraneNoise(torch.tensor([0.1, 0.5, 2.0])))
     x = inputs_for("Leaky").requires_grad_()
-    with Storing({"lif": neuron}, NoiseStream(0, COPIES, 0, COPIES)) as recording:
+    with Storing(Copies({"lif": neuron}, NoiseStream(0, COPIES, 0, COPIES))) as recording:
         for step in x:
             neuron(step)
     assert len(recording.tokens) == STEPS
@@ -102,7 +102,7 @@ def test_files_what_was_sampled() -> None:
 
 def test_samples_carry_no_graph() -> None:
     neuron = slr.Leaky(beta=0.8, noise=True)
-    with Storing({"lif": neuron}, NoiseStream(0, COPIES, 0, COPIES)):
+    with Storing(Copies({"lif": neuron}, NoiseStream(0, COPIES, 0, COPIES))):
         spikes, mem = neuron(torch.ones(BATCH, FEATURES, requires_grad=True), torch.zeros(BATCH, FEATURES))
     assert not spikes.requires_grad
     assert not mem.requires_grad
@@ -145,7 +145,7 @@ def test_given_states_are_copied(name: str, reset: str) -> None:
 def test_state_by_keyword_is_copied() -> None:
     neuron = slr.Leaky(beta=0.9, noise=slr.MembraneNoise(1e-3))
     mem = torch.arange(BATCH * 1.0)[:, None]
-    with Recording({"": neuron}, NoiseStream(0, COPIES, 0, COPIES)):
+    with Recording(Copies({"": neuron}, NoiseStream(0, COPIES, 0, COPIES))):
         _, after = neuron(torch.zeros(BATCH, 1), mem=mem)
     torch.testing.assert_close(after, (0.9 * mem - (mem > 1).float()).repeat(COPIES, 1), rtol=0, atol=1e-2)
 

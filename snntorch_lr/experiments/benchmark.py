@@ -82,6 +82,7 @@ def benchmark(
         DataError: if the data cannot be had.
     """
     _check(settings)
+    files.check_writable(out)
     device = torch.device("cpu") if device is None else device
     torch.set_num_threads(settings.threads)
     images = data.load(settings.dataset, data_root) if "accuracy" in settings.parts else None

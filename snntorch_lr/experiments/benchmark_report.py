@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..text import listed, markdown
 from . import files
 
 _WHAT = {
@@ -22,16 +22,16 @@ def to_markdown(results: dict[str, Any]) -> str:
     settings = results["settings"]
     tables = {"steps": _steps, "memory": _memory, "growth": _growth, "accuracy": _accuracy}
     sections = [
-        f"## {_WHAT[part]}\n\n{_table(*draw(results[part], settings))}"
+        f"## {_WHAT[part]}\n\n{markdown(*draw(results[part], settings))}"
         for part, draw in tables.items()
         if part in results
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     size = f"784-{settings['width']}-10, batch {settings['batch']}"
     return (
         f"# Benchmark: {size}\n\n"
         + "\n\n".join(sections)
-        + f"\n\nCommand: `{results['command']}`\n\nVersions: {versions}. Machine: {results['machine']}.\n"
+        + f"\n\nCommand: `{results['command']}`\n\n"
+        + f"Versions: {listed(results['versions'])}. Machine: {results['machine']}.\n"
     )
 
 
@@ -40,10 +40,6 @@ def write_figures(results: dict[str, Any], out: Path) -> None:
     for part, draw in (("steps", _draw_steps), ("memory", _draw_memory)):
         if part in results:
             files.save_figure(out / f"{part}.png", partial(draw, results[part]))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
 def _steps(rows: list[dict[str, Any]], settings: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -15,7 +16,9 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 except ImportError as error:
-    raise SystemExit(f"{error.name} is missing: pip install 'snntorch-lr[experiments,attacks]'") from error
+    raise SystemExit(
+        f"snntorch-lr: not installed: {error.name}; pip install 'snntorch-lr[experiments,attacks]'"
+    ) from error
 
 import torch
 
@@ -31,6 +34,12 @@ from .train import Progress as StepProgress
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 
+_DataRoot = Annotated[
+    Path | None, typer.Option(help="torchvision root of MNIST and Fashion-MNIST; downloaded there if absent.")
+]
+_Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+# Of the extra "experiments", beside what this module imports: some are needed only after hours.
+_NEEDED = ("matplotlib", "psutil", "scipy", "sklearn", "torchvision")
 _EPOCHS = {"digits": 30, "mnist": 4, "fashion-mnist": 4}
 
 
@@ -45,15 +54,16 @@ def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     """Noise, likelihood-ratio training and robustness evaluation for snnTorch."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        _fail(f"not installed: {', '.join(missing)}; pip install 'snntorch-lr[experiments,attacks]'", 1)
 
 
 @app.command("reproduce")
 def reproduce_command(
     dataset: Annotated[str, typer.Option(help="digits (no download), mnist or fashion-mnist.")] = "digits",
     model: Annotated[str, typer.Option(help="mlp, deep-mlp or conv.")] = "mlp",
-    data_root: Annotated[
-        Path | None, typer.Option(help="torchvision root of MNIST and Fashion-MNIST; downloaded there if absent.")
-    ] = None,
+    data_root: _DataRoot = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; 30 for digits, 4 otherwise.")] = None,
     copies: Annotated[int, typer.Option(help="Noise copies of each sample.")] = 16,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -64,7 +74,7 @@ def reproduce_command(
     distribution: Annotated[str, typer.Option(help="gaussian, logistic; membrane noise also laplace.")] = "gaussian",
     sigma: Annotated[float, typer.Option(help="Initial noise level of the hidden neurons.")] = 0.5,
     learning_rate: Annotated[float, typer.Option(help="Of Adam, for all networks; falls to 0 along a cosine.")] = 1e-3,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: _Device = "cpu",
     epsilon: Annotated[list[float] | None, typer.Option(help="Attack budget, l∞; may be given again.")] = None,
     attack_images: Annotated[int, typer.Option(help="Test images to attack.")] = 1000,
     draws: Annotated[int, typer.Option(help="Noise draws that attacks average over where the noise is on.")] = 8,
@@ -118,12 +128,10 @@ def benchmark_command(
         list[int] | None, typer.Option(help="Time steps at which memory is measured; may be given again. 25, 100, 400.")
     ] = None,
     dataset: Annotated[str, typer.Option(help="Of the time to an accuracy: mnist, fashion-mnist or digits.")] = "mnist",
-    data_root: Annotated[
-        Path | None, typer.Option(help="torchvision root of MNIST and Fashion-MNIST; downloaded there if absent.")
-    ] = None,
+    data_root: _DataRoot = None,
     limit: Annotated[float, typer.Option(help="Seconds of training after which an accuracy is given up.")] = 600.0,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: _Device = "cpu",
     out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("runs/benchmark"),
 ) -> None:
     """Measure time and memory of a training step by every method, their growth, and the time to an accuracy.
@@ -147,7 +155,7 @@ def benchmark_command(
             show = status.update if console.is_terminal else console.print
             results = benchmark.benchmark(chosen, out, data_root, _device(device), show)
     typer.echo(to_markdown(results))
-    console.print(f"Written: {out}/benchmark.json, benchmark.md and figures")
+    typer.echo(f"Written: {out}/benchmark.json, benchmark.md and figures")
 
 
 @app.command("diagnose")
@@ -159,9 +167,7 @@ def diagnose_command(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Network to measure: a checkpoint of reproduce; a fresh network by default.")
     ] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(help="torchvision root of MNIST and Fashion-MNIST; downloaded there if absent.")
-    ] = None,
+    data_root: _DataRoot = None,
     noise: Annotated[str, typer.Option(help="membrane or escape.")] = "membrane",
     distribution: Annotated[str, typer.Option(help="gaussian, logistic; membrane noise also laplace.")] = "gaussian",
     sigma: Annotated[float, typer.Option(help="Noise level where the checkpoint has none.")] = 0.5,
@@ -170,7 +176,7 @@ def diagnose_command(
     repeats: Annotated[int, typer.Option(help="Calls of each estimator.")] = 16,
     reference: Annotated[int, typer.Option(help="Calls that the reference gradient is the mean of.")] = 128,
     seed: Annotated[int, typer.Option(help="Of a fresh network, the batch and the noise.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: _Device = "cpu",
     out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("runs/gradients"),
 ) -> None:
     """Measure the gradients of the estimators on one batch: cosine, signal-to-noise, bias, time, memory.
@@ -182,7 +188,7 @@ def diagnose_command(
             dataset, model, checkpoint, noise, distribution, sigma, copies, batch, repeats, reference, seed
         )
         typer.echo(diagnose.diagnose(settings, out, data_root, _device(device)))
-    console.print(f"Written: {out}/gradients.json, gradients.md, gradients.png")
+    typer.echo(f"Written: {out}/gradients.json, gradients.md, gradients.png")
 
 
 @app.command("evaluate")
@@ -192,9 +198,7 @@ def evaluate_command(
     ],
     suite: Annotated[str, typer.Option(help="Attacks: quick, paper or standard.")] = "standard",
     dataset: Annotated[str | None, typer.Option(help="Whose test images; those of the checkpoints.")] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(help="torchvision root of MNIST and Fashion-MNIST; downloaded there if absent.")
-    ] = None,
+    data_root: _DataRoot = None,
     images: Annotated[int, typer.Option(help="Test images to attack, from the first.")] = 1000,
     epsilon: Annotated[list[float] | None, typer.Option(help="Attack budget; may be given again.")] = None,
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
@@ -202,7 +206,7 @@ def evaluate_command(
     votes: Annotated[int, typer.Option(help="Noise draws for each prediction.")] = 32,
     corruptions: Annotated[bool, typer.Option("--corruptions", help="Score natural corruptions too.")] = False,
     seed: Annotated[int, typer.Option(help="Of attacks and noise.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: _Device = "cpu",
     out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("runs/robustness"),
 ) -> None:
     """Attack trained networks: worst case over a suite, transfers between them, and the gates that it has to pass.
@@ -216,7 +220,7 @@ def evaluate_command(
     with _plain_errors("finished attacks are kept: the same command goes on from there"), _progress() as bars:
         found = evaluate.evaluate(settings, out, data_root, _device(device), _watch(bars))
     typer.echo(found)
-    console.print(f"Written: {out}/robustness.md, robustness.json, epsilon.png, steps.png, surrogates.png")
+    typer.echo(f"Written: {out}/robustness.md, robustness.json, epsilon.png, steps.png, surrogates.png")
 
 
 def _run(settings: Settings, out: Path, data_root: Path | None, device: str, resume: bool) -> None:
@@ -232,7 +236,7 @@ def _run(settings: Settings, out: Path, data_root: Path | None, device: str, res
     for line in lines:
         table.add_row(*line)
     console.print(table)
-    console.print(f"Written: {out}/results.json, table.md, robustness.md, training.png, attacks.png and other figures")
+    typer.echo(f"Written: {out}/results.json, table.md, robustness.md, training.png, attacks.png and other figures")
 
 
 @contextmanager
@@ -248,7 +252,9 @@ def _plain_errors(interrupted: str) -> Iterator[None]:
         _fail(f"interrupted; {interrupted}", 130)
     except ValueError as error:
         _fail(str(error), 2)
-    except (DataError, OSError, RankError) as error:
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+    except (DataError, RankError) as error:
         _fail(str(error), 1)
 
 
@@ -262,16 +268,17 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"unknown device {name!r}; use cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device was found; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not supported; use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"no CUDA device {device.index or 0} was found; use --device cpu")
     return device
 
 
 def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
+    # Names of checkpoints are no markup.
+    what, note = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]"))
+    columns = (what, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn())
     quiet = not console.is_terminal or "CI" in os.environ
     return Progress(*columns, console=console, disable=quiet)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..text import first_line
+
 NAMES = ("digits", "mnist", "fashion-mnist")
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 class DataError(RuntimeError):
@@ -60,7 +66,8 @@ def load(name: str, root: Path | None = None) -> Images:
         root: torchvision root of MNIST and Fashion-MNIST; ``data`` by default.
 
     Raises:
-        DataError: if the name is unknown, or the data are neither there nor downloadable.
+        DataError: if the name is unknown, or the data are neither there nor downloadable, or cannot be read.
+        OSError: if a download cannot be written.
     """
     if name == "digits":
         return _digits()
@@ -89,12 +96,10 @@ def _torchvision(name: str, root: Path) -> Images:
     kind: Any = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}[name]
     try:
         parts = [_read(kind, root, train) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0].rstrip(":")
-        raise DataError(
-            f"{name} is not under {root} and could not be downloaded ({reason}). Connect to the internet, or give the "
-            f"folder that holds {kind.__name__}/raw with --data-root"
-        ) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            raise OSError(error.errno, error.strerror, str(root)) from error
+        raise DataError(_unavailable(name, kind, root, first_line(error).rstrip(":"))) from error
 
     def scaled(images: Tensor) -> Tensor:
         return (images.float() / 255).unsqueeze(1)
@@ -107,5 +112,17 @@ def _read(kind: Any, root: Path, train: bool) -> tuple[Tensor, Tensor]:
     try:
         found = kind(str(root), train=train, download=False)
     except RuntimeError:
-        found = kind(str(root), train=train, download=True)
+        # What it prints about a failure is in its error.
+        with redirect_stdout(io.StringIO()):
+            found = kind(str(root), train=train, download=True)
     return found.data, found.targets
+
+
+def _unavailable(name: str, kind: Any, root: Path, reason: str) -> str:
+    raw = root / kind.__name__ / "raw"
+    if all((raw / Path(file).stem).is_file() for file, _ in kind.resources):
+        return f"{name} under {root} cannot be read ({reason}): delete {raw}, and it will be downloaded again"
+    return (
+        f"{name} is not under {root} and could not be downloaded ({reason}). Connect to the internet, or give the "
+        f"folder that holds {kind.__name__}/raw with --data-root"
+    )

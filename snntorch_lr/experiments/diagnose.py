@@ -19,6 +19,7 @@ from ..noise import KINDS, EscapeNoise, MembraneNoise
 from ..noisy import NoisyNeuron
 from ..quality import GradientReport
 from ..storing import Storing
+from ..text import listed
 from ..versions import versions
 from . import data, files, models
 from .recipe import Recipe, load_trained, make_network
@@ -99,6 +100,7 @@ def diagnose(
     KINDS[settings.noise](settings.sigma, distribution=settings.distribution)
     if settings.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {settings.batch}")
+    files.check_writable(out)
     device = torch.device("cpu") if device is None else device
     recipe, trained = _trained(settings) if settings.checkpoint else (_fresh(settings), None)
     images = data.load(recipe.dataset, data_root)
@@ -178,10 +180,9 @@ def _markdown(results: dict[str, Any], report: GradientReport) -> str:
     trained = (
         f"after {recipe['epochs']} epochs by {recipe['method']}" if settings["checkpoint"] else "at initialisation"
     )
-    listed = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"# Gradients: {recipe['dataset']}, {recipe['model']}, {settings['distribution']} {settings['noise']} noise, "
         f"{trained}\n\n"
         f"{settings['batch']} training images.\n\n```text\n{report}\n```\n\n"
-        f"Command: `{results['command']}`\n\nVersions: {listed}. Machine: {results['machine']}.\n"
+        f"Command: `{results['command']}`\n\nVersions: {listed(results['versions'])}. Machine: {results['machine']}.\n"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import nn
 from ..robustness import CORRUPTIONS, RobustnessReport, suite
 from ..robustness import evaluate as evaluate_networks
 from ..robustness.measure import Progress
-from . import data, report
+from . import data, files, report
 from .recipe import Recipe, load_trained
 from .reproduce import arguments, machine
 
@@ -76,7 +76,9 @@ def evaluate(
         raise ValueError(str(error)) from error
     device = torch.device("cpu") if device is None else device
     recipes, nets = _load(settings.checkpoints, device)
+    files.check_writable(out)
     images = data.load(_dataset(settings.dataset, recipes), data_root)
+    _check_sizes(nets, recipes, images)
     (name, net), *baselines = nets.items()
     evaluation = evaluate_networks(
         net,
@@ -109,6 +111,18 @@ def _load(checkpoints: Sequence[Path], device: torch.device) -> tuple[list[Recip
     return [recipe for recipe, _ in loaded], {
         name: net.to(device).eval() for name, (_, net) in zip(names, loaded, strict=True)
     }
+
+
+def _check_sizes(nets: Mapping[str, nn.Module], recipes: Sequence[Recipe], images: data.Images) -> None:
+    for (name, net), recipe in zip(nets.items(), recipes, strict=True):
+        device = next(net.parameters()).device
+        try:
+            with torch.no_grad():
+                net(images.test[:1].to(device))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{name} was trained on {recipe.dataset}, and cannot take the images of {images.name}"
+            ) from error
 
 
 def _dataset(given: str | None, recipes: Sequence[Recipe]) -> str:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..atomic import replacing
+from ..atomic import replacing, save
+
+
+def check_writable(directory: Path) -> None:
+    """Finds out before hours of work whether files can be written to a directory; makes none.
+
+    Raises:
+        OSError: if they cannot.
+    """
+    try:
+        nearest = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(directory)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -25,8 +40,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Writes a checkpoint atomically."""
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    save(path, state)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -34,10 +48,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: if the file is not a checkpoint.
+        OSError: if it cannot be read.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except OSError:
         raise
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of this program ({type(error).__name__})") from error

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import math
-import multiprocessing
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
+from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -66,25 +66,22 @@ def peak_megabytes(workload: Workload, device: torch.device) -> float:
     On a CUDA device it is what torch's allocator counts.
 
     Raises:
-        RuntimeError: if the process dies, for want of memory for example.
+        ChildProcessError: if the process dies, for want of memory for example.
     """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_measure, args=(there, workload, str(device), torch.get_num_threads()))
-    process.start()
-    there.close()
-    try:
-        peak: float = here.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"measuring the memory of {workload} ended with status {process.exitcode}") from None
-    process.join()
-    return peak
+    given = json.dumps([asdict(workload), str(device), torch.get_num_threads()])
+    # In a session of its own: Ctrl-C is for this process, which ends the other one.
+    process = subprocess.run(
+        [sys.executable, "-m", __spec__.name], input=given, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    if process.returncode:
+        raise ChildProcessError(f"measuring the memory of {workload} ended with status {process.returncode}")
+    return float(process.stdout)
 
 
-def _measure(pipe: Connection, workload: Workload, name: str, threads: int) -> None:
-    torch.set_num_threads(threads)
-    device = torch.device(name)
+def _measure(workload: Workload, device: torch.device) -> float:
+    """What ``peak_megabytes`` returns, in the process that does nothing else."""
+    import psutil
+
     step = make_step(workload, device)
     step.net.num_steps = 1
     step()
@@ -93,14 +90,13 @@ def _measure(pipe: Connection, workload: Workload, name: str, threads: int) -> N
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
-        pipe.send((torch.cuda.max_memory_allocated(device) - before) / 1e6)
-        return
+        return float(torch.cuda.max_memory_allocated(device) - before) / 1e6
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = psutil.Process().memory_info().rss
     afresh = _forget_peak()
     step()
-    pipe.send((_peak_bytes(afresh) - before) / 1e6)
+    return float(_peak_bytes(afresh) - before) / 1e6
 
 
 def _forget_peak() -> bool:
@@ -125,3 +121,10 @@ def _peak_bytes(afresh: bool) -> int:
 def slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
     """Exponent of a power law through the costs: the slope of their logarithms."""
     return statistics.linear_regression([math.log(size) for size in sizes], [math.log(cost) for cost in costs]).slope
+
+
+# Nothing is given by a process that Ctrl-C ends while it starts this one.
+if __name__ == "__main__" and (_given := sys.stdin.read()):
+    _workload, _name, _threads = json.loads(_given)
+    torch.set_num_threads(_threads)
+    print(_measure(Workload(**_workload), torch.device(_name)))

@@ -17,6 +17,10 @@ from . import files, models
 METHODS = ("surrogate", "surrogate, noise", "likelihood ratio")
 
 
+INCOMPLETE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+"""What is raised by a checkpoint that lacks something, or has something else in its place."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides what a training run computes.
@@ -144,6 +148,6 @@ def load_trained(checkpoint: Path) -> tuple[Recipe, nn.Module]:
         recipe = Recipe(**state["recipe"])
         net = make_network(recipe, tuple(state["shape"]))
         net.load_state_dict(state["net"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except INCOMPLETE as error:
         raise ValueError(f"{checkpoint} is not a checkpoint of reproduce ({type(error).__name__})") from error
     return recipe, net

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..robustness import RobustnessReport
+from ..text import listed, markdown
 from . import files
 
 NOT_RUN = {"accuracy": float("nan"), "low": float("nan"), "high": float("nan")}
@@ -37,19 +38,16 @@ def to_markdown(results: dict[str, Any]) -> str:
     """The table as Markdown, with what is needed to read and repeat it."""
     header, lines = table(results)
     settings = results["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     text = [
         f"# {settings['dataset']}, {settings['model']}, seed {settings['seed']}",
         "",
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *("| " + " | ".join(line) + " |" for line in lines),
+        markdown(header, lines),
         "",
         NOTE,
         "",
         f"Command: `{results['command']}`",
         "",
-        f"Versions: {versions}. Machine: {results['machine']}. Ranks: {results['ranks']}.",
+        f"Versions: {listed(results['versions'])}. Machine: {results['machine']}. Ranks: {results['ranks']}.",
         "",
     ]
     return "\n".join(text)

@@ -156,6 +156,7 @@ def reproduce(
         there = [path.name for path in checkpoints.values() if path.exists()]
         if there and not resume:
             raise ValueError(f"{out} holds {', '.join(there)} already: add --resume to go on, or choose another --out")
+        files.check_writable(out)
         return data.load(settings.dataset, data_root)
 
     images = ranks.from_first(prepare).to(device)

@@ -59,6 +59,7 @@ def study(
         raise ValueError(f"unknown group {', '.join(unknown)}; choose from {', '.join(GROUPS)}")
     if jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
+    files.check_writable(out)
     data.load(entries[0].recipe.dataset, data_root)
     wanted = _with_needs(entries, [entry for entry in entries if not groups or entry.group in groups])
     waiting = [entry for entry in wanted if not finished(entry, out)]

@@ -32,10 +32,9 @@ def write(results: Path, out: Path) -> list[Path]:
         The files.
 
     Raises:
-        ValueError: if there is no result in the folder.
+        ValueError: if there is no result in the folder, or a file cannot be read as one.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
-    found = [result for result in found if "entry" in result]
+    found = [result for result in map(_read, sorted(results.glob("*.json"))) if "entry" in result]
     if not found:
         raise ValueError(f"{results} holds no results of a study")
     written = []
@@ -46,6 +45,14 @@ def write(results: Path, out: Path) -> list[Path]:
     page = out / "index.md"
     files.write_text(page, to_markdown(found))
     return [page, *written]
+
+
+def _read(path: Path) -> Result:
+    try:
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a result of a study: {error}") from error
+    return result
 
 
 def to_markdown(results: Sequence[Result]) -> str:

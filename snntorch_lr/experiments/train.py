@@ -22,7 +22,7 @@ from ..robustness.target import Target
 from . import files
 from .data import Images
 from .ranks import ALONE, Ranks
-from .recipe import Recipe, check_recipe, make_network, make_optimizer
+from .recipe import INCOMPLETE, Recipe, check_recipe, make_network, make_optimizer
 
 _ADVERSARY = gradient_attack("PGD-7", Descent(steps=7, length=0.25))
 CHECKS = 20
@@ -125,10 +125,13 @@ def train(
     stopped = False
     state = ranks.from_first(lambda: _matching(checkpoint, recipe) if resume and checkpoint.exists() else None)
     if state is not None:
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        history, stopped = state["history"], state.get("stopped", False)
+        try:
+            net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            history, stopped = state["history"], state.get("stopped", False)
+        except INCOMPLETE as error:
+            raise ValueError(f"{checkpoint} is not a checkpoint of reproduce ({type(error).__name__})") from error
     take_step = stepper(recipe, net, optimizer, ranks)
 
     def save() -> None:
@@ -211,7 +214,9 @@ def _disturbed(recipe: Recipe, net: nn.Module, step: Step) -> Step:
 
 def _matching(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
     state = files.load_checkpoint(checkpoint)
-    wanted, found = asdict(recipe), state.get("recipe", {})
+    wanted, found = asdict(recipe), state.get("recipe")
+    if not isinstance(found, dict):
+        raise ValueError(f"{checkpoint} is not a checkpoint of reproduce")
     different = [f"{key}={found.get(key)!r} (now {wanted[key]!r})" for key in wanted if found.get(key) != wanted[key]]
     if different:
         raise ValueError(

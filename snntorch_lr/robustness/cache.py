@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..atomic import replacing
+from ..atomic import save
 
 
 def fingerprint(*parts: Any) -> str:
@@ -58,8 +58,7 @@ class Cache:
             value: dict[str, Any] = found["value"]
             return value
         value = compute()
-        with replacing(path) as temporary:
-            torch.save({"fingerprint": mark, "value": value}, temporary)
+        save(path, {"fingerprint": mark, "value": value})
         return value
 
 

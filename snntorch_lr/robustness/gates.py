@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..network import spiking_neurons
+from ..text import first_line
 from .descent import Descent
 from .probes import Probe
 from .scoring import logits_of, seeded
@@ -85,7 +86,7 @@ def guarded(name: str, check: Callable[[], Gate]) -> Gate:
     try:
         return check()
     except Exception as error:
-        return Gate(name, False, f"could not be checked: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return Gate(name, False, f"could not be checked: {type(error).__name__}: {first_line(error)}")
 
 
 def forward_pass(target: Target, images: Tensor) -> Gate:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..network import noisy_neurons
 from ..stream import mix
+from ..text import first_line
 from ..versions import versions
 from .attacks import SUITES, Attack, perturb
 from .budget import Budget
@@ -212,7 +213,7 @@ class Measurement:
             try:
                 adversarial = perturb(attack, subject.target, x, y, budget, mix(seed, index), self.protocol.rows)
             except (RuntimeError, ValueError) as error:
-                raise AttackFailedError(str(error).splitlines()[0]) from error
+                raise AttackFailedError(first_line(error)) from error
             right.append(self._score(subject, adversarial, y, seed, index, 1).right)
             unchanged += int((adversarial == x).flatten(1).all(1).sum())
         after = still.clone()

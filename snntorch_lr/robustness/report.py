@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..text import listed, markdown
 from ..versions import versions
 from . import figures
 from .attacks import Attack
@@ -125,11 +126,9 @@ class RobustnessReport:
         """
         parts = [self._summary()]
         for title, header, lines in (*self._tables(), self._settings()):
-            rows = [header, ["---"] * len(header), *lines]
-            table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-            parts.append(f"{'#' * level} {title}\n\n{table}")
-        listed = ", ".join(f"{name} {version}" for name, version in versions(*PACKAGES).items())
-        return "\n\n".join([*parts, self._note(), f"Seed {self.protocol.seed}. Versions: {listed}."]) + "\n"
+            parts.append(f"{'#' * level} {title}\n\n{markdown(header, lines)}")
+        made = f"Seed {self.protocol.seed}. Versions: {listed(versions(*PACKAGES))}."
+        return "\n\n".join([*parts, self._note(), made]) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """All figures and settings as plain dicts and numbers, ready for ``json.dump``."""

@@ -56,7 +56,7 @@ def test_memory_of_replay_does_not_grow_with_time_and_that_of_the_surrogate_does
 
 
 def test_a_process_that_dies_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="ended with status"):
+    with pytest.raises(ChildProcessError, match="ended with status"):
         peak_megabytes(Workload("no such method"), CPU)
 
 

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import resource
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from matplotlib.figure import Figure
 
 from snntorch_lr.experiments import files
 
@@ -23,6 +28,48 @@ def test_written_files_can_be_read_by_others(tmp_path: Path) -> None:
     files.write_text(tmp_path / "a", "x")
     (tmp_path / "b").write_text("x")
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    files.save_checkpoint(path, {"a": torch.ones(3)})
+    with files_of_at_most(10_000), pytest.raises(OSError, match="File too large") as caught:
+        files.save_checkpoint(path, {"a": torch.ones(100_000)})
+    assert caught.value.filename == str(path)
+    assert torch.equal(files.load_checkpoint(path)["a"], torch.ones(3))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_figure_that_does_not_fit_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "figure.png"
+    path.write_text("old")
+    with files_of_at_most(1000), pytest.raises(OSError, match="File too large") as caught:
+        files.save_figure(path, Figure().savefig)
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_to_write_is_found_without_making_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path, tmp_path / "a" / "b", Path("a") / "b", Path()):
+        files.check_writable(place)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "a", Path("file") / "a"):
+        with pytest.raises(NotADirectoryError) as caught:
+            files.check_writable(place)
+        assert caught.value.filename == str(place)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import snntorch_lr
-from snntorch_lr.experiments import cli, data, reproduce
+from snntorch_lr.experiments import cli, data
 from snntorch_lr.experiments.recipe import Recipe, load_trained
 from snntorch_lr.experiments.train import validation_accuracy
 from snntorch_lr.robustness.judge import Findings
@@ -84,16 +84,6 @@ def test_finished_runs_are_kept_and_resumed(out: Path) -> None:
     assert (out / "likelihood-ratio.pt").stat().st_mtime_ns == before
 
 
-def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(reproduce, "train", interrupt)
-    result = run("reproduce", *SMALL, "--out", str(tmp_path))
-    assert result.exit_code == 130
-    assert "--resume" in result.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -116,8 +106,3 @@ def test_wrong_arguments_are_one_line(arguments: list[str], message: str, tmp_pa
     assert re.search(message, result.stderr)
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "x").exists()
-
-
-def test_version_and_help() -> None:
-    assert snntorch_lr.__version__ in run("--version").output
-    assert "--data-root" in run("reproduce", "--help").output

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import snntorch_lr as slr
-from snntorch_lr.robustness import Descent, RobustnessReport, evaluate, gradient_attack, share_of, verdict
+from snntorch_lr.robustness import Descent, Headline, RobustnessReport, evaluate, gradient_attack, share_of, verdict
 from snntorch_lr.robustness.gates import Gate
 
 from . import canaries
@@ -35,6 +35,10 @@ def test_no_worst_case_stands_without_its_gates(report: RobustnessReport) -> Non
             for gate in row.findings.gates:
                 assert gate.detail in text
     assert report.to_json()["rows"][2]["verdict"] == verdict(blind.findings.gates)
+
+
+def test_a_headline_prints_what_the_gates_say() -> None:
+    assert str(Headline(0.5, 0.4, 0.6, 96, "all gates passed")) == "50.0 ± 10.0 % (all gates passed)"
 
 
 def test_verdict_names_what_failed_before_what_is_missing() -> None:

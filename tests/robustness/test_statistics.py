@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from snntorch_lr.robustness.statistics import clopper_pearson, mcnemar, share_of, wilson
+from snntorch_lr.robustness.statistics import Share, clopper_pearson, mcnemar, share_of, wilson
 
 
 # Newcombe (1998), table I, methods 3 (score) and 5 (Clopper-Pearson).
@@ -22,6 +22,10 @@ def test_intervals_are_those_of_newcombe(
     for interval, published in (wilson(right, total), score), (clopper_pearson(right, total), exact):
         assert (interval.low, interval.high) == pytest.approx(published, abs=5.1e-5)
         assert interval.accuracy == right / total
+
+
+def test_a_share_prints_percent_with_half_its_interval() -> None:
+    assert str(Share(0.5, 0.4, 0.6, 96)) == "50.0 ± 10.0"
 
 
 def pairs(only_first: int, only_second: int, both: int) -> tuple[torch.Tensor, torch.Tensor]:

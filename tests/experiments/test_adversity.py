@@ -1,0 +1,257 @@
+"""Every command, when something around it is wrong: one line, a status, and what was there is still there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torchvision import datasets
+from typer.testing import Result
+
+from snntorch_lr.experiments import benchmark, data, diagnose, evaluate, train
+
+from .test_data import write_idx
+from .test_reproduce import run
+
+PATIENCE = 120  # seconds, on a busy machine
+STEPS = ["--repeats", "1", "--copies", "2", "--num-steps", "1", "--width", "2", "--batch", "2"]
+COMMANDS = {
+    "reproduce": ["--epochs", "1", "--copies", "2", "--attack-images", "4", "--draws", "1", "--epsilon", "0.1"],
+    "evaluate": ["NET", "--suite", "quick", "--images", "4", "--draws", "1", "--votes", "1", "--epsilon", "0.1"],
+    "diagnose": ["--copies", "2", "--batch", "4", "--repeats", "2", "--reference", "2"],
+    "benchmark": ["--part", "steps", "--dataset", "digits", *STEPS],
+}
+# Where each of them works longest.
+WORK = {
+    "reproduce": (train, "stepper"),
+    "evaluate": (evaluate, "evaluate_networks"),
+    "diagnose": (diagnose, "gradient_report"),
+    "benchmark": (benchmark, "median_milliseconds"),
+}
+# What is left after Ctrl-C.
+LEFT = {
+    "reproduce": "the same command with --resume goes on",
+    "evaluate": "the same command goes on",
+    "diagnose": "nothing was written",
+    "benchmark": "nothing was written",
+}
+every_command = pytest.mark.parametrize("command", COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def few() -> data.Images:
+    digits = data.load("digits")
+    return replace(
+        digits, train=digits.train[:40], train_labels=digits.train_labels[:40],
+        test=digits.test[:4], test_labels=digits.test_labels[:4],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def net(few: data.Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("nets") / "net.pt"
+    # What "reproduce" trains, so that it would go on from this.
+    recipe = train.Recipe("likelihood ratio", "digits", "mlp", 1, 2, 0, batch_size=32, validation=4)
+    train.train(recipe, few, path, torch.device("cpu"))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def digits_are_few(few: data.Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda name, root=None: few if name == "digits" else load(name, root))
+
+
+@pytest.fixture
+def call(net: Path) -> Callable[..., Result]:
+    def call(command: str, out: Path, *more: str) -> Result:
+        return run(
+            command, *(str(net) if word == "NET" else word for word in COMMANDS[command]), *more, "--out", str(out)
+        )
+
+    return call
+
+
+def is_one_line(result: Result, status: int, *words: str) -> None:
+    assert result.exit_code == status, result.output
+    assert result.stderr.startswith("snntorch-lr: ")
+    assert result.stderr.count("\n") == 1
+    assert not [word for word in words if word not in result.stderr], result.stderr
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+@every_command
+def test_out_below_a_file_is_told_before_the_work(
+    command: str, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*WORK[command], raising(AssertionError("worked")))
+    (tmp_path / "file").write_text("kept")
+    is_one_line(call(command, tmp_path / "file" / "out"), 1, str(tmp_path / "file" / "out"), "Not a directory")
+    assert contents(tmp_path) == {"file": b"kept"}
+
+
+@every_command
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.EROFS, errno.ENOSPC], ids=errno.errorcode.get)
+def test_out_that_cannot_be_written_is_told_before_the_work(
+    reason: int, command: str, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*WORK[command], raising(AssertionError("worked")))
+    monkeypatch.setattr(tempfile, "TemporaryFile", raising(OSError(reason, os.strerror(reason))))
+    is_one_line(call(command, tmp_path / "out"), 1, str(tmp_path / "out"), os.strerror(reason))
+    assert list(tmp_path.iterdir()) == []
+
+
+@every_command
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.ENOSPC], ids=errno.errorcode.get)
+def test_a_disk_that_is_full_at_the_end_costs_nothing_that_was_there(
+    reason: int, command: str, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = ["results.json", "robustness.md", "robustness.json", "gradients.json", "benchmark.json", "epsilon.png"]
+    for name in results:
+        (tmp_path / name).write_text("earlier")
+    monkeypatch.setattr(os, "replace", raising(OSError(reason, os.strerror(reason))))
+    is_one_line(call(command, tmp_path), 1, str(tmp_path), os.strerror(reason))
+    assert contents(tmp_path) == dict.fromkeys(results, b"earlier")
+
+
+@every_command
+def test_without_a_network_missing_data_are_told_with_the_remedy(
+    command: str, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.MNIST, "download", raising(RuntimeError("Error downloading train.gz:\nTried a\n")))
+    more = ["--part", "accuracy"] if command == "benchmark" else []
+    result = call(command, tmp_path / "out", "--dataset", "mnist", "--data-root", str(tmp_path / "data"), *more)
+    is_one_line(result, 1, "mnist is not under", "Error downloading train.gz", "--data-root")
+    assert contents(tmp_path) == {}
+
+
+@every_command
+def test_an_unknown_data_set_is_told_with_the_known_ones(
+    command: str, call: Callable[..., Result], tmp_path: Path
+) -> None:
+    result = call(command, tmp_path / "out", "--dataset", "cifar")
+    is_one_line(result, result.exit_code, "cifar", "digits", "mnist", "fashion-mnist")
+    assert result.exit_code in (1, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@every_command
+def test_ctrl_c_is_one_line(
+    command: str, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "results.json").write_text("earlier")
+    monkeypatch.setattr(*WORK[command], raising(KeyboardInterrupt()))
+    is_one_line(call(command, tmp_path), 130, "interrupted; ", LEFT[command])
+    assert contents(tmp_path) == {"results.json": b"earlier"}
+
+
+def broken(kind: str, net: Path) -> bytes:
+    whole = torch.load(net, weights_only=True)
+    if kind == "empty":
+        return b""
+    if kind == "cut":
+        return net.read_bytes()[: net.stat().st_size // 2]
+    changes: dict[str, Any] = {
+        "tensor": torch.zeros(3),
+        "no weights": {key: value for key, value in whole.items() if key != "net"},
+        "other weights": whole | {"net": {"a": torch.zeros(3)}},
+        "no recipe": {key: value for key, value in whole.items() if key != "recipe"},
+        "unknown model": whole | {"recipe": whole["recipe"] | {"model": "rnn"}},
+    }
+    with tempfile.TemporaryFile() as file:
+        torch.save(changes[kind], file)
+        file.seek(0)
+        return file.read()
+
+
+@pytest.mark.parametrize(
+    "kind", ["empty", "cut", "tensor", "no weights", "other weights", "no recipe", "unknown model"]
+)
+@pytest.mark.parametrize("command", ["reproduce", "evaluate", "diagnose"])
+def test_a_corrupt_checkpoint_is_named_and_kept(
+    command: str, kind: str, net: Path, call: Callable[..., Result], tmp_path: Path
+) -> None:
+    path = tmp_path / "likelihood-ratio.pt"
+    path.write_bytes(broken(kind, net))
+    before = contents(tmp_path)
+    given = {"reproduce": ["--resume"], "evaluate": [str(path)], "diagnose": ["--checkpoint", str(path)]}
+    is_one_line(call(command, tmp_path, *given[command]), 2, "likelihood-ratio.pt")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "diagnose"])
+def test_a_checkpoint_that_is_not_there_is_named(command: str, call: Callable[..., Result], tmp_path: Path) -> None:
+    given = {"evaluate": [str(tmp_path / "x.pt")], "diagnose": ["--checkpoint", str(tmp_path / "x.pt")]}
+    is_one_line(call(command, tmp_path / "out", *given[command]), 1, f"{tmp_path / 'x.pt'}: No such file or directory")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_networks_of_other_images_are_refused(call: Callable[..., Result], tmp_path: Path) -> None:
+    write_idx(tmp_path / "data" / "MNIST" / "raw")
+    result = call("evaluate", tmp_path / "out", "--dataset", "mnist", "--data-root", str(tmp_path / "data"))
+    is_one_line(result, 2, "net was trained on digits, and cannot take the images of mnist")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "tpu"])
+@every_command
+def test_a_device_that_is_not_there_is_refused(
+    command: str, device: str, call: Callable[..., Result], tmp_path: Path
+) -> None:
+    is_one_line(call(command, tmp_path / "out", "--device", device), 2, "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    is_one_line(run("study", "digits", "--out", str(tmp_path / "file" / "out")), 1, "file/out: Not a directory")
+    assert contents(tmp_path) == {"file": b"kept"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "garbage"])
+def test_a_result_of_a_study_that_cannot_be_read_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    is_one_line(run("report", str(tmp_path)), 2, "a.json is not a result of a study")
+    assert contents(tmp_path) == {"a.json": content.encode()}
+
+
+def test_ctrl_c_ends_the_process_that_measures_memory_too(tmp_path: Path) -> None:
+    words = ["benchmark", "--part", "memory", "--width", "2", "--batch", "2", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "snntorch_lr.experiments.cli", *words, "--threads", "1"],
+        env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        patience = time.monotonic() + PATIENCE
+        while not psutil.Process(process.pid).children():
+            assert time.monotonic() < patience
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert said == "snntorch-lr: interrupted; nothing was written\n"

@@ -1,0 +1,172 @@
+"""The house: who may import whom, how long files may be, and that what is public is documented, tested and released."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+import snntorch_lr
+from snntorch_lr import robustness
+
+PACKAGE = Path(snntorch_lr.__file__).parent
+TESTS = Path(__file__).parent
+REPOSITORY = TESTS.parent
+WORKFLOW = REPOSITORY / ".github" / "workflows" / "ci.yml"
+LINES = 400
+FOLDERS = ("robustness", "experiments")
+# Each may know those before it, and none after it.
+LAYERS = ("noise", "noisy", "recording", "estimators", "optim")
+TOUCH_SNNTORCH = {
+    "defects", "export", "network", "neurons", "noisy", "portable", "experiments.models", "experiments.workloads"
+}  # fmt: skip
+# What the experiments take from inside the package, beside public names: make it public rather than add to this.
+INNER = {
+    "atomic.replacing", "atomic.save", "baselines.batch_mean", "baselines.leave_one_out", "estimators.Estimator",
+    "network.noisy_neurons", "noise.KINDS", "noisy.NoisyNeuron", "objectives.OBJECTIVES", "optim.ESTIMATORS",
+    "storing.Storing", "text.first_line", "text.listed", "text.markdown", "versions.versions",
+    "robustness.measure.Progress", "robustness.measure.Row",
+}  # fmt: skip
+
+
+def imports(path: Path) -> Iterator[str]:
+    """What a module imports when it runs: dotted names below the package, and "snntorch"."""
+    place = [*path.relative_to(PACKAGE).with_suffix("").parts]
+
+    def visit(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            if not node.level:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            base = place[: len(place) - node.level] + (node.module.split(".") if node.module else [])
+            if node.level:
+                yield from (".".join(["", *base, alias.name]) for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
+
+    for name in visit(ast.parse(path.read_text(encoding="utf-8"))):
+        inside = name.removeprefix("snntorch_lr")
+        if inside.startswith("."):
+            yield inside.removeprefix(".")
+        elif name.partition(".")[0] == "snntorch":
+            yield "snntorch"
+
+
+def module_of(name: str) -> str:
+    """The module that an imported name is, or is in; the package itself is ""."""
+    parts = name.split(".")
+    while parts and not ((PACKAGE.joinpath(*parts).with_suffix(".py")).exists() or PACKAGE.joinpath(*parts).is_dir()):
+        parts.pop()
+    return ".".join(parts)
+
+
+IMPORTS = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): set(imports(path))
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
+}
+GRAPH = {name: {module_of(each) for each in found} - {"", name} for name, found in IMPORTS.items()}
+
+
+def reached(start: str) -> set[str]:
+    """All modules that importing one runs."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for name in GRAPH.get(waiting.pop(), set()) - found:
+            found.add(name)
+            waiting.append(name)
+    return found
+
+
+def folder_of(name: str) -> str:
+    return next((folder for folder in FOLDERS if name.split(".")[0] == folder), "")
+
+
+def test_imports_are_found() -> None:
+    assert {"noise", "noisy"} <= GRAPH["recording"]
+    assert "robustness.attacks" in GRAPH["robustness.evaluate"]
+    assert "experiments.files" in GRAPH["experiments.train"]
+    assert "recording" not in GRAPH["noisy"], "it is imported for types only"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    TopologicalSorter(GRAPH).prepare()
+
+
+@pytest.mark.parametrize("name", GRAPH)
+def test_robustness_uses_the_core_and_experiments_use_both_and_never_the_other_way_round(name: str) -> None:
+    allowed = {"": {""}, "robustness": {"", "robustness"}, "experiments": {"", *FOLDERS}}
+    assert {folder_of(each) for each in GRAPH[name]} <= allowed[folder_of(name)]
+
+
+@pytest.mark.parametrize(("below", "above"), list(combinations(LAYERS, 2)))
+def test_layers_know_only_those_below(below: str, above: str) -> None:
+    assert above not in reached(below)
+
+
+def test_neurons_know_no_estimator_and_estimators_no_class_of_neurons() -> None:
+    assert not reached("neurons") & {"recording", "storing", "rates", "estimators", "optim"}
+    assert "neurons" not in reached("estimators")
+
+
+def test_few_modules_touch_snntorch() -> None:
+    assert {name for name, found in IMPORTS.items() if "snntorch" in found} == TOUCH_SNNTORCH
+
+
+def test_experiments_take_what_is_public_and_little_else() -> None:
+    public = {*snntorch_lr.__all__, "__version__", "snntorch"}
+    taken = {
+        each
+        for name, found in IMPORTS.items()
+        for each in found
+        if folder_of(name) == "experiments" != folder_of(each) and each.rpartition(".")[2] not in public
+    }
+    offered = {"distributed.RankError", "distributed.share"}
+    offered |= {each for each in taken if folder_of(each) and each.rpartition(".")[2] in robustness.__all__}
+    assert taken - offered <= INNER
+
+
+@pytest.mark.parametrize("path", sorted([*PACKAGE.rglob("*.py"), *TESTS.rglob("*.py")]), ids=lambda path: path.name)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES
+
+
+@pytest.mark.parametrize("module", [snntorch_lr, robustness], ids=lambda module: module.__name__)
+def test_public_names_are_documented_and_tested(module: object) -> None:
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in TESTS.rglob("*.py") if path != Path(__file__))
+    for name in module.__all__:  # type: ignore[attr-defined]
+        value = getattr(module, name)
+        if callable(value):
+            # That of a class is not to be its parent's.
+            assert vars(value)["__doc__"] if isinstance(value, type) else value.__doc__, f"{name} has no docstring"
+        assert re.search(rf"\b{name}\b", sources), f"{name} is in no test"
+
+
+def test_the_version_is_the_one_that_is_released() -> None:
+    version = snntorch_lr.__version__
+    changes = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.search(r"^## \[(\d\S*)\] - (\d{4}-\d\d-\d\d)$", changes, re.MULTILINE)
+    assert released
+    cited = (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
+    assert released[1] == version
+    assert f"\nversion: {version}\n" in cited
+    assert f"\ndate-released: {released[2]}\n" in cited
+
+
+@pytest.mark.skipif(not WORKFLOW.exists(), reason="an sdist has no workflow")
+def test_ci_tries_every_python_that_is_offered() -> None:
+    project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    workflow = WORKFLOW.read_text(encoding="utf-8")
+    offered = re.findall(r"Python :: (3\.\d+)", project)
+    (tried,) = re.findall(r"python: \[(.*)\]", workflow)
+    assert re.findall(r"3\.\d+", tried) == offered
+    assert "bash .ci/run" in workflow

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import snntorch_lr as slr
+
+from .helpers import BATCH, STEPS, Net, assert_same, data, gradients
+from .test_estimators import COPIES, estimate
+
+TARGETS = {
+    "tensor": torch.arange(BATCH),
+    "nested": (torch.arange(BATCH), {"boxes": torch.rand(BATCH, 2, 3), "ids": [torch.arange(BATCH * 2).view(-1, 2)]}),
+    "with others": {
+        "label": torch.arange(BATCH),
+        "weight": 0.3,
+        "name": "digits",
+        "none": None,
+        "t": torch.tensor(2.0),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_targets_arrive_repeated_copy_first_and_inputs_as_they_are(kind: str) -> None:
+    net = Net()
+    x, y = data()
+    inputs = {"images": x}
+    seen: list[Any] = []
+
+    def loss_fn(inputs: Any, targets: Any) -> Tensor:
+        seen.append((inputs, targets))
+        return net.loss(inputs["images"], y.repeat(COPIES))
+
+    slr.Vanilla(net, COPIES).backward(loss_fn, inputs, TARGETS[kind])
+    ((given, targets),) = seen
+    assert given is inputs
+    assert given["images"] is x
+
+    def check(got: Any, original: Any) -> None:
+        if isinstance(original, Tensor) and original.dim():
+            assert torch.equal(got.view(COPIES, *original.shape), original.expand(COPIES, *original.shape))
+        elif isinstance(original, dict):
+            assert got.keys() == original.keys()
+            for key in original:
+                check(got[key], original[key])
+        elif isinstance(original, (list, tuple)):
+            assert type(got) is type(original)
+            for one, other in zip(got, original, strict=True):
+                check(one, other)
+        else:
+            assert got is original or torch.equal(got, original)
+
+    check(targets, TARGETS[kind])
+
+
+@pytest.mark.parametrize("targets", [None, (), {"weight": 2.0}], ids=str)
+def test_there_may_be_no_targets(targets: Any) -> None:
+    net, expected = Net(), Net()
+
+    def loss_fn(net: Net) -> Any:
+        return lambda x, y: net(x).square().sum(1)
+
+    slr.Vanilla(net, COPIES, seed=0).backward(loss_fn(net), data()[0], targets)
+    slr.Vanilla(expected, COPIES, seed=0).backward(loss_fn(expected), *data())
+    assert_same(gradients(net), gradients(expected))
+
+
+@pytest.mark.parametrize("loss_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_losses_and_network_may_have_any_float_dtype(dtype: torch.dtype, loss_dtype: torch.dtype) -> None:
+    net, expected = Net().to(dtype), Net().to(dtype)
+    x, y = data(dtype)
+    loss = slr.Vanilla(net, COPIES, seed=0).backward(lambda x, y: net.loss(x, y).to(loss_dtype), x, y)
+    assert loss.dtype == loss_dtype
+    assert {gradient.dtype for gradient in gradients(net).values()} == {dtype}
+    assert_same(gradients(net), estimate(expected, x, y), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_loss_without_gradient_trains_or_is_refused_before_any_gradient(dtype: torch.dtype) -> None:
+    net, expected = Net(), Net()
+
+    def fires(net: Net, dtype: torch.dtype) -> Any:
+        return lambda x, y: (net(x).sum(1) > STEPS * net.readout.bias.sum()).to(dtype)
+
+    slr.Vanilla(expected, 16, seed=0).backward(fires(expected, torch.float32), *data())
+    assert expected.fc1.weight.grad.any()
+    assert expected.readout.weight.grad is None
+    try:
+        slr.Vanilla(net, 16, seed=0).backward(fires(net, dtype), *data())
+    except (TypeError, ValueError):
+        assert dtype != torch.float32
+        assert gradients(net) == {}
+    else:
+        assert_same(gradients(net), gradients(expected))
