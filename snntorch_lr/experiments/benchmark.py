@@ -19,7 +19,7 @@ from .recipe import Recipe
 from .recipe import make_network as make_classifier
 from .reproduce import arguments, machine
 from .train import accuracy, stepper
-from .workloads import ESTIMATORS, NOISES, Workload
+from .workloads import ESTIMATORS, LEAST_COPIES, NOISES, Workload
 
 PARTS = ("steps", "memory", "growth", "accuracy")
 TARGETS = {"mnist": 0.95, "fashion-mnist": 0.84, "digits": 0.93}
@@ -132,8 +132,11 @@ def _steps(settings: Settings, device: torch.device, progress: Progress) -> list
     workloads = [_base(settings, "surrogate"), _base(settings, "surrogate, hoisted")]
     for copies in settings.copies:
         workloads += [
-            _base(settings, method, noise, copies) for method in ESTIMATORS for noise in NOISES
-        ]  # fmt: skip
+            _base(settings, method, noise, copies)
+            for method in ESTIMATORS
+            for noise in NOISES
+            if copies >= LEAST_COPIES.get(method, 1)
+        ]
         workloads.append(_base(settings, "textbook", copies=copies))
     named = {f"{workload.name}, K = {workload.copies}": workload for workload in workloads}
     times = median_milliseconds(named, device, settings.repeats, lambda what: progress(f"steps: {what}"))
@@ -151,6 +154,7 @@ def _memory(settings: Settings, device: torch.device, progress: Progress) -> lis
     """Peak memory of one copy; the output neurons have noise too, and their spike counts are the logits."""
     rows = []
     pairs = [("surrogate", "membrane"), *((method, noise) for method in ESTIMATORS for noise in NOISES)]
+    pairs = [(method, noise) for method, noise in pairs if method not in LEAST_COPIES]
     for method, noise in pairs:
         for num_steps in settings.memory_steps:
             workload = replace(_base(settings, method, noise), num_steps=num_steps, rate=True)
@@ -199,11 +203,12 @@ def _accuracy(
         "vanilla, membrane, K = 16": membrane,
         "approximate, membrane, K = 16": replace(membrane, estimator="approximate"),
         "vanilla, escape, K = 16": escape,
-        "vanilla, escape, K = 16, learning rate 0.003": replace(escape, learning_rate=3e-3),
-        "allocated, escape, K = 16, learning rate 0.003": replace(escape, estimator="allocated", learning_rate=3e-3),
-        "allocated, escape, K = 8, learning rate 0.003": replace(
-            escape, estimator="allocated", copies=8, learning_rate=3e-3
-        ),
+        **{
+            f"{estimator}, escape, K = {copies}, learning rate 0.003": replace(
+                escape, estimator=estimator, copies=copies, learning_rate=3e-3
+            )
+            for estimator, copies in (("allocated", 16), ("allocated-controlled", 16), ("allocated-controlled", 8))
+        },
     }
     target = TARGETS[settings.dataset]
     rows = []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..baselines import batch_mean, leave_one_out
+from ..control import Controlled
 from ..convert import add_noise, reset
 from ..optim import attach, closure
 
@@ -23,7 +24,9 @@ ESTIMATORS = {
     "vanilla, store": ("vanilla", {"memory": "store"}),
     "vanilla, replay": ("vanilla", {"memory": "replay"}),
     "approximate": ("approximate", {}),
+    "controlled": ("controlled", {}),
 }
+LEAST_COPIES = {"controlled": Controlled.least_copies}
 NOISES = {"membrane": ("membrane", "gaussian"), "escape": ("escape", "logistic")}
 
 
