@@ -229,7 +229,8 @@ def roots(
             yield fed, signal
     for name, (_, parameter) in neuron.elementwise_parameters.items():
         if name in sums.own:
-            total = (weights.to(signal.dtype) @ (sums.own[name] / sigma).flatten(1)).view(1, *signal.shape[1:])
+            own = (sums.own[name] / sigma).reshape(len(signal), -1)
+            total = (weights.to(signal.dtype) @ own).view(1, *signal.shape[1:])
             yield parameter, total.sum_to_size(parameter.shape).to(parameter.dtype)
     if sums.scale is not None:
         yield noise.sigma, sigma_gradient(sums.scale, weights, sigma)

@@ -324,5 +324,5 @@ def over_copies(gradient: Tensor, shape: torch.Size) -> Tensor:
 
 def sigma_gradient(scale: Tensor, weights: Tensor, sigma: Tensor) -> Tensor:
     """Gradient of σ from the scores of log σ: weighted, summed over rows, and reduced to the shape of σ."""
-    total = (weights.to(scale.dtype) @ scale.flatten(1)).view(1, *scale.shape[1:])
+    total = (weights.to(scale.dtype) @ scale.reshape(len(scale), -1)).view(1, *scale.shape[1:])
     return (total / sigma).sum_to_size(sigma.shape).to(sigma.dtype)

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import snntorch_lr as slr
+from snntorch_lr.optim import ESTIMATORS
 
 from .helpers import BATCH, STEPS, Net, assert_same, data, gradients
 from .test_estimators import COPIES, estimate
@@ -97,3 +98,19 @@ def test_loss_without_gradient_trains_or_is_refused_before_any_gradient(dtype: t
         assert gradients(net) == {}
     else:
         assert_same(gradients(net), gradients(expected))
+
+
+@pytest.mark.parametrize("estimator", ["vanilla", "approximate", "controlled"])
+@pytest.mark.parametrize("kind", ["membrane", "escape"])
+def test_a_membrane_may_have_no_features(kind: str, estimator: str) -> None:
+    net = nn.ModuleDict({"lif": slr.Leaky(beta=0.9, threshold=0.5, learn_beta=True, noise=kind)})
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        mem, total = net["lif"].reset_mem(), torch.zeros(())
+        for _ in range(3):
+            spikes, mem = net["lif"](x, mem)
+            total = total + spikes
+        return (total - y).square()
+
+    ESTIMATORS[estimator](net, copies=4).backward(loss, torch.rand(6), torch.ones(6))
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in net.parameters())
