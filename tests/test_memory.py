@@ -120,14 +120,15 @@ def test_refuses_nonsense(options: dict[str, Any], message: str) -> None:
         slr.Vanilla(slr.Leaky(beta=0.9, noise=True), **options)
 
 
-@pytest.mark.parametrize("options", [{}, *MODES, {"approximate": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, *MODES, {"estimator": slr.Approximate}, {"estimator": slr.Controlled}], ids=str
+)
 @pytest.mark.parametrize("kind", ["membrane", "logistic"])
 @pytest.mark.parametrize("neuron", ["Leaky", "Synaptic"])
 def test_a_call_leaves_nothing_alive(neuron: str, kind: str, options: dict[str, Any]) -> None:
     net = with_noise(TwoLayers(neuron, "subtract"), kind)
     settings = dict(options)
-    cls: Any = slr.Approximate if settings.pop("approximate", False) else slr.Vanilla
-    estimator = cls(net, 8, **settings)
+    estimator = settings.pop("estimator", slr.Vanilla)(net, 8, **settings)
     alive = []
     gc.disable()  # a graph in a cycle would stay, and the collector cannot see through autograd's nodes
     try:
