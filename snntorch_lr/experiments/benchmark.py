@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,30 @@ def benchmark(
     _check(settings)
     files.check_writable(out)
     device = torch.device("cpu") if device is None else device
-    torch.set_num_threads(settings.threads)
     images = data.load(settings.dataset, data_root) if "accuracy" in settings.parts else None
+    with _threads(settings.threads):
+        results = _measured(settings, images, device, progress)
+    files.write_json(out / "benchmark.json", results)
+    files.write_text(out / "benchmark.md", to_markdown(results))
+    write_figures(results, out)
+    return results
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """As many threads of torch, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(
+    settings: Settings, images: data.Images | None, device: torch.device, progress: Progress
+) -> dict[str, Any]:
+    """What each of the parts found, and with what."""
     results: dict[str, Any] = {
         "command": f"snntorch-lr benchmark {_arguments(settings)}",
         "versions": versions("snntorch-lr", "snntorch", "torch", "numpy"),
@@ -100,9 +123,6 @@ def benchmark(
         results["growth"] = _growth(settings, device, progress)
     if images is not None:
         results["accuracy"] = _accuracy(settings, images.to(device), device, progress)
-    files.write_json(out / "benchmark.json", results)
-    files.write_text(out / "benchmark.md", to_markdown(results))
-    write_figures(results, out)
     return results
 
 

@@ -243,6 +243,8 @@ def test_ctrl_c_ends_the_process_that_measures_memory_too(tmp_path: Path) -> Non
         [sys.executable, "-m", "snntorch_lr.experiments.cli", *words, "--threads", "1"],
         env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        # A test run that was started in the background of a shell ignores it, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         patience = time.monotonic() + PATIENCE

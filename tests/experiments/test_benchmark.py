@@ -77,6 +77,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_threads_are_as_before(written: Path) -> None:
+    before = torch.get_num_threads()
+    benchmark.benchmark(benchmark.Settings(("steps",), 1, (1,), threads=before + 1, **TINY), written / "again")
+    assert torch.get_num_threads() == before
+
+
 def test_writes_every_part(written: Path) -> None:
     results = json.loads((written / "benchmark.json").read_text())
     assert {part for part in benchmark.PARTS if results[part]} == set(benchmark.PARTS)
