@@ -90,6 +90,8 @@ def check_recipe(recipe: Recipe) -> None:
     for name in ("decay", "input_noise", "adversary"):
         if not getattr(recipe, name) >= 0:
             raise ValueError(f"{name} must not be negative, got {getattr(recipe, name)}")
+    if recipe.input_noise and recipe.adversary:
+        raise ValueError("input_noise and adversary cannot be combined: attacks refuse images outside [0, 1]")
     if recipe.model == "ann" and recipe.method != "surrogate":
         raise ValueError("the model ann has no spiking neurons to add noise to: use the method surrogate")
     if recipe.stop_at is not None and not recipe.validation:

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import stats
 
+from ..robustness import Gate
+from ..robustness.statistics import mcnemar
+from ..text import listed, markdown
 from . import files, study_figures
 from .fronts import Point, beside, difference, front
 
@@ -61,19 +65,19 @@ def to_markdown(results: Sequence[Result]) -> str:
     parts = [f"# The study: {recipe['dataset']}, {_model(results)}", _HEAD]
     usual = _group(results, "usual")
     for epsilon in _budgets(usual):
-        parts += [f"## Table A, as usually compared: ε = {epsilon}", _table(_usual(usual, epsilon))]
+        parts += [f"## Table A, as usually compared: ε = {epsilon}", markdown(*_usual(usual, epsilon))]
     if usual:
-        parts += [_NOTE_A, "## Differences to the surrogate on the same images", _table(_differences(usual))]
-        parts += ["## Natural corruptions (mean of five severities)", _table(_corruptions(usual))]
-        parts += ["## Noise levels", _table(_levels(usual))]
+        parts += [_NOTE_A, "## Differences to the surrogate on the same images", markdown(*_differences(usual))]
+        parts += ["## Natural corruptions (mean of five severities)", markdown(*_corruptions(usual))]
+        parts += ["## Noise levels", markdown(*_levels(usual))]
         parts += ["## Gates", *(_gates(result) for result in usual)]
     if _group(results, "seed"):
-        parts += ["## Seeds", _NOTE_SEEDS, _table(_seeds(results))]
+        parts += ["## Seeds", _NOTE_SEEDS, markdown(*_seeds(results))]
     if _group(results, "front"):
         parts += ["## Table B, at equal effort", "![accuracy and robustness](fronts.png)"]
-        parts += [_table(_fronts(results)), _NOTE_B]
+        parts += [markdown(*_fronts(results)), _NOTE_B]
     if _group(results, "tune"):
-        parts += ["## Tried on held-out training images", _NOTE_TUNE, _table(_tuning(results))]
+        parts += ["## Tried on held-out training images", _NOTE_TUNE, markdown(*_tuning(results))]
     return "\n\n".join([*parts, _foot(results)]) + "\n"
 
 
@@ -148,9 +152,8 @@ def _differences(results: Sequence[Result]) -> Table:
         cells = []
         for epsilon in budgets:
             mine, other = _array(row["right"]["worst"][epsilon]), _array(reference[epsilon])
-            only = int(((mine == 1) & (other == 0)).sum()), int(((mine == 0) & (other == 1)).sum())
-            p = stats.binomtest(only[0], sum(only)).pvalue if sum(only) else 1.0
-            cells.append(f"{difference(mine, other)}, p = {p:.2g}")
+            test = mcnemar(torch.as_tensor(mine == 1), torch.as_tensor(other == 1))
+            cells.append(f"{difference(mine, other)}, p = {test.p_value:.2g}")
         lines.append([label, *cells])
     return ["worst case, points; McNemar's p", *(f"ε = {epsilon}" for epsilon in budgets)], lines
 
@@ -179,11 +182,11 @@ def _levels(results: Sequence[Result]) -> Table:
 
 def _gates(result: Result) -> str:
     lines = [
-        [row["noise"], gate["name"], {True: "PASS", False: "FAIL", None: "not run"}[gate["passed"]], gate["detail"]]
+        [row["noise"], gate.name, gate.verdict, gate.detail]
         for row in result["rows"]
-        for gate in row["gates"]
+        for gate in (Gate(**each) for each in row["gates"])
     ]
-    return f"### {result['entry']['family']}\n\n" + _table((["noise", "gate", "", "measured"], lines))
+    return f"### {result['entry']['family']}\n\n" + markdown(["noise", "gate", "", "measured"], lines)
 
 
 def _seeds(results: Sequence[Result]) -> Table:
@@ -249,7 +252,7 @@ def _tuning(results: Sequence[Result]) -> Table:
 
 
 def _foot(results: Sequence[Result]) -> str:
-    versions = dict.fromkeys(", ".join(f"{n} {v}" for n, v in r["versions"].items()) for r in results)
+    versions = dict.fromkeys(listed(r["versions"]) for r in results)
     machines = dict.fromkeys(r["machine"] for r in results)
     minutes = sum(entry["seconds"] for r in results for entry in r["history"]) / 60
     dataset = results[0]["entry"]["recipe"]["dataset"]
@@ -257,14 +260,6 @@ def _foot(results: Sequence[Result]) -> str:
     return (
         f"Commands: `snntorch-lr study {name}`, then `snntorch-lr report` on its results. {len(results)} networks, "
         f"{minutes:.0f} minutes of training. Versions: {'; '.join(versions)}. Machine: {'; '.join(machines)}."
-    )
-
-
-def _table(table: Table) -> str:
-    header, rows = table
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-        for row in (header, ["---"] * len(header), *rows)
     )
 
 

@@ -79,6 +79,7 @@ def test_training_images_are_disturbed(method: str, images: data.Images, tmp_pat
         ({"objective": "fame"}, "unknown objective"),
         ({"objective": "zero-one", "method": "surrogate"}, "no gradient"),
         ({"decay": -1.0}, "decay"),
+        ({"input_noise": 0.1, "adversary": 0.1}, "cannot be combined"),
         ({"model": "ann"}, "no spiking neurons"),
         ({"stop_at": 0.5}, "validation"),
     ],
