@@ -130,6 +130,21 @@ def test_the_extra_pass_leaves_the_random_state_alone() -> None:
     assert torch.equal(kept, after)
 
 
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_no_copy_has_a_coefficient_that_depends_on_its_own_noise(antithetic: bool) -> None:
+    estimator = slr.Controlled(Net(), 8, antithetic=antithetic)
+    losses, control = torch.rand(2, 8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = estimator._fit(losses, control)
+    for copy in range(8):
+        # In a pair both have the same noise, but for its sign.
+        same_noise = {copy, (copy + 4) % 8} if antithetic else {copy}
+        changed = losses.clone()
+        changed[copy] *= 3
+        changed = estimator._fit(changed, control) != before
+        assert changed.any()
+        assert not changed[list(same_noise)].any()
+
+
 def test_too_few_copies_are_refused() -> None:
     with pytest.raises(ValueError, match="copies >= 4"):
         slr.Controlled(Net(), 3)

@@ -54,7 +54,6 @@ def test_is_unbiased_with_graded_spikes_through_convolution() -> None:
 
 
 def test_is_unbiased_with_few_copies() -> None:
-    # Coefficients that were fitted on the very copies that they are applied to would show with so few of them.
     net = escaping(TwoLayers("Leaky", "subtract"), "logistic")
     x, y = data()
     direction = directions(net, {"bias": groups(net)["bias"]})["bias"]
