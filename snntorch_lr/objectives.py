@@ -62,6 +62,30 @@ def clipped_margin(logits: Tensor, targets: Tensor, margin: float = 1.0) -> Tens
     return ((margin - lead) / (2 * margin)).clamp(0, 1)
 
 
+def vote(logits: Tensor, targets: Tensor, draws: int) -> Tensor:
+    """The 0-1 loss of a majority: 1 where the class with the most of a few predictions is wrong.
+
+    Each image is there ``draws`` times in a row, ``images.repeat_interleave(draws, 0)``, each with noise of its own:
+    the likelihood ratio then minimises the error of the vote. Of tied classes the first is elected.
+
+    Args:
+        logits: ``[images · draws, classes]``.
+        targets: class indices ``[images · draws]``.
+        draws: predictions that are counted together.
+
+    Returns:
+        0 or 1 in the dtype of the logits, the same for all draws of an image, ``[images · draws]``.
+
+    Raises:
+        ValueError: if the rows are no multiple of the draws.
+    """
+    if draws < 1 or len(logits) % draws:
+        raise ValueError(f"{len(logits)} rows cannot be votes of {draws} draws each: repeat_interleave the images")
+    ballots = F.one_hot(logits.argmax(1), logits.shape[1]).view(-1, draws, logits.shape[1])
+    elected = ballots.sum(1).argmax(1).repeat_interleave(draws)
+    return (elected != targets).to(logits.dtype)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each sample, ``[batch]``."""
     return F.cross_entropy(logits, targets, reduction="none")

@@ -80,12 +80,17 @@ def peak_megabytes(workload: Workload, device: torch.device) -> float:
 
 def _measure(workload: Workload, device: torch.device) -> float:
     """What ``peak_megabytes`` returns, in the process that does nothing else."""
-    import psutil
-
     step = make_step(workload, device)
     step.net.num_steps = 1
     step()
     step.net.num_steps = workload.num_steps
+    return peak_of(step, device)
+
+
+def peak_of(step: Callable[[], object], device: torch.device) -> float:
+    """Peak memory of a call above what is there before it, in 10⁶ bytes; on a CPU, of the whole process."""
+    import psutil
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..convert import reset
 
-NAMES = ("mlp", "deep-mlp", "conv")
+NAMES = ("mlp", "wide-mlp", "deep-mlp", "conv")
 """Spiking networks. There is also ``"ann"``, with rectified linear units, to transfer adversarial images from."""
 
 
@@ -55,7 +55,7 @@ def build(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps:
     """A network for images of a given shape.
 
     Args:
-        model: ``"mlp"`` (256 hidden neurons), ``"deep-mlp"`` (256 and 128), ``"conv"``
+        model: ``"mlp"`` (256 hidden neurons), ``"wide-mlp"`` (1000), ``"deep-mlp"`` (256 and 128), ``"conv"``
             (8 and 16 channels, 5 × 5 kernels, each with max pooling by 2), or ``"ann"`` (256 rectified linear units).
         shape: channels, height, width.
         classes: number of outputs.
@@ -65,14 +65,14 @@ def build(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps:
         ValueError: if the model is unknown.
     """
     channels, height, width = shape
+    pixels = channels * height * width
     if model == "ann":
-        return nn.Sequential(
-            nn.Flatten(), nn.Linear(channels * height * width, 256), nn.ReLU(), nn.Linear(256, classes)
-        )
-    if model in ("mlp", "deep-mlp"):
-        first = nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, 256))
-        if model == "mlp":
-            return SpikingClassifier([first], nn.Linear(256, classes), num_steps)
+        return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 256), nn.ReLU(), nn.Linear(256, classes))
+    if model in ("mlp", "wide-mlp", "deep-mlp"):
+        hidden = 1000 if model == "wide-mlp" else 256
+        first = nn.Sequential(nn.Flatten(), nn.Linear(pixels, hidden))
+        if model != "deep-mlp":
+            return SpikingClassifier([first], nn.Linear(hidden, classes), num_steps)
         return SpikingClassifier([first, nn.Linear(256, 128)], nn.Linear(128, classes), num_steps)
     if model == "conv":
         blocks: list[nn.Module] = [

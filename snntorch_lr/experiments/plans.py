@@ -46,7 +46,7 @@ class Entry:
         group: ``"source"`` (transferred from, not attacked), ``"tune"`` (on held-out images), ``"usual"`` (table A),
             ``"front"`` (table B) or ``"seed"`` (table A, other seeds).
         recipe: what to train.
-        evaluation: how to attack it; None for a source.
+        evaluations: how to attack it; none for a source. Each has its own row of results, in this order.
         matches: entry at whose accuracy on held-out images the training stops.
     """
 
@@ -54,7 +54,7 @@ class Entry:
     family: str
     group: str
     recipe: Recipe
-    evaluation: Evaluation | None
+    evaluations: tuple[Evaluation, ...]
     matches: str | None = None
 
     @property
@@ -73,11 +73,10 @@ class Entry:
         recipe = self.recipe
         training = recipe.epochs * (10.0 if recipe.method == "likelihood ratio" else 1.0)
         training *= (8 if recipe.adversary else 1) * (8 if recipe.model == "conv" else 1)
-        if self.evaluation is None:
-            return training
-        attacked = self.evaluation.images * len(self.evaluation.epsilons) * (0.02 if self.evaluation.held_out else 0.03)
-        both = self.evaluation.noise == "both" and recipe.method != "surrogate"
-        return training + attacked * (5 if both else 1)
+        for each in self.evaluations:
+            attacked = each.images * len(each.epsilons) * (0.04 if each.attacks == "standard" else 0.01)
+            training += attacked * (5 if each.noise == "on" else 1)
+        return training
 
 
 SOURCES = ("surrogate", "ann")
@@ -91,131 +90,164 @@ _TRIED_BY_BOTH: dict[str, dict[str, Any]] = {
     "decay 20": {"decay": 20.0},
     "true-class": {"objective": "true-class"},
     "clipped-margin": {"objective": "clipped-margin"},
-    "input noise 0.2": {"input_noise": 0.2},
+    "input noise 0.3": {"input_noise": 0.3},
+    "input noise 0.3, decay 5": {"input_noise": 0.3, "decay": 5.0},
     "adversary 0.05": {"adversary": 0.05},
+    "1000 neurons": {"model": "wide-mlp"},
 }
 _TRIED_BY_LIKELIHOOD_RATIO: dict[str, dict[str, Any]] = {
     "vanilla": {"estimator": "vanilla"},
     "controlled": {"estimator": "controlled"},
-    "allocated": {"estimator": "allocated"},
+    "16 copies": {"copies": 16},
+    "4, then 32 copies": {"copies": 4, "late_copies": 32},
     "sigma 1": {"sigma": 1.0},
     "sigma 1 per neuron": {"sigma": 1.0, "per_neuron": True},
     "sigma fixed": {"learn_sigma": False},
     "true-class, sigma 1, decay 5": {"objective": "true-class", "sigma": 1.0, "decay": 5.0},
-    "zero-one": {"objective": "zero-one"},
+    "zero-one": {"objective": "zero-one", "estimator": "vanilla"},
+    "vote of 3": {"objective": "vote", "votes": 3, "copies": 4, "estimator": "vanilla"},
 }
+Make = Callable[..., Entry]
 
 
-def _entry(group: str, evaluations: dict[str, Evaluation], family: str, recipe: Recipe, change: str = "") -> Entry:
-    name = f"{group}: {family}{f', {change}' if change else ''}"
-    return Entry(name, family, group, recipe, evaluations.get(group))
+def _maker(evaluations: dict[str, tuple[Evaluation, ...]]) -> Make:
+    """Makes entries whose group decides how they are attacked."""
+
+    def make(group: str, family: str, recipe: Recipe, change: str = "") -> Entry:
+        name = f"{group}: {family}{f', {change}' if change else ''}"
+        # Networks without noise have no second row, with their noise on.
+        chosen = evaluations.get(group, ())[: 1 if recipe.method == "surrogate" else None]
+        return Entry(name, family, group, recipe, chosen)
+
+    return make
 
 
-def _images(dataset: str, model: str) -> list[Entry]:
-    """The whole study of a data set: settings tried on held-out images, table A, table B, and other seeds for A."""
-    evaluations = {
-        "tune": Evaluation(REDUCED, 500, (0.05, 0.1), held_out=True),
-        "usual": Evaluation("standard", 1000, (0.02, 0.05, 0.1, 0.2), "both", corruptions=True),
-        "front": Evaluation("standard", 1000, (0.05, 0.1)),
-        "seed": Evaluation(REDUCED, 1000, (0.05, 0.1)),
-    }
-    surrogate = Recipe("surrogate", dataset, model, 8, 16, 0, validation=6000)
-    ann = replace(surrogate, model="ann", epochs=4)
+def _sources(surrogate: Recipe) -> list[Entry]:
+    ann = replace(surrogate, model="ann")
+    return [Entry("surrogate", "surrogate", "source", surrogate, ()), Entry("ann", "ann", "source", ann, ())]
+
+
+def _usual(surrogate: Recipe) -> dict[str, Recipe]:
+    """Table A: the same in all but the method."""
     membrane = replace(surrogate, method="likelihood ratio")
     escape = replace(membrane, noise="escape", distribution="logistic", sigma=0.3)
-    # The likelihood ratio's own best learning rate and estimator, of those tried on held-out images.
-    best = replace(escape, estimator="allocated-controlled", learning_rate=3e-3)
-
-    def entry(group: str, family: str, recipe: Recipe, change: str = "") -> Entry:
-        return _entry(group, evaluations, family, recipe, change)
-
-    found = [Entry("surrogate", "surrogate", "source", surrogate, None), Entry("ann", "ann", "source", ann, None)]
-    found += [
-        entry("tune", "surrogate", replace(surrogate, epochs=4, **change), label)
-        for label, change in _TRIED_BY_BOTH.items()
-    ]
-    found += [
-        entry("tune", "likelihood ratio", replace(best, epochs=4, **change), label)
-        for label, change in (_TRIED_BY_BOTH | _TRIED_BY_LIKELIHOOD_RATIO).items()
-    ]
-    usual = {
+    return {
         "surrogate": surrogate,
         "surrogate, membrane noise": replace(membrane, method="surrogate, noise"),
         "likelihood ratio, membrane, vanilla": membrane,
         "likelihood ratio, membrane, approximate": replace(membrane, estimator="approximate"),
         "likelihood ratio, escape, vanilla": escape,
     }
-    found += [entry("usual", family, recipe) for family, recipe in usual.items()]
+
+
+ESCAPE = "likelihood ratio, escape, vanilla"
+SEEDED = ("surrogate", "likelihood ratio, membrane, approximate", ESCAPE)
+"""Trained with other seeds too."""
+_BEST_RATE = {"mnist": 3e-3, "fashion-mnist": 1e-3}
+"""Learning rates of the likelihood ratio that were best on held-out images."""
+
+
+def _images(dataset: str) -> list[Entry]:
+    """The whole study of a data set: settings tried on held-out images, table A, table B, and other seeds for A."""
+    make = _maker(
+        {
+            "tune": (Evaluation(REDUCED, 500, (0.05, 0.1), held_out=True),),
+            "usual": (
+                Evaluation("standard", 1000, (0.02, 0.05, 0.1, 0.2), corruptions=True),
+                Evaluation("standard", 100, (0.05, 0.1), "on", corruptions=True),
+            ),
+            "front": (Evaluation(REDUCED, 1000, (0.05, 0.1)),),
+            "seed": (Evaluation(REDUCED, 1000, (0.05, 0.1)),),
+        }
+    )
+    surrogate = Recipe("surrogate", dataset, "mlp", 4, 16, 0, validation=6000)
+    usual = _usual(surrogate)
+    best = replace(usual[ESCAPE], estimator="allocated-controlled", learning_rate=_BEST_RATE[dataset])
+    found = _sources(surrogate)
+    found += [make("usual", family, recipe) for family, recipe in usual.items()]
     found += [
-        entry("seed", family, replace(recipe, seed=seed), f"seed {seed}")
+        make("seed", family, replace(recipe, seed=seed), f"seed {seed}")
         for seed in (1, 2)
         for family, recipe in usual.items()
+        if family in SEEDED
     ]
-    decays = (0.0, 2.0, 5.0, 20.0, 60.0)
-    found += [entry("front", "surrogate", replace(surrogate, decay=d), f"decay {d:g}") for d in decays]
-    found += [entry("front", "surrogate", replace(surrogate, epochs=e), f"{e} epochs") for e in (1, 2, 4)]
+    found += _fronts(make, surrogate, best)
+    tried = {"surrogate": (surrogate, _TRIED_BY_BOTH)}
+    tried["likelihood ratio"] = replace(best, copies=8), _TRIED_BY_BOTH | _TRIED_BY_LIKELIHOOD_RATIO
     found += [
-        entry("front", "surrogate, input noise", replace(surrogate, input_noise=s), f"{s:g}") for s in (0.1, 0.2, 0.3)
+        make("tune", family, replace(recipe, **change), label)
+        for family, (recipe, changes) in tried.items()
+        for label, change in changes.items()
     ]
+    return found
+
+
+def _fronts(make: Make, surrogate: Recipe, best: Recipe) -> list[Entry]:
+    """Table B: how far each method is regularised, from accurate to robust."""
+    longer = replace(surrogate, epochs=8)
+    stopped = make("front", "surrogate, stopped", surrogate, "at the accuracy of the likelihood ratio")
+    found = [make("front", "likelihood ratio", replace(best, epochs=8), "8 epochs")]
+    found += [make("front", "surrogate", replace(longer, epochs=e), f"{e} epochs") for e in (2, 8, 16)]
+    found += [make("front", "surrogate", replace(longer, decay=d), f"decay {d:g}") for d in (2.0, 5.0, 20.0)]
     found += [
-        entry("front", "surrogate, true-class", replace(surrogate, objective="true-class", decay=d), f"decay {d:g}")
-        for d in (0.0, 5.0, 20.0)
+        make("front", "surrogate, input noise", replace(longer, input_noise=s, decay=d), f"{s:g}, decay {d:g}")
+        for s, d in ((0.2, 0.0), (0.3, 0.0), (0.5, 0.0), (0.3, 5.0), (0.5, 5.0))
     ]
-    found += [entry("front", "surrogate, PGD-trained", replace(surrogate, adversary=e), f"{e:g}") for e in (0.05, 0.1)]
-    found += [entry("front", "likelihood ratio", replace(best, decay=d), f"decay {d:g}") for d in decays[:4]]
-    true_class = replace(best, objective="true-class")
+    found.append(replace(stopped, matches=f"usual: {ESCAPE}"))
+    found.append(make("front", "likelihood ratio", replace(best, decay=5.0), "decay 5"))
     found += [
-        entry(
-            "front", "likelihood ratio, true-class", replace(true_class, decay=d, sigma=s), f"sigma {s:g}, decay {d:g}"
-        )
-        for s, d in ((0.3, 0.0), (0.3, 2.0), (0.3, 5.0), (1.0, 2.0), (1.0, 5.0))
+        make("front", "likelihood ratio, input noise", replace(best, input_noise=0.3, decay=d), f"0.3, decay {d:g}")
+        for d in (0.0, 2.0)
     ]
-    longer = entry("front", "likelihood ratio", replace(best, epochs=15), "15 epochs")
-    stopped = entry("front", "surrogate, stopped", surrogate, "at the accuracy of the likelihood ratio")
-    return [*found, longer, replace(stopped, matches="usual: likelihood ratio, escape, vanilla")]
+    true_class: dict[str, Any] = {"objective": "true-class", "decay": 5.0}
+    found.append(make("front", "surrogate, true-class", replace(longer, **true_class), "decay 5"))
+    found.append(
+        make("front", "likelihood ratio, true-class", replace(best, **true_class, sigma=1.0), "sigma 1, decay 5")
+    )
+    found.append(make("front", "surrogate, PGD-trained", replace(longer, adversary=0.05), "0.05"))
+    found.append(make("front", "likelihood ratio, PGD-trained", replace(best, adversary=0.05), "0.05"))
+    return found
 
 
 def _digits() -> list[Entry]:
     """The same in small, in minutes and without a download."""
-    evaluations = {
-        "usual": Evaluation(REDUCED, 200, (0.05, 0.1), "both"),
-        "front": Evaluation(REDUCED, 200, (0.05, 0.1)),
-    }
+    make = _maker(
+        {
+            "usual": (Evaluation(REDUCED, 200, (0.05, 0.1)), Evaluation(REDUCED, 200, (0.05, 0.1), "on")),
+            "front": (Evaluation(REDUCED, 200, (0.05, 0.1)),),
+        }
+    )
     surrogate = Recipe("surrogate", "digits", "mlp", 20, 8, 0, batch_size=32, validation=200, learning_rate=3e-3)
-    ratio = replace(surrogate, method="likelihood ratio", noise="escape", distribution="logistic", sigma=0.3)
-
-    def entry(group: str, family: str, recipe: Recipe, change: str = "") -> Entry:
-        return _entry(group, evaluations, family, recipe, change)
-
-    stopped = entry("front", "surrogate, stopped", surrogate, "at the accuracy of the likelihood ratio")
+    ratio = _usual(surrogate)[ESCAPE]
+    stopped = make("front", "surrogate, stopped", surrogate, "at the accuracy of the likelihood ratio")
     return [
-        Entry("surrogate", "surrogate", "source", surrogate, None),
-        Entry("ann", "ann", "source", replace(surrogate, model="ann"), None),
-        entry("usual", "surrogate", surrogate),
-        entry("usual", "likelihood ratio, escape, vanilla", ratio),
-        entry("front", "surrogate", replace(surrogate, decay=5.0), "decay 5"),
-        entry("front", "likelihood ratio", replace(ratio, decay=5.0), "decay 5"),
-        replace(stopped, matches="usual: likelihood ratio, escape, vanilla"),
+        *_sources(surrogate),
+        make("usual", "surrogate", surrogate),
+        make("usual", ESCAPE, ratio),
+        make("front", "surrogate", replace(surrogate, decay=5.0), "decay 5"),
+        make("front", "likelihood ratio", replace(ratio, decay=5.0), "decay 5"),
+        replace(stopped, matches=f"usual: {ESCAPE}"),
+    ]
+
+
+def _conv(dataset: str) -> list[Entry]:
+    """Table A of the convolutional network, which takes several times as long and is not swept."""
+    make = _maker({"usual": (Evaluation("standard", 250, (0.05, 0.1)),)})
+    surrogate = Recipe("surrogate", dataset, "conv", 2, 8, 0, validation=6000)
+    ratio = replace(_usual(surrogate)[ESCAPE], estimator="allocated-controlled", learning_rate=3e-3)
+    return [
+        *_sources(surrogate),
+        make("usual", "surrogate", surrogate),
+        make("usual", "likelihood ratio, escape, allocated-controlled", ratio),
     ]
 
 
 PLANS: dict[str, Callable[[], list[Entry]]] = {
     "digits": _digits,
-    "mnist": lambda: _images("mnist", "mlp"),
-    "fashion-mnist": lambda: _images("fashion-mnist", "mlp"),
+    "mnist": lambda: _images("mnist"),
+    "fashion-mnist": lambda: _images("fashion-mnist"),
     "mnist-conv": lambda: _conv("mnist"),
-    "fashion-mnist-conv": lambda: _conv("fashion-mnist"),
 }
-
-
-def _conv(dataset: str) -> list[Entry]:
-    """Table A of the convolutional network: its training takes ten times as long, and is not swept."""
-    chosen = {"source": (), "usual": ("surrogate", "likelihood ratio, escape, vanilla")}
-    return [
-        replace(entry, recipe=replace(entry.recipe, epochs=4, estimator="allocated", learning_rate=3e-3))
-        for entry in _images(dataset, "conv")
-        if entry.group in chosen and (not chosen[entry.group] or entry.family in chosen[entry.group])
-    ]
 
 
 def plan(name: str) -> list[Entry]:

@@ -14,6 +14,8 @@ from ..network import noisy_neurons
 from ..objectives import OBJECTIVES
 from . import files, models
 
+FLAT = ("zero-one", "vote")
+"""Objectives without a gradient."""
 METHODS = ("surrogate", "surrogate, noise", "likelihood ratio")
 
 
@@ -43,13 +45,16 @@ class Recipe:
         learning_rate: of Adam, falling to zero along a cosine.
         validation: training images held out to choose by, drawn by the seed.
         stop_at: validation accuracy (noise off) at which training stops; None to train to the end.
-        objective: loss per sample, one of ``OBJECTIVES``. With ``"zero-one"`` the output neurons have noise too.
+        objective: loss per sample, one of ``OBJECTIVES``, or ``"vote"``: the 0-1 loss of a majority of noise draws.
+            With ``"zero-one"`` and ``"vote"`` the output neurons have noise too.
         decay: decoupled weight decay of the first block's weights, as a multiple of the learning rate.
         input_noise: standard deviation of Gaussian noise on the training images.
         adversary: l∞ budget of the adversarial examples (PGD with seven steps, through the surrogate gradient) that
             take the place of the training images; 0 for none.
         learn_sigma: whether noise levels are learned.
         per_neuron: whether each neuron, or channel, has a noise level of its own.
+        late_copies: noise copies once the learning rate has fallen by half; 0 for as many as before.
+        votes: noise draws of which ``"vote"`` counts the majority.
     """
 
     method: str
@@ -73,6 +78,8 @@ class Recipe:
     adversary: float = 0.0
     learn_sigma: bool = True
     per_neuron: bool = False
+    late_copies: int = 0
+    votes: int = 1
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -83,11 +90,17 @@ def check_recipe(recipe: Recipe) -> None:
     """
     if recipe.method not in METHODS:
         raise ValueError(f"unknown method {recipe.method!r}; choose one of {', '.join(METHODS)}")
-    if recipe.objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {recipe.objective!r}; choose one of {', '.join(OBJECTIVES)}")
-    if recipe.objective == "zero-one" and recipe.method != "likelihood ratio":
-        raise ValueError("the objective zero-one has no gradient to backpropagate: use the method likelihood ratio")
-    for name in ("decay", "input_noise", "adversary"):
+    if recipe.objective not in (*OBJECTIVES, "vote"):
+        raise ValueError(f"unknown objective {recipe.objective!r}; choose one of {', '.join(OBJECTIVES)}, vote")
+    if recipe.objective in FLAT and recipe.method != "likelihood ratio":
+        raise ValueError(
+            f"the objective {recipe.objective} has no gradient to backpropagate: use the method likelihood ratio"
+        )
+    if recipe.votes < 1 or (recipe.votes > 1 and recipe.objective != "vote"):
+        raise ValueError(f"votes must be positive, and 1 unless the objective is vote, got {recipe.votes}")
+    if recipe.objective == "vote" and recipe.estimator.startswith("allocated"):
+        raise ValueError(f"{recipe.estimator} tears the draws of a vote apart: use the estimator vanilla or controlled")
+    for name in ("decay", "input_noise", "adversary", "late_copies"):
         if not getattr(recipe, name) >= 0:
             raise ValueError(f"{name} must not be negative, got {getattr(recipe, name)}")
     if recipe.input_noise and recipe.adversary:
@@ -106,7 +119,7 @@ def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
         return net
     for name in net.hidden:
         add_noise(net, _level(recipe, net, name), recipe.learn_sigma, [name], recipe.noise, recipe.distribution)
-    if recipe.objective == "zero-one":
+    if recipe.objective in FLAT:
         # What is learned without a gradient of the loss has to be sampled, and the loss reads membrane potentials.
         add_noise(net, recipe.sigma, recipe.learn_sigma, ["output"])
     return net

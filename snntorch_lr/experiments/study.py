@@ -19,6 +19,7 @@ from ..robustness import evaluate as evaluate_networks
 from ..robustness.target import Target
 from ..versions import versions
 from . import data, files
+from .footprint import step_megabytes
 from .plans import GROUPS, REDUCED, SOURCES, Entry, Evaluation, plan
 from .recipe import load_trained, make_network, noise_levels
 from .reproduce import machine
@@ -136,23 +137,26 @@ def work(entry: Entry, entries: Sequence[Entry], out: Path, data_root: Path | No
         "validation": validation_accuracy(run.net, recipe, images),
         "sigma": {"before": noise_levels(make_network(recipe, images.shape)), "after": noise_levels(run.net)},
     }
-    if entry.evaluation is not None:
+    if entry.group == "usual":
+        result["step_megabytes"] = step_megabytes(recipe, images.shape)
+    if entry.evaluations:
         sources = {name: load_trained(checkpoint_file(named[name], out))[1].eval() for name in SOURCES}
         if entry.recipe == named["surrogate"].recipe:
             del sources["surrogate"]
-        result |= _evaluated(entry, entry.evaluation, run.net, sources, images, out)
+        rows = [row for each in entry.evaluations for row in _attacked(entry, each, run.net, sources, images, out)]
+        result |= {"clean": _clean(run.net, rows, images), "rows": rows}
     files.write_json(result_file(entry, out), result)
 
 
-def _evaluated(
+def _attacked(
     entry: Entry,
     evaluation: Evaluation,
     net: nn.Module,
     sources: dict[str, nn.Module],
     images: data.Images,
     out: Path,
-) -> dict[str, Any]:
-    """Accuracies of one network: clean of all test images, under attack of some, with what is right image by image."""
+) -> list[dict[str, Any]]:
+    """Accuracies of one network under attack, with what is right image by image."""
     x, y = images.test, images.test_labels
     if evaluation.held_out:
         _, rows = split(entry.recipe, images)
@@ -168,14 +172,19 @@ def _evaluated(
         corruptions=tuple(CORRUPTIONS) if evaluation.corruptions else (),
         cache=out / "attacks" / entry.slug,
     )
+    return _rows(report)
+
+
+def _clean(net: nn.Module, rows: Sequence[dict[str, Any]], images: data.Images) -> dict[str, Any]:
+    """Accuracy on all test images, for each way the noise was in the rows."""
     clean = {}
-    for row in report.rows:
-        scores = score(Target(net, noise=row.subject.noise == "on"), x, y)
-        clean[row.subject.noise] = {
+    for noise in dict.fromkeys(row["noise"] for row in rows):
+        scores = score(Target(net, noise=noise == "on"), images.test, images.test_labels)
+        clean[noise] = {
             "majority vote": asdict(share_of(scores.right)),
             "single draw": asdict(share_of(scores.single)),
         }
-    return {"clean": clean, "rows": _rows(report)}
+    return clean
 
 
 def _rows(report: RobustnessReport) -> list[dict[str, Any]]:

@@ -26,10 +26,10 @@ REFERENCE = "surrogate, PGD-trained"
 
 
 def write(results: Path, out: Path) -> list[Path]:
-    """Writes ``index.md`` and its figures.
+    """Writes ``index.md``, its figures, and ``results.json``, which is all that they are made from.
 
     Args:
-        results: folder of JSON files of ``study``.
+        results: folder of JSON files of ``study``, or of one ``results.json``.
         out: folder for the page.
 
     Returns:
@@ -38,10 +38,12 @@ def write(results: Path, out: Path) -> list[Path]:
     Raises:
         ValueError: if there is no result in the folder, or a file cannot be read as one.
     """
-    found = [result for result in map(_read, sorted(results.glob("*.json"))) if "entry" in result]
+    found = [result for path in sorted(results.glob("*.json")) for result in _read(path)]
     if not found:
         raise ValueError(f"{results} holds no results of a study")
-    written = []
+    together = out / "results.json"
+    files.write_json(together, found)
+    written = [together]
     if points(found, "0.05"):
         figure = out / "fronts.png"
         files.save_figure(figure, partial(study_figures.fronts, [(e, points(found, e)) for e in ("0.05", "0.1")]))
@@ -51,12 +53,13 @@ def write(results: Path, out: Path) -> list[Path]:
     return [page, *written]
 
 
-def _read(path: Path) -> Result:
+def _read(path: Path) -> list[Result]:
+    """The results of a file: of one network, or of many."""
     try:
-        result: Result = json.loads(path.read_text(encoding="utf-8"))
+        read = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a result of a study: {error}") from error
-    return result
+    return [result for result in (read if isinstance(read, list) else [read]) if "entry" in result]
 
 
 def to_markdown(results: Sequence[Result]) -> str:
@@ -69,7 +72,8 @@ def to_markdown(results: Sequence[Result]) -> str:
     if usual:
         parts += [_NOTE_A, "## Differences to the surrogate on the same images", markdown(*_differences(usual))]
         parts += ["## Natural corruptions (mean of five severities)", markdown(*_corruptions(usual))]
-        parts += ["## Noise levels", markdown(*_levels(usual))]
+        parts += ["## Approximate and vanilla", _NOTE_COST, markdown(*_costs(usual))]
+        parts += ["## Noise levels", _NOTE_LEVELS, markdown(*_levels(results))]
         parts += ["## Gates", *(_gates(result) for result in usual)]
     if _group(results, "seed"):
         parts += ["## Seeds", _NOTE_SEEDS, markdown(*_seeds(results))]
@@ -90,17 +94,26 @@ _NOTE_A = (
     "suite \"standard\" and transfers. What the gates say stands in the last line: without 'all gates passed' a column "
     "is no claim of robustness."
 )
+_NOTE_COST = (
+    "Membrane noise: what the approximate estimator saves, and what it costs. Memory: the peak of one training step "
+    "above weights, gradients and the optimizer's state."
+)
+_NOTE_LEVELS = (
+    "Noise levels as they were initialised and as they were learned, the networks of the ablation among those tried on "
+    "held-out images included."
+)
 _NOTE_SEEDS = (
     'Worst case over a reduced suite (the strongest attacks of "standard"), noise off; Student\'s t over seeds.'
 )
 _NOTE_B = (
     "Noise off; suite \"standard\" and transfers. 'to the front': worst case minus that of the best surrogate networks "
-    "(all families called surrogate but the PGD-trained) at the same clean accuracy, interpolated between neighbours "
-    "on their front, paired by image. '*' marks the networks on that front."
+    "(all families called surrogate; the PGD-trained only beside the PGD-trained) at the same clean accuracy, "
+    "interpolated between neighbours on their front, paired by image. '*' marks the networks on that front."
 )
 _NOTE_TUNE = (
     "Four epochs each; clean accuracy of the held-out images, and worst case over a reduced suite on 500 of them, "
-    "noise off. Settings were chosen by this table, never by test images."
+    "noise off. Settings were chosen by this table, never by test images. 'to the front': as in table B, with the "
+    "surrogate networks of this table; '-' where none of them is as accurate."
 )
 
 
@@ -136,7 +149,7 @@ def _usual(results: Sequence[Result], epsilon: str) -> Table:
             [name, *(_share(row["attacks"].get(name, {}).get(epsilon)) for _, _, row in columns)]
             for name in PAPER
         ),
-        ["worst", *(f"**{_share(row['worst_case'][epsilon])}**" for _, _, row in columns)],
+        ["worst", *(f"**{_share(row['worst_case'].get(epsilon))}**" for _, _, row in columns)],
         ["s / epoch", *(f"{r['seconds_per_epoch']:.3g}" for _, r, _ in columns)],
         ["gates", *(row["verdict"] for _, _, row in columns)],
     ]  # fmt: skip
@@ -151,7 +164,11 @@ def _differences(results: Sequence[Result]) -> Table:
     for label, _, row in columns[1:]:
         cells = []
         for epsilon in budgets:
-            mine, other = _array(row["right"]["worst"][epsilon]), _array(reference[epsilon])
+            if epsilon not in row["right"]["worst"]:
+                cells.append("-")
+                continue
+            mine = _array(row["right"]["worst"][epsilon])
+            other = _array(reference[epsilon])[: len(mine)]
             test = mcnemar(torch.as_tensor(mine == 1), torch.as_tensor(other == 1))
             cells.append(f"{difference(mine, other)}, p = {test.p_value:.2g}")
         lines.append([label, *cells])
@@ -171,10 +188,24 @@ def _corruptions(results: Sequence[Result]) -> Table:
     return ["", *(label for label, _, _ in columns)], lines
 
 
-def _levels(results: Sequence[Result]) -> Table:
+def _costs(results: Sequence[Result]) -> Table:
+    named = {r["entry"]["family"].removeprefix("likelihood ratio, "): r for r in results}
+    pair = {name: named[name] for name in ("membrane, vanilla", "membrane, approximate") if name in named}
+    rows = {name: r["rows"][0] for name, r in pair.items()}
     lines = [
-        [r["entry"]["family"], name, _spread(before), _spread(r["sigma"]["after"][name])]
-        for r in results
+        ["clean", *(_share(r["clean"]["off"]["majority vote"]) for r in pair.values())],
+        *([f"worst, ε = {e}", *(_share(row["worst_case"][e]) for row in rows.values())] for e in _budgets(results)),
+        ["seconds per epoch", *(f"{r['seconds_per_epoch']:.3g}" for r in pair.values())],
+        ["memory of a step, MB", *(f"{r['step_megabytes']:.0f}" for r in pair.values())],
+    ]
+    return ["", *pair], lines
+
+
+def _levels(results: Sequence[Result]) -> Table:
+    shown = [r for r in results if r["entry"]["group"] == "usual" or "sigma" in r["entry"]["name"].partition(":")[2]]
+    lines = [
+        [r["entry"]["name"], name, _spread(before), _spread(r["sigma"]["after"][name])]
+        for r in shown
         for name, before in r["sigma"]["before"].items()
     ]
     return ["network", "neurons", "σ before", "σ after"], lines
@@ -216,6 +247,12 @@ def points(results: Sequence[Result], epsilon: str) -> list[tuple[str, str, Poin
     return found
 
 
+def _rivals(points: Sequence[tuple[str, str, Point]], family: str) -> list[Point]:
+    """Surrogate networks that a family is compared with: the PGD-trained only with what is trained so too."""
+    with_reference = family.endswith("PGD-trained")
+    return [p for f, _, p in points if f.startswith("surrogate") and (with_reference or f != REFERENCE)]
+
+
 def _fronts(results: Sequence[Result]) -> Table:
     budgets = [e for e in ("0.05", "0.1") if points(results, e)]
     by_budget = {epsilon: points(results, epsilon) for epsilon in budgets}
@@ -224,7 +261,7 @@ def _fronts(results: Sequence[Result]) -> Table:
     for family, change, point in sorted(by_budget[budgets[0]], key=lambda item: (item[0], -item[2].clean)):
         cells = []
         for epsilon in budgets:
-            rivals = [p for f, _, p in by_budget[epsilon] if f.startswith("surrogate") and f != REFERENCE]
+            rivals = _rivals(by_budget[epsilon], family)
             own = next(p for _, _, p in by_budget[epsilon] if p.name == point.name)
             on_front = any(p.name == own.name for p in front(rivals))
             apart = None if any(p.name == own.name for p in rivals) else beside(own, rivals)
@@ -241,14 +278,24 @@ def _fronts(results: Sequence[Result]) -> Table:
 def _tuning(results: Sequence[Result]) -> Table:
     tried = _group(results, "tune")
     budgets = _budgets(tried)
-    lines = [
-        [
-            r["entry"]["name"].partition(": ")[2], _percent(r["validation"]),
-            *(_share(r["rows"][0]["worst_case"][epsilon]) for epsilon in budgets), f"{r['seconds_per_epoch']:.3g}",
-        ]
-        for r in tried
-    ]  # fmt: skip
-    return ["", "clean", *(f"worst, ε = {epsilon}" for epsilon in budgets), "s / epoch"], lines
+    header, lines = ["", "clean"], [[r["entry"]["name"].partition(": ")[2], _percent(r["validation"])] for r in tried]
+    for epsilon in budgets:
+        header += [f"worst, ε = {epsilon}", "to the front"]
+        held_out = [_held_out(result, epsilon) for result in tried]
+        for line, (family, _, point) in zip(lines, held_out, strict=True):
+            own = family.startswith("surrogate")
+            apart = None if own else beside(point, _rivals(held_out, family))
+            line += [_percent(point.worst), "-" if apart is None else str(apart)]
+    paces = [f"{result['seconds_per_epoch']:.3g}" for result in tried]
+    return [*header, "s / epoch"], [[*line, pace] for line, pace in zip(lines, paces, strict=True)]
+
+
+def _held_out(result: Result, epsilon: str) -> tuple[str, str, Point]:
+    """A network on held-out images, as ``points`` gives those on test images."""
+    entry = result["entry"]
+    family = entry["family"] + (", PGD-trained" if entry["recipe"]["adversary"] else "")
+    right = _array(result["rows"][0]["right"]["worst"][epsilon])
+    return family, "", Point(entry["name"], result["validation"], right)
 
 
 def _foot(results: Sequence[Result]) -> str:
@@ -256,7 +303,7 @@ def _foot(results: Sequence[Result]) -> str:
     machines = dict.fromkeys(r["machine"] for r in results)
     minutes = sum(entry["seconds"] for r in results for entry in r["history"]) / 60
     dataset = results[0]["entry"]["recipe"]["dataset"]
-    name = dataset + ("-conv" if "conv" in _model(results) else "")
+    name = dataset + ("-conv" if "conv" in _model(results).split(", ") else "")
     return (
         f"Commands: `snntorch-lr study {name}`, then `snntorch-lr report` on its results. {len(results)} networks, "
         f"{minutes:.0f} minutes of training. Versions: {'; '.join(versions)}. Machine: {'; '.join(machines)}."

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import share
-from ..objectives import OBJECTIVES
+from ..estimators import Estimator
+from ..objectives import OBJECTIVES, vote
 from ..optim import ESTIMATORS, attach, closure
 from ..robustness.attacks import gradient_attack, perturb
 from ..robustness.budget import Budget
@@ -175,13 +176,11 @@ def _reached(recipe: Recipe, net: nn.Module, images: Images) -> bool:
 
 def stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE) -> Step:
     """One update from a batch, by the method of the recipe; returns the mean loss."""
-    objective = OBJECTIVES[recipe.objective]
+    voted = partial(vote, draws=recipe.votes)
+    objective = voted if recipe.objective == "vote" else OBJECTIVES[recipe.objective]
 
     def loss_fn(x: Tensor, y: Tensor) -> Tensor:
         return objective(net(x), y)
-
-    def likelihood_ratio(x: Tensor, y: Tensor) -> float:
-        return float(optimizer.step(closure(loss_fn, x, y)))
 
     def surrogate(x: Tensor, y: Tensor) -> float:
         optimizer.zero_grad()
@@ -190,11 +189,24 @@ def stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, ra
         optimizer.step()
         return loss.item()
 
-    if recipe.method == "likelihood ratio":
-        estimator = ESTIMATORS[recipe.estimator](net, copies=recipe.copies)
-        attach(optimizer, net, share(estimator) if ranks.size > 1 else estimator)
-        return _disturbed(recipe, net, likelihood_ratio)
-    return _disturbed(recipe, net, surrogate)
+    if recipe.method != "likelihood ratio":
+        return _disturbed(recipe, net, surrogate)
+
+    def estimator(copies: int) -> Estimator:
+        made = ESTIMATORS[recipe.estimator](net, copies=copies)
+        return share(made) if ranks.size > 1 else made
+
+    hook = attach(optimizer, net, estimator(recipe.copies))
+    late = estimator(recipe.late_copies) if recipe.late_copies else hook.estimator
+
+    def likelihood_ratio(x: Tensor, y: Tensor) -> float:
+        if optimizer.param_groups[0]["lr"] < recipe.learning_rate / 2:
+            hook.estimator = late
+        # Rows of the same image are draws of one vote.
+        x, y = x.repeat_interleave(recipe.votes, 0), y.repeat_interleave(recipe.votes, 0)
+        return float(optimizer.step(closure(loss_fn, x, y)))
+
+    return _disturbed(recipe, net, likelihood_ratio)
 
 
 def _disturbed(recipe: Recipe, net: nn.Module, step: Step) -> Step:

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from snntorch_lr import Vanilla
 from snntorch_lr.experiments import data
 from snntorch_lr.experiments.recipe import Recipe, make_network, make_optimizer, noise_levels
 from snntorch_lr.experiments.train import train
@@ -30,8 +32,29 @@ def test_every_objective_trains(objective: str, images: data.Images, tmp_path: P
     assert last < first
 
 
-def test_zero_one_moves_the_readout(images: data.Images, tmp_path: Path) -> None:
-    recipe = replace(RECIPE, objective="zero-one")
+def test_a_vote_trains(images: data.Images, tmp_path: Path) -> None:
+    first, last = losses(replace(RECIPE, objective="vote", votes=3, copies=16), images, tmp_path)
+    assert last < first
+
+
+def test_copies_change_once_the_learning_rate_has_fallen(
+    images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    backward = Vanilla.backward
+
+    def watched(self: Vanilla, *args: Any) -> torch.Tensor:
+        used.append(self.copies)
+        return backward(self, *args)
+
+    monkeypatch.setattr(Vanilla, "backward", watched)
+    losses(replace(RECIPE, epochs=4, late_copies=8), images, tmp_path)
+    assert used == [4] * 17 + [8] * 15
+
+
+@pytest.mark.parametrize("objective", ["zero-one", "vote"])
+def test_a_flat_objective_moves_the_readout(objective: str, images: data.Images, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, objective=objective)
     before = dict(make_network(recipe, images.shape).named_parameters())
     after = dict(train(recipe, images, tmp_path / "c.pt", CPU).net.named_parameters())
     assert not torch.equal(before["readout.weight"], after["readout.weight"])
@@ -78,6 +101,10 @@ def test_training_images_are_disturbed(method: str, images: data.Images, tmp_pat
         ({"method": "magic"}, "unknown method"),
         ({"objective": "fame"}, "unknown objective"),
         ({"objective": "zero-one", "method": "surrogate"}, "no gradient"),
+        ({"objective": "vote", "method": "surrogate"}, "no gradient"),
+        ({"objective": "vote", "estimator": "allocated"}, "apart"),
+        ({"votes": 3}, "votes"),
+        ({"late_copies": -1}, "late_copies"),
         ({"decay": -1.0}, "decay"),
         ({"input_noise": 0.1, "adversary": 0.1}, "cannot be combined"),
         ({"model": "ann"}, "no spiking neurons"),

@@ -18,12 +18,12 @@ DIGITS = PLANS["digits"]
 
 
 def small() -> list[Entry]:
-    evaluation = Evaluation(("FGSM", "EOT-PGD training", "EOT-PGD gaussian"), 12, (0.05, 0.1), "both", corruptions=True)
+    evaluation = Evaluation(("FGSM", "EOT-PGD training", "EOT-PGD gaussian"), 12, (0.05, 0.1), corruptions=True)
     return [
         replace(
             entry,
             recipe=replace(entry.recipe, epochs=2, copies=4),
-            evaluation=None if entry.evaluation is None else evaluation,
+            evaluations=tuple(replace(evaluation, noise=each.noise) for each in entry.evaluations),
         )
         for entry in DIGITS()
     ]
@@ -69,13 +69,33 @@ def test_the_page_is_the_same_bytes_from_the_same_results(done: Path, tmp_path: 
     first = {path.name: path.read_bytes() for path in study_report.write(done / "results", tmp_path / "one")}
     again = {path.name: path.read_bytes() for path in study_report.write(done / "results", tmp_path / "two")}
     assert first == again
-    assert set(first) == {"index.md", "fronts.png"}
+    assert set(first) == {"index.md", "fronts.png", "results.json"}
+    study_report.write(tmp_path / "one", tmp_path / "three")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "three").iterdir()} == first
+
+
+def test_each_way_of_attacking_has_a_row(done: Path) -> None:
+    for entry in small():
+        result = json.loads(result_file(entry, done).read_text())
+        noise = [row["noise"] for row in result.get("rows", [])]
+        silent = entry.recipe.method == "surrogate"
+        assert noise == (["none"] if silent else ["off", "on"])[: len(entry.evaluations)]
+        assert list(result.get("clean", {})) == noise
 
 
 def test_the_page_says_what_was_found(done: Path) -> None:
     results = [json.loads(path.read_text()) for path in sorted((done / "results").glob("*.json"))]
     page = study_report.to_markdown(results)
-    for part in ("Table A", "Table B", "Gates", "McNemar", "Noise levels", "corruptions", "snntorch-lr study digits"):
+    for part in (
+        "Table A",
+        "Approximate and vanilla",
+        "Table B",
+        "Gates",
+        "McNemar",
+        "Noise levels",
+        "corruptions",
+        "snntorch-lr study digits",
+    ):
         assert part in page
     ratio = next(r for r in results if r["entry"]["name"].startswith("usual: likelihood"))
     worst = ratio["rows"][0]["worst_case"]["0.05"]
