@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
+import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,7 @@ def study(
     Raises:
         ValueError: if the plan or a group is unknown, or ``jobs`` is not positive.
         DataError: if the data cannot be had.
+        ChildProcessError: if a process is killed from outside.
     """
     entries = plan(name)
     unknown = [group for group in groups if group not in GROUPS]
@@ -66,13 +71,14 @@ def study(
     waiting = [entry for entry in wanted if not finished(entry, out)]
     done = {entry.name for entry in wanted} - {entry.name for entry in waiting}
     started, worked = time.perf_counter(), 0.0
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context) as pool:
+    strangers = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         running: dict[Future[None], Entry] = {}
         try:
             while waiting or running:
                 for entry in [entry for entry in waiting if _needs(entry) <= done][: jobs - len(running)]:
-                    running[pool.submit(work, entry, entries, out, data_root)] = entry
+                    with _deaf_to_interrupts():
+                        running[pool.submit(work, entry, entries, out, data_root)] = entry
                     waiting.remove(entry)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     entry = running.pop(future)
@@ -82,9 +88,25 @@ def study(
                     left = sum(other.work for other in (*waiting, *running.values()))
                     seconds = (time.perf_counter() - started) * left / worked
                     tell(entry.name, len(done), len(wanted), seconds)
+        except BrokenProcessPool as error:
+            raise ChildProcessError("a process was killed, perhaps for want of memory; start again to go on") from error
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - strangers:
+                process.terminate()
             raise
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started here ignore Ctrl-C, which reaches all of them: this one ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def finished(entry: Entry, out: Path) -> bool:

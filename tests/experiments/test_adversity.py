@@ -237,23 +237,58 @@ def test_a_result_of_a_study_that_cannot_be_read_is_named(content: str, tmp_path
     assert contents(tmp_path) == {"a.json": content.encode()}
 
 
-def test_ctrl_c_ends_the_process_that_measures_memory_too(tmp_path: Path) -> None:
-    words = ["benchmark", "--part", "memory", "--width", "2", "--batch", "2", "--out", str(tmp_path / "out")]
+PROCESSES = {
+    "benchmark": ["--part", "memory", "--width", "2", "--batch", "2", "--threads", "1"],
+    "study": ["digits", "--jobs", "2"],
+}
+
+
+def started(command: str, out: Path) -> subprocess.Popen[str]:
+    """A command that starts processes of its own, as one in the foreground of a terminal, with these at work."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "snntorch_lr.experiments.cli", *words, "--threads", "1"],
+        [sys.executable, "-m", "snntorch_lr.experiments.cli", command, *PROCESSES[command], "--out", str(out)],
         env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
         # A test run that was started in the background of a shell ignores it, and so would its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
+    patience = time.monotonic() + PATIENCE
+    while not workers(process):
+        assert process.poll() is None
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+    return process
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Its children, but for the one with which multiprocessing keeps its books."""
+    found = psutil.Process(process.pid).children()
+    return [child for child in found if "resource_tracker" not in " ".join(child.cmdline())]
+
+
+@pytest.mark.parametrize("command", PROCESSES)
+def test_ctrl_c_ends_the_processes_of_a_command_too(command: str, tmp_path: Path) -> None:
+    process = started(command, tmp_path / "out")
     try:
-        patience = time.monotonic() + PATIENCE
-        while not psutil.Process(process.pid).children():
-            assert time.monotonic() < patience
-            time.sleep(0.05)
+        left = workers(process)
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == 130
-    assert said == "snntorch-lr: interrupted; nothing was written\n"
+    kept = {"benchmark": "nothing was written", "study": "finished networks, epochs and attacks are kept: start again"}
+    assert said == f"snntorch-lr: interrupted; {kept[command]}\n"
+    assert not psutil.wait_procs(left, timeout=PATIENCE)[1]
+
+
+def test_a_process_of_a_study_that_is_killed_is_one_line(tmp_path: Path) -> None:
+    process = started("study", tmp_path / "out")
+    try:
+        for worker in workers(process):
+            worker.kill()
+        _, said = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert said.startswith("snntorch-lr: a process was killed")
+    assert said.count("\n") == 1
