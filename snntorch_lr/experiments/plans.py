@@ -218,14 +218,13 @@ def _digits() -> list[Entry]:
         }
     )
     surrogate = Recipe("surrogate", "digits", "mlp", 20, 8, 0, batch_size=32, validation=200, learning_rate=3e-3)
-    ratio = _usual(surrogate)[ESCAPE]
+    usual = _usual(surrogate)
     stopped = make("front", "surrogate, stopped", surrogate, "at the accuracy of the likelihood ratio")
     return [
         *_sources(surrogate),
-        make("usual", "surrogate", surrogate),
-        make("usual", ESCAPE, ratio),
+        *(make("usual", family, recipe) for family, recipe in usual.items()),
         make("front", "surrogate", replace(surrogate, decay=5.0), "decay 5"),
-        make("front", "likelihood ratio", replace(ratio, decay=5.0), "decay 5"),
+        make("front", "likelihood ratio", replace(usual[ESCAPE], decay=5.0), "decay 5"),
         replace(stopped, matches=f"usual: {ESCAPE}"),
     ]
 
