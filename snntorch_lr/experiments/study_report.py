@@ -109,7 +109,7 @@ _NOTE_B = (
     "marks the networks on that front."
 )
 _NOTE_TUNE = (
-    "Four epochs each; clean accuracy of the held-out images, and worst case over the reduced suite on 500 of them, "
+    "Two epochs each; clean accuracy of the held-out images, and worst case over the reduced suite on 500 of them, "
     "noise off. Settings were chosen by this table, never by test images. 'to the front': as in table B, with the "
     "surrogate networks of this table; '-' where none of them is as accurate."
 )
