@@ -66,7 +66,8 @@ def vote(logits: Tensor, targets: Tensor, draws: int) -> Tensor:
     """The 0-1 loss of a majority: 1 where the class with the most of a few predictions is wrong.
 
     Each image is there ``draws`` times in a row, ``images.repeat_interleave(draws, 0)``, each with noise of its own:
-    the likelihood ratio then minimises the error of the vote. Of tied classes the first is elected.
+    the likelihood ratio then minimises the error of the vote. Its gradient is that of the mean error,
+    divided by ``draws``: the loss of a row meets the score of that row alone. Of tied classes the first is elected.
 
     Args:
         logits: ``[images · draws, classes]``.
@@ -77,7 +78,7 @@ def vote(logits: Tensor, targets: Tensor, draws: int) -> Tensor:
         0 or 1 in the dtype of the logits, the same for all draws of an image, ``[images · draws]``.
 
     Raises:
-        ValueError: if the rows are no multiple of the draws.
+        ValueError: if the rows are no multiple of the draws, or these are not positive.
     """
     if draws < 1 or len(logits) % draws:
         raise ValueError(f"{len(logits)} rows cannot be votes of {draws} draws each: repeat_interleave the images")

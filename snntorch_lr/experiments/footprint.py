@@ -26,7 +26,10 @@ def step_megabytes(recipe: Recipe, shape: tuple[int, int, int]) -> float:
         ChildProcessError: if the process dies, for want of memory for example.
     """
     given = json.dumps([asdict(recipe), shape, torch.get_num_threads()])
-    process = subprocess.run([sys.executable, "-m", __spec__.name], input=given, stdout=subprocess.PIPE, text=True)
+    # In a session of its own: Ctrl-C is for the process that waits for this one's.
+    process = subprocess.run(
+        [sys.executable, "-m", __spec__.name], input=given, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     if process.returncode:
         raise ChildProcessError(f"measuring the memory of a step ended with status {process.returncode}")
     return float(process.stdout)

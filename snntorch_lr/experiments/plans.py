@@ -23,7 +23,7 @@ class Evaluation:
         attacks: name of a suite, or names of attacks.
         images: number of images, from the first.
         epsilons: budgets, l∞.
-        noise: ``"off"``, ``"on"`` or ``"both"``.
+        noise: ``"off"`` or ``"on"``.
         corruptions: whether natural corruptions are scored too.
         held_out: on training images that were held out, and so never trained on, in place of test images.
     """
@@ -64,7 +64,7 @@ class Entry:
 
     @property
     def mark(self) -> str:
-        """Hash of everything that decides the result."""
+        """Hash of the entry: another mark, another result. The networks that it depends on have marks of their own."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -116,7 +116,7 @@ def _maker(evaluations: dict[str, tuple[Evaluation, ...]]) -> Make:
     def make(group: str, family: str, recipe: Recipe, change: str = "") -> Entry:
         name = f"{group}: {family}{f', {change}' if change else ''}"
         # Networks without noise have no second row, with their noise on.
-        chosen = evaluations.get(group, ())[: 1 if recipe.method == "surrogate" else None]
+        chosen = evaluations[group][: 1 if recipe.method == "surrogate" else None]
         return Entry(name, family, group, recipe, chosen)
 
     return make
@@ -228,8 +228,8 @@ def _digits() -> list[Entry]:
 def _conv(dataset: str) -> list[Entry]:
     """Table A of the convolutional network, which takes several times as long and is not swept."""
     make = _maker({"usual": (Evaluation("standard", 250, (0.05, 0.1)),)})
-    surrogate = Recipe("surrogate", dataset, "conv", 2, 8, 0, validation=6000)
-    ratio = replace(_usual(surrogate)[ESCAPE], estimator="allocated-controlled", learning_rate=3e-3)
+    surrogate = Recipe("surrogate", dataset, "conv", 2, 8, 0, learning_rate=3e-3, validation=6000)
+    ratio = replace(_usual(surrogate)[ESCAPE], estimator="allocated-controlled")
     return [
         *_sources(surrogate),
         make("usual", "surrogate", surrogate),

@@ -98,8 +98,10 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.votes < 1 or (recipe.votes > 1 and recipe.objective != "vote"):
         raise ValueError(f"votes must be positive, and 1 unless the objective is vote, got {recipe.votes}")
+    if recipe.late_copies and recipe.method != "likelihood ratio":
+        raise ValueError(f"late_copies needs the method likelihood ratio, got {recipe.method}")
     if recipe.objective == "vote" and recipe.estimator.startswith("allocated"):
-        raise ValueError(f"{recipe.estimator} tears the draws of a vote apart: use the estimator vanilla or controlled")
+        raise ValueError(f"{recipe.estimator} tears the draws of a vote apart: use the estimator vanilla")
     for name in ("decay", "input_noise", "adversary", "late_copies"):
         if not getattr(recipe, name) >= 0:
             raise ValueError(f"{name} must not be negative, got {getattr(recipe, name)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -77,7 +76,7 @@ def study(
         try:
             while waiting or running:
                 for entry in [entry for entry in waiting if _needs(entry) <= done][: jobs - len(running)]:
-                    with _deaf_to_interrupts():
+                    with _interrupts_wait():
                         running[pool.submit(work, entry, entries, out, data_root)] = entry
                     waiting.remove(entry)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -97,16 +96,16 @@ def study(
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes that are started here ignore Ctrl-C, which reaches all of them: this one ends them."""
-    if threading.current_thread() is not threading.main_thread():
+def _interrupts_wait() -> Iterator[None]:
+    """Processes that are started here never see a Ctrl-C, which reaches all of them: this one, which does, ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def finished(entry: Entry, out: Path) -> bool:
@@ -163,7 +162,7 @@ def work(entry: Entry, entries: Sequence[Entry], out: Path, data_root: Path | No
         result["step_megabytes"] = step_megabytes(recipe, images.shape)
     if entry.evaluations:
         sources = {name: load_trained(checkpoint_file(named[name], out))[1].eval() for name in SOURCES}
-        if entry.recipe == named["surrogate"].recipe:
+        if recipe == named["surrogate"].recipe:
             del sources["surrogate"]
         rows = [row for each in entry.evaluations for row in _attacked(entry, each, run.net, sources, images, out)]
         result |= {"clean": _clean(run.net, rows, images), "rows": rows}

@@ -9,7 +9,8 @@ import typer
 
 from . import study_report
 from .plans import GROUPS, PLANS
-from .study import study
+from .plans import plan as entries
+from .study import finished, result_file, study
 
 
 def study_command(
@@ -36,7 +37,8 @@ def study_command(
         typer.echo(f"{done} of {total} finished, about {left / 60:.0f} minutes left: {what}")
 
     study(plan, folder, data_root, tuple(group or ()), jobs, tell)
-    typer.echo(f"Written: {', '.join(str(path) for path in study_report.write(folder / 'results', folder))}")
+    paths = sorted(result_file(entry, folder) for entry in entries(plan) if finished(entry, folder))
+    typer.echo(f"Written: {', '.join(str(path) for path in study_report.write_page(paths, folder, folder))}")
 
 
 def report_command(

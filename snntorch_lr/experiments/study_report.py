@@ -18,28 +18,35 @@ def write(results: Path, out: Path) -> list[Path]:
     """Writes ``index.md``, its figures, and ``results.json``, which is all that they are made from.
 
     Args:
-        results: folder of JSON files of ``study``, or of one ``results.json``.
+        results: folder of JSON files of ``study``, one for each network, or of the ``results.json`` of them all.
         out: folder for the page.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: if there is no result in the folder, or a file cannot be read as one.
+        ValueError: if there is no result in the folder, a network is there twice, or a file cannot be read as one.
     """
-    found = [result for path in sorted(results.glob("*.json")) for result in _read(path)]
+    single = [path for path in sorted(results.glob("*.json")) if path.name != TOGETHER]
+    return write_page(single or list(results.glob(TOGETHER)), out, results)
+
+
+def write_page(paths: Sequence[Path], out: Path, source: Path) -> list[Path]:
+    """What ``write`` does, with the files of a folder that are named."""
+    found = [result for path in paths for result in _read(path)]
     if not found:
-        raise ValueError(f"{results} holds no results of a study")
-    together = out / "results.json"
+        raise ValueError(f"{source} holds no results of a study")
+    names = [result["entry"]["name"] for result in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{source} holds more than one result of {', '.join(sorted(twice))}")
     # A line for each network.
     lines = ",\n".join(json.dumps(result, ensure_ascii=False, allow_nan=False) for result in found)
-    files.write_text(together, f"[\n{lines}\n]\n")
-    written = [together]
-    if tables.points(found, "0.05"):
+    files.write_text(out / TOGETHER, f"[\n{lines}\n]\n")
+    written = [out / TOGETHER]
+    if tables.of_group(found, "front"):
         figure = out / "fronts.png"
-        files.save_figure(
-            figure, partial(study_figures.fronts, [(e, tables.points(found, e)) for e in ("0.05", "0.1")])
-        )
+        panels = [(epsilon, tables.points(found, epsilon)) for epsilon in ("0.05", "0.1")]
+        files.save_figure(figure, partial(study_figures.fronts, panels))
         written.append(figure)
     page = out / "index.md"
     files.write_text(page, to_markdown(found))
@@ -52,7 +59,7 @@ def _read(path: Path) -> list[Result]:
         read = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a result of a study: {error}") from error
-    return [result for result in (read if isinstance(read, list) else [read]) if "entry" in result]
+    return [each for each in (read if isinstance(read, list) else [read]) if isinstance(each, dict) and "entry" in each]
 
 
 def to_markdown(results: Sequence[Result]) -> str:
@@ -61,37 +68,40 @@ def to_markdown(results: Sequence[Result]) -> str:
     parts = [f"# The study: {dataset}, {model}", _HEAD]
     usual = tables.of_group(results, "usual")
     if usual:
-        parts += ["## In short", markdown(*tables.short(usual)), *tables.extremes(results)]
+        parts += ["## In short", markdown(*tables.short(usual)), *tables.extremes(results), _NOTE_SHORT]
+    if tables.of_group(results, "front"):
+        parts += ["## Table B, at equal clean accuracy", "![accuracy and robustness](fronts.png)"]
+        parts += [markdown(*tables.fronts(results)), _NOTE_B]
     for epsilon in tables.budgets_of(usual):
         parts += [f"## Table A, as usually compared: ε = {epsilon}", markdown(*tables.usual(usual, epsilon))]
     if usual:
-        parts += [_NOTE_A, "## Differences to the surrogate on the same images", markdown(*tables.differences(usual))]
-        parts += [
-            "## Natural corruptions (mean of five severities; the images attacked)",
-            markdown(*tables.corruptions(usual)),
-        ]
+        parts += [_note_a(usual), "## Worst case minus that of the surrogate", _NOTE_DIFFERENCES]
+        parts += [markdown(*tables.differences(usual))]
+        if any(row["corruptions"] for result in usual for row in result["rows"]):
+            parts += ["## Natural corruptions", "Mean of five severities.", markdown(*tables.corruptions(usual))]
         if tables.pair(usual):
             parts += ["## Approximate and vanilla", _NOTE_COST, markdown(*tables.costs(usual))]
         parts += ["## Noise levels", _NOTE_LEVELS, markdown(*tables.levels(results))]
-        parts += ["## Gates", *(tables.gates(result) for result in usual)]
     if tables.of_group(results, "seed"):
         parts += ["## Seeds", _NOTE_SEEDS, markdown(*tables.seeds(results))]
-    if tables.of_group(results, "front"):
-        parts += ["## Table B, at equal effort", "![accuracy and robustness](fronts.png)"]
-        parts += [markdown(*tables.fronts(results)), _NOTE_B]
     if tables.of_group(results, "tune"):
         parts += ["## Tried on held-out training images", _NOTE_TUNE, markdown(*tables.tuning(results))]
-    return "\n\n".join([*parts, _foot(results)]) + "\n"
+    if usual:
+        parts += ["## Gates", *(tables.gates(result) for result in usual)]
+    return "\n\n".join([*parts, "## Settings", markdown(*tables.settings(results)), _foot(results)]) + "\n"
 
 
+TOGETHER = "results.json"
 _HEAD = (
     "Accuracy in percent. Clean: all test images, noise off or by the majority of 32 noise draws. Under attack: the "
     "images attacked, per-example worst case. Intervals: 95 %."
 )
-_NOTE_A = (
-    "Same network, same data, same number of epochs, no tuning for robustness. 'worst' is the worst case over the "
-    f"suite \"standard\" and transfers; 'reduced suite' is that over {', '.join(REDUCED)}. What the gates say stands "
-    "in the last line: without 'all gates passed' a column is no claim of robustness."
+_NOTE_SHORT = (
+    "Intervals and p-values (exact McNemar tests, not corrected for their number) are over images, of networks that "
+    "are given; what another training run gives is under Seeds, where there are any."
+)
+_NOTE_DIFFERENCES = (
+    "In points, with McNemar's p, on the images that both were attacked on: fewer where the noise is on."
 )
 _NOTE_COST = (
     "Membrane noise: what the approximate estimator saves, and what it costs. Memory: the peak of one training step "
@@ -106,19 +116,31 @@ _NOTE_B = (
     "Noise off; worst case over the reduced suite, whose distance from \"standard\" table A shows. 'to the front': "
     "worst case minus that of the best surrogate networks (all families called surrogate; the PGD-trained only beside "
     "the PGD-trained) at the same clean accuracy, interpolated between neighbours on their front, paired by image. '*' "
-    "marks the networks on that front."
+    "marks the networks on that front. Epochs and seconds of training differ between the networks. Those of table A "
+    "were attacked at smaller budgets too, and what falls there stays wrong."
 )
 _NOTE_TUNE = (
-    "Two epochs each; clean accuracy of the held-out images, and worst case over the reduced suite on 500 of them, "
-    "noise off. Settings were chosen by this table, never by test images. 'to the front': as in table B, with the "
-    "surrogate networks of this table; '-' where none of them is as accurate."
+    "Clean accuracy of the held-out images, and worst case over the reduced suite on the first of them, noise off; "
+    "what a network has beside its label is under Settings. 'to the front': as in table B, with the surrogate "
+    "networks of this table; '-' where none of them is as accurate."
 )
+
+
+def _note_a(usual: Sequence[Result]) -> str:
+    suite = usual[0]["entry"]["evaluations"][0]["attacks"]
+    return (
+        "Same network, same data, same number of epochs, no tuning for robustness. 'worst' is the worst case over "
+        f"{f'the suite {suite!r}' if isinstance(suite, str) else 'the reduced suite'} and transfers; the reduced suite "
+        f"is {', '.join(REDUCED)}. Noise off and on were attacked on different numbers of images: compare them on the "
+        "first ones. Without 'all gates passed' a line is no claim of robustness."
+    )
 
 
 def _about(results: Sequence[Result]) -> tuple[str, str]:
-    """Data set, and network; that of the sources says little."""
-    recipes = [r["entry"]["recipe"] for r in sorted(results, key=lambda r: r["entry"]["group"] == "source")]
-    return recipes[0]["dataset"], recipes[0]["model"]
+    """Data set and network."""
+    # Every study has it, to transfer from.
+    recipe = next((r for r in results if r["entry"]["name"] == "surrogate"), results[0])["entry"]["recipe"]
+    return recipe["dataset"], recipe["model"]
 
 
 def _foot(results: Sequence[Result]) -> str:

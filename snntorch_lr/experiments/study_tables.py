@@ -33,11 +33,6 @@ def budgets_of(results: Sequence[Result]) -> list[str]:
     return list(results[0]["rows"][0]["worst_case"]) if results else []
 
 
-def _model(results: Sequence[Result]) -> str:
-    models = {r["entry"]["recipe"]["model"]: None for r in results if r["entry"]["group"] != "source"}
-    return ", ".join(models)
-
-
 def _columns(results: Sequence[Result]) -> list[tuple[str, Result, dict[str, Any]]]:
     """Label, result and row of each network with its noise off and on; surrogates first."""
     ordered = sorted(results, key=lambda r: (not r["entry"]["family"].startswith("surrogate"), r["entry"]["family"]))
@@ -51,34 +46,31 @@ def _columns(results: Sequence[Result]) -> list[tuple[str, Result, dict[str, Any
 def usual(results: Sequence[Result], epsilon: str) -> Table:
     """Table A at one budget."""
     columns = _columns(results)
-    lines = [
-        ["clean", *(_share(r["clean"][row["noise"]]["majority vote"]) for _, r, row in columns)],
-        ["clean, single draw", *(_share(r["clean"][row["noise"]]["single draw"]) for _, r, row in columns)],
-        ["images attacked", *(str(len(row["right"]["clean"])) for _, _, row in columns)],
-        *(
-            [name, *(_share(row["attacks"].get(name, {}).get(epsilon)) for _, _, row in columns)]
-            for name in PAPER
-        ),
-        ["worst, reduced suite", *(_reduced(row, epsilon) for _, _, row in columns)],
-        ["worst", *(f"**{_share(row['worst_case'].get(epsilon))}**" for _, _, row in columns)],
-        ["s / epoch", *(f"{r['seconds_per_epoch']:.3g}" for _, r, _ in columns)],
-        ["gates", *(row["verdict"] for _, _, row in columns)],
-    ]  # fmt: skip
-    return ["", *(label for label, _, _ in columns)], lines
+    fewest = min(len(row["right"]["clean"]) for _, _, row in columns)
+    lines = []
+    for label, result, row in columns:
+        clean, right = result["clean"][row["noise"]], row["right"]
+        if epsilon in right["worst"]:
+            cells = [_share(clean["majority vote"]), _share(clean["single draw"])]
+            cells += [_share(row["attacks"].get(name, {}).get(epsilon)) for name in PAPER]
+            cells += [_right(right["reduced"][epsilon]), f"**{_share(row['worst_case'][epsilon])}**"]
+            cells += [_right(right["worst"][epsilon][:fewest]), str(len(right["clean"])), row["verdict"]]
+            lines.append([label, *cells])
+    header = ["", "clean", "clean, single draw", *PAPER, "worst, reduced suite", "worst"]
+    return [*header, f"worst, first {fewest} images", "images", "gates"], lines
 
 
 def short(results: Sequence[Result]) -> Table:
     """Table A at one budget, noise off."""
-    budgets = budgets_of(results)
-    epsilon = SHOWN if SHOWN in budgets else budgets[0]
-    rows = [(label, r, row) for label, r, row in _columns(results) if row["noise"] != "on"]
-    reference = _array(rows[0][2]["right"]["worst"][epsilon])
+    epsilon = SHOWN if SHOWN in budgets_of(results) else budgets_of(results)[0]
+    reference = _reference(results, epsilon)
     lines = []
-    for label, result, row in rows:
-        clean = result["clean"][row["noise"]]["majority vote"]
-        against = "-" if row is rows[0][2] else _against(_array(row["right"]["worst"][epsilon]), reference)
-        lines.append([label, _share(clean), _share(row["worst_case"][epsilon]), against, row["verdict"]])
-    return ["table A", "clean", f"worst, ε = {epsilon}", "minus the surrogate", "gates"], lines
+    for label, result, row in _columns(results):
+        if row["noise"] != "on":
+            cells = [_share(result["clean"][row["noise"]]["majority vote"]), _share(row["worst_case"][epsilon])]
+            cells += [_against(row["right"]["worst"][epsilon], reference), _seconds(result), row["verdict"]]
+            lines.append([label, *cells])
+    return ["table A", "clean", f"worst, ε = {epsilon}", "minus the surrogate", "training, s", "gates"], lines
 
 
 def extremes(results: Sequence[Result]) -> list[str]:
@@ -88,61 +80,61 @@ def extremes(results: Sequence[Result]) -> list[str]:
         kind: max((p for f, _, p in found if f.startswith(kind)), key=lambda p: p.clean, default=None)
         for kind in ("surrogate", "likelihood ratio")
     }
-    said = [f"{point.name.partition(': ')[2]} {_percent(point.clean)} %" for point in best.values() if point]
+    said = [f"{_named(point)}, {_percent(point.clean)} %" for point in best.values() if point]
     parts = [f"Most accurate on all test images: {'; '.join(said)}."] if said else []
     gaps = [(p, beside(p, _rivals(found, f))) for f, _, p in found if f.startswith("likelihood ratio")]
     known = [(gap, point) for point, gap in gaps if gap is not None]
+    ahead = len(gaps) - len(known)
     if known and of_group(results, "front"):
         gap, point = max(known, key=lambda item: item[0].mean)
         parts.append(
-            f"At equal clean accuracy (table B, ε = {SHOWN}) the worst case of the {len(known)} likelihood-ratio "
-            f"networks lies {100 * min(g.mean for g, _ in known):+.1f} to {100 * gap.mean:+.1f} points from the front "
-            f"of the surrogate networks; the highest is {point.name.partition(': ')[2]}: {gap}."
+            f"At equal clean accuracy (table B, ε = {SHOWN}) the worst case of {len(known)} likelihood-ratio networks "
+            f"lies {100 * min(g.mean for g, _ in known):+.1f} to {100 * gap.mean:+.1f} points from the front of the "
+            f"surrogate networks{f'; {ahead} more are more accurate than all of these' if ahead else ''}. The highest, "
+            f"with an interval that does not account for its being the highest, is {_named(point)}: {gap}."
         )
     return parts
 
 
-def _against(mine: NDArray[np.float64], other: NDArray[np.float64]) -> str:
-    """Difference of two networks on the same images, with McNemar's p."""
+def _named(point: Point) -> str:
+    return point.name.partition(": ")[2]
+
+
+def _reference(results: Sequence[Result], epsilon: str) -> str | None:
+    """What the surrogate network of table A has right in the worst case."""
+    rows = [r["rows"][0] for r in results if r["entry"]["family"] == "surrogate"]
+    return rows[0]["right"]["worst"].get(epsilon) if rows else None
+
+
+def _against(bits: str | None, reference: str | None) -> str:
+    """Difference of two networks on the images that both were attacked on, with McNemar's p."""
+    if bits is None or reference is None or bits == reference:
+        return "-"
+    mine, other = _array(bits), _array(reference)[: len(bits)]
     p = mcnemar(torch.as_tensor(mine == 1), torch.as_tensor(other == 1)).p_value
     return f"{difference(mine, other)}, p = {p:.2g}"
 
 
 def differences(results: Sequence[Result]) -> Table:
     """Paired differences to the surrogate network at every budget."""
-    columns = _columns(results)
-    reference = columns[0][2]["right"]["worst"]
     budgets = budgets_of(results)
-    lines = []
-    for label, _, row in columns[1:]:
-        cells = []
-        for epsilon in budgets:
-            if epsilon not in row["right"]["worst"]:
-                cells.append("-")
-                continue
-            mine = _array(row["right"]["worst"][epsilon])
-            cells.append(_against(mine, _array(reference[epsilon])[: len(mine)]))
-        lines.append([label, *cells])
-    return ["worst case, points; McNemar's p", *(f"ε = {epsilon}" for epsilon in budgets)], lines
+    lines = [
+        [label, *(_against(row["right"]["worst"].get(e), _reference(results, e)) for e in budgets)]
+        for label, result, row in _columns(results)
+        if result["entry"]["family"] != "surrogate"
+    ]
+    return ["", *(f"ε = {epsilon}" for epsilon in budgets)], lines
 
 
 def corruptions(results: Sequence[Result]) -> Table:
-    """Accuracy on natural corruptions."""
+    """Accuracy on natural corruptions, the mean of five severities."""
     columns = [column for column in _columns(results) if column[2]["corruptions"]]
-    names = dict.fromkeys(name for _, _, row in columns for name in row["corruptions"])
-    lines = [
-        [
-            name,
-            *(_percent(np.mean([s["accuracy"] for s in row["corruptions"][name].values()])) for _, _, row in columns),
-        ]
-        for name in names
-    ]
-    return ["", *(label for label, _, _ in columns)], lines
-
-
-def _reduced(row: dict[str, Any], epsilon: str) -> str:
-    right = row["right"]["reduced"].get(epsilon)
-    return "-" if right is None else _percent(_array(right).mean())
+    names = list(dict.fromkeys(name for _, _, row in columns for name in row["corruptions"]))
+    lines = []
+    for label, _, row in columns:
+        found = [[share["accuracy"] for share in row["corruptions"][name].values()] for name in names]
+        lines.append([label, *(_percent(np.mean(each)) for each in found), str(len(row["right"]["clean"]))])
+    return ["", *names, "images"], lines
 
 
 def pair(results: Sequence[Result]) -> dict[str, Result]:
@@ -159,7 +151,7 @@ def costs(results: Sequence[Result]) -> Table:
     lines = [
         ["clean", *(_share(r["clean"]["off"]["majority vote"]) for r in both.values())],
         *([f"worst, ε = {e}", *(_share(row["worst_case"][e]) for row in rows)] for e in budgets_of(results)),
-        ["seconds per epoch", *(f"{r['seconds_per_epoch']:.3g}" for r in both.values())],
+        ["training, s", *map(_seconds, both.values())],
         ["memory of a step, MB", *(f"{r['step_megabytes']:.0f}" for r in both.values())],
     ]
     return ["", *both], lines
@@ -174,6 +166,40 @@ def levels(results: Sequence[Result]) -> Table:
         for name, before in r["sigma"]["before"].items()
     ]
     return ["network", "neurons", "σ before", "σ after"], lines
+
+
+def settings(results: Sequence[Result]) -> Table:
+    """What each network was trained with."""
+    lines = []
+    for result in results:
+        recipe, evaluations = result["entry"]["recipe"], result["entry"]["evaluations"]
+        ratio = recipe["method"] == "likelihood ratio"
+        noise = f"{recipe['noise']}, {recipe['distribution']}, σ = {recipe['sigma']:g}"
+        copies = f"{recipe['copies']}" + (f", late {recipe['late_copies']}" if recipe["late_copies"] else "")
+        extras = [f"{name} {recipe[name]:g}" for name in ("decay", "input_noise", "adversary") if recipe[name]]
+        extras += [] if recipe["learn_sigma"] else ["σ fixed"]
+        extras += ["σ per neuron"] if recipe["per_neuron"] else []
+        attacked = [f"{each['images']}{' held out' if each['held_out'] else ''}" for each in evaluations]
+        lines.append(
+            [
+                result["entry"]["name"], recipe["model"], f"{result['history'][-1]['epoch']:.3g}",
+                f"{recipe['learning_rate']:g}", "-" if recipe["method"] == "surrogate" else noise,
+                f"{recipe['estimator']}, {copies}" if ratio else "-", recipe["objective"], ", ".join(extras) or "-",
+                str(recipe["seed"]), " and ".join(attacked) or "-", _seconds(result),
+            ]
+        )  # fmt: skip
+    header = [
+        "network",
+        "model",
+        "epochs",
+        "learning rate",
+        "noise",
+        "estimator, copies",
+        "objective",
+        "further",
+        "seed",
+    ]
+    return [*header, "images attacked", "training, s"], lines
 
 
 def gates(result: Result) -> str:
@@ -236,11 +262,11 @@ def fronts(results: Sequence[Result]) -> Table:
             apart = None if any(p.name == own.name for p in rivals) else beside(own, rivals)
             cells += [_percent(own.worst) + (" *" if on_front else ""), "-" if apart is None else str(apart)]
         result = named[point.name]
-        lines.append([family, change, _percent(point.clean), *cells, f"{result['seconds_per_epoch']:.3g}"])
+        lines.append([family, change, _percent(point.clean), *cells, _seconds(result)])
     header = ["family", "change", "clean"]
     for epsilon in budgets:
         header += [f"worst, ε = {epsilon}", "to the front"]
-    return [*header, "s / epoch"], lines
+    return [*header, "training, s"], lines
 
 
 def tuning(results: Sequence[Result]) -> Table:
@@ -255,8 +281,7 @@ def tuning(results: Sequence[Result]) -> Table:
             own = family.startswith("surrogate")
             apart = None if own else beside(point, _rivals(held_out, family))
             line += [_percent(point.worst), "-" if apart is None else str(apart)]
-    paces = [f"{result['seconds_per_epoch']:.3g}" for result in tried]
-    return [*header, "s / epoch"], [[*line, pace] for line, pace in zip(lines, paces, strict=True)]
+    return [*header, "training, s"], [[*line, _seconds(r)] for line, r in zip(lines, tried, strict=True)]
 
 
 def _held_out(result: Result, epsilon: str) -> tuple[str, str, Point]:
@@ -275,8 +300,16 @@ def _percent(value: Any) -> str:
     return f"{100 * float(value):.1f}"
 
 
+def _right(bits: str) -> str:
+    return _percent(_array(bits).mean())
+
+
 def _share(share: dict[str, float] | None) -> str:
     return "-" if share is None else f"{100 * share['accuracy']:.1f} ± {50 * (share['high'] - share['low']):.1f}"
+
+
+def _seconds(result: Result) -> str:
+    return f"{sum(entry['seconds'] for entry in result['history']):.0f}"
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -52,7 +53,7 @@ class Trained:
         paces = [
             entry["seconds"] / (end - start) for entry, start, end in zip(self.history, ends, ends[1:], strict=False)
         ]
-        return float(torch.tensor(paces).median())
+        return statistics.median(paces)
 
 
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 1000) -> float:

@@ -70,7 +70,8 @@ def evaluate(
         baselines: other networks by name; a ``Target`` for one that needs another ``forward``.
         seed: of attacks and noise.
         sources: networks by name that adversarial images are transferred from, and that are not evaluated themselves.
-        noise: ``"off"``, ``"on"`` or ``"both"``: how networks with noise are evaluated.
+        noise: ``"off"``, ``"on"`` or ``"both"``: how networks with noise are evaluated. With ``"on"``, adversarial
+            images of the network without noise are tried too; with ``"off"`` none of the network with noise.
         name: of the network in the report.
         norm: ``"linf"`` or ``"l2"``.
         draws: noise draws that the gradient of an attack averages over.
@@ -105,6 +106,11 @@ def evaluate(
         }
         subjects = [subject for key in models if key not in (sources or {}) for subject in attacked[key]]
         lent = [use for key in sources or {} for use in uses[key]]
+        if noise == "on":
+            # What is found without noise sees through it.
+            lent += [
+                use for key, found in uses.items() if key not in (sources or {}) for use in found if use.noise == "off"
+            ]
         measurement = Measurement(protocol, chosen, subjects, images, labels, kept, progress, lent)
         measured = [measurement.measure(subject) for subject in subjects]
     return RobustnessReport(protocol, chosen, tuple(measured))

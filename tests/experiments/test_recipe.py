@@ -55,7 +55,7 @@ def test_copies_change_once_the_learning_rate_has_fallen(
 
 @pytest.mark.parametrize("objective", ["zero-one", "vote"])
 def test_a_flat_objective_moves_the_readout(objective: str, images: data.Images, tmp_path: Path) -> None:
-    recipe = replace(RECIPE, objective=objective)
+    recipe = replace(RECIPE, objective=objective, votes=3 if objective == "vote" else 1)
     before = dict(make_network(recipe, images.shape).named_parameters())
     after = dict(train(recipe, images, tmp_path / "c.pt", CPU).net.named_parameters())
     assert not torch.equal(before["readout.weight"], after["readout.weight"])
@@ -106,6 +106,7 @@ def test_training_images_are_disturbed(method: str, images: data.Images, tmp_pat
         ({"objective": "vote", "estimator": "allocated"}, "apart"),
         ({"votes": 3}, "votes"),
         ({"late_copies": -1}, "late_copies"),
+        ({"late_copies": 8, "method": "surrogate"}, "late_copies"),
         ({"decay": -1.0}, "decay"),
         ({"input_noise": 0.1, "adversary": 0.1}, "cannot be combined"),
         ({"model": "ann"}, "no spiking neurons"),
