@@ -97,7 +97,7 @@ def study(
 
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Processes that are started here never see a Ctrl-C, which reaches all of them: this one, which does, ends them."""
+    """Processes that are started here never see a Ctrl-C, which reaches all of them: this one does, and ends them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -64,6 +64,10 @@ def test_noise_may_be_evaluated_one_way_only(noise: str) -> None:
     index = ["off", "on"].index(noise)
     assert torch.equal(one.rows[0].clean, both.rows[index].clean)
     assert torch.equal(one.rows[0].right["fast"][0.1], both.rows[index].right["fast"][0.1])
+    # Images that were found without noise see through it.
+    switched = [name for name in one.rows[0].right if name.startswith("transfer from network")]
+    assert len(switched) == (noise == "on")
+    assert all(torch.equal(one.rows[0].right[name][0.1], both.rows[index].right[name][0.1]) for name in switched)
     assert [row.subject.noise for row in run(canaries.trained(), noise=noise).rows] == ["none"]
 
 
