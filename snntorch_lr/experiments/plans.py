@@ -172,13 +172,17 @@ def _images(dataset: str) -> list[Entry]:
         if family in SEEDED
     ]
     found += _fronts(make, surrogate, best)
-    tried = {"surrogate": (replace(surrogate, epochs=2), _TRIED_BY_BOTH)}
     few = replace(best, epochs=2, copies=8)
-    tried["likelihood ratio"] = few, _TRIED_BY_BOTH | _TRIED_BY_LIKELIHOOD_RATIO
+    tried = {
+        "surrogate": (replace(surrogate, epochs=2), _TRIED_BY_BOTH),
+        "likelihood ratio": (few, _TRIED_BY_BOTH | _TRIED_BY_LIKELIHOOD_RATIO),
+    }
     found += [
         make("tune", family, replace(recipe, **change), label)
         for family, (recipe, changes) in tried.items()
         for label, change in changes.items()
+        # Everything else was tried on one data set only.
+        if dataset == "mnist" or "learning_rate" in change
     ]
     return found
 
