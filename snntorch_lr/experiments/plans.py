@@ -95,9 +95,6 @@ _TRIED_BY_BOTH: dict[str, dict[str, Any]] = {
     "1000 neurons": {"model": "wide-mlp"},
 }
 _TRIED_BY_LIKELIHOOD_RATIO: dict[str, dict[str, Any]] = {
-    "vanilla": {"estimator": "vanilla"},
-    "controlled": {"estimator": "controlled"},
-    "16 copies": {"copies": 16},
     "4, then 32 copies": {"copies": 4, "late_copies": 32},
     "sigma 1": {"sigma": 1.0},
     "sigma 1 per neuron": {"sigma": 1.0, "per_neuron": True},
@@ -140,7 +137,7 @@ def _usual(surrogate: Recipe) -> dict[str, Recipe]:
 
 
 ESCAPE = "likelihood ratio, escape, vanilla"
-SEEDED = ("surrogate", "likelihood ratio, membrane, approximate", ESCAPE)
+SEEDED = ("surrogate", ESCAPE)
 """Trained with other seeds too."""
 _BEST_RATE = {"mnist": 3e-3, "fashion-mnist": 1e-3}
 """Learning rates of the likelihood ratio that were best on held-out images."""
@@ -189,7 +186,11 @@ def _images(dataset: str) -> list[Entry]:
 def _fronts(make: Make, surrogate: Recipe, best: Recipe) -> list[Entry]:
     """Table B: how far each method is regularised, from accurate to robust."""
     longer = replace(surrogate, epochs=8)
-    found = [make("front", "likelihood ratio", replace(best, epochs=8), "8 epochs")]
+    first = surrogate.dataset == "mnist"
+    # It comes close to the accuracy of backpropagation sooner on the one than on the other.
+    found = [
+        make("front", "likelihood ratio", replace(best, epochs=e), f"{e} epochs") for e in ((8,) if first else (8, 16))
+    ]
     found += [make("front", "surrogate", replace(longer, epochs=e), f"{e} epochs") for e in (2, 8, 16)]
     found += [make("front", "surrogate", replace(longer, decay=d), f"decay {d:g}") for d in (5.0, 20.0)]
     found += [
@@ -205,6 +206,7 @@ def _fronts(make: Make, surrogate: Recipe, best: Recipe) -> list[Entry]:
     found += [
         make("front", "likelihood ratio, input noise", replace(slower, input_noise=s), f"{s:g}, decay 2, 8 epochs")
         for s in (0.3, 0.5)
+        if first
     ]
     true_class = replace(best, objective="true-class", sigma=1.0, decay=5.0)
     found.append(make("front", "likelihood ratio, true-class", true_class, "sigma 1, decay 5"))
