@@ -238,7 +238,7 @@ def _digits() -> list[Entry]:
 
 def _conv(dataset: str) -> list[Entry]:
     """Table A of the convolutional network, which takes several times as long and is not swept."""
-    make = _maker({"usual": (Evaluation("standard", 250, (0.05, 0.1)),)})
+    make = _maker({"usual": (Evaluation(REDUCED, 250, (0.05, 0.1)),)})
     surrogate = Recipe("surrogate", dataset, "conv", 2, 8, 0, learning_rate=3e-3, validation=6000)
     ratio = replace(_usual(surrogate)[ESCAPE], estimator="allocated-controlled")
     return [
