@@ -16,7 +16,7 @@ import typer
 
 import snntorch_lr as slr
 from snntorch_lr import noise, optim, robustness
-from snntorch_lr.experiments import cli
+from snntorch_lr.experiments import cli, study_report
 
 from . import pages
 
@@ -101,6 +101,16 @@ def test_figures_of_a_table_are_in_the_files_that_its_rows_name(page: Path) -> N
             given = {each for file in files for each in FIGURE.findall(file.read_text(encoding="utf-8"))}
             # Settings stand behind "=": a default is not in the command.
             assert set(FIGURE.findall(re.sub(r"\]\([^)]*\)|= \S+", "", line))) <= given, line
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((pages.ROOT / "docs" / "results").glob("study-*")), ids=lambda path: path.name
+)
+def test_the_page_of_a_study_is_what_its_results_say(folder: Path, tmp_path: Path) -> None:
+    study_report.write(folder, tmp_path)
+    # Pixels depend on the version of matplotlib.
+    for name in ("index.md", "results.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), f"run snntorch-lr report {folder.name}"
 
 
 def test_every_result_is_in_the_index() -> None:

@@ -150,6 +150,7 @@ def _foot(results: Sequence[Result]) -> str:
     dataset, model = _about(results)
     name = f"{dataset}-conv" if model == "conv" else dataset
     return (
-        f"Commands: `snntorch-lr study {name}`, then `snntorch-lr report` on its results. {len(results)} networks, "
-        f"{minutes:.0f} minutes of training. Versions: {'; '.join(versions)}. Machine: {'; '.join(machines)}."
+        f"Command: `snntorch-lr study {name}`; this page again from its results: `snntorch-lr report DIR`, DIR the "
+        f"folder of `{TOGETHER}`. {len(results)} networks, {minutes:.0f} minutes of training. Versions: "
+        f"{'; '.join(versions)}. Machine: {'; '.join(machines)}."
     )
