@@ -139,7 +139,7 @@ ESCAPE = "likelihood ratio, escape, vanilla"
 SEEDED = ("surrogate", ESCAPE)
 """Trained with other seeds too."""
 _BEST_RATE = {"mnist": 3e-3, "fashion-mnist": 1e-3}
-"""Learning rates of the likelihood ratio that were best on held-out images; those of Fashion-MNIST in an earlier run."""
+"""Learning rates of the likelihood ratio, best on held-out images; those of Fashion-MNIST in an earlier run."""
 
 
 def _images(dataset: str) -> list[Entry]:
