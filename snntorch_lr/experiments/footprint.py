@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict
 
 import torch
 
-from .measure import peak_of
+from .measure import from_fresh_process, peak_of
 from .models import SpikingClassifier
 from .recipe import Recipe, make_network, make_optimizer
 from .train import stepper
@@ -25,14 +24,7 @@ def step_megabytes(recipe: Recipe, shape: tuple[int, int, int]) -> float:
     Raises:
         ChildProcessError: if the process dies, for want of memory for example.
     """
-    given = json.dumps([asdict(recipe), shape, torch.get_num_threads()])
-    # In a session of its own: Ctrl-C is for the process that waits for this one's.
-    process = subprocess.run(
-        [sys.executable, "-m", __spec__.name], input=given, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    if process.returncode:
-        raise ChildProcessError(f"measuring the memory of a step ended with status {process.returncode}")
-    return float(process.stdout)
+    return from_fresh_process(__spec__.name, [asdict(recipe), shape, torch.get_num_threads()])
 
 
 def _measure(recipe: Recipe, shape: tuple[int, int, int]) -> float:

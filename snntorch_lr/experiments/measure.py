@@ -68,13 +68,22 @@ def peak_megabytes(workload: Workload, device: torch.device) -> float:
     Raises:
         ChildProcessError: if the process dies, for want of memory for example.
     """
-    given = json.dumps([asdict(workload), str(device), torch.get_num_threads()])
+    return from_fresh_process(__spec__.name, [asdict(workload), str(device), torch.get_num_threads()])
+
+
+def from_fresh_process(module: str, given: object) -> float:
+    """What a module prints that is run as a program, and given JSON.
+
+    Raises:
+        ChildProcessError: if the process dies, for want of memory for example.
+    """
     # In a session of its own: Ctrl-C is for this process, which ends the other one.
     process = subprocess.run(
-        [sys.executable, "-m", __spec__.name], input=given, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [sys.executable, "-m", module], input=json.dumps(given), stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     if process.returncode:
-        raise ChildProcessError(f"measuring the memory of {workload} ended with status {process.returncode}")
+        raise ChildProcessError(f"measuring the memory of {given} ended with status {process.returncode}")
     return float(process.stdout)
 
 

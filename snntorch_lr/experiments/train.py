@@ -203,8 +203,9 @@ def stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, ra
     def likelihood_ratio(x: Tensor, y: Tensor) -> float:
         if optimizer.param_groups[0]["lr"] < recipe.learning_rate / 2:
             hook.estimator = late
-        # Rows of the same image are draws of one vote.
-        x, y = x.repeat_interleave(recipe.votes, 0), y.repeat_interleave(recipe.votes, 0)
+        if recipe.votes > 1:
+            # Rows of the same image are draws of one vote.
+            x, y = x.repeat_interleave(recipe.votes, 0), y.repeat_interleave(recipe.votes, 0)
         return float(optimizer.step(closure(loss_fn, x, y)))
 
     return _disturbed(recipe, net, likelihood_ratio)

@@ -57,6 +57,14 @@ def test_what_is_finished_is_not_done_again(done: Path, monkeypatch: pytest.Monk
     assert {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()} == before
 
 
+def test_no_network_is_transferred_to_from_itself_and_every_other_is(done: Path) -> None:
+    """The stopped one begins like the source, and is another network."""
+    for entry in small():
+        for row in json.loads(result_file(entry, done).read_text()).get("rows", []):
+            lent = "transfer from surrogate" in row["attacks"]
+            assert lent == (entry.name != "usual: surrogate"), entry.name
+
+
 def test_the_stopped_network_matches_the_accuracy(done: Path) -> None:
     entry = next(entry for entry in small() if entry.matches)
     matched = next(other for other in small() if other.name == entry.matches)

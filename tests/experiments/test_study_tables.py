@@ -71,6 +71,12 @@ def test_noise_off_and_on_stand_side_by_side_on_the_same_images(usual: list[dict
     ]
 
 
+def test_no_difference_is_not_shown_as_no_measurement(usual: list[dict[str, Any]]) -> None:
+    usual[0]["rows"][0]["right"]["worst"]["0.05"] = bits(40, 100)
+    found = tables.differences(usual)
+    assert cells(found, "likelihood ratio, escape, vanilla (noise off)")["ε = 0.05"] == "+0.0 [+0.0, +0.0], p = 1"
+
+
 def test_without_the_surrogate_nothing_takes_its_place(usual: list[dict[str, Any]]) -> None:
     alone = [each for each in usual if each["entry"]["family"] != "surrogate"]
     ((_, *line),) = tables.short(alone)[1]
