@@ -279,6 +279,8 @@ def test_ctrl_c_ends_the_processes_of_a_command_too(command: str, tmp_path: Path
     kept = {"benchmark": "nothing was written", "study": "finished networks, epochs and attacks are kept: start again"}
     assert said == f"snntorch-lr: interrupted; {kept[command]}\n"
     assert not psutil.wait_procs(left, timeout=PATIENCE)[1]
+    # They were ended, and not waited for.
+    assert not list((tmp_path / "out").rglob("*.json"))
 
 
 def test_a_process_of_a_study_that_is_killed_is_one_line(tmp_path: Path) -> None:
