@@ -18,6 +18,7 @@ from .network import parameters
 from .noisy import NoisyNeuron
 from .repeatable import RandomState, Statistics
 from .validate import check_losses
+from .warn import warn
 
 _KINDS: dict[str, Callable[..., Vanilla | Approximate]] = {
     "vanilla": Vanilla,
@@ -43,7 +44,8 @@ class Allocated(Estimator):
 
     Args:
         net: the network; at least one neuron must have noise.
-        copies: K, the mean number of noise copies of a sample; levels round to it only roughly.
+        copies: K, the mean number of noise copies of a sample; levels round to it only roughly. Where every sample
+            needs as many as that, there is nothing to allocate, and a warning says so.
         baseline: as in ``Vanilla``.
         antithetic: as in ``Vanilla``.
         seed: as in ``Vanilla``.
@@ -80,6 +82,11 @@ class Allocated(Estimator):
         least = 2 * step if baseline == "leave-one-out" else step
         least = max(least, Controlled.least_copies if estimator == "controlled" else 1)
         counts = sorted({max(least, step * round(level * copies / step)) for level in levels})
+        if len(levels) > 1 and counts[0] >= copies:
+            warn(
+                f"Allocated: {copies} copies leave nothing to allocate, because each sample needs at least {counts[0]}"
+                f"{' to fit its control variate' if estimator == 'controlled' else ''}; give more copies"
+            )
         self.batch_dim = batch_dim
         self.parts = {
             count: _KINDS[estimator](net, copies=count, baseline=baseline, antithetic=antithetic, **options)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -100,6 +101,16 @@ def test_refuses_to_run_without_targets() -> None:
 def test_refuses_what_does_not_go_together(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         slr.Allocated(Net(), **{"copies": COPIES, **options})
+
+
+@pytest.mark.parametrize(("options", "least"), [({"copies": 2}, 2), ({"copies": 4, "estimator": "controlled"}, 4)])
+def test_says_that_there_is_nothing_to_allocate(options: dict[str, Any], least: int) -> None:
+    with pytest.warns(UserWarning, match=f"{least} copies leave nothing to allocate"):
+        slr.Allocated(Net(), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slr.Allocated(Net(), levels=[1], **options)
+        slr.Allocated(Net(), **options | {"copies": least + 1})
 
 
 def test_negative_losses_are_allocated_too() -> None:

@@ -138,6 +138,7 @@ def _estimators(net: models.SpikingClassifier, settings: Settings) -> dict[str, 
     found: dict[str, str | Estimator] = {"vanilla": "vanilla", "approximate": "approximate"}
     if settings.copies >= Controlled.least_copies:
         found["controlled"] = "controlled"
+        found["allocated"] = "allocated"
     found["no baseline"] = Vanilla(net, settings.copies, baseline="none")
     if settings.noise == "escape":
         found["plain score"] = PlainScore(net, settings.copies)
