@@ -102,6 +102,10 @@ _TRIED_BY_LIKELIHOOD_RATIO: dict[str, dict[str, Any]] = {
     "zero-one": {"objective": "zero-one", "estimator": "vanilla"},
     "vote of 3": {"objective": "vote", "votes": 3, "copies": 4, "estimator": "vanilla"},
 }
+_SWEPT: dict[str, dict[str, Any]] = {
+    "4 copies": {"copies": 4, "estimator": "allocated"},
+    "sigma 0.6": {"sigma": 0.6},
+}
 _TRIED_BY_CONVOLUTION: dict[str, dict[str, Any]] = {
     "sigma 0.2, learning rate 0.006": {},
     "sigma 0.3": {"sigma": 0.3},
@@ -214,10 +218,16 @@ def _fronts(make: Make, surrogate: Recipe, best: Recipe) -> list[Entry]:
     ]
     # With decay, what noisy gradients leave in the weights grows with the learning rate; what they teach does not.
     slower = replace(best, epochs=8, learning_rate=1e-3, decay=2.0)
+    if not first:
+        slower = replace(slower, epochs=16, learning_rate=3e-4, copies=8)
+    calm = f"decay 2, {slower.epochs} epochs"
     found += [
-        make("front", "likelihood ratio, input noise", replace(slower, input_noise=s), f"{s:g}, decay 2, 8 epochs")
+        make("front", "likelihood ratio, input noise", replace(slower, input_noise=s), f"{s:g}, {calm}")
         for s in (0.3, 0.5)
-        if first
+    ]
+    found += [
+        make("front", "likelihood ratio", replace(best, epochs=8, **change), f"{label}, 8 epochs")
+        for label, change in _SWEPT.items()
     ]
     true_class = replace(best, objective="true-class", sigma=1.0, decay=5.0)
     found.append(make("front", "likelihood ratio, true-class", true_class, "sigma 1, decay 5"))
