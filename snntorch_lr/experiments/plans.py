@@ -274,11 +274,11 @@ def _conv(dataset: str) -> list[Entry]:
         make("usual", "likelihood ratio, escape, allocated", replace(ratio, epochs=16)),
     ]
     found += [
-        make("tune", "surrogate", replace(surrogate, learning_rate=rate), f"learning rate {rate:g}")
+        make("tune", "surrogate", replace(surrogate, epochs=1, learning_rate=rate), f"learning rate {rate:g}")
         for rate in (1e-3, 3e-3, 6e-3)
     ]
     found += [
-        make("tune", "likelihood ratio", replace(ratio, copies=4, **change), label)
+        make("tune", "likelihood ratio", replace(ratio, epochs=1, copies=4, **change), label)
         for label, change in _TRIED_BY_CONVOLUTION.items()
     ]
     return found
