@@ -229,6 +229,14 @@ def _fronts(make: Make, surrogate: Recipe, best: Recipe) -> list[Entry]:
         make("front", "likelihood ratio", replace(best, epochs=8, **change), f"{label}, 8 epochs")
         for label, change in _SWEPT.items()
     ]
+    if first:
+        wide = replace(longer, input_noise=0.5, model="wide-mlp")
+        found += [
+            make("front", "surrogate, input noise", replace(wide, decay=d), f"1000 neurons, 0.5, decay {d:g}")
+            for d in (0.0, 5.0)
+        ]
+        calm_and_wide = replace(slower, input_noise=0.5, copies=8, model="wide-mlp")
+        found.append(make("front", "likelihood ratio, input noise", calm_and_wide, f"1000 neurons, 0.5, {calm}"))
     true_class = replace(best, objective="true-class", sigma=1.0, decay=5.0)
     found.append(make("front", "likelihood ratio, true-class", true_class, "sigma 1, decay 5"))
     stopped = make("front", "surrogate, stopped", surrogate, "at the accuracy of the likelihood ratio")
@@ -262,7 +270,7 @@ def _conv(dataset: str) -> list[Entry]:
     make = _maker(
         {
             "tune": (Evaluation(REDUCED, 100, (0.05, 0.1), held_out=True),),
-            "usual": (Evaluation(REDUCED, 250, (0.05, 0.1)),),
+            "usual": (Evaluation(REDUCED, 250, (0.05, 0.1)), Evaluation(REDUCED, 100, (0.05, 0.1), "on")),
         }
     )
     surrogate = Recipe("surrogate", dataset, "conv", 2, 8, 0, learning_rate=3e-3, validation=6000)
