@@ -286,6 +286,11 @@ def test_ctrl_c_ends_the_processes_of_a_command_too(command: str, tmp_path: Path
 def test_a_process_of_a_study_that_is_killed_is_one_line(tmp_path: Path) -> None:
     process = started("study", tmp_path / "out")
     try:
+        patience = time.monotonic() + PATIENCE
+        # Killed at work, as want of memory does it, and not while they are started.
+        while not list((tmp_path / "out").rglob("*.pt")):
+            assert time.monotonic() < patience
+            time.sleep(0.05)
         for worker in workers(process):
             worker.kill()
         _, said = process.communicate(timeout=PATIENCE)
