@@ -114,10 +114,10 @@ _NOTE_LEVELS = (
 _NOTE_SEEDS = "Worst case over the reduced suite, noise off; Student's t over seeds."
 _NOTE_B = (
     "Noise off; worst case over the reduced suite, whose distance from \"standard\" table A shows. 'to the front': "
-    "worst case minus that of the best surrogate networks (all families called surrogate; PGD-trained ones, and those "
-    "of 1000 neurons, only beside such) at the same clean accuracy, interpolated between neighbours on their front, "
-    "paired by image. '*' marks the networks on that front. Epochs and seconds of training differ between the "
-    "networks. Those of table A were attacked at smaller budgets too, and what falls there stays wrong."
+    "worst case minus that of the best surrogate networks (all families called surrogate; the PGD-trained only beside "
+    "the PGD-trained) at the same clean accuracy, interpolated between neighbours on their front, paired by image. '*' "
+    "marks the networks on that front. Epochs and seconds of training differ between the networks. Those of table A "
+    "were attacked at smaller budgets too, and what falls there stays wrong."
 )
 _NOTE_TUNE = (
     "Clean accuracy of the held-out images, and worst case over the reduced suite on the first of them, noise off; "

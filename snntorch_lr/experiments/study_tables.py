@@ -21,7 +21,6 @@ PAPER = ("FGSM", "RFGSM", "PGD", "MIFGSM")
 SHOWN = "0.05"
 """Budget of the summary."""
 REFERENCE = "surrogate, PGD-trained"
-WIDE = ", 1000 neurons"
 
 
 def of_group(results: Iterable[Result], group: str) -> list[Result]:
@@ -225,25 +224,19 @@ def points(results: Sequence[Result], epsilon: str) -> list[tuple[str, str, Poin
     for result in [*of_group(results, "usual"), *of_group(results, "front")]:
         row = result["rows"][0]
         if epsilon in row["right"]["reduced"]:
-            name, family = result["entry"]["name"], _family(result)
+            entry = result["entry"]
             clean = result["clean"][row["noise"]]["majority vote"]["accuracy"]
-            change = name.partition(": ")[2].removeprefix(family).removeprefix(", ")
-            found.append((family, change, Point(name, clean, _array(row["right"]["reduced"][epsilon]))))
+            change = entry["name"].partition(": ")[2].removeprefix(entry["family"]).removeprefix(", ")
+            found.append(
+                (entry["family"], change, Point(entry["name"], clean, _array(row["right"]["reduced"][epsilon])))
+            )
     return found
 
 
-def _family(result: Result) -> str:
-    """The family of a network, with what it is not compared across."""
-    family, recipe = str(result["entry"]["family"]), result["entry"]["recipe"]
-    family += WIDE if recipe["model"] == "wide-mlp" else ""
-    return family if family == REFERENCE or not recipe["adversary"] else f"{family}, PGD-trained"
-
-
 def _rivals(points: Sequence[tuple[str, str, Point]], family: str) -> list[Point]:
-    """Surrogate networks that a family is compared with: PGD-trained or wide ones only with what is so too."""
-    with_reference, with_wide = family.endswith("PGD-trained"), WIDE in family
-    rivals = [(f, p) for f, _, p in points if f.startswith("surrogate")]
-    return [p for f, p in rivals if (with_reference or f != REFERENCE) and (with_wide or WIDE not in f)]
+    """Surrogate networks that a family is compared with: the PGD-trained only with what is trained so too."""
+    with_reference = family.endswith("PGD-trained")
+    return [p for f, _, p in points if f.startswith("surrogate") and (with_reference or f != REFERENCE)]
 
 
 def fronts(results: Sequence[Result]) -> Table:
@@ -285,8 +278,10 @@ def tuning(results: Sequence[Result]) -> Table:
 
 def _held_out(result: Result, epsilon: str) -> tuple[str, str, Point]:
     """A network on held-out images, as ``points`` gives those on test images."""
+    entry = result["entry"]
+    family = entry["family"] + (", PGD-trained" if entry["recipe"]["adversary"] else "")
     right = _array(result["rows"][0]["right"]["worst"][epsilon])
-    return _family(result), "", Point(result["entry"]["name"], result["validation"], right)
+    return family, "", Point(entry["name"], result["validation"], right)
 
 
 def _array(bits: str) -> NDArray[np.float64]:

@@ -100,23 +100,6 @@ def test_the_front_leaves_the_pgd_trained_out(usual: list[dict[str, Any]]) -> No
     assert "1 more are more accurate than all of these" in said
 
 
-def test_wide_networks_are_on_the_front_of_wide_networks_only(usual: list[dict[str, Any]]) -> None:
-    wide = "1000 neurons, 0.5, decay"
-    front = [
-        result(MNIST[f"front: surrogate, input noise, {wide} 0"], 0.98, row(80, 100, "none")),
-        result(MNIST["front: surrogate, decay 5"], 0.96, row(70, 100, "none")),
-        result(MNIST[f"front: likelihood ratio, input noise, {wide} 2, 8 epochs"], 0.96, row(75, 100)),
-    ]
-    header, lines = tables.fronts([*usual, *front])
-    found = {", ".join(line[:2]): dict(zip(header, line, strict=True)) for line in lines}
-    assert found["likelihood ratio, escape, vanilla, "]["to the front"].startswith("-10.0 ")
-    assert found["likelihood ratio, input noise, 1000 neurons, 0.5, decay 2, 8 epochs"]["to the front"].startswith(
-        "-5.0 "
-    )
-    assert found["surrogate, decay 5"]["worst, ε = 0.05"] == "70.0 *"
-    assert found["surrogate, input noise, 1000 neurons, 0.5, decay 0"]["worst, ε = 0.05"] == "80.0 *"
-
-
 def test_seeds_count_the_network_of_table_a_as_one(usual: list[dict[str, Any]]) -> None:
     seeds = [
         result(MNIST[f"seed: likelihood ratio, escape, vanilla, seed {seed}"], 0.95, row(right, 100))
