@@ -14,7 +14,7 @@ from torch.autograd.graph import Node
 from .estimators import Estimator, LossFn, batch_size
 from .graph import ancestors
 from .noisy import NoisyNeuron
-from .rates import RatePass, RatesCaptured, Summing, Sums, roots
+from .rates import RatePass, RatesCaptured, Summing, check_calls, roots
 from .recording import Recording
 from .repeatable import RandomState, Statistics
 
@@ -88,7 +88,7 @@ class Approximate(Estimator):
         sampling = Summing(copies, self._internal)
         with sampling.spikes:
             losses = self._run(sampling, loss_fn, inputs, targets, grad=True)
-        _check_calls(sampling.sums, neurons)
+        check_calls(sampling.sums, neurons, "use the vanilla estimator")
         everyone, own = self._compare(losses)
         weights = own.reshape(-1)
 
@@ -117,13 +117,3 @@ class Approximate(Estimator):
         if tensors:
             torch.autograd.backward(tensors, gradients)
         return everyone.mean()
-
-
-def _check_calls(sums: Mapping[NoisyNeuron, Sums], neurons: Mapping[str, NoisyNeuron]) -> None:
-    steps = {name: sums[neuron].steps for name, neuron in neurons.items() if neuron in sums}
-    if len(set(steps.values())) > 1:
-        raise ValueError(
-            "approximate needs each noisy neuron to be called once in each time step, but the calls were "
-            f"{', '.join(f'{name}: {count}' for name, count in steps.items())}; give each layer a neuron of its own, "
-            "or use the vanilla estimator"
-        )

@@ -144,6 +144,10 @@ class _Ranks(Undivided):
         """The first rank's seed."""
         return int(self.meet(seed)[0])
 
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over ranks, the same on all of them."""
+        return torch.stack([part.to(values.device) for part in self.meet(values.cpu())]).sum(0)
+
     def run(self, parameters: Iterable[nn.Parameter], backward: Callable[[], Tensor]) -> Tensor:
         """Runs the part of this rank, and adds the gradients of all ranks into ``.grad``."""
         trained = [parameter for parameter in parameters if parameter.requires_grad]

@@ -26,6 +26,10 @@ class Undivided:
         """Losses that the baseline compares, from those of this process; both ``[copies, batch]``."""
         return losses
 
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over all processes of what each of them found."""
+        return values
+
     def run(self, parameters: Iterable[nn.Parameter], backward: Callable[[], Tensor]) -> Tensor:
         """Runs the part of this process, and puts the gradients of all processes together.
 

@@ -101,6 +101,24 @@ class Estimator(ABC):
 
         return self.division.run(parameters(self.net), own_part)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a run in a loop of one's own needs to go on with the same numbers.
+
+        With ``seed=None`` the noise comes from torch's global generator: save ``torch.get_rng_state()`` too.
+        """
+        return {"seeds": None if self._seeds is None else self._seeds.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what ``state_dict`` returned, of an estimator that was made with the same arguments.
+
+        Raises:
+            ValueError: if one of the two was made with a seed and the other without.
+        """
+        if (state["seeds"] is None) != (self._seeds is None):
+            raise ValueError("one estimator was made with a seed and the other without: make both alike")
+        if self._seeds is not None:
+            self._seeds.set_state(state["seeds"])
+
     @abstractmethod
     def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
         """The gradient, added into ``.grad``; returns the mean loss."""
@@ -137,7 +155,8 @@ class Estimator(ABC):
         watch = NoiseFreeNeurons(self.net, neurons)
         with recording.spikes, watch:
             losses = self._run(recording, loss_fn, inputs, targets, grad=True)
-        watch.check(recording.tokens, losses)
+        tokens = recording.tokens
+        watch.check(tokens.values() if isinstance(tokens, dict) else tokens, losses)
         return losses
 
     def _inspect(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +11,12 @@ from torch.autograd.graph import Node
 
 def ancestors(tensors: Iterable[Tensor]) -> Iterator[Node]:
     """All nodes of the graph that the tensors were computed by, each once."""
-    stack = [tensor.grad_fn for tensor in tensors]
+    return nodes_behind([tensor.grad_fn for tensor in tensors])
+
+
+def nodes_behind(start: Iterable[Node | None], stop: Container[Node] = ()) -> Iterator[Node]:
+    """The nodes themselves and all that lies behind them, each once; nothing that lies only behind a node of ``stop``."""
+    stack = list(start)
     seen: set[Node] = set()
     while stack:
         node = stack.pop()
@@ -19,7 +24,8 @@ def ancestors(tensors: Iterable[Tensor]) -> Iterator[Node]:
             continue
         seen.add(node)
         yield node
-        stack.extend(parent for parent, _ in node.next_functions)
+        if node not in stop:
+            stack.extend(parent for parent, _ in node.next_functions)
 
 
 def leaves(tensors: Iterable[Tensor]) -> list[Tensor]:

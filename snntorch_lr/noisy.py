@@ -87,12 +87,11 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         recording = self.sampling_for
         if recording is not None:
             input_ = recording.receive(self, input_)
-            states = tuple(recording.expand_state(state, self) for state in states)
-            named_states = {key: recording.expand_state(state, self) for key, state in named_states.items()}
             if recording.starts(self):
                 self._has_binary_spikes = self._emits_zeros_and_ones()
                 if not states and not named_states:
-                    self._warn_about_left_over_state(input_, recording)
+                    self._warn_about_left_over_state(recording)
+            states, named_states = recording.receive_states(self, states, named_states)
         self._make_states(input_)
         states = tuple(self._fitting_state(state, input_) for state in states)
         named_states = {key: self._fitting_state(state, input_) for key, state in named_states.items()}
@@ -102,14 +101,8 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
             builds_graph = builds_graph and recording.builds_graph(self, mem)
         with torch.set_grad_enabled(builds_graph):
             output = super().forward(input_, *states, **named_states)
-        if recording is not None:
-            recording.end_step(self, output[0] if isinstance(output, tuple) else output)
-            attached = recording.attach(self, self.mem)
-            if attached is not self.mem:
-                self.mem = attached
-                output = (*output[:-1], attached) if isinstance(output, tuple) else output
         self._remember_spikes()
-        return output
+        return output if recording is None else recording.leave(self, output)
 
     def _remember_spikes(self) -> None:
         """Keeps the spikes of this step for the reset of the next: what was sampled, and not to be compared again."""
@@ -167,6 +160,11 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
             spikes = super().fire_inhibition(batch_size, mem).to(mem.dtype)
         with torch.set_grad_enabled(recording.grad):
             return recording.emit(self, spikes)
+
+    @property
+    def all_states(self) -> tuple[str, ...]:
+        """Names of what a step returns and the next one takes, the fed back spikes of a recurrent neuron included."""
+        return ("spk", *self.state_names) if hasattr(self, "recurrent") else self.state_names
 
     @property
     def fires_above_threshold(self) -> bool:
@@ -362,8 +360,8 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         """Shape of the states, for the cells whose first states snnTorch makes in float32 whatever their input is."""
         return None
 
-    def _warn_about_left_over_state(self, input_: Tensor, recording: Recording) -> None:
-        if self.mem.shape[:1] == input_.shape[:1] and bool(self.mem.any()):
+    def _warn_about_left_over_state(self, recording: Recording) -> None:
+        if self.mem.dim() and len(self.mem) == recording.rows and bool(self.mem.any()):
             warn(
                 f"{recording.name(self)} starts from the membrane potential that an earlier forward pass left; call "
                 "snntorch_lr.reset(net) at the start of the forward pass"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +29,7 @@ class Sums:
         states: Σ_t of the states before the step and of the reset, for cells that are not element-wise.
         current: the input currents, one by one as long as they differ: mean with its graph, and count.
         tangents: derivatives of the states, by parameter name; None for the input current.
+        derived: those of the step that is being computed.
     """
 
     steps: int = 0
@@ -43,6 +44,87 @@ class Sums:
     last_current: Tensor | None = None
     repeats: int = 0
     tangents: dict[str | None, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    derived: dict[str | None, tuple[Tensor | None, ...]] = field(default_factory=dict)
+
+    def receive(self, x: Tensor) -> None:
+        """Adds the graph of a current from outside the noisy layers to the mean current."""
+        if self.internal or not x.requires_grad:
+            return
+        if self.last_current is x:
+            self.repeats += 1
+        else:
+            self.add_last_current()
+            self.last_current, self.repeats = x, 1
+
+    def add_last_current(self) -> None:
+        """Moves the last current, as often as it came, into the sum."""
+        if self.last_current is not None:
+            share = self.last_current * self.repeats if self.repeats > 1 else self.last_current
+            self.current = share if self.current is None else self.current + share
+            self.last_current, self.repeats = None, 0
+
+    def begin_step(self, neuron: NoisyNeuron, input_: Tensor) -> None:
+        """Derives the next states, before the neuron updates them."""
+        self.steps += 1
+        if not neuron.is_elementwise:
+            before = [*(getattr(neuron, name) for name in neuron.state_names), neuron.reset]
+            totals = self.states or [None] * len(before)
+            self.states = [add(total, state) for total, state in zip(totals, before, strict=True)]
+            return
+        if neuron.recurrent_block is not None:
+            self.fed_back = add(self.fed_back, neuron.spk)
+        if neuron.leaks_only:
+            if not neuron.has_unit_gain:
+                self.derived = {None: (neuron.gain_after(self.tangents.get(None, (None,))[0]),)}
+            return
+        wanted: list[str | None] = list(neuron.elementwise_parameters)
+        if not neuron.has_unit_gain:
+            wanted.append(None)
+        zeros = (None,) * len(neuron.state_names)
+        self.derived = {name: neuron.derive(input_, name, self.tangents.get(name, zeros)) for name in wanted}
+
+    def file(self, noise: MembraneNoise | EscapeNoise, value: Tensor, score: Tensor) -> None:
+        """Adds scores; overwrites the value that they are of, ε or z, last: the score may be the same tensor."""
+        gain: Tensor | None = None
+        for name, tangent in self.sampled_tangents(score):
+            if name is None:
+                gain = tangent
+            elif tangent is not None:
+                self.own[name] = add(self.own.get(name), score * tangent)
+        if self.score is None:
+            self.score = torch.zeros_like(score)
+        self.score = self.score.add_(score) if gain is None else self.score.addcmul_(score, gain)
+        if noise.log_sigma.requires_grad:
+            self.scale = add(self.scale, noise.scale_score(value, score, out=value))
+
+    def sampled_tangents(self, like: Tensor) -> Iterator[tuple[str | None, Tensor | None]]:
+        """Derivatives of what this step samples by each element-wise parameter, and by the current under None."""
+        for name, tangents in self.derived.items():
+            tangent = tangents[-1]
+            if name == "threshold":
+                tangent = -torch.ones_like(like) if tangent is None else tangent - 1
+            yield name, tangent
+
+    def end_step(self, neuron: NoisyNeuron, spikes: Tensor) -> None:
+        """Carries the derivatives of the states on, as the sample and the reset leave them."""
+        for name, tangents in self.derived.items():
+            *rest, mem = tangents
+            if isinstance(neuron.noise, MembraneNoise):
+                # What is sampled is a constant; with a learned threshold that is the margin, u - threshold.
+                mem = torch.ones_like(neuron.mem) if name == "threshold" else None
+            if not getattr(neuron, "reset_delay", True):
+                mem = _after_reset(neuron, spikes, name, mem)
+            self.tangents[name] = (*rest, mem)
+        self.derived = {}
+
+
+def _after_reset(neuron: NoisyNeuron, spikes: Tensor, name: str | None, mem: Tensor | None) -> Tensor | None:
+    extra: Tensor = (spikes / neuron.graded_spikes_factor - neuron.reset).detach()
+    if neuron.reset_mechanism == "zero":
+        return None if mem is None else mem * (1 - extra)
+    if neuron.reset_mechanism == "subtract" and name == "threshold":
+        return -extra if mem is None else mem - extra
+    return mem
 
 
 class Summing(Recording):
@@ -52,18 +134,11 @@ class Summing(Recording):
         super().__init__(copies)
         self.sums: dict[NoisyNeuron, Sums] = {}
         self._internal = internal
-        self._derived: dict[str | None, tuple[Tensor | None, ...]] = {}
 
     def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
         """The input without its graph; the graphs of inputs from outside the noisy layers are averaged."""
         expanded = super().receive(neuron, x)
-        sums = self.sums.setdefault(neuron, Sums(internal=neuron in self._internal))
-        if not sums.internal and x.requires_grad:
-            if sums.last_current is x:
-                sums.repeats += 1
-            else:
-                _add_current(sums)
-                sums.last_current, sums.repeats = x, 1
+        self.sums.setdefault(neuron, Sums(internal=neuron in self._internal)).receive(x)
         return expanded.detach()
 
     def builds_graph(self, neuron: NoisyNeuron, mem: Tensor) -> bool:
@@ -72,81 +147,29 @@ class Summing(Recording):
 
     def begin_step(self, neuron: NoisyNeuron, input_: Tensor) -> None:
         """Derives the next states, before the neuron updates them."""
-        sums = self.sums[neuron]
-        sums.steps += 1
-        if not neuron.is_elementwise:
-            before = [*(getattr(neuron, name) for name in neuron.state_names), neuron.reset]
-            totals = sums.states or [None] * len(before)
-            sums.states = [_add(total, state) for total, state in zip(totals, before, strict=True)]
-            return
-        if neuron.recurrent_block is not None:
-            sums.fed_back = _add(sums.fed_back, neuron.spk)
-        if neuron.leaks_only:
-            if not neuron.has_unit_gain:
-                self._derived = {None: (neuron.gain_after(sums.tangents.get(None, (None,))[0]),)}
-            return
-        wanted: list[str | None] = list(neuron.elementwise_parameters)
-        if not neuron.has_unit_gain:
-            wanted.append(None)
-        zeros = (None,) * len(neuron.state_names)
-        self._derived = {name: neuron.derive(input_, name, sums.tangents.get(name, zeros)) for name in wanted}
+        self.sums[neuron].begin_step(neuron, input_)
 
     def file_membrane(
         self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int
     ) -> None:
         """Adds the scores of a noisy membrane."""
-        self._file(neuron, noise, epsilon, noise.location_score(epsilon))
+        self.sums[neuron].file(noise, epsilon, noise.location_score(epsilon))
 
     def file_escape(
         self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, limit: Tensor, spikes: Tensor
     ) -> None:
         """Adds the scores of a sampled spike."""
-        self._file(neuron, noise, z, noise.location_score(z, spikes, limit))
-
-    def _file(self, neuron: NoisyNeuron, noise: MembraneNoise | EscapeNoise, value: Tensor, score: Tensor) -> None:
-        """Adds scores; overwrites the value that they are of, ε or z, last: the score may be the same tensor."""
-        sums = self.sums[neuron]
-        gain: Tensor | None = None
-        for name, tangents in self._derived.items():
-            tangent = tangents[-1]
-            if name == "threshold":
-                tangent = -torch.ones_like(score) if tangent is None else tangent - 1
-            if name is None:
-                gain = tangent
-            elif tangent is not None:
-                sums.own[name] = _add(sums.own.get(name), score * tangent)
-        if sums.score is None:
-            sums.score = torch.zeros_like(score)
-        sums.score = sums.score.add_(score) if gain is None else sums.score.addcmul_(score, gain)
-        if noise.log_sigma.requires_grad:
-            sums.scale = _add(sums.scale, noise.scale_score(value, score, out=value))
+        self.sums[neuron].file(noise, z, noise.location_score(z, spikes, limit))
 
     def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
         """Adds the spikes."""
         sums = self.sums[neuron]
-        sums.spikes = _add(sums.spikes, spikes)
+        sums.spikes = add(sums.spikes, spikes)
         return spikes
 
     def end_step(self, neuron: NoisyNeuron, spikes: Tensor) -> None:
         """Carries the derivatives of the states on, as the sample and the reset leave them."""
-        sums = self.sums[neuron]
-        for name, tangents in self._derived.items():
-            *rest, mem = tangents
-            if isinstance(neuron.noise, MembraneNoise):
-                # What is sampled is a constant; with a learned threshold that is the margin, u - threshold.
-                mem = torch.ones_like(neuron.mem) if name == "threshold" else None
-            if not getattr(neuron, "reset_delay", True):
-                mem = self._after_reset(neuron, spikes, name, mem)
-            sums.tangents[name] = (*rest, mem)
-        self._derived = {}
-
-    def _after_reset(self, neuron: NoisyNeuron, spikes: Tensor, name: str | None, mem: Tensor | None) -> Tensor | None:
-        extra: Tensor = (spikes / neuron.graded_spikes_factor - neuron.reset).detach()
-        if neuron.reset_mechanism == "zero":
-            return None if mem is None else mem * (1 - extra)
-        if neuron.reset_mechanism == "subtract" and name == "threshold":
-            return -extra if mem is None else mem - extra
-        return mem
+        self.sums[neuron].end_step(neuron, spikes)
 
 
 class RatesCaptured(BaseException):
@@ -154,21 +177,26 @@ class RatesCaptured(BaseException):
 
 
 class RatePass(Recording):
-    """Sends mean rates through the blocks once, and captures the current that each gives to its neuron."""
+    """Sends mean rates through the blocks once, and captures the current that each gives to its neuron.
+
+    Attributes:
+        currents: what was captured.
+        missing: neurons whose current is still to come.
+    """
 
     def __init__(self, copies: Copies, sums: Mapping[NoisyNeuron, Sums]) -> None:
         super().__init__(copies)
         self.sums = sums
         self.currents: dict[NoisyNeuron, Tensor] = {}
-        self._missing = {neuron for neuron in sums if sums[neuron].internal}
+        self.missing = {neuron for neuron in sums if sums[neuron].internal}
 
     def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
         """Captures the current of the first time step; ends the pass when every one is there."""
         expanded = super().receive(neuron, x)
-        if neuron in self._missing:
+        if neuron in self.missing:
             self.currents[neuron] = expanded
-            self._missing.discard(neuron)
-            if not self._missing:
+            self.missing.discard(neuron)
+            if not self.missing:
                 raise RatesCaptured
         return expanded.detach()
 
@@ -208,7 +236,7 @@ def roots(
     sigma = noise.sigma.detach()
     signal = weighted(sums.score, weights) / sigma
     if current is None:
-        _add_current(sums)
+        sums.add_last_current()
         current = None if sums.current is None else sums.current / sums.steps
     if not neuron.is_elementwise:
         rows = len(signal)
@@ -236,13 +264,21 @@ def roots(
         yield noise.sigma, sigma_gradient(sums.scale, weights, sigma)
 
 
-def _add(total: Tensor | None, value: Tensor) -> Tensor:
+def add(total: Tensor | None, value: Tensor) -> Tensor:
+    """A running sum, in place, without a graph."""
     return value.detach().clone() if total is None else total.add_(value.detach())
 
 
-def _add_current(sums: Sums) -> None:
-    """Moves the last current, as often as it came, into the sum."""
-    if sums.last_current is not None:
-        share = sums.last_current * sums.repeats if sums.repeats > 1 else sums.last_current
-        sums.current = share if sums.current is None else sums.current + share
-        sums.last_current, sums.repeats = None, 0
+def check_calls(sums: Mapping[NoisyNeuron, Sums], neurons: Mapping[str, NoisyNeuron], remedy: str) -> None:
+    """Refuses neurons that were not called once in each time step: sums over time would mix what they did.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    steps = {name: sums[neuron].steps for name, neuron in neurons.items() if neuron in sums}
+    if len(set(steps.values())) > 1:
+        raise ValueError(
+            "sums over time need each noisy neuron to be called once in each time step, but the calls were "
+            f"{', '.join(f'{name}: {count}' for name, count in steps.items())}; give each layer a neuron of its own, "
+            f"or {remedy}"
+        )

@@ -168,6 +168,18 @@ class Recording:
             )
         return state
 
+    @property
+    def rows(self) -> int:
+        """Rows of every tensor after the first noisy neuron."""
+        return self.copies * (self.batch or 0)
+
+    def receive_states(
+        self, neuron: NoisyNeuron, states: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The states of one time step, as the user gave them, as the neuron is to see them."""
+        expanded = tuple(self.expand_state(state, neuron) for state in states)
+        return expanded, {name: self.expand_state(state, neuron) for name, state in named.items()}
+
     def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
         """The input of one time step as the neuron is to see it; expanded once if it is the same again."""
         last = self._received.get(neuron)
@@ -195,6 +207,15 @@ class Recording:
 
     def end_step(self, neuron: NoisyNeuron, spikes: Tensor) -> None:
         """Called after the neuron has fired and reset."""
+
+    def leave(self, neuron: NoisyNeuron, output: Any) -> Any:
+        """What a step returns to others, from what snnTorch's update returned."""
+        self.end_step(neuron, output[0] if isinstance(output, tuple) else output)
+        attached = self.attach(neuron, neuron.mem)
+        if attached is neuron.mem:
+            return output
+        neuron.mem = attached
+        return (*output[:-1], attached) if isinstance(output, tuple) else output
 
     def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
         """What goes on to the next layer in place of the spikes."""

@@ -1,0 +1,307 @@
+"""Counterfactual credit: the likelihood ratio with a weight for each neuron, at the price of one or two copies."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .credit import Control, CreditSums, Rate
+from .estimators import Estimator, LossFn, batch_size, positive_integer
+from .graph import ancestors, nodes_behind
+from .noisy import NoisyNeuron
+from .pooling import SpikePooling
+from .rates import RatePass, RatesCaptured, check_calls
+from .recording import Copies
+from .repeatable import RandomState, Statistics
+from .shadows import Shadowed
+from .stream import NoiseStream
+
+OVER_TIME = ("rates", "exact")
+
+
+class Counterfactual(Estimator):
+    """The likelihood-ratio gradient in which each neuron is weighted with what its own other draw would have done.
+
+    ``Vanilla`` weights the score of every neuron with one number, the loss of its copy. But given the currents that
+    enter a layer, the spike trains of its neurons are independent. So each neuron draws a second train from the same
+    currents, a shadow, which goes nowhere; and what the loss would have been with that train instead is known to first
+    order from ∂ℒ/∂s. For a noisy layer, in one copy of one sample, with currents I, spikes s, firing probabilities p and
+    score q(τ) = ∂ log P(train) / ∂I(τ), and s̃, p̃, q̃ of the shadow:
+
+        a(t) = ∂ℒ/∂s(t),   v = s − λ(s − p)
+        D = ½ Σ_t a(t) (v(t) − ṽ(t))
+        G(τ) = D · (q(τ) − q̃(τ)) + λ Σ_{t≥τ} a(t) ∂p(t)/∂I(τ)
+
+    G estimates ∂E[ℒ]/∂I. It goes back through the block in front, whose weights get their gradient from it, and the
+    layer below its a(t). σ, leaks, thresholds and one-to-one recurrent weights get the same D with scores of their own.
+    What travels back: through blocks, from layer to layer; through time only in a layer's own leak and recurrence;
+    never through a spike or a reset.
+
+    The error is of third order in what one neuron's train does to the loss: none where the loss is affine in it. λ is
+    fitted for each layer, from earlier steps alone, so that the variance is least.
+
+    Args:
+        net: the network; at least one neuron must have noise.
+        copies: K, noise copies of each sample; one is enough. Only what comes after the first noisy neuron is computed
+            K times.
+        shadows: other trains of each neuron and copy.
+        over_time: ``"rates"`` keeps sums over time in place of trains: one evaluation and one backward pass of each
+            block, and memory that does not grow with the number of time steps, but for the graph of what comes after
+            the last noisy layer. Spiking readouts, all-to-all recurrent layers, layers whose membrane potential the
+            loss reads, and what comes after them, are computed in each time step all the same. ``"exact"`` computes
+            all layers in each time step.
+        control: λ of all layers; None to fit it.
+        seed: of the noise; None takes it from torch's global generator.
+
+    Raises:
+        ValueError: if the network has no noisy neuron, an argument is wrong, or a neuron's trains are not independent
+            given its currents (LSTM cells, inhibition).
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(784, 100), slr.Leaky(beta=0.9, noise="escape"), nn.Linear(100, 10))
+        >>> estimator = slr.Counterfactual(net, copies=2)
+        >>> loss = estimator.backward(loss_fn, images, labels)  # in place of loss.backward()
+
+    Source: credit by a counterfactual baseline for each agent is COMA (Foerster et al. 2018); exact local expectations
+    are those of Titsias & Lázaro-Gredilla (2015); MuProp (Gu et al. 2016) has the first-order control variate. Shadows,
+    their pairs and the fitted control of a spike train are ours.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        copies: int = 2,
+        shadows: int = 1,
+        over_time: str = "rates",
+        control: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(net, copies, "none", seed=seed)
+        if over_time not in OVER_TIME:
+            raise ValueError(f"over_time must be 'rates' or 'exact', got {over_time!r}")
+        if control is not None and not 0 <= control <= 1:
+            raise ValueError(f"control must be in [0, 1], or None to fit it, got {control}")
+        self.shadows = positive_integer("shadows", shadows)
+        self.over_time = over_time
+        self.fixed_control = control
+        self._controls: dict[str, Control] = {}
+        self._timed: Collection[str] = ()
+        self._internal: Collection[str] = ()
+
+    @property
+    def control(self) -> dict[str, float]:
+        """λ of each noisy neuron, by name."""
+        return {name: float(control.value) for name, control in self._controls.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run in a loop of one's own needs to go on with the same numbers."""
+        controls = {name: control.sums.clone() for name, control in self._controls.items()}
+        return super().state_dict() | {"control": controls}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from ``state_dict()``."""
+        super().load_state_dict(state)
+        for name, sums in state["control"].items():
+            self._controls.setdefault(name, Control(self.fixed_control)).sums = sums.clone()
+
+    def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
+        check_independent(neurons)
+        for name in neurons:
+            self._controls.setdefault(name, Control(self.fixed_control))
+        if self.over_time == "rates" and not self._inspected:
+            self._look_ahead(neurons, loss_fn, inputs, targets)
+        first, last = self.division.own_copies(self.copies)
+        copies = self._copies(neurons, self._stream(self._next_seed(), first, last), batch_size(targets))
+        exact = self.over_time == "exact"
+        timed = None if exact else [neurons[name] for name in self._timed if name in neurons]
+        internal = [neurons[name] for name in self._internal if name in neurons]
+        recording = self._recording(copies, timed, internal)
+        before, pooling = RandomState.capture(), SpikePooling()
+        with pooling:
+            if exact:
+                losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
+                if not self._inspected:
+                    check_derivative(recording, losses)
+            else:
+                with recording.spikes:
+                    losses = self._run(recording, loss_fn, inputs, targets, grad=True)
+        check_calls(recording.sums, neurons, 'use over_time="exact"')
+        everyone = self.division.gather(losses.detach().view(last - first, -1))
+        rates = self._rates(recording, before, pooling, neurons, loss_fn, inputs, targets)
+        self._push(losses, everyone.numel(), recording, rates)
+        self._fit(recording, neurons)
+        return everyone.mean()
+
+    def _recording(
+        self, copies: Copies, timed: Collection[NoisyNeuron] | None, internal: Collection[NoisyNeuron] = ()
+    ) -> Shadowed:
+        controls = {neuron: self._controls[name] for name, neuron in copies.neurons.items()}
+        return Shadowed(copies, self.shadows, controls, timed, internal)
+
+    def _look_ahead(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> None:
+        """A trial run of one copy with a whole graph: which neurons feed which, and what the loss reads."""
+        random, statistics = RandomState.capture(), Statistics(self.net)
+        recording = self._recording(self._copies(neurons, NoiseStream(0, 1, 0, 1), batch_size(targets)), None)
+        try:
+            with SpikePooling():
+                losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
+            check_derivative(recording, losses)
+        finally:
+            statistics.restore()
+            random.restore()
+        wiring = Wiring.of(recording, losses)
+        timed = wiring.read | wiring.readouts | {each for each in wiring.feeding if each.recurrent_block is not None}
+        self._timed = [
+            name for name, neuron in neurons.items() if neuron in timed or wiring.feeding.get(neuron, set()) & timed
+        ]
+        self._internal = [name for name, neuron in neurons.items() if wiring.feeding.get(neuron)]
+
+    def _rates(
+        self,
+        recording: Shadowed,
+        before: RandomState,
+        pooling: SpikePooling,
+        neurons: Mapping[str, NoisyNeuron],
+        loss_fn: LossFn,
+        inputs: Any,
+        targets: Any,
+    ) -> dict[NoisyNeuron, Tensor]:
+        """Mean rates of the neurons that are not timed, as a graph of blocks between them."""
+        controls = {neuron: self._controls[name] for name, neuron in neurons.items()}
+        copies = self._copies(neurons, recording.stream, recording.batch)
+        through = CreditPass(copies, recording.sums, controls)
+        if through.missing:
+            after, statistics = RandomState.capture(), Statistics(self.net)
+            before.restore()
+            try:
+                with suppress(RatesCaptured), SpikePooling(pooling.calls):
+                    self._run(through, loss_fn, inputs, targets, grad=True)
+            finally:
+                after.restore()
+                statistics.restore()
+        with torch.enable_grad():
+            return {neuron: through.rate(neuron) for neuron in recording.sums}
+
+    def _push(self, losses: Tensor, count: int, recording: Shadowed, rates: Mapping[NoisyNeuron, Tensor]) -> None:
+        """Back from the losses to what reads spikes, and from there through the blocks."""
+        if losses.requires_grad:
+            # Blocks in front of both graphs are used twice.
+            torch.autograd.backward(losses, torch.full_like(losses, 1 / count), retain_graph=bool(rates))
+        roots = [
+            (rate, recording.readers[neuron].grad)
+            for neuron, rate in rates.items()
+            if rate.requires_grad and recording.readers[neuron].grad is not None
+        ]
+        if roots:
+            torch.autograd.backward(*zip(*roots, strict=True))  # type: ignore[arg-type]
+
+    def _fit(self, recording: Shadowed, neurons: Mapping[str, NoisyNeuron]) -> None:
+        """Lets λ know of this step, for the steps after it."""
+        for name, neuron in neurons.items():
+            for chain in recording.chains.get(neuron, ()):
+                if chain.credit[0] is not None and chain.credit[1] is not None:
+                    self._controls[name].add(chain.credit[0], chain.credit[1])
+        found = self.division.total(torch.stack([self._controls[name].take() for name in neurons]))
+        for name, each in zip(neurons, found, strict=True):
+            self._controls[name].update(each)
+
+
+class CreditPass(RatePass):
+    """Sends mean rates through the blocks once; backwards, each neuron turns what its rate did into what its current did."""
+
+    def __init__(
+        self, copies: Copies, sums: Mapping[NoisyNeuron, CreditSums], controls: Mapping[NoisyNeuron, Control]
+    ) -> None:
+        super().__init__(copies, sums)
+        self._own = sums
+        self._controls = controls
+        self._rates: dict[NoisyNeuron, Tensor] = {}
+
+    def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
+        """The mean rate, as it was sampled; nothing of a neuron of which every time step is kept."""
+        return self.rate(neuron) if neuron in self._own else spikes
+
+    def rate(self, neuron: NoisyNeuron) -> Tensor:
+        """The mean rate of a neuron as a function of its mean current."""
+        if neuron not in self._rates:
+            sums = self._own[neuron]
+            sums.add_last_current()
+            current = self.currents.get(neuron)
+            if current is None:
+                current = torch.zeros(()) if sums.current is None else sums.current / sums.steps
+            assert neuron.noise is not None
+            learned = [neuron.elementwise_parameters[name][1] for name in sums.own]
+            self._rates[neuron] = Rate.apply(sums, self._controls[neuron], current, neuron.noise.sigma, *learned)
+        return self._rates[neuron]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Which neurons feed which, and what the loss reads.
+
+    Attributes:
+        feeding: for each neuron, those whose spikes enter its current, through others too.
+        read: neurons whose membrane potential or synaptic current is read by the loss or another neuron.
+        readouts: neurons whose spikes the loss reads with nothing learned in between, and which feed no other neuron.
+    """
+
+    feeding: Mapping[NoisyNeuron, set[NoisyNeuron]]
+    read: set[NoisyNeuron]
+    readouts: set[NoisyNeuron]
+
+    @classmethod
+    def of(cls, recording: Shadowed, losses: Tensor) -> Wiring:
+        """From the graph of a forward pass in which every time step was kept."""
+        nodes = recording.nodes
+        feeding = {
+            neuron: {nodes[node] for node in ancestors([token]) if node in nodes} - {neuron}
+            for neuron, token in recording.tokens.items()
+        }
+        read = {
+            nodes[parent]
+            for node in ancestors([losses])
+            for parent, output in node.next_functions
+            # The first two are the spikes, and what orders the steps.
+            if parent in nodes and output >= 2
+        }
+        behind_losses = list(nodes_behind([losses.grad_fn], stop=nodes))
+        learned = any(hasattr(node, "variable") for node in behind_losses)
+        direct = set() if learned else {nodes[node] for node in behind_losses if node in nodes}
+        return cls(feeding, read, direct - set().union(*feeding.values()))
+
+
+def check_independent(neurons: Mapping[str, NoisyNeuron]) -> None:
+    """Refuses neurons whose spike trains are not independent of each other, given their currents.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for name, neuron in neurons.items():
+        reason = None
+        if not neuron.is_elementwise:
+            reason = "an LSTM cell mixes the membrane potentials of its neurons"
+        elif neuron.inhibition:
+            reason = "inhibition lets only one neuron of a layer fire"
+        if reason is not None:
+            raise ValueError(
+                f"{name or type(neuron).__name__}: {reason}, so that no neuron's spikes can be changed alone, as "
+                'counterfactual credit does; use estimator="vanilla"'
+            )
+
+
+def check_derivative(recording: Shadowed, losses: Tensor) -> None:
+    """Refuses losses that do not tell what a spike does to them.
+
+    Raises:
+        ValueError: if no spike has a derivative.
+    """
+    if recording.nodes and not any(node in recording.nodes for node in ancestors([losses])):
+        raise ValueError(
+            "the losses have no derivative with respect to the spikes of any noisy neuron, which counterfactual credit "
+            'needs: use a loss that has one, or estimator="vanilla"'
+        )

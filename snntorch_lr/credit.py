@@ -1,0 +1,320 @@
+"""Counterfactual credit: what the currents of a neuron did to the loss, from what another draw would have done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .noise import EscapeNoise, MembraneNoise
+from .packing import unpack
+from .rates import Sums, add
+from .storing import over_copies
+
+Rows = Tensor
+"""``[(1 + shadows) * copies * batch, ...]``: the train that goes on, then its shadows, each laid out copy-first."""
+
+
+class Control:
+    """How much of the effect of a neuron's spikes is taken from their probability in place of pairs: λ of a layer.
+
+    The estimate of a gradient is C₀ + λ C₁ with E C₁ = 0, for every neuron and row. Its variance is least at
+    λ = −Σ C₀C₁ / Σ C₁². The sums are running ones over earlier steps, so that λ is independent of the noise that it is
+    used with.
+
+    Args:
+        fixed: λ, if it is not to be fitted.
+    """
+
+    start, memory = 0.5, 0.98
+
+    def __init__(self, fixed: float | None = None) -> None:
+        self.fixed = fixed
+        self.sums = torch.zeros(2, dtype=torch.float64)
+        self._found = torch.zeros(2, dtype=torch.float64)
+
+    @property
+    def value(self) -> Tensor:
+        """λ, in [0, 1]; one half before anything is known."""
+        if self.fixed is not None:
+            return torch.tensor(self.fixed, dtype=torch.float64)
+        product, square = self.sums
+        return torch.where(square > 0, -product / square, self.start).clamp(0, 1)
+
+    def add(self, without: Tensor, multiplied: Tensor) -> None:
+        """Adds C₀ and C₁ of the step that is being computed."""
+        found = torch.stack([(without * multiplied).sum(), multiplied.square().sum()]).double()
+        self._found = self._found.to(found.device) + found
+
+    def take(self) -> Tensor:
+        """What was added since the last time."""
+        found, self._found = self._found, torch.zeros_like(self._found)
+        return found
+
+    def update(self, found: Tensor) -> None:
+        """Lets the running sums know of a step."""
+        if self.fixed is None:
+            self.sums = self.memory * self.sums.to(found.device) + found
+
+
+@dataclass
+class Chain:
+    """What the time steps of one train hand back to each other, the last one first.
+
+    Attributes:
+        control: how much of the effect of a spike is taken from its probability, λ.
+        later: Σ over this and later steps of what the spikes did to the loss minus what those of the shadows would
+            have done, halved; ``[shadows, copies * batch, ...]``. And the same for what λ multiplies.
+        credit: Σ over time of the part of the gradient without λ, and of what λ multiplies, to fit it by.
+    """
+
+    control: Tensor
+    later: list[Tensor | None] = field(default_factory=lambda: [None, None])
+    credit: list[Tensor | None] = field(default_factory=lambda: [None, None])
+
+    def add_later(self, index: int, value: Tensor) -> None:
+        """Adds to one of the sums over later steps."""
+        before = self.later[index]
+        self.later[index] = value if before is None else before.add_(value)
+
+    def add_credit(self, index: int, value: Tensor) -> None:
+        """Adds to one of the sums over time."""
+        before = self.credit[index]
+        self.credit[index] = value if before is None else before.add_(value)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a neuron sampled in one time step, in all rows.
+
+    Attributes:
+        noise: its noise.
+        mean: what was sampled around, with its graph: the mean of the membrane potential, or the margin to the
+            threshold.
+        z: distance of the mean to the threshold in units of σ.
+        epsilon: noise on the membrane potential; None for escape noise.
+    """
+
+    noise: MembraneNoise | EscapeNoise
+    mean: Tensor
+    z: Rows
+    epsilon: Rows | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one time step keeps for its backward pass; tensors are in all rows.
+
+    Attributes:
+        noise: what was sampled.
+        z: distance of the mean to the threshold in units of σ.
+        epsilon: noise on the membrane potential; None for escape noise.
+        spikes: as bits, if they are zeros and ones.
+        rows: number of rows of the train that goes on.
+        has_chances: whether the probability of a spike is known.
+        resets_at_once: whether the membrane potential that others see has been reset by this step's spike.
+        states: those before the membrane potential.
+        mem: the membrane potential, if it has been reset.
+        chain: what the steps hand to each other.
+    """
+
+    noise: MembraneNoise | EscapeNoise
+    z: Rows
+    epsilon: Rows | None
+    spikes: Tensor
+    rows: int
+    has_chances: bool
+    resets_at_once: bool
+    states: tuple[Rows, ...]
+    mem: Rows | None
+    chain: Chain
+
+
+class Credit(torch.autograd.Function):
+    """Spikes and states of the train that goes on; backwards, the counterfactual estimate of ∂E[loss]/∂mean.
+
+    With a = ∂loss/∂s of this step, v = s − λ(s − p) of the train and ṽ of a shadow:
+
+    1. later ← later + ½ a (v − ṽ), and ½ b (w − w̃) where others read a state w, with b = ∂loss/∂w.
+    2. The mean of the train gets later · score + λ a ∂p/∂mean, that of the shadow −later · its own score; σ alike.
+    3. b goes on to the graph of the state too. For membrane noise it also goes to the mean.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, step: Step, spikes: Rows, mean: Tensor, sigma: Tensor, link: Tensor, *states: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.step, ctx.sigma, ctx.mean = step, sigma.detach(), (mean.shape, mean.dtype)
+        return (spikes[: step.rows].clone(), link.clone(), *(state[: step.rows].clone() for state in states))
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor | None, _: Tensor | None, *b: Tensor | None) -> tuple[Tensor | None, ...]:
+        step: Step = ctx.step
+        chain, noise = step.chain, step.noise
+        z = step.z.unflatten(0, (-1, step.rows))
+        spikes = step.spikes.to(z.dtype)
+        if step.spikes.dtype == torch.uint8:
+            spikes = unpack(step.spikes, step.z.shape, step.z.dtype)
+        sigma = ctx.sigma.to(step.z.dtype)
+        p = density = None
+        if a is not None:
+            a = a.to(z.dtype)
+            trains = spikes.view_as(z)
+            chain.add_later(0, _pairs(a, trains))
+            if step.has_chances:
+                p, density = noise.chances(z)
+                chain.add_later(1, _pairs(-a, trains - p))
+        if step.resets_at_once:
+            _add_states(step, b, sigma)
+        to_mean = to_sigma = None
+        if chain.later[0] is not None:
+            value = step.z if step.epsilon is None else step.epsilon
+            location = noise.location_score(value, spikes) if step.epsilon is None else noise.location_score(value)
+            later = chain.later[0] if chain.later[1] is None else chain.later[0] + chain.control * chain.later[1]
+            to_mean = _spread(later, location.view_as(z))
+            direct = a * density[0] if a is not None and density is not None else None
+            for index, total in enumerate(chain.later):
+                if total is not None:
+                    scores = location.view_as(z)
+                    credit = (total * (scores[0] - scores[1:])).mean(0)
+                    chain.add_credit(index, credit.add_(direct) if index and direct is not None else credit)
+            if direct is not None:
+                to_mean[0].addcmul_(chain.control, direct)
+            if ctx.needs_input_grad[3]:
+                to_sigma = _spread(later, noise.scale_score(value, location).view_as(z))
+                if direct is not None:
+                    to_sigma[0].addcmul_(chain.control * -z[0], direct)
+                to_sigma = (to_sigma.sum((0, 1)).unsqueeze(0) / sigma).sum_to_size(sigma.shape).to(ctx.sigma.dtype)
+            to_mean = to_mean / sigma
+        if not step.resets_at_once:
+            _add_states(step, b, sigma)
+            if step.epsilon is not None and b and b[-1] is not None:
+                to_mean = torch.zeros_like(z) if to_mean is None else to_mean
+                to_mean[0] += b[-1]
+        if to_mean is not None:
+            to_mean = to_mean.view(ctx.mean[0]).to(ctx.mean[1])
+        shadows = len(step.z) - step.rows
+        to_states = [
+            None if each is None else torch.cat([each, each.new_zeros(shadows, *each.shape[1:])]) for each in b
+        ]
+        return None, None, to_mean, to_sigma, torch.zeros_like(chain.control), *to_states
+
+
+def _pairs(weight: Tensor, values: Tensor) -> Tensor:
+    """½ weight · (value of the train − value of the shadow), ``[shadows, copies * batch, ...]``."""
+    return (values[0] - values[1:]).mul_(weight / 2)
+
+
+def _spread(later: Tensor, scores: Tensor) -> Tensor:
+    """What the means get: the train its score for every shadow, each shadow its own, with the opposite sign."""
+    shared = later / len(later)
+    return torch.cat([(shared.sum(0) * scores[0]).unsqueeze(0), (-shared * scores[1:])])
+
+
+def _add_states(step: Step, b: tuple[Tensor | None, ...], sigma: Tensor) -> None:
+    """Adds what the states did to the loss, where others read them."""
+    for gradient, state in zip(b, (*step.states, step.mem), strict=True):
+        if gradient is None:
+            continue
+        # The membrane potential before a reset differs from that of a shadow as its distance to the threshold does.
+        values = step.z * sigma if state is None else state
+        step.chain.add_later(0, _pairs(gradient.to(values.dtype), values.unflatten(0, (-1, step.rows))))
+
+
+@dataclass
+class CreditSums(Sums):
+    """Sums over time for the counterfactual estimate; scores, own scores and scale are in all rows.
+
+    Attributes:
+        fired: Σ_t s_t, in all rows.
+        expected: Σ_t p_t, in all rows; None where the probability of a spike is not known.
+        pull: Σ_t ∂p_t/∂(what is sampled) · ∂(what is sampled)/∂(parameter), times σ, of the train that goes on; under
+            None for the input current.
+        pull_scale: Σ_t ∂p_t/∂ log σ.
+    """
+
+    fired: Tensor | None = None
+    expected: Tensor | None = None
+    pull: dict[str | None, Tensor] = field(default_factory=dict)
+    pull_scale: Tensor | None = None
+
+    def add(self, drawn: Draw, spikes: Rows, rows: int, has_chances: bool) -> None:
+        """Adds a time step."""
+        noise, z = drawn.noise, drawn.z
+        self.fired = add(self.fired, spikes)
+        own = spikes[:rows]
+        self.spikes = add(self.spikes, own)
+        if has_chances:
+            p, density = noise.chances(z)
+            self.expected = add(self.expected, p)
+            direct = density[:rows]
+            tangents = dict(self.sampled_tangents(z))
+            if None not in tangents:
+                self.pull[None] = add(self.pull.get(None), direct)
+            for name, tangent in tangents.items():
+                if tangent is not None:
+                    part = tangent[:rows] if tangent.dim() == z.dim() and len(tangent) == len(z) else tangent
+                    self.pull[name] = add(self.pull.get(name), direct * part)
+            if noise.log_sigma.requires_grad:
+                self.pull_scale = add(self.pull_scale, -z[:rows] * direct)
+        if drawn.epsilon is None:
+            self.file(noise, z, noise.location_score(z, spikes.to(z.dtype)))
+        else:
+            self.file(noise, drawn.epsilon, noise.location_score(drawn.epsilon))
+
+
+class Rate(torch.autograd.Function):
+    """Mean rate of the train that goes on; backwards, the counterfactual estimate of ∂E[loss]/∂(mean current)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sums: CreditSums, control: Control, current: Tensor, sigma: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.sums, ctx.control, ctx.shape, ctx.sigma = sums, control, current.shape, sigma.detach()
+        ctx.shapes = [parameter.shape for parameter in parameters]
+        assert sums.spikes is not None
+        return sums.spikes / sums.steps
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        sums: CreditSums = ctx.sums
+        assert sums.fired is not None
+        assert sums.score is not None
+        rows, sigma = len(gradient), ctx.sigma
+        a = gradient / sums.steps
+
+        def each(value: Tensor) -> Tensor:
+            return value.unflatten(0, (-1, rows))
+
+        fired = each(sums.fired)
+        pairs = _pairs(a, fired)
+        control = ctx.control.value.to(pairs)
+        direct = None
+        if sums.expected is not None:
+            controlled = _pairs(-a, fired - each(sums.expected))
+            score = each(sums.score)
+            difference = score[0] - score[1:]
+            direct = a * sums.pull[None]
+            ctx.control.add((pairs * difference).mean(0), (controlled * difference).mean(0) + direct)
+            pairs = pairs + control * controlled
+
+        def estimate(scores: Tensor, pull: Tensor | None) -> Tensor:
+            parts = each(scores)
+            total = (pairs * (parts[0] - parts[1:])).mean(0)
+            return total if pull is None else total + control * a * pull
+
+        to_current = to_sigma = None
+        if ctx.needs_input_grad[2]:
+            total = estimate(sums.score, sums.pull.get(None)) / sigma
+            to_current = over_copies(total, ctx.shape)
+        if ctx.needs_input_grad[3] and sums.scale is not None:
+            total = estimate(sums.scale, sums.pull_scale).sum(0, keepdim=True)
+            to_sigma = (total / sigma).sum_to_size(sigma.shape)
+        to_parameters = []
+        for index, (name, own) in enumerate(sums.own.items()):
+            total = (estimate(own, sums.pull.get(name)) / sigma).sum(0, keepdim=True)
+            to_parameters.append(total.sum_to_size(ctx.shapes[index]))
+        return None, None, to_current, to_sigma, *to_parameters

@@ -1,0 +1,293 @@
+"""Forward passes in which every noisy neuron runs shadows: spike trains that its currents could have caused as well."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .credit import Chain, Control, Credit, CreditSums, Draw, Rows, Step
+from .graph import same_numbers, version
+from .noise import EscapeNoise, MembraneNoise, Noise
+from .noisy import NoisyNeuron
+from .packing import pack
+from .recording import Copies, Recording
+from .stream import NoiseStream, mix
+from .uniform import resolved
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The state that a neuron continues from, and how others see it.
+
+    Attributes:
+        full: states by name, in all rows.
+        fired: spikes of the last step, which reset the membrane potential.
+        visible: the same states in the rows of the train that goes on, with how often they had been changed.
+        link: orders the backward passes of the steps; None where there is no graph.
+        chain: what these hand to each other.
+    """
+
+    full: Mapping[str, Rows]
+    fired: tuple[Tensor, Tensor, int] | None
+    visible: Mapping[str, tuple[Tensor, int]]
+    link: Tensor | None
+    chain: Chain | None
+
+    def holds(self, name: str, state: Any) -> bool:
+        """Whether a state is the one that was given out, unchanged."""
+        given, count = self.visible[name]
+        return isinstance(state, Tensor) and same_numbers(state, given) and version(given) == count
+
+
+class Shadowed(Recording):
+    """A forward pass in which the currents of each neuron drive shadows too: trains with noise of their own.
+
+    Spikes of shadows go nowhere. Inside a neuron, tensors have ``1 + shadows`` times as many rows as outside.
+
+    Args:
+        copies: who samples, and what.
+        shadows: number of shadows of each train.
+        controls: λ of each neuron.
+        timed: the neurons of which every time step is kept; of the others only sums. None for all of them.
+        internal: the neurons that spikes of other ones feed.
+
+    Attributes:
+        sums: what the neurons that are not timed added up.
+        chains: what there is to fit λ by after the backward pass, by neuron.
+        readers: leaves that collect ∂loss/∂spike of the neurons that are not timed.
+        nodes: of the graph, and whose steps they are.
+    """
+
+    def __init__(
+        self,
+        copies: Copies,
+        shadows: int,
+        controls: Mapping[NoisyNeuron, Control],
+        timed: Collection[NoisyNeuron] | None = None,
+        internal: Collection[NoisyNeuron] = (),
+    ) -> None:
+        super().__init__(copies)
+        self.sets = 1 + shadows
+        self.sums: dict[NoisyNeuron, CreditSums] = {}
+        self.chains: dict[NoisyNeuron, list[Chain]] = {}
+        self.readers: dict[NoisyNeuron, Tensor] = {}
+        self.nodes: dict[Node, NoisyNeuron] = {}
+        self.timed = timed
+        self._controls = controls
+        self._internal = internal
+        stream = copies.stream
+        self._streams = [
+            NoiseStream(mix(stream.seed, index), stream.copies, stream.first, stream.last) for index in range(self.sets)
+        ]
+        self._drawn: Draw | None = None
+        self._spikes: Rows | None = None
+        self._sigmas: dict[Noise, Tensor] = {}
+        self._states: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+        self._last: dict[NoisyNeuron, Continuation] = {}
+        self._now: Continuation | None = None
+
+    @property
+    def tokens(self) -> dict[NoisyNeuron, Tensor]:
+        """For each neuron, a tensor behind which is all that it was computed by."""
+        return {neuron: state.link for neuron, state in self._last.items() if state.link is not None}
+
+    def is_timed(self, neuron: NoisyNeuron) -> bool:
+        """Whether every time step of a neuron is kept."""
+        return self.timed is None or neuron in self.timed
+
+    def receive(self, neuron: NoisyNeuron, x: Tensor) -> Rows:
+        """The input of one time step, for all rows."""
+        expanded = super().receive(neuron, x)
+        if self.is_timed(neuron):
+            return expanded
+        self.sums.setdefault(neuron, CreditSums(internal=neuron in self._internal)).receive(x)
+        return expanded.detach()
+
+    def expand(self, x: Tensor, neuron: NoisyNeuron) -> Rows:
+        """Repeats a batch for every row; what is expanded for the copies, for the shadows.
+
+        Raises:
+            ValueError: if the first dimension is neither.
+        """
+        copied = super().expand(x, neuron)
+        return copied.unsqueeze(0).expand(self.sets, *copied.shape).flatten(0, 1)
+
+    def receive_states(
+        self, neuron: NoisyNeuron, states: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The states of one time step in all rows; what the last step gave out is continued."""
+        held = not states and not named
+        given = {name: getattr(neuron, name) for name in neuron.all_states}
+        passed = dict(zip(neuron.all_states, states, strict=False)) | named
+        given |= {name: state for name, state in passed.items() if state is not None}
+        known = self._states.get(given["mem"]) if isinstance(given["mem"], Tensor) else None
+        if known is None or not known.holds("mem", given["mem"]):
+            last = self._last.get(neuron)
+            known = last if last is not None and last.holds("mem", given["mem"]) else None
+        if known is None and not self.is_timed(neuron) and self.sums[neuron].steps:
+            raise ValueError(
+                f"{self.name(neuron)} did not go on from the state that it had returned; sums over time need one "
+                'presentation in each call of loss_fn, and states that are handed on unchanged. Use over_time="exact"'
+            )
+        self._now = known
+        neuron._fired = None if known is None else known.fired
+        full = {name: self._resume(neuron, name, state, known, held) for name, state in given.items()}
+        for name, state in full.items():
+            setattr(neuron, name, state)
+        return (), {name: full[name] for name, state in passed.items() if state is not None}
+
+    def _resume(self, neuron: NoisyNeuron, name: str, state: Any, known: Continuation | None, held: bool) -> Any:
+        if known is not None and known.holds(name, state) and (name != "spk" or neuron.recurrent_block is None):
+            return known.full[name]
+        if held and not (isinstance(state, Tensor) and state.dim() and self.fits(state)):
+            # snnTorch makes new ones.
+            return state
+        return self.expand_state(state, neuron)
+
+    def builds_graph(self, neuron: NoisyNeuron, mem: Tensor) -> bool:
+        """A graph for timed neurons; the derivatives of the others are taken forwards."""
+        return self.is_timed(neuron)
+
+    def begin_step(self, neuron: NoisyNeuron, input_: Tensor) -> None:
+        """Derives the next states of a neuron that is not timed."""
+        if not self.is_timed(neuron):
+            self.sums[neuron].begin_step(neuron, input_)
+
+    def draw(self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor) -> Tensor:
+        """Samples mean + σ ε in all rows."""
+        sigma = noise.sigma.detach().to(mean.dtype)
+        threshold = 0.0 if neuron.threshold.requires_grad else neuron.threshold
+        z = ((mean.detach() - threshold) / sigma).to(resolved(mean.dtype))
+        epsilon = self._noise(z, noise)
+        self._drawn = Draw(noise, mean, z, epsilon)
+        return torch.addcmul(mean.detach(), sigma, epsilon.to(mean.dtype))
+
+    def fire(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor) -> Tensor:
+        """Samples spikes given the distance to the threshold, in all rows."""
+        z = (margin.detach() / noise.sigma.detach().to(margin.dtype)).to(resolved(margin.dtype))
+        self._drawn = Draw(noise, margin, z, None)
+        return noise.fires(noise.limit(z), self._noise(z, noise)).to(margin.dtype)
+
+    def _noise(self, like: Rows, noise: MembraneNoise | EscapeNoise) -> Rows:
+        index = self._next()
+        parts = like.unflatten(0, (self.sets, -1))
+        return torch.cat(
+            [stream.draw(index, part, noise.shape) for stream, part in zip(self._streams, parts, strict=True)]
+        )
+
+    def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
+        """The spikes in all rows, for the neuron's own reset; ``leave`` gives others theirs."""
+        self._spikes = spikes
+        return spikes
+
+    def leave(self, neuron: NoisyNeuron, output: Any) -> Any:
+        """The rows of the train that goes on, with the graph that credit comes back through."""
+        drawn, spikes = self._drawn, self._spikes
+        self._drawn = self._spikes = None
+        assert drawn is not None
+        assert spikes is not None
+        full = {name: getattr(neuron, name) for name in neuron.all_states}
+        if self.is_timed(neuron):
+            emitted, states, link, chain = self._keep(neuron, drawn, spikes, full)
+        else:
+            self._sum(neuron, drawn, spikes)
+            link = chain = None
+            emitted, states = self._read(neuron, spikes, full)
+        with torch.set_grad_enabled(self.grad):
+            graded = emitted if neuron._has_binary_spikes else emitted * neuron.graded_spikes_factor
+        if neuron._has_binary_spikes:
+            self.spikes.announce(emitted)
+        if "spk" in full:
+            states["spk"] = graded
+        visible = {name: (state, version(state)) for name, state in states.items()}
+        now = Continuation(full, neuron._fired, visible, link, chain)
+        self._states[states["mem"]] = self._last[neuron] = now
+        for name, state in states.items():
+            setattr(neuron, name, state)
+        if neuron._fired is not None:
+            kept = neuron._fired[1][: self.rows]
+            neuron._fired = (states["mem"], kept, version(kept))
+        return (graded, *(states[name] for name in neuron.state_names)) if isinstance(output, tuple) else graded
+
+    def _keep(
+        self, neuron: NoisyNeuron, drawn: Draw, spikes: Rows, full: Mapping[str, Rows]
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, Chain]:
+        """A node of the graph that turns what the spikes did to the loss into what the currents did."""
+        before, noise = self._now, drawn.noise
+        if before is None or before.chain is None or before.link is None:
+            chain, link = Chain(self._controls[neuron].value.to(drawn.z)), drawn.z.new_zeros(())
+            self.chains.setdefault(neuron, []).append(chain)
+        else:
+            chain, link = before.chain, before.link
+        step = Step(
+            noise=noise,
+            z=drawn.z,
+            epsilon=drawn.epsilon,
+            spikes=pack(spikes) if drawn.epsilon is None or neuron._is_step_function else spikes,
+            rows=self.rows,
+            has_chances=neuron.fires_above_threshold,
+            resets_at_once=not getattr(neuron, "reset_delay", True),
+            states=tuple(full[name].detach() for name in neuron.state_names[:-1]),
+            mem=full["mem"].detach() if not getattr(neuron, "reset_delay", True) else None,
+            chain=chain,
+        )
+        with torch.set_grad_enabled(self.grad):
+            if noise not in self._sigmas:
+                self._sigmas[noise] = noise.sigma
+            tensors = [full[name] for name in neuron.state_names]
+            emitted, link, *given = Credit.apply(step, spikes, drawn.mean, self._sigmas[noise], link, *tensors)
+        if emitted.grad_fn is not None:
+            self.nodes[emitted.grad_fn] = neuron
+        return emitted, dict(zip(neuron.state_names, given, strict=True)), link, chain
+
+    def _sum(self, neuron: NoisyNeuron, drawn: Draw, spikes: Rows) -> None:
+        sums = self.sums[neuron]
+        sums.add(drawn, spikes, self.rows, neuron.fires_above_threshold)
+        sums.end_step(neuron, spikes if neuron._has_binary_spikes else spikes * neuron.graded_spikes_factor.detach())
+
+    def _read(self, neuron: NoisyNeuron, spikes: Rows, full: Mapping[str, Rows]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The spikes with a leaf that collects what they do to the loss, and states that may not be read."""
+        own = spikes[: self.rows]
+        if neuron not in self.readers:
+            self.readers[neuron] = torch.zeros_like(own).requires_grad_()
+        with torch.set_grad_enabled(self.grad):
+            emitted = _Emit.apply(self.readers[neuron], own)
+            states = {name: full[name][: self.rows] for name in neuron.state_names}
+            if not neuron.init_hidden or neuron.output:
+                where = self.name(neuron)
+                states = {name: _Unread.apply(self.readers[neuron], state, where) for name, state in states.items()}
+        return emitted, states
+
+
+class _Emit(torch.autograd.Function):
+    """Spikes as they are, whose gradient a leaf collects."""
+
+    @staticmethod
+    def forward(ctx: Any, reader: Tensor, spikes: Tensor) -> Tensor:
+        return spikes.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Unread(torch.autograd.Function):
+    """A state as it is, which the loss did not depend on when the network was looked at."""
+
+    @staticmethod
+    def forward(ctx: Any, reader: Tensor, state: Tensor, where: str) -> Tensor:
+        ctx.where = where
+        return state.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        raise RuntimeError(
+            f"the loss depends on a state of {ctx.where} now, which it did not in the first call: make a new estimator "
+            'after such a change, or use over_time="exact"'
+        )
