@@ -1,9 +1,8 @@
 """Noise in snnTorch neurons, likelihood-ratio training without backpropagation through time, robustness evaluation."""
 
-from .allocation import Allocated
 from .approximate import Approximate
-from .control import Controlled
 from .convert import add_noise, noise_off, noise_on, remove_noise, reset
+from .counterfactual import Counterfactual
 from .defects import UNSUPPORTED
 from .diagnostics import gradient_report
 from .estimators import Vanilla
@@ -27,10 +26,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SLSTM",
-    "Allocated",
     "Alpha",
     "Approximate",
-    "Controlled",
+    "Counterfactual",
     "EscapeNoise",
     "GradientReport",
     "Lapicque",

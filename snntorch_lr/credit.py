@@ -68,9 +68,11 @@ class Chain:
         later: Σ over this and later steps of what the spikes did to the loss minus what those of the shadows would
             have done, halved; ``[shadows, copies * batch, ...]``. And the same for what λ multiplies.
         credit: Σ over time of the part of the gradient without λ, and of what λ multiplies, to fit it by.
+        gain: about what a constant current adds to the mean of this step, which weighs the steps in these sums.
     """
 
     control: Tensor
+    gain: Tensor | float = 0.0
     later: list[Tensor | None] = field(default_factory=lambda: [None, None])
     credit: list[Tensor | None] = field(default_factory=lambda: [None, None])
 
@@ -79,10 +81,15 @@ class Chain:
         before = self.later[index]
         self.later[index] = value if before is None else before.add_(value)
 
-    def add_credit(self, index: int, value: Tensor) -> None:
+    def add_credit(self, index: int, value: Tensor, gain: Tensor | float) -> None:
         """Adds to one of the sums over time."""
         before = self.credit[index]
-        self.credit[index] = value if before is None else before.add_(value)
+        self.credit[index] = value * gain if before is None else before.add_(value * gain)
+
+    def step_on(self, leak: Tensor | None) -> Tensor | float:
+        """The gain of the next step; without a leak nothing but the current itself is in the mean."""
+        self.gain = 1.0 if leak is None else 1.0 + self.gain * leak
+        return self.gain
 
 
 @dataclass(frozen=True)
@@ -95,12 +102,16 @@ class Draw:
             threshold.
         z: distance of the mean to the threshold in units of σ.
         epsilon: noise on the membrane potential; None for escape noise.
+        p: probability of a spike.
+        density: its derivative by z.
     """
 
     noise: MembraneNoise | EscapeNoise
     mean: Tensor
     z: Rows
     epsilon: Rows | None
+    p: Rows
+    density: Rows
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,7 @@ class Step:
         states: those before the membrane potential.
         mem: the membrane potential, if it has been reset.
         chain: what the steps hand to each other.
+        gain: weight of the step where λ is fitted.
     """
 
     noise: MembraneNoise | EscapeNoise
@@ -130,6 +142,7 @@ class Step:
     states: tuple[Rows, ...]
     mem: Rows | None
     chain: Chain
+    gain: Tensor | float
 
 
 class Credit(torch.autograd.Function):
@@ -154,33 +167,34 @@ class Credit(torch.autograd.Function):
     def backward(ctx: Any, a: Tensor | None, _: Tensor | None, *b: Tensor | None) -> tuple[Tensor | None, ...]:
         step: Step = ctx.step
         chain, noise = step.chain, step.noise
-        z = step.z.unflatten(0, (-1, step.rows))
+        z = by_set(step.z, step.rows)
         spikes = step.spikes.to(z.dtype)
         if step.spikes.dtype == torch.uint8:
             spikes = unpack(step.spikes, step.z.shape, step.z.dtype)
         sigma = ctx.sigma.to(step.z.dtype)
-        p = density = None
+        p, density = noise.chances(z)
+        direct = None
         if a is not None:
             a = a.to(z.dtype)
             trains = spikes.view_as(z)
             chain.add_later(0, _pairs(a, trains))
             if step.has_chances:
-                p, density = noise.chances(z)
                 chain.add_later(1, _pairs(-a, trains - p))
+                direct = a * density[0]
         if step.resets_at_once:
             _add_states(step, b, sigma)
         to_mean = to_sigma = None
         if chain.later[0] is not None:
             value = step.z if step.epsilon is None else step.epsilon
-            location = noise.location_score(value, spikes) if step.epsilon is None else noise.location_score(value)
+            location = location_score(noise, value, spikes, p.view_as(value))
             later = chain.later[0] if chain.later[1] is None else chain.later[0] + chain.control * chain.later[1]
             to_mean = _spread(later, location.view_as(z))
-            direct = a * density[0] if a is not None and density is not None else None
             for index, total in enumerate(chain.later):
                 if total is not None:
                     scores = location.view_as(z)
                     credit = (total * (scores[0] - scores[1:])).mean(0)
-                    chain.add_credit(index, credit.add_(direct) if index and direct is not None else credit)
+                    credit = credit.add_(direct) if index and direct is not None else credit
+                    chain.add_credit(index, credit, step.gain)
             if direct is not None:
                 to_mean[0].addcmul_(chain.control, direct)
             if ctx.needs_input_grad[3]:
@@ -203,6 +217,18 @@ class Credit(torch.autograd.Function):
         return None, None, to_mean, to_sigma, torch.zeros_like(chain.control), *to_states
 
 
+def by_set(value: Rows, rows: int) -> Tensor:
+    """The train that goes on and its shadows apart, ``[1 + shadows, copies * batch, ...]``."""
+    return value.view(-1, rows, *value.shape[1:])
+
+
+def location_score(noise: MembraneNoise | EscapeNoise, value: Rows, spikes: Rows, p: Rows) -> Rows:
+    """Score of the mean times σ, from ε of membrane noise, or from z of escape noise and the spikes."""
+    if isinstance(noise, MembraneNoise):
+        return noise.location_score(value)
+    return noise.location_score_by(p, value, spikes)
+
+
 def _pairs(weight: Tensor, values: Tensor) -> Tensor:
     """½ weight · (value of the train − value of the shadow), ``[shadows, copies * batch, ...]``."""
     return (values[0] - values[1:]).mul_(weight / 2)
@@ -221,7 +247,7 @@ def _add_states(step: Step, b: tuple[Tensor | None, ...], sigma: Tensor) -> None
             continue
         # The membrane potential before a reset differs from that of a shadow as its distance to the threshold does.
         values = step.z * sigma if state is None else state
-        step.chain.add_later(0, _pairs(gradient.to(values.dtype), values.unflatten(0, (-1, step.rows))))
+        step.chain.add_later(0, _pairs(gradient.to(values.dtype), by_set(values, step.rows)))
 
 
 @dataclass
@@ -248,9 +274,8 @@ class CreditSums(Sums):
         own = spikes[:rows]
         self.spikes = add(self.spikes, own)
         if has_chances:
-            p, density = noise.chances(z)
-            self.expected = add(self.expected, p)
-            direct = density[:rows]
+            self.expected = add(self.expected, drawn.p)
+            direct = drawn.density[:rows]
             tangents = dict(self.sampled_tangents(z))
             if None not in tangents:
                 self.pull[None] = add(self.pull.get(None), direct)
@@ -260,10 +285,8 @@ class CreditSums(Sums):
                     self.pull[name] = add(self.pull.get(name), direct * part)
             if noise.log_sigma.requires_grad:
                 self.pull_scale = add(self.pull_scale, -z[:rows] * direct)
-        if drawn.epsilon is None:
-            self.file(noise, z, noise.location_score(z, spikes.to(z.dtype)))
-        else:
-            self.file(noise, drawn.epsilon, noise.location_score(drawn.epsilon))
+        value = z if drawn.epsilon is None else drawn.epsilon
+        self.file(noise, value, location_score(noise, value, spikes.to(z.dtype), drawn.p))
 
 
 class Rate(torch.autograd.Function):
@@ -286,24 +309,21 @@ class Rate(torch.autograd.Function):
         rows, sigma = len(gradient), ctx.sigma
         a = gradient / sums.steps
 
-        def each(value: Tensor) -> Tensor:
-            return value.unflatten(0, (-1, rows))
-
-        fired = each(sums.fired)
+        fired = by_set(sums.fired, rows)
         pairs = _pairs(a, fired)
         control = ctx.control.value.to(pairs)
         direct = None
         if sums.expected is not None:
-            controlled = _pairs(-a, fired - each(sums.expected))
-            score = each(sums.score)
+            controlled = _pairs(-a, fired - by_set(sums.expected, rows))
+            score = by_set(sums.score, rows)
             difference = score[0] - score[1:]
             direct = a * sums.pull[None]
             ctx.control.add((pairs * difference).mean(0), (controlled * difference).mean(0) + direct)
             pairs = pairs + control * controlled
 
         def estimate(scores: Tensor, pull: Tensor | None) -> Tensor:
-            parts = each(scores)
-            total = (pairs * (parts[0] - parts[1:])).mean(0)
+            parts = by_set(scores, rows)
+            total: Tensor = (pairs * (parts[0] - parts[1:])).mean(0)
             return total if pull is None else total + control * a * pull
 
         to_current = to_sigma = None

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .allocation import Allocated
 from .division import Undivided
 from .estimators import Estimator
 from .stream import mix
@@ -49,8 +48,7 @@ def share(estimator: E, split: str = "copies", group: ProcessGroup | None = None
     statistics of BatchNorm are each rank's own.
 
     Args:
-        estimator: ``Vanilla``, ``Approximate`` or, to split copies, ``Allocated``, made with the same arguments on
-            every rank.
+        estimator: made with the same arguments on every rank.
         split: ``"copies"`` if every rank gets the same batch and runs a range of its K copies: the gradient is that of
             one process with the same seed. The baseline compares all K. What is random in ``loss_fn`` besides the
             noise comes from the global generator of each rank: seed these alike to have one input coding.
@@ -72,8 +70,6 @@ def share(estimator: E, split: str = "copies", group: ProcessGroup | None = None
             "there is no process group to share with: call torch.distributed.init_process_group() first, in a script "
             "that torchrun starts"
         )
-    if split == "batch" and isinstance(estimator, Allocated):
-        raise ValueError("Allocated divides a batch by itself: use split='copies', or Vanilla or Approximate")
     ranks = SPLITS[split](group)
     ranks.join(estimator, split)
     estimator.division = ranks

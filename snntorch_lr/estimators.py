@@ -146,7 +146,7 @@ class Estimator(ABC):
         return check_losses(losses, recording.copies, recording.batch or 0, self.net)
 
     def _run_watched(
-        self, recording: Storing, loss_fn: LossFn, inputs: Any, targets: Any, neurons: Mapping[str, NoisyNeuron]
+        self, recording: Recording, loss_fn: LossFn, inputs: Any, targets: Any, neurons: Mapping[str, NoisyNeuron]
     ) -> Tensor:
         """A run with a graph, in which the first of all looks for what would bias the gradient."""
         if self._inspected:
@@ -155,8 +155,7 @@ class Estimator(ABC):
         watch = NoiseFreeNeurons(self.net, neurons)
         with recording.spikes, watch:
             losses = self._run(recording, loss_fn, inputs, targets, grad=True)
-        tokens = recording.tokens
-        watch.check(tokens.values() if isinstance(tokens, dict) else tokens, losses)
+        watch.check(recording.roots(), losses)
         return losses
 
     def _inspect(

@@ -219,6 +219,14 @@ class EscapeNoise(Noise):
         inverse: Tensor = torch.special.erfcx(-sign * z / math.sqrt(2)) * math.sqrt(math.pi / 2)
         return sign / inverse
 
+    def fires_by(self, p: Tensor, z: Tensor, noise: Tensor) -> Tensor:
+        """As ``fires``, where the probability of a spike is known already."""
+        return self.fires(1 - 2 * p if self.distribution == "logistic" else self.limit(z), noise)
+
+    def location_score_by(self, p: Tensor, z: Tensor, spikes: Tensor) -> Tensor:
+        """As ``location_score``, where the probability of a spike is known already."""
+        return spikes - p if self.distribution == "logistic" else self.location_score(z, spikes)
+
     def scale_score(self, z: Tensor, location: Tensor, out: Tensor | None = None) -> Tensor:
         """Derivative of the log-probability of the spikes with respect to log σ, from ``location_score``."""
         return torch.mul(z, location, out=out).neg_()

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .allocation import Allocated
 from .approximate import Approximate
-from .control import Controlled
+from .counterfactual import Counterfactual
 from .estimators import Estimator, LossFn, Vanilla
 from .graph import leaves
 from .validate import check_optimizer
 
 ESTIMATORS: dict[str, Callable[..., Estimator]] = {
+    "counterfactual": Counterfactual,
     "vanilla": Vanilla,
     "approximate": Approximate,
-    "allocated": Allocated,
-    "controlled": Controlled,
-    "allocated-controlled": partial(Allocated, estimator="controlled"),
 }
-"""By name: what ``attach`` and the experiments call them. The last one has the least noise for its work."""
+"""By name: what ``attach`` and the experiments call them."""
 
 
 class Closure:
@@ -108,7 +104,7 @@ class Hook:
 def attach(
     optimizer: torch.optim.Optimizer,
     net: nn.Module,
-    estimator: str | Estimator = "vanilla",
+    estimator: str | Estimator = "counterfactual",
     copies: int | None = None,
     **options: Any,
 ) -> Hook:
@@ -120,10 +116,9 @@ def attach(
     Args:
         optimizer: any ``torch.optim`` optimizer, with any parameter groups.
         net: the network that it trains.
-        estimator: ``"vanilla"``, ``"approximate"``, ``"controlled"``, ``"allocated"``, ``"allocated-controlled"``, or
-            an estimator of this network.
-        copies: K, noise copies of each sample; 16 by default.
-        **options: further arguments of the estimator (``baseline=``, ``antithetic=``, ``memory=``, ``seed=``, ...).
+        estimator: ``"counterfactual"``, ``"vanilla"``, ``"approximate"``, or an estimator of this network.
+        copies: K, noise copies of each sample; by default 2 for ``"counterfactual"`` and 16 for the others.
+        **options: further arguments of the estimator (``over_time=``, ``baseline=``, ``memory=``, ``seed=``, ...).
 
     Returns:
         A handle with ``remove()``.

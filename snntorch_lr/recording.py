@@ -202,6 +202,10 @@ class Recording:
         """The membrane potential after the step as others are to see it."""
         return mem
 
+    def roots(self) -> Collection[Tensor]:
+        """Tensors behind which is all that was sampled from, if a graph of it is kept."""
+        return ()
+
     def begin_step(self, neuron: NoisyNeuron, input_: Tensor) -> None:
         """Called before the neuron updates its states."""
 

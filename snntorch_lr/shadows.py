@@ -88,7 +88,7 @@ class Shadowed(Recording):
         self._drawn: Draw | None = None
         self._spikes: Rows | None = None
         self._sigmas: dict[Noise, Tensor] = {}
-        self._states: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+        self._states: Any = WeakIdKeyDictionary()
         self._last: dict[NoisyNeuron, Continuation] = {}
         self._now: Continuation | None = None
 
@@ -96,6 +96,10 @@ class Shadowed(Recording):
     def tokens(self) -> dict[NoisyNeuron, Tensor]:
         """For each neuron, a tensor behind which is all that it was computed by."""
         return {neuron: state.link for neuron, state in self._last.items() if state.link is not None}
+
+    def roots(self) -> list[Tensor]:
+        """The tokens of all neurons."""
+        return list(self.tokens.values())
 
     def is_timed(self, neuron: NoisyNeuron) -> bool:
         """Whether every time step of a neuron is kept."""
@@ -165,18 +169,18 @@ class Shadowed(Recording):
         threshold = 0.0 if neuron.threshold.requires_grad else neuron.threshold
         z = ((mean.detach() - threshold) / sigma).to(resolved(mean.dtype))
         epsilon = self._noise(z, noise)
-        self._drawn = Draw(noise, mean, z, epsilon)
+        self._drawn = Draw(noise, mean, z, epsilon, *noise.chances(z))
         return torch.addcmul(mean.detach(), sigma, epsilon.to(mean.dtype))
 
     def fire(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor) -> Tensor:
         """Samples spikes given the distance to the threshold, in all rows."""
         z = (margin.detach() / noise.sigma.detach().to(margin.dtype)).to(resolved(margin.dtype))
-        self._drawn = Draw(noise, margin, z, None)
-        return noise.fires(noise.limit(z), self._noise(z, noise)).to(margin.dtype)
+        self._drawn = drawn = Draw(noise, margin, z, None, *noise.chances(z))
+        return noise.fires_by(drawn.p, z, self._noise(z, noise)).to(margin.dtype)
 
     def _noise(self, like: Rows, noise: MembraneNoise | EscapeNoise) -> Rows:
         index = self._next()
-        parts = like.unflatten(0, (self.sets, -1))
+        parts = like.view(self.sets, -1, *like.shape[1:])
         return torch.cat(
             [stream.draw(index, part, noise.shape) for stream, part in zip(self._streams, parts, strict=True)]
         )
@@ -193,11 +197,12 @@ class Shadowed(Recording):
         assert drawn is not None
         assert spikes is not None
         full = {name: getattr(neuron, name) for name in neuron.all_states}
+        link: Tensor | None = None
+        chain: Chain | None = None
         if self.is_timed(neuron):
             emitted, states, link, chain = self._keep(neuron, drawn, spikes, full)
         else:
             self._sum(neuron, drawn, spikes)
-            link = chain = None
             emitted, states = self._read(neuron, spikes, full)
         with torch.set_grad_enabled(self.grad):
             graded = emitted if neuron._has_binary_spikes else emitted * neuron.graded_spikes_factor
@@ -236,6 +241,7 @@ class Shadowed(Recording):
             states=tuple(full[name].detach() for name in neuron.state_names[:-1]),
             mem=full["mem"].detach() if not getattr(neuron, "reset_delay", True) else None,
             chain=chain,
+            gain=chain.step_on(neuron.beta.detach().clamp(0, 1).mean() if drawn.epsilon is None else None),
         )
         with torch.set_grad_enabled(self.grad):
             if noise not in self._sigmas:

@@ -95,6 +95,10 @@ class Storing(Recording):
         self._stretches: dict[NoisyNeuron, Stretch] = {}
         self._now: Stretch | None = None
 
+    def roots(self) -> list[Tensor]:
+        """The tokens."""
+        return self.tokens
+
     def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
         """The input of one time step as the neuron is to see it."""
         self._now = None

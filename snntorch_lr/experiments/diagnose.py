@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..control import Controlled
 from ..convert import add_noise
+from ..counterfactual import OVER_TIME, Counterfactual
 from ..diagnostics import gradient_report
 from ..estimators import Estimator, Vanilla
 from ..network import noisy_neurons
@@ -136,9 +136,8 @@ def diagnose(
 def _estimators(net: models.SpikingClassifier, settings: Settings) -> dict[str, str | Estimator]:
     """What is compared: the estimators, and what each of their ingredients is worth."""
     found: dict[str, str | Estimator] = {"vanilla": "vanilla", "approximate": "approximate"}
-    if settings.copies >= Controlled.least_copies:
-        found["controlled"] = "controlled"
-        found["allocated"] = "allocated"
+    for over_time in OVER_TIME:
+        found[f"counterfactual, {over_time}"] = Counterfactual(net, 2, over_time=over_time)
     found["no baseline"] = Vanilla(net, settings.copies, baseline="none")
     if settings.noise == "escape":
         found["plain score"] = PlainScore(net, settings.copies)

@@ -36,8 +36,7 @@ class Recipe:
         copies: noise copies of each sample, for the likelihood ratio.
         seed: of weights, order of the images, and noise.
         num_steps: time steps.
-        estimator: of the likelihood ratio, ``"vanilla"``, ``"approximate"``, ``"allocated"``, ``"controlled"`` or
-            ``"allocated-controlled"``.
+        estimator: of the likelihood ratio, ``"counterfactual"``, ``"vanilla"`` or ``"approximate"``.
         noise: kind of the noise of the hidden neurons, ``"membrane"`` or ``"escape"``.
         distribution: of the noise.
         sigma: initial noise level of the hidden neurons.
@@ -63,7 +62,7 @@ class Recipe:
     epochs: int
     copies: int
     seed: int
-    estimator: str = "vanilla"
+    estimator: str = "counterfactual"
     noise: str = "membrane"
     distribution: str = "gaussian"
     num_steps: int = 8
@@ -100,8 +99,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError(f"votes must be positive, and 1 unless the objective is vote, got {recipe.votes}")
     if recipe.late_copies and recipe.method != "likelihood ratio":
         raise ValueError(f"late_copies needs the method likelihood ratio, got {recipe.method}")
-    if recipe.objective == "vote" and recipe.estimator.startswith("allocated"):
-        raise ValueError(f"{recipe.estimator} tears the draws of a vote apart: use the estimator vanilla")
+    if recipe.objective in FLAT and recipe.estimator == "counterfactual":
+        raise ValueError(f"the objective {recipe.objective} has no derivative by a spike: use the estimator vanilla")
     for name in ("decay", "input_noise", "adversary", "late_copies"):
         if not getattr(recipe, name) >= 0:
             raise ValueError(f"{name} must not be negative, got {getattr(recipe, name)}")

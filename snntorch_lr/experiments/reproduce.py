@@ -37,8 +37,7 @@ class Settings:
         epochs: passes over the training images.
         copies: noise copies of each sample, for the likelihood ratio.
         seed: of everything random.
-        estimator: of the likelihood ratio, ``"vanilla"``, ``"approximate"``, ``"allocated"``, ``"controlled"`` or
-            ``"allocated-controlled"``.
+        estimator: of the likelihood ratio, ``"counterfactual"``, ``"vanilla"`` or ``"approximate"``.
         noise: kind of noise, ``"membrane"`` or ``"escape"``.
         distribution: of the noise.
         sigma: initial noise level.
@@ -52,9 +51,9 @@ class Settings:
     dataset: str = "digits"
     model: str = "mlp"
     epochs: int = 30
-    copies: int = 16
+    copies: int = 2
     seed: int = 0
-    estimator: str = "vanilla"
+    estimator: str = "counterfactual"
     noise: str = "membrane"
     distribution: str = "gaussian"
     sigma: float = 0.5
@@ -83,7 +82,7 @@ def check_settings(settings: Settings) -> None:
     KINDS[settings.noise](settings.sigma, distribution=settings.distribution)
     for name, value, least in (
         ("epochs", settings.epochs, 1),
-        ("copies", settings.copies, 2),
+        ("copies", settings.copies, 1),
         ("attack-images", settings.attack_images, 1),
         ("draws", settings.draws, 1),
     ):

@@ -13,20 +13,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..baselines import batch_mean, leave_one_out
-from ..control import Controlled
 from ..convert import add_noise, reset
 from ..optim import attach, closure
 
 FEATURES, CLASSES = 784, 10
 _SIGMA = 0.5
-# vanilla is measured in both modes of memory.
-ESTIMATORS = {
+# Those with two ways to handle time are measured in both.
+ESTIMATORS: dict[str, tuple[str, dict[str, str]]] = {
     "vanilla, store": ("vanilla", {"memory": "store"}),
     "vanilla, replay": ("vanilla", {"memory": "replay"}),
     "approximate": ("approximate", {}),
-    "controlled": ("controlled", {}),
+    "counterfactual, rates": ("counterfactual", {"over_time": "rates"}),
+    "counterfactual, exact": ("counterfactual", {"over_time": "exact"}),
 }
-LEAST_COPIES = {"controlled": Controlled.least_copies}
 NOISES = {"membrane": ("membrane", "gaussian"), "escape": ("escape", "logistic")}
 
 
@@ -139,8 +138,9 @@ def make_step(workload: Workload, device: torch.device) -> Step:
     add_noise(net, sigma=_SIGMA, only=net.noisy, kind=kind, distribution=distribution)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     estimator, options = ESTIMATORS[workload.method]
-    baseline = "leave-one-out" if workload.copies > 1 else "batch-mean"
-    attach(optimizer, net, estimator, copies=workload.copies, baseline=baseline, **options)
+    if estimator != "counterfactual":
+        options = options | {"baseline": "leave-one-out" if workload.copies > 1 else "batch-mean"}
+    attach(optimizer, net, estimator, copies=workload.copies, **options)
     given = closure(net.losses, x, y)
     return Step(net, lambda: optimizer.step(given))
 
