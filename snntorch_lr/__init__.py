@@ -7,6 +7,7 @@ from .defects import UNSUPPORTED
 from .diagnostics import gradient_report
 from .estimators import Vanilla
 from .export import export_to_nir
+from .input_gradient import input_gradient
 from .neurons import (
     SLSTM,
     Alpha,
@@ -44,6 +45,7 @@ __all__ = [
     "closure",
     "export_to_nir",
     "gradient_report",
+    "input_gradient",
     "noise_off",
     "noise_on",
     "remove_noise",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +30,8 @@ class Counterfactual(Estimator):
     ``Vanilla`` weights the score of every neuron with one number, the loss of its copy. But given the currents that
     enter a layer, the spike trains of its neurons are independent. So each neuron draws a second train from the same
     currents, a shadow, which goes nowhere; and what the loss would have been with that train instead is known to first
-    order from ∂ℒ/∂s. For a noisy layer, in one copy of one sample, with currents I, spikes s, firing probabilities p and
-    score q(τ) = ∂ log P(train) / ∂I(τ), and s̃, p̃, q̃ of the shadow:
+    order from ∂ℒ/∂s. For a noisy layer, in one copy of one sample, with currents I, spikes s, probabilities p and score
+    q(τ) = ∂ log P(train) / ∂I(τ), and s̃, p̃, q̃ of the shadow:
 
         a(t) = ∂ℒ/∂s(t),   v = s − λ(s − p)
         D = ½ Σ_t a(t) (v(t) − ṽ(t))
@@ -92,6 +92,7 @@ class Counterfactual(Estimator):
         self._controls: dict[str, Control] = {}
         self._timed: Collection[str] = ()
         self._internal: Collection[str] = ()
+        self._profiles: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
 
     @property
     def control(self) -> dict[str, float]:
@@ -120,7 +121,8 @@ class Counterfactual(Estimator):
         exact = self.over_time == "exact"
         timed = None if exact else [neurons[name] for name in self._timed if name in neurons]
         internal = [neurons[name] for name in self._internal if name in neurons]
-        recording = self._recording(copies, timed, internal)
+        profiles = {neurons[name]: profile for name, profile in self._profiles.items() if name in neurons}
+        recording = self._recording(copies, timed, internal, profiles)
         before, pooling = RandomState.capture(), SpikePooling()
         with pooling:
             if exact:
@@ -137,16 +139,15 @@ class Counterfactual(Estimator):
         self._fit(recording, neurons)
         return everyone.mean()
 
-    def _recording(
-        self, copies: Copies, timed: Collection[NoisyNeuron] | None, internal: Collection[NoisyNeuron] = ()
-    ) -> Shadowed:
+    def _recording(self, copies: Copies, *wiring: Any) -> Shadowed:
         controls = {neuron: self._controls[name] for name, neuron in copies.neurons.items()}
-        return Shadowed(copies, self.shadows, controls, timed, internal)
+        return Shadowed(copies, self.shadows, controls, *wiring)
 
     def _look_ahead(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> None:
-        """A trial run of one copy with a whole graph: which neurons feed which, and what the loss reads."""
+        """A trial run of two copies with a whole graph: which neurons feed which, what the loss reads, and when."""
         random, statistics = RandomState.capture(), Statistics(self.net)
-        recording = self._recording(self._copies(neurons, NoiseStream(0, 1, 0, 1), batch_size(targets)), None)
+        recording = self._recording(self._copies(neurons, NoiseStream(0, 2, 0, 2), batch_size(targets)))
+        recording.keeps_steps = True
         try:
             with SpikePooling():
                 losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
@@ -160,6 +161,14 @@ class Counterfactual(Estimator):
             name for name, neuron in neurons.items() if neuron in timed or wiring.feeding.get(neuron, set()) & timed
         ]
         self._internal = [name for name, neuron in neurons.items() if wiring.feeding.get(neuron)]
+        self._profiles = {
+            name: (
+                profile_over_time(losses, recording.emitted[neuron], 2),
+                profile_over_time(losses, recording.entered[neuron], 2),
+            )
+            for name, neuron in neurons.items()
+            if neuron in recording.emitted and name not in self._timed
+        }
 
     def _rates(
         self,
@@ -212,7 +221,7 @@ class Counterfactual(Estimator):
 
 
 class CreditPass(RatePass):
-    """Sends mean rates through the blocks once; backwards, each neuron turns what its rate did into what its current did."""
+    """Sends mean rates through the blocks once; backwards, each neuron tells what its mean current did to the loss."""
 
     def __init__(
         self, copies: Copies, sums: Mapping[NoisyNeuron, CreditSums], controls: Mapping[NoisyNeuron, Control]
@@ -233,10 +242,12 @@ class CreditPass(RatePass):
             sums.add_last_current()
             current = self.currents.get(neuron)
             if current is None:
-                current = torch.zeros(()) if sums.current is None else sums.current / sums.steps
+                current = torch.zeros(()) if sums.current is None else sums.current / sums.total_current
             assert neuron.noise is not None
             learned = [neuron.elementwise_parameters[name][1] for name in sums.own]
-            self._rates[neuron] = Rate.apply(sums, self._controls[neuron], current, neuron.noise.sigma, *learned)
+            self._rates[neuron] = Rate.apply(
+                sums, self.copies * (self.batch or 0), self._controls[neuron], current, neuron.noise.sigma, *learned
+            )
         return self._rates[neuron]
 
 
@@ -271,8 +282,36 @@ class Wiring:
         }
         behind_losses = list(nodes_behind([losses.grad_fn], stop=nodes))
         learned = any(hasattr(node, "variable") for node in behind_losses)
-        direct = set() if learned else {nodes[node] for node in behind_losses if node in nodes}
-        return cls(feeding, read, direct - set().union(*feeding.values()))
+        last = {nodes[node] for node in behind_losses if node in nodes}
+        return cls(feeding, read, set() if learned else last - set().union(*feeding.values()))
+
+
+def profile_over_time(losses: Tensor, steps: Sequence[Tensor], copies: int) -> list[float]:
+    """How what a spike or a current does to the loss changes over time, as one profile for all neurons and samples.
+
+    That of one copy is regressed on the mean over time of the others, so that noise does not look like effect.
+
+    Args:
+        losses: with their graph, which stays.
+        steps: the spikes or currents of each time step, ``[sets * copies * batch, ...]``.
+        copies: at least two.
+
+    Returns:
+        Numbers whose mean is one; all ones if there is no effect, or none that stands out of its noise.
+    """
+    distinct = {id(step): step for step in steps if step.requires_grad}
+    if len(distinct) < len(steps):
+        return [1.0]
+    found = torch.autograd.grad(losses.sum(), steps, retain_graph=True, allow_unused=True)
+    given = [torch.zeros_like(step) if effect is None else effect for effect, step in zip(found, steps, strict=True)]
+    effects = torch.stack([effect.reshape(-1, len(losses), *effect.shape[1:]).sum(0) for effect in given])
+    effects = effects.reshape(len(steps), copies, -1)
+    means = effects.mean(0)
+    others = means.sum(0) - means
+    power = (means * others).sum()
+    if not bool(power > 0):
+        return [1.0]
+    return list(((effects * others).sum((1, 2)) / power).tolist())
 
 
 def check_independent(neurons: Mapping[str, NoisyNeuron]) -> None:

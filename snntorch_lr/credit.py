@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -254,52 +255,69 @@ def _add_states(step: Step, b: tuple[Tensor | None, ...], sigma: Tensor) -> None
 class CreditSums(Sums):
     """Sums over time for the counterfactual estimate; scores, own scores and scale are in all rows.
 
+    What a spike does to the loss is taken to be a product of a number for each neuron and row, and the profile κ_t; what
+    a current does, of such a number and the profile of the currents.
+
     Attributes:
-        fired: Σ_t s_t, in all rows.
-        expected: Σ_t p_t, in all rows; None where the probability of a spike is not known.
-        pull: Σ_t ∂p_t/∂(what is sampled) · ∂(what is sampled)/∂(parameter), times σ, of the train that goes on; under
-            None for the input current.
-        pull_scale: Σ_t ∂p_t/∂ log σ.
+        profile: κ_t, with mean one; its last number holds for later steps too.
+        current_profile: the same of the currents.
+        total: Σ_t κ_t.
+        total_current: the sum of the profile of the currents.
+        fired: Σ_t κ_t s_t, in all rows.
+        expected: Σ_t κ_t p_t, in all rows; None where the probability of a spike is not known.
+        pull: Σ_t κ_t ∂p_t/∂(what is sampled) · ∂(what is sampled)/∂(parameter), times σ, of the train that goes on;
+            under None for the input current.
+        pull_scale: Σ_t κ_t ∂p_t/∂ log σ.
     """
 
+    profile: Sequence[float] = (1.0,)
+    current_profile: Sequence[float] = (1.0,)
+    total: float = 0.0
+    total_current: float = 0.0
     fired: Tensor | None = None
     expected: Tensor | None = None
     pull: dict[str | None, Tensor] = field(default_factory=dict)
     pull_scale: Tensor | None = None
 
+    def receive(self, x: Tensor, weight: float = 1.0) -> None:
+        """Adds a current, weighted by its profile; called before the step is counted."""
+        weight *= self.current_profile[min(self.steps, len(self.current_profile) - 1)]
+        self.total_current += weight
+        super().receive(x, weight)
+
     def add(self, drawn: Draw, spikes: Rows, rows: int, has_chances: bool) -> None:
         """Adds a time step."""
         noise, z = drawn.noise, drawn.z
-        self.fired = add(self.fired, spikes)
-        own = spikes[:rows]
-        self.spikes = add(self.spikes, own)
+        weight = self.profile[min(self.steps, len(self.profile)) - 1]
+        self.total += weight
+        self.fired = add(self.fired, spikes, weight)
         if has_chances:
-            self.expected = add(self.expected, drawn.p)
+            self.expected = add(self.expected, drawn.p, weight)
             direct = drawn.density[:rows]
             tangents = dict(self.sampled_tangents(z))
             if None not in tangents:
-                self.pull[None] = add(self.pull.get(None), direct)
+                self.pull[None] = add(self.pull.get(None), direct, weight)
             for name, tangent in tangents.items():
                 if tangent is not None:
                     part = tangent[:rows] if tangent.dim() == z.dim() and len(tangent) == len(z) else tangent
-                    self.pull[name] = add(self.pull.get(name), direct * part)
+                    self.pull[name] = add(self.pull.get(name), direct * part, weight)
             if noise.log_sigma.requires_grad:
-                self.pull_scale = add(self.pull_scale, -z[:rows] * direct)
+                self.pull_scale = add(self.pull_scale, -z[:rows] * direct, weight)
         value = z if drawn.epsilon is None else drawn.epsilon
         self.file(noise, value, location_score(noise, value, spikes.to(z.dtype), drawn.p))
 
 
 class Rate(torch.autograd.Function):
-    """Mean rate of the train that goes on; backwards, the counterfactual estimate of ∂E[loss]/∂(mean current)."""
+    """Mean rate of the train that goes on, weighted by its profile; backwards, the estimate of ∂E[loss]/∂(current)."""
 
     @staticmethod
     def forward(
-        ctx: Any, sums: CreditSums, control: Control, current: Tensor, sigma: Tensor, *parameters: Tensor
+        ctx: Any, sums: CreditSums, rows: int, control: Control, current: Tensor, sigma: Tensor, *parameters: Tensor
     ) -> Tensor:
         ctx.sums, ctx.control, ctx.shape, ctx.sigma = sums, control, current.shape, sigma.detach()
         ctx.shapes = [parameter.shape for parameter in parameters]
-        assert sums.spikes is not None
-        return sums.spikes / sums.steps
+        assert sums.fired is not None
+        return sums.fired[:rows] / sums.total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -307,7 +325,7 @@ class Rate(torch.autograd.Function):
         assert sums.fired is not None
         assert sums.score is not None
         rows, sigma = len(gradient), ctx.sigma
-        a = gradient / sums.steps
+        a = gradient / sums.total
 
         fired = by_set(sums.fired, rows)
         pairs = _pairs(a, fired)
@@ -327,14 +345,14 @@ class Rate(torch.autograd.Function):
             return total if pull is None else total + control * a * pull
 
         to_current = to_sigma = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[3]:
             total = estimate(sums.score, sums.pull.get(None)) / sigma
             to_current = over_copies(total, ctx.shape)
-        if ctx.needs_input_grad[3] and sums.scale is not None:
+        if ctx.needs_input_grad[4] and sums.scale is not None:
             total = estimate(sums.scale, sums.pull_scale).sum(0, keepdim=True)
             to_sigma = (total / sigma).sum_to_size(sigma.shape)
         to_parameters = []
         for index, (name, own) in enumerate(sums.own.items()):
             total = (estimate(own, sums.pull.get(name)) / sigma).sum(0, keepdim=True)
             to_parameters.append(total.sum_to_size(ctx.shapes[index]))
-        return None, None, to_current, to_sigma, *to_parameters
+        return None, None, None, to_current, to_sigma, *to_parameters

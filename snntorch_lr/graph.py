@@ -15,7 +15,7 @@ def ancestors(tensors: Iterable[Tensor]) -> Iterator[Node]:
 
 
 def nodes_behind(start: Iterable[Node | None], stop: Container[Node] = ()) -> Iterator[Node]:
-    """The nodes themselves and all that lies behind them, each once; nothing that lies only behind a node of ``stop``."""
+    """The nodes and all that lies behind them, each once, but nothing that lies only behind a node of ``stop``."""
     stack = list(start)
     seen: set[Node] = set()
     while stack:

@@ -27,7 +27,7 @@ class Sums:
         spikes: Σ_t s_t.
         fed_back: Σ_t s_{t-1}, for a recurrent block.
         states: Σ_t of the states before the step and of the reset, for cells that are not element-wise.
-        current: the input currents, one by one as long as they differ: mean with its graph, and count.
+        current: the input currents, one by one as long as they differ: sum with its graph, and weight of the last.
         tangents: derivatives of the states, by parameter name; None for the input current.
         derived: those of the step that is being computed.
     """
@@ -42,24 +42,24 @@ class Sums:
     states: Sequence[Tensor | None] = field(default_factory=list)
     current: Tensor | None = None
     last_current: Tensor | None = None
-    repeats: int = 0
+    repeats: float = 0
     tangents: dict[str | None, tuple[Tensor | None, ...]] = field(default_factory=dict)
     derived: dict[str | None, tuple[Tensor | None, ...]] = field(default_factory=dict)
 
-    def receive(self, x: Tensor) -> None:
+    def receive(self, x: Tensor, weight: float = 1.0) -> None:
         """Adds the graph of a current from outside the noisy layers to the mean current."""
         if self.internal or not x.requires_grad:
             return
         if self.last_current is x:
-            self.repeats += 1
+            self.repeats += weight
         else:
             self.add_last_current()
-            self.last_current, self.repeats = x, 1
+            self.last_current, self.repeats = x, weight
 
     def add_last_current(self) -> None:
         """Moves the last current, as often as it came, into the sum."""
         if self.last_current is not None:
-            share = self.last_current * self.repeats if self.repeats > 1 else self.last_current
+            share = self.last_current * self.repeats if self.repeats != 1 else self.last_current
             self.current = share if self.current is None else self.current + share
             self.last_current, self.repeats = None, 0
 
@@ -264,9 +264,12 @@ def roots(
         yield noise.sigma, sigma_gradient(sums.scale, weights, sigma)
 
 
-def add(total: Tensor | None, value: Tensor) -> Tensor:
+def add(total: Tensor | None, value: Tensor, weight: float = 1.0) -> Tensor:
     """A running sum, in place, without a graph."""
-    return value.detach().clone() if total is None else total.add_(value.detach())
+    value = value.detach()
+    if total is None:
+        return value.clone() if weight == 1 else value * weight
+    return total.add_(value, alpha=weight)
 
 
 def check_calls(sums: Mapping[NoisyNeuron, Sums], neurons: Mapping[str, NoisyNeuron], remedy: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +56,16 @@ class Shadowed(Recording):
         controls: λ of each neuron.
         timed: the neurons of which every time step is kept; of the others only sums. None for all of them.
         internal: the neurons that spikes of other ones feed.
+        profiles: how what a spike, and a current, does to the loss changes over time, for neurons that are not timed.
 
     Attributes:
         sums: what the neurons that are not timed added up.
         chains: what there is to fit λ by after the backward pass, by neuron.
         readers: leaves that collect ∂loss/∂spike of the neurons that are not timed.
         nodes: of the graph, and whose steps they are.
+        keeps_steps: whether to fill the next two; False until it is set.
+        emitted: spikes of each step of the timed neurons.
+        entered: their currents, in all rows.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Shadowed(Recording):
         controls: Mapping[NoisyNeuron, Control],
         timed: Collection[NoisyNeuron] | None = None,
         internal: Collection[NoisyNeuron] = (),
+        profiles: Mapping[NoisyNeuron, tuple[Sequence[float], Sequence[float]]] | None = None,
     ) -> None:
         super().__init__(copies)
         self.sets = 1 + shadows
@@ -78,9 +83,13 @@ class Shadowed(Recording):
         self.chains: dict[NoisyNeuron, list[Chain]] = {}
         self.readers: dict[NoisyNeuron, Tensor] = {}
         self.nodes: dict[Node, NoisyNeuron] = {}
+        self.emitted: dict[NoisyNeuron, list[Tensor]] = {}
+        self.entered: dict[NoisyNeuron, list[Tensor]] = {}
         self.timed = timed
+        self.keeps_steps = False
         self._controls = controls
         self._internal = internal
+        self._profiles = profiles or {}
         stream = copies.stream
         self._streams = [
             NoiseStream(mix(stream.seed, index), stream.copies, stream.first, stream.last) for index in range(self.sets)
@@ -109,8 +118,14 @@ class Shadowed(Recording):
         """The input of one time step, for all rows."""
         expanded = super().receive(neuron, x)
         if self.is_timed(neuron):
+            if self.keeps_steps:
+                self.entered.setdefault(neuron, []).append(expanded)
             return expanded
-        self.sums.setdefault(neuron, CreditSums(internal=neuron in self._internal)).receive(x)
+        if neuron not in self.sums:
+            spikes, currents = self._profiles.get(neuron, ((1.0,), (1.0,)))
+            internal = neuron in self._internal
+            self.sums[neuron] = CreditSums(internal=internal, profile=spikes, current_profile=currents)
+        self.sums[neuron].receive(x)
         return expanded.detach()
 
     def expand(self, x: Tensor, neuron: NoisyNeuron) -> Rows:
@@ -250,6 +265,8 @@ class Shadowed(Recording):
             emitted, link, *given = Credit.apply(step, spikes, drawn.mean, self._sigmas[noise], link, *tensors)
         if emitted.grad_fn is not None:
             self.nodes[emitted.grad_fn] = neuron
+            if self.keeps_steps:
+                self.emitted.setdefault(neuron, []).append(emitted)
         return emitted, dict(zip(neuron.state_names, given, strict=True)), link, chain
 
     def _sum(self, neuron: NoisyNeuron, drawn: Draw, spikes: Rows) -> None:

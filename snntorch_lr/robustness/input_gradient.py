@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..convert import noise_on, reset
-from ..estimators import Vanilla
-from ..network import noisy_neurons, parameters
+from ..input_gradient import input_gradient
+from ..network import noisy_neurons
 from .descent import LOSSES
 from .surrogates import Surrogate
 from .target import Target
-from .view import AttackableView, evaluating
-
-
-class _Shifted(nn.Module):
-    """A network as a function of a shift of its images, which an estimator takes for a parameter."""
-
-    def __init__(self, view: AttackableView, images: Tensor) -> None:
-        super().__init__()
-        self.view = view
-        self.shift = nn.Parameter(torch.zeros_like(images))
-
-    def losses(self, loss: str, images: Tensor, labels: Tensor) -> Tensor:
-        """Loss of each sample and copy."""
-        net = self.view.net
-        reset(net)
-        return LOSSES[loss](self.view.read(self.view.net_forward(net, images + self.shift)), labels)
+from .view import evaluating
 
 
 def likelihood_ratio_input_gradient(
     target: Target, x: Tensor, y: Tensor, copies: int = 256, loss: str = "cross-entropy", seed: int = 0, chunk: int = 64
 ) -> Tensor:
-    """Gradient of the expected loss of one noise draw by the likelihood ratio: unbiased, and without a surrogate.
+    """Gradient of the expected loss of one noise draw by the likelihood ratio: without a surrogate.
 
-    For noise in the first layer, c_t = W x + σ z_t, it is E[(ℒ − b) Wᵀ Σ_t z_t / σ]; the estimator that trains finds it
-    for any network that it can train. Too noisy to attack with, it is the yardstick for surrogates: those of a masked
-    network do not point its way.
+    By counterfactual credit (``slr.input_gradient``) with λ = 0, or by ``vanilla`` for networks with LSTM cells or
+    inhibition. It is the yardstick for surrogates: those of a masked network do not point its way.
 
     Args:
         target: a network with noise in its first spiking layer.
@@ -57,15 +39,22 @@ def likelihood_ratio_input_gradient(
     Raises:
         ValueError: if no neuron has noise, or the network cannot be trained by the likelihood ratio.
     """
-    if not noisy_neurons(target.net):
+    neurons = noisy_neurons(target.net)
+    if not neurons:
         raise ValueError("the likelihood-ratio gradient needs noisy neurons; this network has none")
-    shifted = _Shifted(target.view(draws=1), x)
-    estimator = Vanilla(shifted, copies=copies, chunk=min(chunk, copies), seed=seed)
-    with _frozen(target.net), evaluating(target.net), noise_on(target.net):
-        estimator.backward(partial(shifted.losses, loss), x, y)
+    view = target.view(draws=1)
+
+    def losses(images: Tensor, labels: Tensor) -> Tensor:
         reset(target.net)
-    assert shifted.shift.grad is not None
-    return shifted.shift.grad * len(x)
+        return LOSSES[loss](view.read(view.net_forward(target.net, images)), labels)
+
+    alone = all(neuron.is_elementwise and not neuron.inhibition for neuron in neurons.values())
+    # λ = 0: a yardstick is better off with more noise than with an error of second order.
+    options: dict[str, Any] = {"control": 0.0} if alone else {"estimator": "vanilla"}
+    with evaluating(target.net), noise_on(target.net):
+        found = input_gradient(target.net, losses, x, y, copies, chunk, seed=seed, **options)
+        reset(target.net)
+    return found
 
 
 def surrogate_input_gradient(
@@ -103,16 +92,3 @@ def surrogate_input_gradient(
         (gradient,) = torch.autograd.grad(LOSSES[loss](view(rows), y.repeat(copies)).sum(), rows)
         total += gradient.view(copies, *x.shape).sum(0)
     return total / draws
-
-
-@contextmanager
-def _frozen(net: nn.Module) -> Iterator[None]:
-    """Context in which the network has no parameters to learn, so that their gradients are left alone."""
-    learned = [parameter for parameter in parameters(net) if parameter.requires_grad]
-    for parameter in learned:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)

@@ -1,0 +1,91 @@
+"""Gradient of the expected loss with respect to the input, through no surrogate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .estimators import LossFn, positive_integer
+from .network import parameters
+from .optim import ESTIMATORS
+
+
+def input_gradient(
+    net: nn.Module,
+    loss_fn: LossFn,
+    inputs: Tensor,
+    targets: Any,
+    copies: int = 32,
+    chunk: int = 8,
+    estimator: str = "counterfactual",
+    **options: Any,
+) -> Tensor:
+    """Gradient of each sample's expected loss with respect to its input: for attacks that no surrogate masks.
+
+    The estimator that trains the weights finds it too: ∂E[ℒ]/∂input is what comes back through the block in front of
+    the first noisy layer. Nothing else gets a gradient.
+
+    Args:
+        net: the network; its noise must be on (``net.train()``, or ``noise_on(net)``).
+        loss_fn: forward pass and loss, called as ``loss_fn(inputs, targets)``; returns one loss per sample.
+        inputs: floating point, in the shape that ``loss_fn`` takes.
+        targets: batch first, as ``Estimator.backward`` takes them.
+        copies: noise copies of each sample; the standard error falls with their root.
+        chunk: copies in one forward pass. λ is fitted from one to the next.
+        estimator: ``"counterfactual"``, or ``"vanilla"`` for networks that it refuses, at many times the variance.
+        **options: further arguments of the estimator (``over_time=``, ``seed=``, ...).
+
+    Returns:
+        In the shape of the inputs.
+
+    Raises:
+        ValueError: if the network or the losses would make the gradient wrong, or do not depend on the inputs.
+
+    Example:
+        >>> gradient = slr.input_gradient(net, loss_fn, images, labels)
+        >>> adversarial = (images + 0.1 * gradient.sign()).clamp(0, 1)
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
+    positive_integer("copies", copies)
+    chunk = min(positive_integer("chunk", chunk), copies)
+    x = inputs.detach().clone().requires_grad_()
+    samples = 0
+
+    def counted(x: Any, y: Any) -> Tensor:
+        nonlocal samples
+        losses = loss_fn(x, y)
+        samples = losses.shape[0] if isinstance(losses, Tensor) and losses.dim() else 0
+        return losses
+
+    total = torch.zeros_like(x)
+    with _frozen(net):
+        made: dict[int, Any] = {}
+        for done in range(0, copies, chunk):
+            count = min(chunk, copies - done)
+            if count not in made:
+                made[count] = ESTIMATORS[estimator](net, copies=count, **options)
+            made[count].backward(counted, x, targets)
+            if x.grad is None:
+                raise ValueError("the losses do not depend on the inputs: does loss_fn use the inputs passed to it?")
+            # The estimators differentiate the mean over all losses.
+            total += x.grad * samples
+            x.grad = None
+    return total / copies
+
+
+@contextmanager
+def _frozen(net: nn.Module) -> Iterator[None]:
+    """Context in which the network has no parameters to learn, so that their gradients are left alone."""
+    learned = [parameter for parameter in parameters(net) if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
