@@ -1,0 +1,147 @@
+"""Measures and draws the figures of the documentation into ``docs/img``: ``python docs/figures.py``, some minutes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import snntorch_lr as slr
+
+FOLDER = Path(__file__).parent / "img"
+BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "black"
+
+
+def cosine(first: Tensor, second: Tensor) -> float:
+    """Cosine of the angle between two vectors."""
+    return float(first @ second / (first.norm() * second.norm()))
+
+
+def one_number_for_each() -> Figure:
+    """One gradient by two estimators, component by component, against the mean of many."""
+    torch.manual_seed(0)
+    images, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
+    images = images.float() / 16
+    neuron = slr.Leaky(beta=0.9, init_hidden=True, noise=slr.EscapeNoise(sigma=0.3, distribution="logistic"))
+    net = nn.Sequential(nn.Linear(64, 100), neuron, nn.Linear(100, 10))
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(slr.rollout(net, x, num_steps=8).mean(0), y, reduction="none")
+
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    hook = slr.attach(optimizer, net)
+    for rows in torch.randint(1500, (60, 64)):
+        optimizer.step(slr.closure(loss_fn, images[rows], labels[rows]))
+
+    def gradient(estimator: slr.Vanilla | slr.Counterfactual) -> Tensor:
+        net.zero_grad()
+        estimator.backward(loss_fn, images[:64], labels[:64])
+        return net[0].weight.grad.flatten().clone()
+
+    many = slr.Vanilla(net, copies=64, seed=1)
+    calls = torch.stack([gradient(many) for _ in range(600)])
+    mean = calls.mean(0)
+    noise = float(calls.var(0).sum() / len(calls) / mean.square().sum())
+    print(f"the mean of {len(calls)} calls has a cosine of {(1 - noise) ** 0.5:.3f} to its expectation")
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    shown = [
+        ("vanilla, 16 copies", "one number for all neurons", gradient(slr.Vanilla(net, copies=16, seed=2)), ORANGE),
+        # With λ as training has fitted it.
+        ("counterfactual, 2 copies", "one number for each neuron", gradient(hook.estimator), BLUE),
+    ]
+    scale = 1000
+    for axes, (name, what, found, color) in zip(panels, shown, strict=True):
+        axes.scatter(mean * scale, found * scale, s=3, alpha=0.35, color=color, linewidths=0, rasterized=True)
+        axes.axline((0, 0), slope=1, color=BLACK, lw=1)
+        axes.set_title(f"{what}\n{name}: cosine {cosine(found, mean):.2f}", fontsize=11)
+        axes.set_xlabel("mean of 600 by vanilla, 64 copies (· 10⁻³)")
+    panels[0].set_ylabel("one gradient (· 10⁻³)")
+    return figure
+
+
+STEPS, SIGMA = 12, 0.3
+
+
+def spikes_by_drive(drives: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Derivative of the expected number of spikes by the drive: exact, and by the surrogate gradient.
+
+    All spike trains are enumerated, for both. The surrogate's derivative is that of the firing probability, and its
+    reset is detached, as snnTorch's is.
+    """
+    drives = drives.double().requires_grad_()
+    trains = torch.tensor(list(itertools.product((0.0, 1.0), repeat=STEPS)), dtype=torch.float64).T
+    log_probability = torch.zeros(len(drives), trains.shape[1], dtype=torch.float64)
+    number = torch.zeros_like(log_probability)
+    mem = reset = torch.zeros_like(log_probability)
+    for spikes in trains:
+        mem = beta * mem + drives[:, None] - reset
+        z = (mem - 1) / SIGMA
+        log_probability = log_probability + F.logsigmoid((2 * spikes - 1) * z)
+        p = torch.sigmoid(z)
+        number = number + spikes + p - p.detach()
+        reset = spikes
+    probability = log_probability.exp()
+    (exact,) = torch.autograd.grad((probability * number.detach()).sum(), drives, retain_graph=True)
+    (surrogate,) = torch.autograd.grad((probability.detach() * number).sum(), drives)
+    return exact, surrogate
+
+
+def spikes_by_counterfactual(drive: float, beta: float, copies: int = 4000, calls: int = 40) -> tuple[float, float]:
+    """The same derivative by ``slr.Counterfactual``, and its standard error."""
+    noise = slr.EscapeNoise(sigma=SIGMA, distribution="logistic", learn=False)
+    neuron = slr.Leaky(beta=beta, init_hidden=True, noise=noise)
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), neuron)
+    nn.init.constant_(net[0].weight, drive)
+    estimator = slr.Counterfactual(net, copies=copies, seed=0)
+    found = []
+    for _ in range(calls):
+        net.zero_grad()
+        estimator.backward(
+            lambda x, y: slr.rollout(net, x, num_steps=STEPS).sum((0, 2)), torch.ones(1, 1), torch.zeros(1)
+        )
+        found.append(float(net[0].weight.grad))
+    values = torch.tensor(found)
+    return float(values.mean()), float(values.std() / calls**0.5)
+
+
+def ignored_resets() -> Figure:
+    """What surrogate gradients make of a neuron that resets."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    drives = torch.linspace(0, 1, 61)
+    exact, surrogate = spikes_by_drive(drives, 0.9)
+    left.plot(drives, exact, color=BLACK, lw=2, label="exact")
+    left.plot(drives, surrogate, color=ORANGE, lw=2, ls="--", label="surrogate gradient")
+    some = drives[5::10].tolist()
+    means, errors = zip(*(spikes_by_counterfactual(drive, 0.9) for drive in some), strict=True)
+    print("standard errors", [round(error, 3) for error in errors])
+    left.errorbar(some, means, [2 * e for e in errors], fmt="o", color=BLUE, ms=6, label="counterfactual")
+    left.set(xlabel="drive (threshold 1)", ylabel="d E[number of spikes] / d drive", ylim=0)
+    left.set_title("one neuron, leak β = 0.9", fontsize=11)
+    left.legend(frameon=False)
+
+    leaks = torch.linspace(0, 1, 101)
+    some = torch.tensor([0.3, 0.5, 0.8])
+    found = [spikes_by_drive(some, beta) for beta in leaks.tolist()]
+    ratios = torch.stack([surrogate / exact for exact, surrogate in found])
+    for drive, ratio, style in zip(some.tolist(), ratios.T, (":", "--", "-"), strict=True):
+        right.plot(leaks, ratio, color=ORANGE, lw=2, ls=style, label=f"drive {drive:.1f}")
+    right.axhline(1, color=BLACK, lw=2)
+    right.annotate("exact", (0.02, 1), (0, -4), textcoords="offset points", va="top")
+    right.set(xlabel="leak β", ylabel="surrogate gradient / exact", ylim=0)
+    right.set_title("too long by what factor", fontsize=11)
+    right.legend(frameon=False, loc="upper left")
+    return figure
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name, draw in (("one-number-for-each", one_number_for_each), ("ignored-resets", ignored_resets)):
+        draw().savefig(FOLDER / f"{name}.png", dpi=150)
