@@ -42,8 +42,8 @@ class Counterfactual(Estimator):
     What travels back: through blocks, from layer to layer; through time only in a layer's own leak and recurrence;
     never through a spike or a reset.
 
-    The error is of third order in what one neuron's train does to the loss: none where the loss is affine in it. λ is
-    fitted for each layer, from earlier steps alone, so that the variance is least.
+    There is no error where the loss is affine in the train of one neuron, and a small one where one neuron decides little
+    (docs/theory.md). λ is fitted for each layer, from earlier steps alone, so that the variance is least.
 
     Args:
         net: the network; at least one neuron must have noise.
@@ -90,6 +90,7 @@ class Counterfactual(Estimator):
         self.over_time = over_time
         self.fixed_control = control
         self._controls: dict[str, Control] = {}
+        self._looked_ahead = False
         self._timed: Collection[str] = ()
         self._internal: Collection[str] = ()
         self._profiles: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
@@ -102,19 +103,27 @@ class Counterfactual(Estimator):
     def state_dict(self) -> dict[str, Any]:
         """What a run in a loop of one's own needs to go on with the same numbers."""
         controls = {name: control.sums.clone() for name, control in self._controls.items()}
-        return super().state_dict() | {"control": controls}
+        return super().state_dict() | {
+            "control": controls,
+            "looked ahead": self._looked_ahead,
+            "timed": list(self._timed),
+            "internal": list(self._internal),
+            "profiles": dict(self._profiles),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from ``state_dict()``."""
         super().load_state_dict(state)
         for name, sums in state["control"].items():
             self._controls.setdefault(name, Control(self.fixed_control)).sums = sums.clone()
+        self._looked_ahead = state["looked ahead"]
+        self._timed, self._internal, self._profiles = state["timed"], state["internal"], dict(state["profiles"])
 
     def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
         check_independent(neurons)
         for name in neurons:
             self._controls.setdefault(name, Control(self.fixed_control))
-        if self.over_time == "rates" and not self._inspected:
+        if self.over_time == "rates" and not self._looked_ahead:
             self._look_ahead(neurons, loss_fn, inputs, targets)
         first, last = self.division.own_copies(self.copies)
         copies = self._copies(neurons, self._stream(self._next_seed(), first, last), batch_size(targets))
@@ -169,6 +178,7 @@ class Counterfactual(Estimator):
             for name, neuron in neurons.items()
             if neuron in recording.emitted and name not in self._timed
         }
+        self._looked_ahead = True
 
     def _rates(
         self,

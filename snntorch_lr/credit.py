@@ -153,19 +153,21 @@ class Credit(torch.autograd.Function):
 
     1. later ← later + ½ a (v − ṽ), and ½ b (w − w̃) where others read a state w, with b = ∂loss/∂w.
     2. The mean of the train gets later · score + λ a ∂p/∂mean, that of the shadow −later · its own score; σ alike.
-    3. b goes on to the graph of the state too. For membrane noise it also goes to the mean.
+    3. b goes on to the graph of the state too. For membrane noise, u = mean + σ ε, it goes to the mean and to σ.
     """
 
     @staticmethod
     def forward(
         ctx: Any, step: Step, spikes: Rows, mean: Tensor, sigma: Tensor, link: Tensor, *states: Tensor
     ) -> tuple[Tensor, ...]:
+        """Rows of the train that goes on: spikes, what orders the steps, states."""
         ctx.set_materialize_grads(False)
         ctx.step, ctx.sigma, ctx.mean = step, sigma.detach(), (mean.shape, mean.dtype)
         return (spikes[: step.rows].clone(), link.clone(), *(state[: step.rows].clone() for state in states))
 
     @staticmethod
     def backward(ctx: Any, a: Tensor | None, _: Tensor | None, *b: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of mean, σ and states."""
         step: Step = ctx.step
         chain, noise = step.chain, step.noise
         z = by_set(step.z, step.rows)
@@ -202,13 +204,18 @@ class Credit(torch.autograd.Function):
                 to_sigma = _spread(later, noise.scale_score(value, location).view_as(z))
                 if direct is not None:
                     to_sigma[0].addcmul_(chain.control * -z[0], direct)
-                to_sigma = (to_sigma.sum((0, 1)).unsqueeze(0) / sigma).sum_to_size(sigma.shape).to(ctx.sigma.dtype)
+                to_sigma = to_sigma / sigma
             to_mean = to_mean / sigma
         if not step.resets_at_once:
             _add_states(step, b, sigma)
-            if step.epsilon is not None and b and b[-1] is not None:
+            if step.epsilon is not None and b[-1] is not None:
                 to_mean = torch.zeros_like(z) if to_mean is None else to_mean
                 to_mean[0] += b[-1]
+                if ctx.needs_input_grad[3]:
+                    to_sigma = torch.zeros_like(z) if to_sigma is None else to_sigma
+                    to_sigma[0].addcmul_(b[-1], step.epsilon[: step.rows])
+        if to_sigma is not None:
+            to_sigma = to_sigma.sum((0, 1)).unsqueeze(0).sum_to_size(sigma.shape).to(ctx.sigma.dtype)
         if to_mean is not None:
             to_mean = to_mean.view(ctx.mean[0]).to(ctx.mean[1])
         shadows = len(step.z) - step.rows
@@ -255,8 +262,8 @@ def _add_states(step: Step, b: tuple[Tensor | None, ...], sigma: Tensor) -> None
 class CreditSums(Sums):
     """Sums over time for the counterfactual estimate; scores, own scores and scale are in all rows.
 
-    What a spike does to the loss is taken to be a product of a number for each neuron and row, and the profile κ_t; what
-    a current does, of such a number and the profile of the currents.
+    What a spike does to the loss is taken to be a product of a number for each neuron and row, and the profile κ_t; and
+    what a current does, of such a number and the profile of the currents.
 
     Attributes:
         profile: κ_t, with mean one; its last number holds for later steps too.
@@ -314,6 +321,7 @@ class Rate(torch.autograd.Function):
     def forward(
         ctx: Any, sums: CreditSums, rows: int, control: Control, current: Tensor, sigma: Tensor, *parameters: Tensor
     ) -> Tensor:
+        """The rate, ``[copies * batch, ...]``."""
         ctx.sums, ctx.control, ctx.shape, ctx.sigma = sums, control, current.shape, sigma.detach()
         ctx.shapes = [parameter.shape for parameter in parameters]
         assert sums.fired is not None
@@ -321,6 +329,7 @@ class Rate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the mean current, σ and the element-wise parameters."""
         sums: CreditSums = ctx.sums
         assert sums.fired is not None
         assert sums.score is not None

@@ -29,7 +29,11 @@ def gradient_report(
     loss_fn: LossFn,
     inputs: Any,
     targets: Any,
-    estimators: Sequence[str | Estimator] | Mapping[str, str | Estimator] = ("vanilla", "approximate"),
+    estimators: Sequence[str | Estimator] | Mapping[str, str | Estimator] = (
+        "counterfactual",
+        "vanilla",
+        "approximate",
+    ),
     copies: int = 16,
     repeats: int = 16,
     reference: int = 128,
@@ -59,7 +63,7 @@ def gradient_report(
         targets: its targets.
         estimators: names or estimators of this network, or a dict of them under names of your own. Leave the seed of an
             estimator at None: with one of its own, its noise is not that of its twin.
-        copies: K of the reference and of the estimators given by name, at least 2.
+        copies: K of the reference and of the estimators given by name, at least 2; ``"counterfactual"`` has 2.
         repeats: calls of each estimator, at least 2.
         reference: calls of the reference, at least 2. Its noise bounds every cosine: take many.
         seed: of the noise.
@@ -318,7 +322,7 @@ def _named(
         if isinstance(item, str):
             if item not in ESTIMATORS:
                 raise ValueError(f"unknown estimator {item!r}; choose one of {', '.join(ESTIMATORS)}")
-            item = ESTIMATORS[item](net, copies=copies)
+            item = ESTIMATORS[item](net, copies=2 if item == "counterfactual" else copies)
         elif item.net is not net:
             raise ValueError(f"the estimator {name!r} was made for another network")
         found[name] = item

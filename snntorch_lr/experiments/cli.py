@@ -65,7 +65,9 @@ def reproduce_command(
     model: Annotated[str, typer.Option(help="mlp, deep-mlp or conv.")] = "mlp",
     data_root: _DataRoot = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; 30 for digits, 4 otherwise.")] = None,
-    copies: Annotated[int, typer.Option(help="Noise copies of each sample; vanilla and approximate need more.")] = 2,
+    copies: Annotated[
+        int | None, typer.Option(help="Noise copies of each sample; 2 for counterfactual, else 16.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     estimator: Annotated[str, typer.Option(help="counterfactual, vanilla or approximate.")] = "counterfactual",
     noise: Annotated[str, typer.Option(help="membrane or escape.")] = "membrane",
@@ -93,7 +95,7 @@ def reproduce_command(
                 dataset=dataset,
                 model=model,
                 epochs=_EPOCHS.get(dataset, 4) if epochs is None else epochs,
-                copies=copies,
+                copies=(2 if estimator == "counterfactual" else 16) if copies is None else copies,
                 seed=seed,
                 estimator=estimator,
                 noise=noise,

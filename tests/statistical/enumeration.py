@@ -58,7 +58,9 @@ def exact_gradient(
             values = []
             for sign in (1, -1):
                 flat[index] = before + sign * step
-                values.append(sum(expected_loss(net, loss_fn, x[i : i + 1], y[i : i + 1], count) for i in range(len(x))))
+                values.append(
+                    sum(expected_loss(net, loss_fn, x[i : i + 1], y[i : i + 1], count) for i in range(len(x)))
+                )
             flat[index] = before
             gradient.view(-1)[index] = (values[0] - values[1]) / (2 * step * len(x))
         found[name] = gradient

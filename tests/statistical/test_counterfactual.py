@@ -1,0 +1,374 @@
+"""Counterfactual credit agrees with the expectation over all spike trains, and would not if a term were dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import snntorch_lr as slr
+from snntorch_lr import credit, shadows
+
+from .enumeration import exact_gradient
+from .objective import Measured, along, directions, estimates, finite_difference
+
+pytestmark = pytest.mark.statistical
+LIMIT = 4.0  # standard errors
+STEPS = 3
+RESETS = ["subtract", "zero", "none"]
+# Every class whose trains are independent given its currents, with everything learned that can be.
+NEURONS: dict[str, Callable[..., Any]] = {
+    "Leaky": lambda **k: slr.Leaky(beta=0.7, learn_beta=True, **k),
+    "Leaky, reset at once": lambda **k: slr.Leaky(beta=0.7, learn_beta=True, reset_delay=False, **k),
+    "Lapicque": lambda **k: slr.Lapicque(R=1.0, C=2.0, time_step=1, **k),
+    "Synaptic": lambda **k: slr.Synaptic(alpha=0.5, beta=0.7, learn_alpha=True, learn_beta=True, **k),
+    "Alpha": lambda **k: slr.Alpha(alpha=0.8, beta=0.6, learn_beta=True, **k),
+    "RLeaky, one to one": lambda **k: slr.RLeaky(beta=0.7, learn_beta=True, all_to_all=False, V=0.4, **k),
+    "RSynaptic, one to one": lambda **k: slr.RSynaptic(
+        alpha=0.5, beta=0.7, learn_alpha=True, learn_beta=True, all_to_all=False, V=0.4, **k
+    ),
+}
+RECURRENT: dict[str, Callable[..., Any]] = {
+    "RLeaky": lambda **k: slr.RLeaky(beta=0.7, learn_beta=True, linear_features=2, **k),
+    "RSynaptic": lambda **k: slr.RSynaptic(
+        alpha=0.5, beta=0.7, learn_alpha=True, learn_beta=True, linear_features=2, **k
+    ),
+}
+Loss = Callable[["Tiny", Tensor, Tensor], Tensor]
+
+
+class Tiny(nn.Module):
+    """Two neurons, or two layers of them, over three time steps with an input that changes; all learned, in float64."""
+
+    def __init__(self, make: Callable[..., Any], reset: str, noise: Any, loss: Loss, layers: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        options = {"reset_mechanism": reset, "learn_threshold": True, "init_hidden": True, "output": True}
+        self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(layers))
+        self.neurons = nn.ModuleList(make(threshold=0.8, noise=noise(), **options) for _ in range(layers))
+        self.readout = nn.Linear(2, 2)
+        self.loss_of = loss
+        self.double()
+        with torch.no_grad():
+            for block in self.blocks:
+                block.bias.add_(0.4)
+
+    def steps(self, x: Tensor) -> list[tuple[Tensor, ...]]:
+        """What the last layer returns in each time step: spikes, states, membrane potential."""
+        slr.reset(self)
+        found = []
+        for step in range(STEPS):
+            value = x[:, step]
+            for block, neuron in zip(self.blocks, self.neurons, strict=True):
+                output = neuron(block(value))
+                value = output[0]
+            found.append(output)
+        return found
+
+    def losses(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.loss_of(self, x, y)
+
+
+def of_spikes(net: Tiny, x: Tensor, y: Tensor) -> Tensor:
+    """Affine in the spikes, with another weight in each time step."""
+    return sum(((step + 1) * net.readout(out[0]) * y).sum(1) for step, out in enumerate(net.steps(x)))
+
+
+def of_states(net: Tiny, x: Tensor, y: Tensor) -> Tensor:
+    """Affine in spikes and states, the membrane potential among them."""
+    return sum(((net.readout(out[0]) + (step + 1) * sum(out[1:])) * y).sum(1) for step, out in enumerate(net.steps(x)))
+
+
+def of_counts(net: Tiny, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of a readout of spike counts."""
+    return F.cross_entropy(net.readout(sum(out[0] for out in net.steps(x))), y.softmax(1), reduction="none")
+
+
+def escape(distribution: str = "logistic") -> Callable[[], slr.EscapeNoise]:
+    return lambda: slr.EscapeNoise(0.6, distribution=distribution)
+
+
+def data(batch: int = 2) -> tuple[Tensor, Tensor]:
+    x = 1.5 * torch.rand(batch, STEPS, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return x, torch.tensor([[1.0, -2.0], [-0.5, 1.5]], dtype=torch.float64)[:batch]
+
+
+class Estimate:
+    """Mean of an estimator's gradient over many calls, with its standard error, beside a reference; all parameters."""
+
+    def __init__(self, net: nn.Module, loss: Any, x: Tensor, y: Tensor, repeats: int = 30, **options: Any) -> None:
+        estimator = slr.Counterfactual(net, **{"copies": 1500, "seed": 0, "over_time": "exact", **options})
+        self.names = [name for name, p in net.named_parameters() if p.requires_grad]
+        calls = []
+        for _ in range(repeats):
+            net.zero_grad()
+            estimator.backward(loss, x, y)
+            calls.append(
+                {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in net.named_parameters()}
+            )
+        stacked = {name: torch.stack([call[name] for call in calls]) for name in self.names}
+        self.mean = {name: values.mean(0) for name, values in stacked.items()}
+        self.error = {name: values.std(0) / repeats**0.5 for name, values in stacked.items()}
+
+    def distance(self, expected: dict[str, Tensor]) -> float:
+        """Largest difference of all components, in standard errors."""
+        return max(
+            float(((self.mean[name] - expected[name]).abs() / (self.error[name] + 1e-9)).max()) for name in self.names
+        )
+
+    def bias(self, expected: dict[str, Tensor], *names: str) -> tuple[float, float]:
+        """Length of the difference over that of the reference, and what noise alone would show; of all parameters."""
+        chosen = names or self.names
+        scale = sum(float(expected[name].square().sum()) for name in chosen)
+        square = sum(float((self.mean[name] - expected[name]).square().sum()) for name in chosen)
+        noise = sum(float(self.error[name].square().sum()) for name in chosen)
+        return (square / scale) ** 0.5, (noise / scale) ** 0.5
+
+
+def compare(net: Tiny, **options: Any) -> tuple[Estimate, dict[str, Tensor]]:
+    x, y = data()
+    count = STEPS * 2 * len(net.blocks)
+    return Estimate(net, net.losses, x, y, **options), exact_gradient(net, net.losses, x, y, count)
+
+
+@pytest.mark.parametrize("control", [None, 0.0, 1.0])
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_is_exact_where_the_loss_is_affine_in_a_train(neuron: str, reset: str, control: float | None) -> None:
+    distribution = "gaussian" if control == 0 else "logistic"
+    found, expected = compare(Tiny(NEURONS[neuron], reset, escape(distribution), of_spikes), control=control)
+    assert found.distance(expected) < LIMIT
+    assert found.bias(expected)[1] < 0.02, "too noisy to tell"
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_is_exact_where_the_loss_reads_states_of_a_neuron_that_resets(neuron: str, reset: str) -> None:
+    found, expected = compare(Tiny(NEURONS[neuron], reset, escape(), of_states), over_time="rates")
+    assert found.distance(expected) < LIMIT
+    assert found.bias(expected)[1] < 0.02
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_bias_is_small_on_toys_where_the_loss_is_not_affine(neuron: str) -> None:
+    net = Tiny(NEURONS[neuron], "subtract", escape(), of_counts, layers=2)
+    # λ adds an error of second order where two neurons decide everything.
+    for control, limit in ((0.0, 0.06), (None, 0.15)):
+        found, expected = compare(net, shadows=2, control=control)
+        bias, floor = found.bias(expected)
+        print(f"{neuron}, two layers of two, λ {control or 'fitted'}: bias {bias:.3f}, noise {floor:.3f}")
+        assert bias < limit
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("neuron", RECURRENT)
+def test_bias_of_all_to_all_recurrence_is_small_on_toys(neuron: str, reset: str) -> None:
+    """A neuron's own train comes back to it through others: first order only."""
+    found, expected = compare(Tiny(RECURRENT[neuron], reset, escape(), of_spikes))
+    bias, floor = found.bias(expected)
+    print(f"{neuron}, {reset}: bias {bias:.3f}, noise {floor:.3f}")
+    assert bias < 0.03
+
+
+class Branches(nn.Module):
+    """A convolution, spikes that are pooled, a residual branch around the second layer, and a noisy spiking readout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        options = {"threshold": 0.6, "init_hidden": True, "learn_threshold": True}
+        self.conv = nn.Conv1d(1, 1, 2)
+        self.first = slr.Leaky(beta=0.7, noise=escape()(), **options)
+        self.pool = nn.MaxPool1d(2)
+        self.fc = nn.Linear(2, 2)
+        self.second = slr.Leaky(beta=0.6, noise=escape("gaussian")(), **options)
+        self.double()
+        with torch.no_grad():
+            self.conv.bias.add_(0.4)
+
+    def losses(self, x: Tensor, y: Tensor) -> Tensor:
+        slr.reset(self)
+        total = torch.zeros((), dtype=x.dtype)
+        for step in range(2):
+            pooled = self.pool(self.first(self.conv(x[:, step]))).flatten(1)
+            total = total + ((self.second(self.fc(pooled)) + 0.5 * pooled) * y).sum(1)
+        return total
+
+
+def branches() -> tuple[Branches, Tensor, Tensor]:
+    x = torch.rand(1, 2, 1, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    return Branches(), x, data(1)[1]
+
+
+def test_convolution_pooled_spikes_and_a_residual_branch_in_front_of_a_spiking_readout() -> None:
+    net, x, y = branches()
+    expected = exact_gradient(net, net.losses, x, y, count=12)
+    bias, floor = Estimate(net, net.losses, x, y, copies=4000, control=0.0).bias(expected)
+    assert floor < 0.01
+    assert bias < 0.02
+
+
+def test_notices_pooled_spikes_whose_derivative_goes_to_one_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, y = branches()
+    expected = exact_gradient(net, net.losses, x, y, count=12)
+    monkeypatch.setattr("snntorch_lr.pooling._height", lambda x: 0.0)
+    assert Estimate(net, net.losses, x, y, copies=4000, control=0.0).bias(expected)[0] > 0.04
+
+
+@pytest.mark.parametrize("over_time", ["exact", "rates"])
+@pytest.mark.parametrize(
+    ("neuron", "reset", "distribution"),
+    [
+        ("Leaky", "subtract", "gaussian"),
+        ("Leaky", "zero", "laplace"),
+        ("Synaptic", "subtract", "logistic"),
+        ("RSynaptic, one to one", "zero", "gaussian"),
+    ],
+)
+def test_agrees_with_finite_differences_for_membrane_noise(
+    neuron: str, reset: str, distribution: str, over_time: str
+) -> None:
+    noise = lambda: slr.MembraneNoise(0.5, distribution=distribution)  # noqa: E731
+    loss = of_spikes if over_time == "exact" else of_states
+    net = Tiny(NEURONS[neuron], reset, noise, loss)
+    names = [name for name, _ in net.named_parameters() if "readout" not in name]
+    kinds = {name: [name] for name in names}
+    x, y = data()
+    gradients = estimates(slr.Counterfactual(net, 4000, over_time=over_time), net.losses, x, y, repeats=16)
+    for name, direction in directions(net, kinds).items():
+        expected, found = finite_difference(net, net.losses, x, y, direction), along(gradients, direction)
+        assert found.distance(expected) < LIMIT, name
+        assert found.error < 0.05, name
+
+
+class Ordinary(nn.Module):
+    """30 neurons a layer, a constant or a changing input, and a leaky readout of membrane potentials."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        noise = slr.MembraneNoise(0.5) if kind == "membrane" else slr.EscapeNoise(0.4, distribution="logistic")
+        self.fc1, self.fc2, self.fc3 = nn.Linear(20, 30), nn.Linear(30, 30), nn.Linear(30, 5)
+        recurrent = {"linear_features": 30} if kind == "recurrent" else {}
+        make = slr.RLeaky if recurrent else slr.Leaky
+        self.lif1 = make(beta=0.8, noise=noise, init_hidden=True, threshold=0.5, **recurrent)
+        self.lif2 = slr.Leaky(beta=0.8, noise=noise, init_hidden=True, threshold=0.5)
+        self.readout = slr.Leaky(beta=0.9, reset_mechanism="none", init_hidden=True, output=True)
+
+    def losses(self, x: Tensor, y: Tensor) -> Tensor:
+        slr.reset(self)
+        current, total = self.fc1(x), torch.zeros(())
+        for _ in range(6):
+            _, mem = self.readout(self.fc3(self.lif2(self.fc2(self.lif1(current)))))
+            total = total + mem
+        return F.cross_entropy(total / 6, y, reduction="none")
+
+
+@pytest.mark.parametrize("over_time", ["exact", "rates"])
+@pytest.mark.parametrize("kind", ["escape", "membrane", "recurrent"])
+def test_length_is_right_by_three_percent_on_layers_of_ordinary_size(kind: str, over_time: str) -> None:
+    net = Ordinary(kind)
+    generator = torch.Generator().manual_seed(1)
+    x, y = 2 * torch.rand(16, 20, generator=generator), torch.randint(5, (16,), generator=generator)
+    weights = ("fc1.weight", "fc2.weight")
+    found = Estimate(net, net.losses, x, y, repeats=24, copies=64, over_time=over_time)
+    mean = torch.cat([found.mean[name].flatten() for name in weights])
+    vanilla, calls = slr.Vanilla(net, copies=2000, chunk=500, seed=0), []
+    for _ in range(12):
+        net.zero_grad()
+        vanilla.backward(net.losses, x, y)
+        calls.append(torch.cat([net.get_parameter(name).grad.flatten() for name in weights]))
+    reference = torch.stack(calls)
+    noise = float((reference.var(0) / len(calls)).sum())
+    square = float(reference.mean(0).square().sum()) - noise
+    cosine = float(reference.mean(0) @ mean) / (square * float(mean.square().sum())) ** 0.5
+    # Along the estimate, where the reference has little noise.
+    expected = Measured.of((reference @ mean / mean.norm()).tolist())
+    length = float(mean.norm()) / expected.mean
+    resolved = expected.error / expected.mean
+    allowed = (square / (square + noise)) ** 0.5
+    print(f"{kind}, {over_time}: length {length:.3f} ± {resolved:.3f}, cosine {cosine:.3f}, allowed {allowed:.3f}")
+    assert resolved < 0.015
+    assert abs(length - 1) < 0.03 + 2 * resolved
+    assert cosine > 0.98
+
+
+def _no_score_of_the_shadow(patch: pytest.MonkeyPatch) -> None:
+    def spread(later: Tensor, scores: Tensor) -> Tensor:
+        shared = later / len(later)
+        return torch.cat([(shared.sum(0) * scores[0]).unsqueeze(0), torch.zeros_like(scores[1:])])
+
+    patch.setattr(credit, "_spread", spread)
+
+
+def _shadow_with_the_same_noise(patch: pytest.MonkeyPatch) -> None:
+    original = shadows.Shadowed._noise
+
+    def noise(self: shadows.Shadowed, like: Tensor, noise: Any) -> Tensor:
+        self._streams = self._streams[:1] * self.sets
+        return original(self, like, noise)
+
+    patch.setattr(shadows.Shadowed, "_noise", noise)
+
+
+def _shadow_from_the_currents_of_another_copy(patch: pytest.MonkeyPatch) -> None:
+    original = shadows.Shadowed.expand
+
+    def expand(self: shadows.Shadowed, x: Tensor, neuron: Any) -> Tensor:
+        rows = original(self, x, neuron).view(self.sets, self.copies, self.batch, *x.shape[1:])
+        others = torch.cat([rows[:1], rows[1:].roll(1, 1)])
+        # What comes back is still taken for what the own currents did.
+        return (rows + (others - rows).detach()).flatten(0, 2)
+
+    patch.setattr(shadows.Shadowed, "expand", expand)
+
+
+def _no_trace_through_the_leak(patch: pytest.MonkeyPatch) -> None:
+    original = shadows.Shadowed._resume
+    patch.setattr(shadows.Shadowed, "_resume", lambda self, *args: original(self, *args).detach())
+
+
+def _no_last_term(patch: pytest.MonkeyPatch) -> None:
+    original = slr.EscapeNoise.chances
+
+    def chances(self: slr.EscapeNoise, z: Tensor) -> tuple[Tensor, Tensor]:
+        p, density = original(self, z)
+        return p, torch.zeros_like(density)
+
+    patch.setattr(slr.EscapeNoise, "chances", chances)
+
+
+def _pairs_without_their_half(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(credit, "_pairs", lambda weight, values: (values[0] - values[1:]) * weight)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        pytest.param(_no_score_of_the_shadow, id="score of the shadow"),
+        pytest.param(_shadow_with_the_same_noise, id="noise of the shadow"),
+        pytest.param(_no_trace_through_the_leak, id="trace through the leak"),
+        pytest.param(_no_last_term, id="last term"),
+        pytest.param(_pairs_without_their_half, id="half"),
+    ],
+)
+def test_notices_a_dropped_term(mutate: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Tiny(NEURONS["Leaky"], "subtract", escape(), of_spikes)
+    found, expected = compare(net, control=0.5)
+    assert found.bias(expected)[0] < 0.02
+    mutate(monkeypatch)
+    assert compare(net, control=0.5)[0].bias(expected)[0] > 0.04
+
+
+def test_notices_shadows_from_the_currents_of_another_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Tiny(NEURONS["Leaky"], "subtract", escape(), of_spikes, layers=2)
+    with torch.no_grad():
+        net.blocks[1].weight.mul_(3)
+    found, expected = compare(net, control=0.0, copies=6000)
+    assert found.bias(expected, "blocks.1.weight")[0] < 0.02
+    _shadow_from_the_currents_of_another_copy(monkeypatch)
+    assert compare(net, control=0.0, copies=6000)[0].bias(expected, "blocks.1.weight")[0] > 0.035
