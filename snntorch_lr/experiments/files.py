@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..atomic import replacing, save
+from ..atomic import load, replacing, save
 
 
 def check_writable(directory: Path) -> None:
@@ -47,15 +45,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint of tensors and plain values; code in the file is never run.
 
     Raises:
-        ValueError: if the file is not a checkpoint.
+        ValueError: if the file is not a checkpoint, or is damaged.
         OSError: if it cannot be read.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of this program ({type(error).__name__})") from error
+    state = load(path)
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint of this program")
     return state

@@ -180,6 +180,10 @@ def broken(kind: str, net: Path) -> bytes:
         "no recipe": {key: value for key, value in whole.items() if key != "recipe"},
         "unknown model": whole | {"recipe": whole["recipe"] | {"model": "rnn"}},
     }
+    if kind == "flipped":
+        content = bytearray(net.read_bytes())
+        content[content.index(whole["net"]["readout.bias"].numpy().tobytes())] ^= 1
+        return bytes(content)
     with tempfile.TemporaryFile() as file:
         torch.save(changes[kind], file)
         file.seek(0)
@@ -187,7 +191,7 @@ def broken(kind: str, net: Path) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "kind", ["empty", "cut", "tensor", "no weights", "other weights", "no recipe", "unknown model"]
+    "kind", ["empty", "cut", "flipped", "tensor", "no weights", "other weights", "no recipe", "unknown model"]
 )
 @pytest.mark.parametrize("command", ["reproduce", "evaluate", "diagnose"])
 def test_a_corrupt_checkpoint_is_named_and_kept(

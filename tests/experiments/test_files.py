@@ -77,3 +77,33 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.pt is not a checkpoint"):
         files.load_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_flipped_bit_never_gives_another_checkpoint(tmp_path: Path) -> None:
+    path, whole = tmp_path / "x.pt", {"net": {"weight": torch.arange(50.0)}, "epoch": 1}
+    files.save_checkpoint(path, whole)
+    content, refused = path.read_bytes(), set()
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            state = files.load_checkpoint(path)
+        except ValueError:
+            refused.add(place)
+        else:
+            assert state["epoch"] == 1
+            assert torch.equal(state["net"]["weight"], whole["net"]["weight"])
+    first = content.index(whole["net"]["weight"].numpy().tobytes())
+    assert refused >= set(range(first, first + 200))
+
+
+def test_the_flag_of_a_folder_does_not_hide_weights(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    files.save_checkpoint(path, {"weight": torch.ones(50)})
+    content = bytearray(path.read_bytes())
+    # The attributes of a file in the list at the end of an archive stand eight bytes before its name.
+    content[content.rindex(b"archive/data/0") - 8] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.pt is .* damaged \(its checksum is wrong\): take a copy"):
+        files.load_checkpoint(path)
