@@ -20,7 +20,7 @@ import torch
 from torchvision import datasets
 from typer.testing import Result
 
-from snntorch_lr.experiments import benchmark, data, diagnose, evaluate, train
+from snntorch_lr.experiments import benchmark, data, diagnose, evaluate, files, train
 
 from .test_data import write_idx
 from .test_reproduce import run
@@ -203,6 +203,16 @@ def test_a_corrupt_checkpoint_is_named_and_kept(
     given = {"reproduce": ["--resume"], "evaluate": [str(path)], "diagnose": ["--checkpoint", str(path)]}
     is_one_line(call(command, tmp_path, *given[command]), 2, "likelihood-ratio.pt")
     assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_of_a_training_that_diverged_is_refused(
+    net: Path, call: Callable[..., Result], tmp_path: Path
+) -> None:
+    state, path = torch.load(net, weights_only=True), tmp_path / "diverged.pt"
+    state["net"]["blocks.0.1.weight"].fill_(float("nan"))
+    files.save_checkpoint(path, state)
+    is_one_line(call("evaluate", tmp_path / "out", str(path)), 2, "diverged: NaN or", "in blocks.0.1.weight; ")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "diagnose"])
