@@ -158,6 +158,23 @@ def test_an_unknown_data_set_is_told_with_the_known_ones(
 
 
 @every_command
+def test_a_folder_in_use_is_refused_with_who_uses_it(
+    command: str, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*WORK[command], raising(AssertionError("worked")))
+    with files.locked(tmp_path, "snntorch-lr reproduce --seed 3"):
+        before = contents(tmp_path)
+        is_one_line(call(command, tmp_path), 2, f"{tmp_path} is in use by process {os.getpid()} on", "--seed 3")
+        assert contents(tmp_path) == before
+
+
+def test_a_study_in_use_is_refused_with_who_uses_it(tmp_path: Path) -> None:
+    with files.locked(tmp_path, "snntorch-lr study mnist --group tune"):
+        result = run("study", "digits", "--out", str(tmp_path))
+    is_one_line(result, 2, f"{tmp_path} is in use by process {os.getpid()} on", "study mnist --group tune")
+
+
+@every_command
 def test_ctrl_c_is_one_line(
     command: str, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
