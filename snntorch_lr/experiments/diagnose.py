@@ -23,7 +23,7 @@ from ..text import listed
 from ..versions import versions
 from . import data, files, models
 from .recipe import Recipe, load_trained, make_network
-from .reproduce import arguments, check_names, machine
+from .reproduce import arguments, check_names, machine, run_name
 
 
 class _PlainScores(Storing):
@@ -134,6 +134,16 @@ def diagnose(
         files.write_text(out / "gradients.md", _markdown(results, report))
         files.save_figure(out / "gradients.png", lambda path: report.plot().savefig(path, dpi=150))
     return report
+
+
+def default_name(settings: Settings) -> str:
+    """Name of the folder for the results if the user gives none.
+
+    Raises:
+        ValueError: if a setting is wrong, or the checkpoint is not one.
+    """
+    recipe = _trained(settings)[0] if settings.checkpoint else _fresh(settings)
+    return run_name(recipe.dataset, recipe.model, settings.seed)
 
 
 def _estimators(net: models.SpikingClassifier, settings: Settings) -> dict[str, str | Estimator]:

@@ -14,7 +14,7 @@ from ..robustness import evaluate as evaluate_networks
 from ..robustness.measure import Progress
 from . import data, files, report
 from .recipe import Recipe, load_trained
-from .reproduce import arguments, machine
+from .reproduce import arguments, machine, run_name
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,16 @@ def evaluate(
         )
         report.write_evaluation(evaluation, out, f"Command: `{command}`. Machine: {machine(device)}.\n")
     return evaluation
+
+
+def default_name(settings: Settings) -> str:
+    """Name of the folder for the results if the user gives none.
+
+    Raises:
+        ValueError: if the first file is not a checkpoint.
+    """
+    recipe, _ = load_trained(settings.checkpoints[0])
+    return run_name(settings.dataset or recipe.dataset, recipe.model, settings.seed)
 
 
 def _load(checkpoints: Sequence[Path], device: torch.device) -> tuple[list[Recipe], dict[str, nn.Module]]:

@@ -280,6 +280,11 @@ def arguments(values: Mapping[str, object]) -> str:
     return " ".join(f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in given.items())
 
 
+def run_name(dataset: str, model: str, seed: int) -> str:
+    """Name of the folder of a run whose user gives none; another run has another."""
+    return f"{dataset}-{model}-seed{seed}"
+
+
 def machine(device: torch.device) -> str:
     """What the results were computed on."""
     return f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"

@@ -174,6 +174,20 @@ def test_a_study_in_use_is_refused_with_who_uses_it(tmp_path: Path) -> None:
     is_one_line(result, 2, f"{tmp_path} is in use by process {os.getpid()} on", "study mnist --group tune")
 
 
+@pytest.mark.parametrize(
+    ("command", "folder"),
+    [("reproduce", "digits-mlp-seed3"), ("evaluate", "robustness/digits-mlp-seed3"),
+     ("diagnose", "gradients/digits-mlp-seed3")],
+)  # fmt: skip
+def test_without_out_the_folder_says_which_run_it_is(
+    command: str, folder: str, net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(command, *(str(net) if word == "NET" else word for word in COMMANDS[command]), "--seed", "3")
+    assert result.exit_code == 0, result.output
+    assert {path.parent for path in tmp_path.rglob("*.md")} == {tmp_path / "runs" / folder}
+
+
 @every_command
 def test_ctrl_c_is_one_line(
     command: str, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
