@@ -42,8 +42,8 @@ class Counterfactual(Estimator):
     What travels back: through blocks, from layer to layer; through time only in a layer's own leak and recurrence;
     never through a spike or a reset.
 
-    There is no error where the loss is affine in the train of one neuron, and a small one where one neuron decides little
-    (docs/theory.md). λ is fitted for each layer, from earlier steps alone, so that the variance is least.
+    There is no error where the loss is affine in the train of one neuron, and a small one where one neuron decides
+    little (docs/theory.md). λ is fitted for each layer, from earlier steps alone, so that the variance is least.
 
     Args:
         net: the network; at least one neuron must have noise.

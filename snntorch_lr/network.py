@@ -58,6 +58,17 @@ def parameters(net: nn.Module) -> list[nn.Parameter]:
     return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
 
 
+def not_finite(net: nn.Module) -> list[str]:
+    """Names of the parameters that hold a NaN or infinite value, and of the buffers that hold a NaN.
+
+    A buffer may be infinite on purpose, as masks are.
+    """
+    modules = [("", net), *((f"{name}.", neuron) for name, neuron in spiking_neurons(net) if name)]
+    found = [at + name for at, module in modules for name, p in module.named_parameters() if not p.isfinite().all()]
+    found += [at + name for at, module in modules for name, b in module.named_buffers() if b.isnan().any()]
+    return list(dict.fromkeys(found))
+
+
 def reset_state(neuron: nn.Module) -> None:
     """Zeroes the state of one snnTorch neuron and cuts it from the graph of the last forward pass."""
     reset_mem = getattr(neuron, "reset_mem", None)

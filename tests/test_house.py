@@ -27,7 +27,8 @@ TOUCH_SNNTORCH = {
 }  # fmt: skip
 # What the experiments take from inside the package, beside public names: make it public rather than add to this.
 INNER = {
-    "atomic.replacing", "atomic.save", "baselines.batch_mean", "baselines.leave_one_out", "estimators.Estimator",
+    "atomic.load", "atomic.replacing", "atomic.save", "baselines.batch_mean", "baselines.leave_one_out",
+    "estimators.Estimator",
     "network.noisy_neurons", "noise.KINDS", "noisy.NoisyNeuron", "objectives.OBJECTIVES", "objectives.vote",
     "optim.ESTIMATORS", "storing.Storing", "text.first_line", "text.listed", "text.markdown", "versions.versions",
     "robustness.measure.Progress", "robustness.measure.Row",

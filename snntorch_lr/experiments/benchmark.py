@@ -79,18 +79,19 @@ def benchmark(
         What ``benchmark.json`` holds.
 
     Raises:
-        ValueError: if a setting is wrong.
+        ValueError: if a setting is wrong, or another process works in ``out``.
         DataError: if the data cannot be had.
     """
     _check(settings)
     files.check_writable(out)
     device = torch.device("cpu") if device is None else device
     images = data.load(settings.dataset, data_root) if "accuracy" in settings.parts else None
-    with _threads(settings.threads):
-        results = _measured(settings, images, device, progress)
-    files.write_json(out / "benchmark.json", results)
-    files.write_text(out / "benchmark.md", to_markdown(results))
-    write_figures(results, out)
+    with files.locked(out, f"snntorch-lr benchmark {_arguments(settings)}"):
+        with _threads(settings.threads):
+            results = _measured(settings, images, device, progress)
+        files.write_json(out / "benchmark.json", results)
+        files.write_text(out / "benchmark.md", to_markdown(results))
+        write_figures(results, out)
     return results
 
 

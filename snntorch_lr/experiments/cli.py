@@ -28,7 +28,7 @@ from ..robustness.measure import Progress as EvaluationProgress
 from . import benchmark, diagnose, evaluate, ranks, report, study_cli
 from .benchmark_report import to_markdown
 from .data import DataError
-from .reproduce import Settings, reproduce
+from .reproduce import Settings, reproduce, run_name
 from .train import Progress as StepProgress
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -79,7 +79,9 @@ def reproduce_command(
     attack_images: Annotated[int, typer.Option(help="Test images to attack.")] = 1000,
     draws: Annotated[int, typer.Option(help="Noise draws that attacks average over where the noise is on.")] = 8,
     suite: Annotated[str, typer.Option(help="Attacks: quick, paper or standard.")] = "quick",
-    out: Annotated[Path | None, typer.Option(help="Directory for results and checkpoints; runs/DATASET.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for results and checkpoints; runs/DATASET-MODEL-seedSEED.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")] = False,
 ) -> None:
     """Train surrogate baselines and the likelihood-ratio network, attack them, print and save a table.
@@ -107,7 +109,7 @@ def reproduce_command(
                 draws=draws,
                 suite=suite,
             ),
-            out or Path("runs") / dataset,
+            out or Path("runs") / run_name(dataset, model, seed),
             data_root,
             device,
             resume,
@@ -177,7 +179,9 @@ def diagnose_command(
     reference: Annotated[int, typer.Option(help="Calls that the reference gradient is the mean of.")] = 128,
     seed: Annotated[int, typer.Option(help="Of a fresh network, the batch and the noise.")] = 0,
     device: _Device = "cpu",
-    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("runs/gradients"),
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the results; runs/gradients/DATASET-MODEL-seedSEED.")
+    ] = None,
 ) -> None:
     """Measure the gradients of the estimators on one batch: cosine, signal-to-noise, bias, time, memory.
 
@@ -187,8 +191,9 @@ def diagnose_command(
         settings = diagnose.Settings(
             dataset, model, checkpoint, noise, distribution, sigma, copies, batch, repeats, reference, seed
         )
-        typer.echo(diagnose.diagnose(settings, out, data_root, _device(device)))
-    typer.echo(f"Written: {out}/gradients.json, gradients.md, gradients.png")
+        folder = out or Path("runs/gradients") / diagnose.default_name(settings)
+        typer.echo(diagnose.diagnose(settings, folder, data_root, _device(device)))
+    typer.echo(f"Written: {folder}/gradients.json, gradients.md, gradients.png")
 
 
 @app.command("evaluate")
@@ -207,7 +212,9 @@ def evaluate_command(
     corruptions: Annotated[bool, typer.Option("--corruptions", help="Score natural corruptions too.")] = False,
     seed: Annotated[int, typer.Option(help="Of attacks and noise.")] = 0,
     device: _Device = "cpu",
-    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("runs/robustness"),
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the results; runs/robustness/DATASET-MODEL-seedSEED.")
+    ] = None,
 ) -> None:
     """Attack trained networks: worst case over a suite, transfers between them, and the gates that it has to pass.
 
@@ -218,9 +225,10 @@ def evaluate_command(
         norm, draws, votes, corruptions, seed,
     )  # fmt: skip
     with _plain_errors("finished attacks are kept: the same command goes on from there"), _progress() as bars:
-        found = evaluate.evaluate(settings, out, data_root, _device(device), _watch(bars))
+        folder = out or Path("runs/robustness") / evaluate.default_name(settings)
+        found = evaluate.evaluate(settings, folder, data_root, _device(device), _watch(bars))
     typer.echo(found)
-    typer.echo(f"Written: {out}/robustness.md, robustness.json, epsilon.png, steps.png, surrogates.png")
+    typer.echo(f"Written: {folder}/robustness.md, robustness.json, epsilon.png, steps.png, surrogates.png")
 
 
 def _run(settings: Settings, out: Path, data_root: Path | None, device: str, resume: bool) -> None:

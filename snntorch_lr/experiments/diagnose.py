@@ -23,7 +23,7 @@ from ..text import listed
 from ..versions import versions
 from . import data, files, models
 from .recipe import Recipe, load_trained, make_network
-from .reproduce import arguments, check_names, machine
+from .reproduce import arguments, check_names, machine, run_name
 
 
 class _PlainScores(Storing):
@@ -92,7 +92,7 @@ def diagnose(
         device: where to compute; the CPU by default.
 
     Raises:
-        ValueError: if a setting is wrong, or the checkpoint is not one.
+        ValueError: if a setting is wrong, the checkpoint is not one, or another process works in ``out``.
         DataError: if the data cannot be had.
     """
     if settings.noise not in KINDS:
@@ -115,22 +115,35 @@ def diagnose(
     def loss_fn(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(net(x), y, reduction="none")
 
-    report = gradient_report(
-        net, loss_fn, images.train[rows].to(device), images.train_labels[rows].to(device), _estimators(net, settings),
-        copies=settings.copies, repeats=settings.repeats, reference=settings.reference, seed=settings.seed,
-    )  # fmt: skip
-    results = {
-        "command": f"snntorch-lr diagnose {arguments(asdict(settings))}",
-        "versions": versions("snntorch-lr", "snntorch", "torch"),
-        "machine": machine(device),
-        "settings": asdict(settings) | {"checkpoint": settings.checkpoint and str(settings.checkpoint)},
-        "recipe": asdict(recipe),
-        "report": report.to_json(),
-    }
-    files.write_json(out / "gradients.json", results)
-    files.write_text(out / "gradients.md", _markdown(results, report))
-    files.save_figure(out / "gradients.png", lambda path: report.plot().savefig(path, dpi=150))
+    command = f"snntorch-lr diagnose {arguments(asdict(settings))}"
+    with files.locked(out, command):
+        report = gradient_report(
+            net, loss_fn, images.train[rows].to(device), images.train_labels[rows].to(device),
+            _estimators(net, settings), copies=settings.copies, repeats=settings.repeats,
+            reference=settings.reference, seed=settings.seed,
+        )  # fmt: skip
+        results = {
+            "command": command,
+            "versions": versions("snntorch-lr", "snntorch", "torch"),
+            "machine": machine(device),
+            "settings": asdict(settings) | {"checkpoint": settings.checkpoint and str(settings.checkpoint)},
+            "recipe": asdict(recipe),
+            "report": report.to_json(),
+        }
+        files.write_json(out / "gradients.json", results)
+        files.write_text(out / "gradients.md", _markdown(results, report))
+        files.save_figure(out / "gradients.png", lambda path: report.plot().savefig(path, dpi=150))
     return report
+
+
+def default_name(settings: Settings) -> str:
+    """Name of the folder for the results if the user gives none.
+
+    Raises:
+        ValueError: if a setting is wrong, or the checkpoint is not one.
+    """
+    recipe = _trained(settings)[0] if settings.checkpoint else _fresh(settings)
+    return run_name(recipe.dataset, recipe.model, settings.seed)
 
 
 def _estimators(net: models.SpikingClassifier, settings: Settings) -> dict[str, str | Estimator]:

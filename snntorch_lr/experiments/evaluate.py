@@ -14,7 +14,7 @@ from ..robustness import evaluate as evaluate_networks
 from ..robustness.measure import Progress
 from . import data, files, report
 from .recipe import Recipe, load_trained
-from .reproduce import arguments, machine
+from .reproduce import arguments, machine, run_name
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def evaluate(
         progress: told before each piece.
 
     Raises:
-        ValueError: if a setting is wrong, a file is not a checkpoint, or a package is missing.
+        ValueError: if a setting is wrong, a file is not a checkpoint, a package is missing, or another process works in
+            ``out``.
         DataError: if the data cannot be had.
     """
     if settings.images < 1:
@@ -80,25 +81,35 @@ def evaluate(
     images = data.load(_dataset(settings.dataset, recipes), data_root)
     _check_sizes(nets, recipes, images)
     (name, net), *baselines = nets.items()
-    evaluation = evaluate_networks(
-        net,
-        [(images.test[: settings.images], images.test_labels[: settings.images])],
-        settings.epsilons,
-        settings.suite,
-        baselines=dict(baselines),
-        seed=settings.seed,
-        name=name,
-        norm=settings.norm,
-        draws=settings.draws,
-        votes=settings.votes,
-        corruptions=tuple(CORRUPTIONS) if settings.corruptions else (),
-        cache=out / "attacks",
-        progress=progress,
-    )
-    report.write_evaluation(
-        evaluation, out, f"Command: `snntorch-lr evaluate {_arguments(settings)}`. Machine: {machine(device)}.\n"
-    )
+    command = f"snntorch-lr evaluate {_arguments(settings)}"
+    with files.locked(out, command):
+        evaluation = evaluate_networks(
+            net,
+            [(images.test[: settings.images], images.test_labels[: settings.images])],
+            settings.epsilons,
+            settings.suite,
+            baselines=dict(baselines),
+            seed=settings.seed,
+            name=name,
+            norm=settings.norm,
+            draws=settings.draws,
+            votes=settings.votes,
+            corruptions=tuple(CORRUPTIONS) if settings.corruptions else (),
+            cache=out / "attacks",
+            progress=progress,
+        )
+        report.write_evaluation(evaluation, out, f"Command: `{command}`. Machine: {machine(device)}.\n")
     return evaluation
+
+
+def default_name(settings: Settings) -> str:
+    """Name of the folder for the results if the user gives none.
+
+    Raises:
+        ValueError: if the first file is not a checkpoint.
+    """
+    recipe, _ = load_trained(settings.checkpoints[0])
+    return run_name(settings.dataset or recipe.dataset, recipe.model, settings.seed)
 
 
 def _load(checkpoints: Sequence[Path], device: torch.device) -> tuple[list[Recipe], dict[str, nn.Module]]:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import torch
+from ..atomic import load, replacing, save
 
-from ..atomic import replacing, save
+# Windows has none.
+fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None
 
 
 def check_writable(directory: Path) -> None:
@@ -25,6 +32,63 @@ def check_writable(directory: Path) -> None:
             file.write(bytes(4096))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(directory)) from error
+
+
+@contextmanager
+def locked(folder: Path, command: str) -> Iterator[None]:
+    """Keeps other processes out of a folder until the block ends; leaves no folder in which nothing was written.
+
+    The lock is the system's, which frees it when the process is killed. Where there are none, a warning says so.
+
+    Args:
+        folder: for results; made if it is absent.
+        command: what other processes are told.
+
+    Raises:
+        ValueError: if another process has the folder.
+        OSError: if it cannot be written to.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _lock(folder / ".lock")
+    try:
+        if file is not None:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}: {command}")
+            file.flush()
+        yield
+    finally:
+        if file is not None:
+            # Before it is free: who waits for it would lock a file that is gone.
+            Path(file.name).unlink(missing_ok=True)
+            file.close()
+        with suppress(OSError):
+            for place in made:
+                place.rmdir()
+
+
+def _lock(path: Path) -> TextIO | None:
+    """A file, open and locked; None where the system has no locks."""
+    said = f"{path.parent} cannot be locked on this system: give the same --out to no other process"
+    if fcntl is None:
+        warnings.warn(said, stacklevel=4)
+        return None
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise ValueError(f"{path.parent} is in use by {holder}; wait, or choose another --out") from error
+        except OSError:
+            warnings.warn(said, stacklevel=4)
+        # The process that had it may have deleted it since it was opened here.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -47,15 +111,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint of tensors and plain values; code in the file is never run.
 
     Raises:
-        ValueError: if the file is not a checkpoint.
+        ValueError: if the file is not a checkpoint, or is damaged.
         OSError: if it cannot be read.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of this program ({type(error).__name__})") from error
+    state = load(path)
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint of this program")
     return state

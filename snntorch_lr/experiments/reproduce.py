@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,62 +142,68 @@ def reproduce(
         What ``results.json`` holds; None on other ranks than the first.
 
     Raises:
-        ValueError: if a setting is wrong, or ``out`` has checkpoints and ``resume`` is False.
+        ValueError: if a setting is wrong, another process works in ``out``, or it has checkpoints and ``resume`` is
+            False.
         DataError: if the data cannot be had.
         RankError: if another rank failed.
     """
     device = torch.device("cpu") if device is None else device
+    command = f"snntorch-lr reproduce {_arguments(settings)}"
     checkpoints = {name: out / f"{name.replace(', ', '-').replace(' ', '-')}.pt" for name in (*METHODS, STOPPED)}
 
     def prepare() -> data.Images:
         check_settings(settings)
         if settings.copies < ranks.size:
             raise ValueError(f"{ranks.size} ranks cannot divide {settings.copies} copies: give more --copies")
+        files.check_writable(out)
+        held.enter_context(files.locked(out, command))
         there = [path.name for path in checkpoints.values() if path.exists()]
         if there and not resume:
             raise ValueError(f"{out} holds {', '.join(there)} already: add --resume to go on, or choose another --out")
-        files.check_writable(out)
         return data.load(settings.dataset, data_root)
 
-    images = ranks.from_first(prepare).to(device)
-    recipes = _recipes(settings, images)
-    steps = -(-len(split(recipes[LIKELIHOOD_RATIO], images)[0]) // recipes[LIKELIHOOD_RATIO].batch_size)
+    with ExitStack() as held:
+        images = ranks.from_first(prepare).to(device)
+        recipes = _recipes(settings, images)
+        steps = -(-len(split(recipes[LIKELIHOOD_RATIO], images)[0]) // recipes[LIKELIHOOD_RATIO].batch_size)
 
-    def run(name: str, ranks: Ranks = ALONE) -> Trained:
-        progress = announce(name, settings.epochs * steps)
-        return train(recipes[name], images, checkpoints[name], device, resume, progress, ranks)
+        def run(name: str, ranks: Ranks = ALONE) -> Trained:
+            progress = announce(name, settings.epochs * steps)
+            return train(recipes[name], images, checkpoints[name], device, resume, progress, ranks)
 
-    # What the ranks do together comes first, so that none of them waits while the first goes on alone.
-    together = run(LIKELIHOOD_RATIO, ranks)
-    ranks.leave()
-    if ranks.rank > 0:
-        return None
-    reached = validation_accuracy(together.net, recipes[LIKELIHOOD_RATIO], images)
-    recipes[STOPPED] = replace(recipes["surrogate"], stop_at=reached)
-    trained = {name: together if name == LIKELIHOOD_RATIO else run(name) for name in checkpoints}
-    evaluation = _evaluate(settings, {name: run.net for name, run in trained.items()}, images, out / "attacks", watch)
-    results = {
-        "command": f"snntorch-lr reproduce {_arguments(settings)}",
-        "versions": versions(
-            "snntorch-lr", "snntorch", "torch", "torchvision", "torchattacks", "numpy", "scikit-learn"
-        ),
-        "machine": machine(device),
-        "ranks": ranks.size,
-        "settings": asdict(settings) | {"epsilons": list(settings.epsilons)},
-        "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
-        "training": {
-            name: {"seconds_per_epoch": run.seconds_per_epoch, "history": run.history} for name, run in trained.items()
-        },
-        "rows": [
-            _row(row, settings, images)
-            for name in checkpoints
-            for row in evaluation.rows
-            if row.subject.network == name
-        ],
-        "evaluation": evaluation.to_json(),
-    }
-    files.write_json(out / "results.json", results)
-    report.write(results, evaluation, out)
+        # What the ranks do together comes first, so that none of them waits while the first goes on alone.
+        together = run(LIKELIHOOD_RATIO, ranks)
+        ranks.leave()
+        if ranks.rank > 0:
+            return None
+        reached = validation_accuracy(together.net, recipes[LIKELIHOOD_RATIO], images)
+        recipes[STOPPED] = replace(recipes["surrogate"], stop_at=reached)
+        trained = {name: together if name == LIKELIHOOD_RATIO else run(name) for name in checkpoints}
+        nets = {name: run.net for name, run in trained.items()}
+        evaluation = _evaluate(settings, nets, images, out / "attacks", watch)
+        results = {
+            "command": command,
+            "versions": versions(
+                "snntorch-lr", "snntorch", "torch", "torchvision", "torchattacks", "numpy", "scikit-learn"
+            ),
+            "machine": machine(device),
+            "ranks": ranks.size,
+            "settings": asdict(settings) | {"epsilons": list(settings.epsilons)},
+            "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
+            "training": {
+                name: {"seconds_per_epoch": run.seconds_per_epoch, "history": run.history}
+                for name, run in trained.items()
+            },
+            "rows": [
+                _row(row, settings, images)
+                for name in checkpoints
+                for row in evaluation.rows
+                if row.subject.network == name
+            ],
+            "evaluation": evaluation.to_json(),
+        }
+        files.write_json(out / "results.json", results)
+        report.write(results, evaluation, out)
     return results
 
 
@@ -270,6 +277,11 @@ def arguments(values: Mapping[str, object]) -> str:
     """Options of the command line from the settings that are not None."""
     given = {key: value for key, value in values.items() if value is not None}
     return " ".join(f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in given.items())
+
+
+def run_name(dataset: str, model: str, seed: int) -> str:
+    """Name of the folder of a run whose user gives none; another run has another."""
+    return f"{dataset}-{model}-seed{seed}"
 
 
 def machine(device: torch.device) -> str:

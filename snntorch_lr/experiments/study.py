@@ -54,7 +54,7 @@ def study(
         tell: told after each network.
 
     Raises:
-        ValueError: if the plan or a group is unknown, or ``jobs`` is not positive.
+        ValueError: if the plan or a group is unknown, ``jobs`` is not positive, or another process works in ``out``.
         DataError: if the data cannot be had.
         ChildProcessError: if a process is killed from outside.
     """
@@ -71,7 +71,11 @@ def study(
     done = {entry.name for entry in wanted} - {entry.name for entry in waiting}
     started, worked = time.perf_counter(), 0.0
     strangers = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    command = " ".join(["snntorch-lr study", name, *(f"--group {group}" for group in groups)])
+    with (
+        files.locked(out, command),
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
+    ):
         running: dict[Future[None], Entry] = {}
         try:
             while waiting or running:

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..atomic import save
+from ..atomic import load, save
 
 
 def fingerprint(*parts: Any) -> str:
@@ -65,7 +64,7 @@ class Cache:
 def _read(path: Path) -> dict[str, Any] | None:
     """Content of a file; None if there is none, or none that can be read, which is then written anew."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load(path)
     except Exception:
         return None
     return state if isinstance(state, dict) else None

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..network import noisy_neurons
+from ..convert import reset
+from ..network import noisy_neurons, not_finite
 from .attacks import Attack, suite
 from .cache import Cache
 from .corruptions import CORRUPTIONS
 from .measure import Measurement, Progress, Protocol, Subject
 from .report import RobustnessReport
-from .scoring import ROWS, is_random
+from .scoring import ROWS, is_random, score
 from .target import Target
 from .untouched import untouched
 from .view import Forward
@@ -25,7 +26,7 @@ from .view import Forward
 def evaluate(
     net: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
-    epsilons: Sequence[float],
+    epsilons: float | Sequence[float],
     attacks: str | Sequence[str | Attack] = "standard",
     forward: Forward | None = None,
     baselines: Mapping[str, nn.Module | Target] | None = None,
@@ -64,7 +65,7 @@ def evaluate(
         net: any snnTorch network, with noise or without.
         loader: batches of images ``[batch, channels, height, width]`` in [0, 1] and labels ``[batch]``, in the same
             order each time if a cache is used.
-        epsilons: budgets, positive.
+        epsilons: budgets, positive; one, or several.
         attacks: ``"quick"``, ``"paper"``, ``"standard"``, or names and ``Attack`` objects.
         forward: as ``AttackableView``'s, for the network and the baselines.
         baselines: other networks by name; a ``Target`` for one that needs another ``forward``.
@@ -85,7 +86,7 @@ def evaluate(
         progress: called with what is done next, the number of pieces done, and their total.
 
     Raises:
-        ValueError: if an argument or the data cannot be used, said before any attack.
+        ValueError: if an argument, the data or a network cannot be used, said before any attack.
         ImportError: if an attack needs a package that is not installed.
     """
     chosen = suite(attacks)
@@ -100,6 +101,8 @@ def evaluate(
     images, labels = _collect(loader)
     kept = Cache(None if cache is None else Path(cache))
     with untouched([model.net for model in models.values()]):
+        for key, model in models.items():
+            _check_network(key, model, images, labels, protocol)
         uses = {key: _subjects(key, model, images) for key, model in models.items()}
         attacked = {
             key: [s for s in found if s.noise in (noise, "none") or noise == "both"] for key, found in uses.items()
@@ -116,10 +119,11 @@ def evaluate(
     return RobustnessReport(protocol, chosen, tuple(measured))
 
 
-def _budgets(epsilons: Sequence[float]) -> tuple[float, ...]:
-    budgets = tuple(sorted({float(epsilon) for epsilon in epsilons}))
+def _budgets(epsilons: float | Sequence[float]) -> tuple[float, ...]:
+    given = list(epsilons) if isinstance(epsilons, Iterable) else [epsilons]
+    budgets = tuple(sorted({float(epsilon) for epsilon in given}))
     if not budgets or any(not 0 < epsilon < math.inf for epsilon in budgets):
-        raise ValueError(f"epsilons must be positive and there must be one, got {list(epsilons)}")
+        raise ValueError(f"epsilons must be positive and there must be one, got {given}")
     return budgets
 
 
@@ -162,6 +166,22 @@ def _models(
     return models
 
 
+def _check_network(name: str, target: Target, images: Tensor, labels: Tensor, protocol: Protocol) -> None:
+    """Refuses a network whose answers are none, and would count as wrong ones."""
+    reset(target.net)
+    broken = not_finite(target.net)
+    if broken:
+        # Logits do not show it: a membrane potential that is NaN never spikes.
+        raise ValueError(
+            f"{name}: NaN or infinite values in {', '.join(broken)}; training diverged, or the file is damaged: load "
+            "earlier weights, or train again with a lower learning rate"
+        )
+    try:
+        score(replace(target, noise=False), images, labels, 1, protocol.seed, protocol.rows)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def _subjects(name: str, model: Target, images: Tensor) -> list[Subject]:
     """A network with its noise off and, if it has any, on."""
     silent = replace(model, noise=False)
@@ -173,7 +193,7 @@ def _subjects(name: str, model: Target, images: Tensor) -> list[Subject]:
 
 def _collect(loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """All images and labels, on the CPU."""
-    batches = [(images.detach().cpu(), torch.as_tensor(labels).cpu()) for images, labels in loader]
+    batches = [(images.detach().cpu().float(), torch.as_tensor(labels).cpu()) for images, labels in loader]
     if not batches:
         raise ValueError("the loader gives no images")
     images, labels = (torch.cat(part) for part in zip(*batches, strict=True))

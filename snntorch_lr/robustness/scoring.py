@@ -54,6 +54,9 @@ def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed:
         votes: noise draws for each image.
         seed: of the draws.
         rows: images times draws that the network sees at once.
+
+    Raises:
+        ValueError: if a label is none of the network's classes, or what the network returns cannot be used.
     """
     if not len(images):
         return Scores(torch.zeros(0, dtype=torch.bool), torch.zeros(0))
@@ -63,7 +66,14 @@ def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed:
         piece_seed = mix(seed, index)
         with torch.no_grad(), seeded(piece_seed):
             logits = target.view(draws=1, seed=piece_seed)(x.repeat(votes, *[1] * (x.dim() - 1)))
-        logits = logits.view(votes, len(x), -1)
+        logits = logits.view(votes, len(x), -1).float()
+        classes = logits.shape[2]
+        strange = y[(y < 0) | (y >= classes)]
+        if len(strange):
+            raise ValueError(
+                f"labels must be from 0 to {classes - 1}, for the {classes} logits of an image, got {int(strange[0])}; "
+                "look at the labels, and at what forward= returns"
+            )
         chosen = logits.argmax(2)
         tally = torch.zeros_like(logits[0]).scatter_add_(1, chosen.T, torch.ones_like(chosen.T, dtype=logits.dtype))
         # Mean probabilities differ by less than a vote, and so decide ties only.

@@ -37,7 +37,7 @@ class AttackableView(nn.Module):
 
     Raises:
         ValueError: if draws is below 1 or the surrogate is unknown; at a call, if images are not in [0, 1],
-            or what ``forward`` returns has another shape.
+            or what ``forward`` returns is no tensor, has another shape, or is not finite.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class AttackableView(nn.Module):
         if draws < 1:
             raise ValueError(f"draws must be at least 1, got {draws}")
         self.net = net
-        self.net_forward: Forward = forward if forward is not None else lambda net, images: net(images)
+        self._forward: Forward = forward if forward is not None else lambda net, images: net(images)
         self.draws = draws if noise else 1
         self.noise = noise
         self.scale = scale
@@ -86,13 +86,34 @@ class AttackableView(nn.Module):
                 f"forward returned shape {tuple(logits.shape)} for {len(rows)} images; logits [batch, classes] or a "
                 "record [time, batch, classes] are needed"
             )
+        # An argmax of NaN is a class like any other, and no answer of the network.
+        broken = int((~logits.isfinite()).any(1).sum())
+        if broken:
+            raise ValueError(
+                f"forward returned NaN or infinite logits for {broken} of {len(rows)} images; look for a division by "
+                "zero or the logarithm of zero in forward=, and for weights that are too large"
+            )
         if images.requires_grad:
             # Attacks would fail on a network that cuts its graph: they are to see its gradient as it is, zero.
-            logits = logits + 0 * rows.flatten(1).sum(1, keepdim=True)
+            logits = logits + 0 * rows.flatten(1).mean(1, keepdim=True).to(logits)
         return logits.view(self.draws, len(images), -1).mean(0)
 
-    def read(self, output: Tensor) -> Tensor:
-        """Logits ``[batch, classes]`` of what ``forward`` returned; what has another shape stays as it is."""
+    def net_forward(self, net: nn.Module, images: Tensor) -> Any:
+        """What ``forward`` returns for images in the network's precision; attack libraries may pass them in another."""
+        weight = next((p for p in net.parameters() if p.is_floating_point()), images)
+        return self._forward(net, images.to(weight.dtype))
+
+    def read(self, output: Any) -> Tensor:
+        """Logits ``[batch, classes]`` of what ``forward`` returned; a tensor of another shape stays as it is.
+
+        Raises:
+            ValueError: if it is no tensor.
+        """
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"forward returned a {type(output).__name__} where logits or a record are needed; say what to read, "
+                "for instance the first of (spikes, membrane potentials) by forward=lambda net, images: net(images)[0]"
+            )
         return self.scale * output.mean(0) if output.dim() == 3 else output
 
 

@@ -20,7 +20,7 @@ import torch
 from torchvision import datasets
 from typer.testing import Result
 
-from snntorch_lr.experiments import benchmark, data, diagnose, evaluate, train
+from snntorch_lr.experiments import benchmark, data, diagnose, evaluate, files, train
 
 from .test_data import write_idx
 from .test_reproduce import run
@@ -158,6 +158,37 @@ def test_an_unknown_data_set_is_told_with_the_known_ones(
 
 
 @every_command
+def test_a_folder_in_use_is_refused_with_who_uses_it(
+    command: str, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*WORK[command], raising(AssertionError("worked")))
+    with files.locked(tmp_path, "snntorch-lr reproduce --seed 3"):
+        before = contents(tmp_path)
+        is_one_line(call(command, tmp_path), 2, f"{tmp_path} is in use by process {os.getpid()} on", "--seed 3")
+        assert contents(tmp_path) == before
+
+
+def test_a_study_in_use_is_refused_with_who_uses_it(tmp_path: Path) -> None:
+    with files.locked(tmp_path, "snntorch-lr study mnist --group tune"):
+        result = run("study", "digits", "--out", str(tmp_path))
+    is_one_line(result, 2, f"{tmp_path} is in use by process {os.getpid()} on", "study mnist --group tune")
+
+
+@pytest.mark.parametrize(
+    ("command", "folder"),
+    [("reproduce", "digits-mlp-seed3"), ("evaluate", "robustness/digits-mlp-seed3"),
+     ("diagnose", "gradients/digits-mlp-seed3")],
+)  # fmt: skip
+def test_without_out_the_folder_says_which_run_it_is(
+    command: str, folder: str, net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(command, *(str(net) if word == "NET" else word for word in COMMANDS[command]), "--seed", "3")
+    assert result.exit_code == 0, result.output
+    assert {path.parent for path in tmp_path.rglob("*.md")} == {tmp_path / "runs" / folder}
+
+
+@every_command
 def test_ctrl_c_is_one_line(
     command: str, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +211,10 @@ def broken(kind: str, net: Path) -> bytes:
         "no recipe": {key: value for key, value in whole.items() if key != "recipe"},
         "unknown model": whole | {"recipe": whole["recipe"] | {"model": "rnn"}},
     }
+    if kind == "flipped":
+        content = bytearray(net.read_bytes())
+        content[content.index(whole["net"]["readout.bias"].numpy().tobytes())] ^= 1
+        return bytes(content)
     with tempfile.TemporaryFile() as file:
         torch.save(changes[kind], file)
         file.seek(0)
@@ -187,7 +222,7 @@ def broken(kind: str, net: Path) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "kind", ["empty", "cut", "tensor", "no weights", "other weights", "no recipe", "unknown model"]
+    "kind", ["empty", "cut", "flipped", "tensor", "no weights", "other weights", "no recipe", "unknown model"]
 )
 @pytest.mark.parametrize("command", ["reproduce", "evaluate", "diagnose"])
 def test_a_corrupt_checkpoint_is_named_and_kept(
@@ -199,6 +234,16 @@ def test_a_corrupt_checkpoint_is_named_and_kept(
     given = {"reproduce": ["--resume"], "evaluate": [str(path)], "diagnose": ["--checkpoint", str(path)]}
     is_one_line(call(command, tmp_path, *given[command]), 2, "likelihood-ratio.pt")
     assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_of_a_training_that_diverged_is_refused(
+    net: Path, call: Callable[..., Result], tmp_path: Path
+) -> None:
+    state, path = torch.load(net, weights_only=True), tmp_path / "diverged.pt"
+    state["net"]["blocks.0.1.weight"].fill_(float("nan"))
+    files.save_checkpoint(path, state)
+    is_one_line(call("evaluate", tmp_path / "out", str(path)), 2, "diverged: NaN or", "in blocks.0.1.weight; ")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "diagnose"])

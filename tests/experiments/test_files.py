@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,3 +81,93 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.pt is not a checkpoint"):
         files.load_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_flipped_bit_never_gives_another_checkpoint(tmp_path: Path) -> None:
+    path, whole = tmp_path / "x.pt", {"net": {"weight": torch.arange(50.0)}, "epoch": 1}
+    files.save_checkpoint(path, whole)
+    content, refused = path.read_bytes(), set()
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            state = files.load_checkpoint(path)
+        except ValueError:
+            refused.add(place)
+        else:
+            assert state["epoch"] == 1
+            assert torch.equal(state["net"]["weight"], whole["net"]["weight"])
+    first = content.index(whole["net"]["weight"].numpy().tobytes())
+    assert refused >= set(range(first, first + 200))
+
+
+def test_the_flag_of_a_folder_does_not_hide_weights(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    files.save_checkpoint(path, {"weight": torch.ones(50)})
+    content = bytearray(path.read_bytes())
+    # The attributes of a file in the list at the end of an archive stand eight bytes before its name.
+    content[content.rindex(b"archive/data/0") - 8] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.pt is .* damaged \(its checksum is wrong\): take a copy"):
+        files.load_checkpoint(path)
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "a"
+    with files.locked(out, "study mnist"):
+        with pytest.raises(ValueError, match=f"a is in use by process {os.getpid()} on .*: study mnist; wait, or"):
+            files.locked(out, "other").__enter__()
+        with files.locked(tmp_path / "runs" / "b", "other"):
+            pass
+    with files.locked(out, "other"):
+        (out / "results.json").write_text("x")
+    assert list(out.iterdir()) == [out / "results.json"]
+
+
+def test_a_lock_leaves_no_empty_folders(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for place in (tmp_path / "mine", tmp_path / "a" / "b"):
+        with files.locked(place, "command"):
+            assert place.is_dir()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_a_process_that_was_killed_holds_no_lock(tmp_path: Path) -> None:
+    program = (
+        "import os, pathlib, signal; from snntorch_lr.experiments import files\n"
+        f"with files.locked(pathlib.Path({str(tmp_path)!r}), 'killed'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -9
+    assert "killed" in (tmp_path / ".lock").read_text()
+    with files.locked(tmp_path, "resumed"):
+        assert (tmp_path / ".lock").read_text().endswith("resumed")
+
+
+def test_a_lock_that_is_deleted_while_it_is_waited_for_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def flock(file: object, operation: int) -> None:
+        calls.append(file)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with files.locked(tmp_path, "command"):
+        assert len(calls) == 2
+        assert (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("system", ["Windows", "a file system without locks"])
+def test_without_locks_a_warning_says_so(system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files, "fcntl", None) if system == "Windows" else monkeypatch.setattr(
+        files.fcntl, "flock", flock
+    )
+    with pytest.warns(UserWarning, match="cannot be locked on this system"), files.locked(tmp_path, "command"):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -29,6 +29,16 @@ def test_a_file_that_cannot_be_read_is_made_again(tmp_path: Path, content: bytes
     assert cache.once("A/b, 0.1", "mark", lambda: {"right": 3}) == {"right": 2}
 
 
+def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    cache.once("a", "mark", lambda: {"right": torch.ones(100)})
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.ones(9).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    assert cache.once("a", "mark", lambda: {"right": 2}) == {"right": 2}
+
+
 def test_an_error_leaves_no_file(tmp_path: Path) -> None:
     def fail() -> dict[str, Any]:
         raise KeyboardInterrupt

@@ -268,6 +268,53 @@ def test_without_torchattacks_the_suites_that_need_it_say_so(monkeypatch: pytest
     assert "PGD-20" in run(canaries.trained(), attacks="quick").rows[0].right
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.float16])
+def test_images_of_another_precision_are_the_same_images(precision: torch.dtype) -> None:
+    images, labels = canaries.digits(20)
+    assert run(loader=[(images.to(precision), labels)]).to_json() == run().to_json()
+
+
+def test_one_budget_needs_no_list() -> None:
+    assert run(epsilons=0.1).to_json() == run(epsilons=[0.1]).to_json()
+
+
+def refused(message: str, **options: Any) -> None:
+    """What is no answer of a network must not count as a wrong one."""
+    calls: list[float] = []
+    with pytest.raises(ValueError, match=message):
+        run(**({"attacks": [counting(calls)]} | options))
+    assert not calls
+
+
+@pytest.mark.parametrize("change", [10, -10])
+def test_labels_that_are_no_class_are_refused(change: int) -> None:
+    images, labels = canaries.digits(20)
+    said = f"labels must be from 0 to 9, for the 10 logits of an image, got {labels[0] + change}"
+    refused(f"network: {said}", loader=[(images, labels + change)])
+    three = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    refused("other: labels must be from 0 to 2", sources={"other": three})
+
+
+def test_what_is_no_logits_is_refused() -> None:
+    refused("network: forward returned NaN or infinite logits for 8 of 8", forward=lambda net, x: net(x) / 0)
+    refused(r"network: forward returned a tuple .* net\(images\)\[0\]", forward=lambda net, x: (net(x), x))
+
+
+@pytest.mark.parametrize("name", ["first.weight", "hidden.noise.log_sigma", "hidden.beta", "readout.bias"])
+def test_networks_that_hold_nan_are_refused(name: str) -> None:
+    # A membrane potential that is NaN never spikes: logits behind it are finite.
+    net = slr.add_noise(canaries.trained(), 0.3)
+    dict([*net.named_parameters(), *net.named_buffers()])[name].data.fill_(float("nan"))
+    refused(f"network: NaN or infinite values in {name}; ", net=net)
+    refused(f"other: NaN or infinite values in {name}; ", net=canaries.trained(), baselines={"other": net})
+
+
+def test_an_infinite_buffer_is_no_mistake() -> None:
+    net = canaries.trained()
+    net.register_buffer("mask", torch.tensor(-torch.inf))
+    assert run(net).to_json() == run(canaries.trained()).to_json()
+
+
 def images_of(value: float) -> Iterable[tuple[Tensor, Tensor]]:
     return [(torch.full((2, 1, 8, 8), value), torch.zeros(2, dtype=torch.long))]
 

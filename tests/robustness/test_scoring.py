@@ -65,6 +65,14 @@ def test_draws_are_a_function_of_the_seed_and_leave_the_global_state() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_that_are_no_class_are_refused(label: int) -> None:
+    images, labels = canaries.digits(4)
+    labels[2] = label
+    with pytest.raises(ValueError, match=f"from 0 to 9, for the 10 logits of an image, got {label}; "):
+        score(Target(canaries.trained()), images, labels)
+
+
 def test_no_images_have_no_scores() -> None:
     images, labels = canaries.digits(4)
     assert score(Target(canaries.trained()), images[:0], labels[:0]).right.shape == (0,)

@@ -102,6 +102,25 @@ def test_rates_are_scaled_to_logits(images: Tensor) -> None:
     torch.testing.assert_close(view(images), 7 * view.net.record(images).mean(0))
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.float16])
+def test_images_may_have_another_precision_than_the_network(images: Tensor, precision: torch.dtype) -> None:
+    view, given = AttackableView(Net()), images.to(precision)
+    x = given.clone().requires_grad_()
+    torch.testing.assert_close(view(x), view(given.float()), rtol=0, atol=0)
+    assert view(x).dtype == torch.float32
+    (gradient,) = torch.autograd.grad(view(x).sum(), x)
+    assert gradient.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_finite_are_refused(images: Tensor, value: float) -> None:
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x).index_fill(0, torch.tensor([2]), value)
+
+    with pytest.raises(ValueError, match="NaN or infinite logits for 1 of 6 images"):
+        AttackableView(Net(), forward)(images)
+
+
 @pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan")])
 def test_refuses_images_out_of_range(images: Tensor, bad: float) -> None:
     images[0, 0, 0, 0] = bad
