@@ -23,7 +23,7 @@ from .optim import attach, closure
 from .quality import GradientReport
 from .rollout import rollout
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SLSTM",
