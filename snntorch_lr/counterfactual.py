@@ -100,6 +100,11 @@ class Counterfactual(Estimator):
         """λ of each noisy neuron, by name."""
         return {name: float(control.value) for name, control in self._controls.items()}
 
+    @property
+    def timed(self) -> list[str]:
+        """Neurons of which every time step is kept by ``over_time="rates"``; known after the first call."""
+        return list(self._timed)
+
     def state_dict(self) -> dict[str, Any]:
         """What a run in a loop of one's own needs to go on with the same numbers."""
         controls = {name: control.sums.clone() for name, control in self._controls.items()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..convert import add_noise
-from ..counterfactual import OVER_TIME, Counterfactual
+from ..counterfactual import Counterfactual
 from ..diagnostics import gradient_report
 from ..estimators import Estimator, Vanilla
 from ..network import noisy_neurons
@@ -149,7 +149,7 @@ def default_name(settings: Settings) -> str:
 def _estimators(net: models.SpikingClassifier, settings: Settings) -> dict[str, str | Estimator]:
     """What is compared: the estimators, and what each of their ingredients is worth."""
     found: dict[str, str | Estimator] = {"vanilla": "vanilla", "approximate": "approximate"}
-    for over_time in OVER_TIME:
+    for over_time in ("rates", "exact"):
         found[f"counterfactual, {over_time}"] = Counterfactual(net, 2, over_time=over_time)
     found["no baseline"] = Vanilla(net, settings.copies, baseline="none")
     if settings.noise == "escape":
