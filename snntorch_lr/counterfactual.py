@@ -175,14 +175,10 @@ class Counterfactual(Estimator):
             name for name, neuron in neurons.items() if neuron in timed or wiring.feeding.get(neuron, set()) & timed
         ]
         self._internal = [name for name, neuron in neurons.items() if wiring.feeding.get(neuron)]
-        self._profiles = {
-            name: (
-                profile_over_time(losses, recording.emitted[neuron], 2),
-                profile_over_time(losses, recording.entered[neuron], 2),
-            )
-            for name, neuron in neurons.items()
-            if neuron in recording.emitted and name not in self._timed
-        }
+        kept = [name for name, neuron in neurons.items() if neuron in recording.emitted and name not in self._timed]
+        steps = [each[neurons[name]] for name in kept for each in (recording.emitted, recording.entered)]
+        found = iter(profiles_over_time(losses, steps, 2))
+        self._profiles = {name: (next(found), next(found)) for name in kept}
         self._looked_ahead = True
 
     def _rates(
@@ -301,32 +297,39 @@ class Wiring:
         return cls(feeding, read, set() if learned else last - set().union(*feeding.values()))
 
 
-def profile_over_time(losses: Tensor, steps: Sequence[Tensor], copies: int) -> list[float]:
-    """How what a spike or a current does to the loss changes over time, as one profile for all neurons and samples.
+def profiles_over_time(losses: Tensor, sequences: Sequence[Sequence[Tensor]], copies: int) -> list[list[float]]:
+    """How what spikes or currents do to the loss changes over time, one profile for all neurons and samples of a layer.
 
     That of one copy is regressed on the mean over time of the others, so that noise does not look like effect.
 
     Args:
-        losses: with their graph, which stays.
-        steps: the spikes or currents of each time step, ``[sets * copies * batch, ...]``.
+        losses: with their graph.
+        sequences: the spikes or currents of each time step, ``[sets * copies * batch, ...]``.
         copies: at least two.
 
     Returns:
-        Numbers whose mean is one; all ones if there is no effect, or none that stands out of its noise.
+        For each sequence numbers whose mean is one; a single one if there is no effect that stands out of its noise, or
+        if a current stays the same.
     """
-    distinct = {id(step): step for step in steps if step.requires_grad}
-    if len(distinct) < len(steps):
+    # In one backward pass: what the steps hand to each other is not there for a second one.
+    tensors = [step for steps in sequences for step in steps if step.requires_grad]
+    found = torch.autograd.grad(losses.sum(), tensors, allow_unused=True) if tensors else ()
+    effects = {id(step): effect for step, effect in zip(tensors, found, strict=True) if effect is not None}
+    return [_profile(steps, effects, copies, len(losses)) for steps in sequences]
+
+
+def _profile(steps: Sequence[Tensor], effects: Mapping[int, Tensor], copies: int, rows: int) -> list[float]:
+    if len({id(step) for step in steps}) < len(steps) or not any(id(step) in effects for step in steps):
         return [1.0]
-    found = torch.autograd.grad(losses.sum(), steps, retain_graph=True, allow_unused=True)
-    given = [torch.zeros_like(step) if effect is None else effect for effect, step in zip(found, steps, strict=True)]
-    effects = torch.stack([effect.reshape(-1, len(losses), *effect.shape[1:]).sum(0) for effect in given])
-    effects = effects.reshape(len(steps), copies, -1)
-    means = effects.mean(0)
+    given = [effects.get(id(step), torch.zeros_like(step)) for step in steps]
+    by_copy = torch.stack([effect.reshape(-1, rows, *effect.shape[1:]).sum(0) for effect in given])
+    by_copy = by_copy.reshape(len(steps), copies, -1)
+    means = by_copy.mean(0)
     others = means.sum(0) - means
     power = (means * others).sum()
     if not bool(power > 0):
         return [1.0]
-    return list(((effects * others).sum((1, 2)) / power).tolist())
+    return list(((by_copy * others).sum((1, 2)) / power).tolist())
 
 
 def check_independent(neurons: Mapping[str, NoisyNeuron]) -> None:
