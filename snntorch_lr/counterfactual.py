@@ -127,7 +127,8 @@ class Counterfactual(Estimator):
     def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
         check_independent(neurons)
         for name in neurons:
-            self._controls.setdefault(name, Control(self.fixed_control))
+            # What an error left there belongs to no step.
+            self._controls.setdefault(name, Control(self.fixed_control)).take()
         if self.over_time == "rates" and not self._looked_ahead:
             self._look_ahead(neurons, loss_fn, inputs, targets)
         first, last = self.division.own_copies(self.copies)

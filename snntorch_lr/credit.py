@@ -55,9 +55,10 @@ class Control:
         return found
 
     def update(self, found: Tensor) -> None:
-        """Lets the running sums know of a step."""
+        """Lets the running sums know of a step, unless its gradient overflowed: they would never recover."""
         if self.fixed is None:
-            self.sums = self.memory * self.sums.to(found.device) + found
+            before = self.sums.to(found.device)
+            self.sums = torch.where(found.isfinite().all(), self.memory * before + found, before)
 
 
 @dataclass

@@ -1,0 +1,64 @@
+"""What a loop of one's own may expect of every estimator; ``test_estimators`` says the same of ``Vanilla`` and more."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from .helpers import COUNTERFACTUAL, MAKERS, Net, assert_same, data, gradients
+
+COPIES = 4
+every_estimator = pytest.mark.parametrize("estimator", ["approximate", *COUNTERFACTUAL])
+with_credit = pytest.mark.parametrize("estimator", COUNTERFACTUAL)
+
+
+def estimate(estimator: str, net: Net, x: Tensor | None = None, y: Tensor | None = None, **options: Any) -> Any:
+    net.zero_grad()
+    given = data() if x is None or y is None else (x, y)
+    MAKERS[estimator](net, **{"copies": COPIES, "seed": 0, **options}).backward(net.loss, *given)
+    return gradients(net)
+
+
+@with_credit
+def test_a_step_whose_gradient_overflows_leaves_the_control_as_it_was(estimator: str) -> None:
+    net = Net()
+    made = MAKERS[estimator](net, COPIES, seed=0)
+    made.backward(net.loss, *data())
+    before = dict(made.control)
+    # The root of zero has an infinite slope, and no value that a check of the losses could see.
+    made.backward(lambda x, y: (net.loss(x, y) * 0).sqrt(), *data())
+    assert not gradients(net)["fc1.weight"].isfinite().all()
+    assert made.control == before
+    made.backward(net.loss, *data())
+    assert made.control != before
+
+
+@with_credit
+def test_an_error_in_the_backward_pass_has_no_part_in_later_steps(estimator: str) -> None:
+    found = []
+    for fails in (False, True):
+        net = Net()
+        made = MAKERS[estimator](net, COPIES, seed=0)
+        made.backward(net.loss, *data())
+        state = made.state_dict()
+        if fails:
+            handle = net.fc1.weight.register_hook(lambda _: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                made.backward(net.loss, *data())
+            handle.remove()
+            made.load_state_dict(state)
+        net.zero_grad()
+        made.backward(net.loss, *data())
+        found.append({**gradients(net), **made.control})
+    assert_same(*found)
+
+
+COPIERS: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda estimator: pickle.loads(pickle.dumps(estimator)),
+}
