@@ -171,7 +171,8 @@ class Counterfactual(Estimator):
             statistics.restore()
             random.restore()
         wiring = Wiring.of(recording, losses)
-        timed = wiring.read | wiring.readouts | {each for each in wiring.feeding if each.recurrent_block is not None}
+        timed = wiring.read | wiring.readouts | recording.given
+        timed |= {each for each in wiring.feeding if each.recurrent_block is not None}
         self._timed = [
             name for name, neuron in neurons.items() if neuron in timed or wiring.feeding.get(neuron, set()) & timed
         ]

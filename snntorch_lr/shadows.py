@@ -66,6 +66,7 @@ class Shadowed(Recording):
         keeps_steps: whether to fill the next two; False until it is set.
         emitted: spikes of each step of the timed neurons.
         entered: their currents, in all rows.
+        given: neurons that started from a state with a graph, such as one that is learned.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Shadowed(Recording):
         self._controls = controls
         self._internal = internal
         self._profiles = profiles or {}
+        self.given: set[NoisyNeuron] = set()
         stream = copies.stream
         self._streams = [
             NoiseStream(mix(stream.seed, index), stream.copies, stream.first, stream.last) for index in range(self.sets)
@@ -154,6 +156,8 @@ class Shadowed(Recording):
                 f"{self.name(neuron)} did not go on from the state that it had returned; sums over time need one "
                 'presentation in each call of loss_fn, and states that are handed on unchanged. Use over_time="exact"'
             )
+        if known is None and any(isinstance(state, Tensor) and state.requires_grad for state in given.values()):
+            self.given.add(neuron)
         self._now = known
         neuron._fired = None if known is None else known.fired
         full = {name: self._resume(neuron, name, state, known, held) for name, state in given.items()}

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from .helpers import COUNTERFACTUAL, MAKERS, Net, assert_same, data, gradients
+import snntorch_lr as slr
+
+from .helpers import BATCH, COUNTERFACTUAL, FEATURES, MAKERS, STEPS, Net, assert_same, data, gradients
 
 COPIES = 4
 every_estimator = pytest.mark.parametrize("estimator", ["approximate", *COUNTERFACTUAL])
@@ -56,6 +59,26 @@ def test_an_error_in_the_backward_pass_has_no_part_in_later_steps(estimator: str
         made.backward(net.loss, *data())
         found.append({**gradients(net), **made.control})
     assert_same(*found)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+@with_credit
+def test_states_of_every_step_may_be_learned(estimator: str, shift: float) -> None:
+    neuron = slr.Synaptic(alpha=0.5, beta=0.9, threshold=0.5, noise=True)
+    readout = nn.Linear(FEATURES, 1)
+    start = torch.full((FEATURES,), shift, requires_grad=True)
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        syn, mem = start.expand(BATCH, FEATURES), torch.zeros(BATCH, FEATURES)
+        out = torch.zeros(())
+        for t in range(STEPS):
+            spikes, syn, mem = neuron(x[:, t], syn, mem)
+            out = out + readout(spikes).squeeze(1)
+        return out
+
+    MAKERS[estimator](neuron, COPIES).backward(loss_fn, *data())
+    assert start.grad is not None
+    assert start.grad.all()
 
 
 COPIERS: dict[str, Callable[[Any], Any]] = {
