@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .credit import Control, CreditSums, Rate
 from .estimators import Estimator, LossFn, batch_size, positive_integer
 from .graph import ancestors, nodes_behind
+from .network import parameters
 from .noisy import NoisyNeuron
 from .pooling import SpikePooling
 from .rates import RatePass, RatesCaptured, check_calls
@@ -90,7 +91,7 @@ class Counterfactual(Estimator):
         self.over_time = over_time
         self.fixed_control = control
         self._controls: dict[str, Control] = {}
-        self._looked_ahead = False
+        self._looked_at: tuple[tuple[str, ...], tuple[bool, ...]] | None = None
         self._timed: Collection[str] = ()
         self._internal: Collection[str] = ()
         self._profiles: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
@@ -110,7 +111,7 @@ class Counterfactual(Estimator):
         controls = {name: control.sums.clone() for name, control in self._controls.items()}
         return super().state_dict() | {
             "control": controls,
-            "looked ahead": self._looked_ahead,
+            "looked at": self._looked_at,
             "timed": list(self._timed),
             "internal": list(self._internal),
             "profiles": dict(self._profiles),
@@ -121,7 +122,7 @@ class Counterfactual(Estimator):
         super().load_state_dict(state)
         for name, sums in state["control"].items():
             self._controls.setdefault(name, Control(self.fixed_control)).sums = sums.clone()
-        self._looked_ahead = state["looked ahead"]
+        self._looked_at = state["looked at"]
         self._timed, self._internal, self._profiles = state["timed"], state["internal"], dict(state["profiles"])
 
     def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
@@ -129,8 +130,11 @@ class Counterfactual(Estimator):
         for name in neurons:
             # What an error left there belongs to no step.
             self._controls.setdefault(name, Control(self.fixed_control)).take()
-        if self.over_time == "rates" and not self._looked_ahead:
+        # What has no noise now, or is frozen, is not in the graph that tells who feeds whom.
+        learned = (tuple(neurons), tuple(parameter.requires_grad for parameter in parameters(self.net)))
+        if self.over_time == "rates" and learned != self._looked_at:
             self._look_ahead(neurons, loss_fn, inputs, targets)
+            self._looked_at = learned
         first, last = self.division.own_copies(self.copies)
         copies = self._copies(neurons, self._stream(self._next_seed(), first, last), batch_size(targets))
         exact = self.over_time == "exact"
@@ -181,7 +185,6 @@ class Counterfactual(Estimator):
         steps = [each[neurons[name]] for name in kept for each in (recording.emitted, recording.entered)]
         found = iter(profiles_over_time(losses, steps, 2))
         self._profiles = {name: (next(found), next(found)) for name in kept}
-        self._looked_ahead = True
 
     def _rates(
         self,

@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .credit import Chain, Control, Credit, CreditSums, Draw, Rows, Step
-from .graph import same_numbers, version
+from .graph import ancestors, same_numbers, version
 from .noise import EscapeNoise, MembraneNoise, Noise
 from .noisy import NoisyNeuron
 from .packing import pack
@@ -56,7 +56,8 @@ class Shadowed(Recording):
         controls: λ of each neuron.
         timed: the neurons of which every time step is kept; of the others only sums. None for all of them.
         internal: the neurons that spikes of other ones feed.
-        profiles: how what a spike, and a current, does to the loss changes over time, for neurons that are not timed.
+        profiles: how what a spike, and a current, does to the loss changes over time, for neurons that are not timed
+            and have something to learn, in front of them or of their own.
 
     Attributes:
         sums: what the neurons that are not timed added up.
@@ -127,8 +128,20 @@ class Shadowed(Recording):
             spikes, currents = self._profiles.get(neuron, ((1.0,), (1.0,)))
             internal = neuron in self._internal
             self.sums[neuron] = CreditSums(internal=internal, profile=spikes, current_profile=currents)
+            self._check_source(neuron, x)
         self.sums[neuron].receive(x)
         return expanded.detach()
+
+    def _check_source(self, neuron: NoisyNeuron, x: Tensor) -> None:
+        """Refuses a current of spikes where none had come from: what goes back to these would be lost."""
+        readers = {id(reader) for reader in self.readers.values()}
+        if neuron not in self._internal and any(
+            node in self.nodes or id(getattr(node, "variable", None)) in readers for node in ancestors([x])
+        ):
+            raise ValueError(
+                f"spikes of a noisy neuron feed {self.name(neuron)} now, which they did not in the first call: make a "
+                'new estimator after such a change, or use over_time="exact"'
+            )
 
     def expand(self, x: Tensor, neuron: NoisyNeuron) -> Rows:
         """Repeats a batch for every row; what is expanded for the copies, for the shadows.
@@ -282,7 +295,7 @@ class Shadowed(Recording):
         """The spikes with a leaf that collects what they do to the loss, and states that may not be read."""
         own = spikes[: self.rows]
         if neuron not in self.readers:
-            self.readers[neuron] = torch.zeros_like(own).requires_grad_()
+            self.readers[neuron] = torch.zeros_like(own).requires_grad_(neuron in self._profiles)
         with torch.set_grad_enabled(self.grad):
             emitted = _Emit.apply(self.readers[neuron], own)
             states = {name: full[name][: self.rows] for name in neuron.state_names}

@@ -61,6 +61,19 @@ def test_an_error_in_the_backward_pass_has_no_part_in_later_steps(estimator: str
     assert_same(*found)
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+@with_credit
+def test_one_copy_is_enough(estimator: str, copies: int) -> None:
+    net = Net()
+    made = MAKERS[estimator](net, copies, seed=0)
+    made.backward(net.loss, *data())
+    rows: list[int] = []
+    net.readout.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    made.backward(net.loss, *data())
+    assert rows == [copies * BATCH] * STEPS
+    assert all(gradient.any() for gradient in gradients(net).values())
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 @with_credit
 def test_states_of_every_step_may_be_learned(estimator: str, shift: float) -> None:
