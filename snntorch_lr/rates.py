@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .graph import version
 from .noise import EscapeNoise, MembraneNoise
 from .noisy import NoisyNeuron
 from .recording import Copies, Recording
@@ -27,7 +28,8 @@ class Sums:
         spikes: Σ_t s_t.
         fed_back: Σ_t s_{t-1}, for a recurrent block.
         states: Σ_t of the states before the step and of the reset, for cells that are not element-wise.
-        current: the input currents, one by one as long as they differ: sum with its graph, and weight of the last.
+        current: the input currents, one by one as long as they differ: sum with its graph, and weight and
+            version of the last.
         tangents: derivatives of the states, by parameter name; None for the input current.
         derived: those of the step that is being computed.
     """
@@ -43,6 +45,7 @@ class Sums:
     current: Tensor | None = None
     last_current: Tensor | None = None
     repeats: float = 0
+    last_version: int = 0
     tangents: dict[str | None, tuple[Tensor | None, ...]] = field(default_factory=dict)
     derived: dict[str | None, tuple[Tensor | None, ...]] = field(default_factory=dict)
 
@@ -50,15 +53,24 @@ class Sums:
         """Adds the graph of a current from outside the noisy layers to the mean current."""
         if self.internal or not x.requires_grad:
             return
-        if self.last_current is x:
+        if self.last_current is x and version(x) == self.last_version:
             self.repeats += weight
         else:
             self.add_last_current()
-            self.last_current, self.repeats = x, weight
+            self.last_current, self.repeats, self.last_version = x, weight, version(x)
 
     def add_last_current(self) -> None:
-        """Moves the last current, as often as it came, into the sum."""
+        """Moves the last current, as often as it came, into the sum.
+
+        Raises:
+            ValueError: if it was changed in place, and has the graph of other numbers now.
+        """
         if self.last_current is not None:
+            if version(self.last_current) != self.last_version:
+                raise ValueError(
+                    "a current was changed in place after a noisy neuron had got it, and sums over time need it as it "
+                    'was: write current = current + change in place of current += change, or use estimator="vanilla"'
+                )
             share = self.last_current * self.repeats if self.repeats != 1 else self.last_current
             self.current = share if self.current is None else self.current + share
             self.last_current, self.repeats = None, 0

@@ -27,6 +27,28 @@ def estimate(estimator: str, net: Net, x: Tensor | None = None, y: Tensor | None
     return gradients(net)
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["for another step", "after its last one"])
+@pytest.mark.parametrize("estimator", ["approximate", "rates"])
+def test_a_current_that_changes_in_place_is_refused_where_currents_are_summed(estimator: str, again: bool) -> None:
+    neuron, readout = slr.Leaky(beta=0.8, noise=True), nn.Linear(FEATURES, 1)
+    net = nn.ModuleList([neuron, readout])
+    change = nn.Parameter(torch.full((FEATURES,), 0.3))
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        current, mem = x[:, 0] * change, neuron.reset_mem()
+        out = torch.zeros(())
+        for step in range(STEPS):
+            spikes, mem = neuron(current, mem)
+            if again or step == STEPS - 1:
+                current.add_(change)
+            out = out + readout(spikes).squeeze(1)
+        return out
+
+    with pytest.raises(ValueError, match=r"changed in place.*current = current \+ change"):
+        MAKERS[estimator](net, COPIES).backward(loss_fn, *data())
+    assert change.grad is None
+
+
 @with_credit
 def test_a_step_whose_gradient_overflows_leaves_the_control_as_it_was(estimator: str) -> None:
     net = Net()
