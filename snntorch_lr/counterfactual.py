@@ -318,7 +318,7 @@ def profiles_over_time(losses: Tensor, sequences: Sequence[Sequence[Tensor]], co
     """
     # In one backward pass: what the steps hand to each other is not there for a second one.
     tensors = [step for steps in sequences for step in steps if step.requires_grad]
-    found = torch.autograd.grad(losses.sum(), tensors, allow_unused=True) if tensors else ()
+    found = torch.autograd.grad(losses, tensors, torch.ones_like(losses), allow_unused=True) if tensors else ()
     effects = {id(step): effect for step, effect in zip(tensors, found, strict=True) if effect is not None}
     return [_profile(steps, effects, copies, len(losses)) for steps in sequences]
 

@@ -96,6 +96,14 @@ def test_one_copy_is_enough(estimator: str, copies: int) -> None:
     assert all(gradient.any() for gradient in gradients(net).values())
 
 
+@with_credit
+def test_gradient_is_filled_inside_no_grad(estimator: str) -> None:
+    net = Net()
+    with torch.no_grad():
+        got = estimate(estimator, net)
+    assert_same(got, estimate(estimator, Net()))
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 @with_credit
 def test_states_of_every_step_may_be_learned(estimator: str, shift: float) -> None:
