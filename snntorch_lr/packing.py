@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .graph import version
+
 
 def pack(spikes: Tensor) -> Tensor:
     """Zeros and ones as bits, eight to a byte.
@@ -47,14 +49,19 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self) -> None:
-        known: dict[int, weakref.ref[Tensor]] = {}
+        known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         packed: dict[int, Tensor] = {}
 
         def save(saved: Tensor) -> Any:
             key = saved.data_ptr()
-            reference = known.get(key)
+            reference, count = known.get(key, (None, 0))
             spikes = reference() if reference is not None else None
-            if spikes is None or saved.numel() != spikes.numel() or not saved.is_contiguous():
+            if (
+                spikes is None
+                or version(spikes) != count
+                or saved.numel() != spikes.numel()
+                or not saved.is_contiguous()
+            ):
                 # Not the tensor itself: an operation that saves its own output would keep itself alive.
                 return saved.detach()
             if key not in packed:
@@ -66,7 +73,7 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
         self._known, self._packed = known, packed
 
     def announce(self, spikes: Tensor) -> None:
-        """Says that a tensor holds zeros and ones only, and will not be changed in place."""
+        """Says that a tensor holds zeros and ones only, as long as it is not changed in place."""
         key = spikes.data_ptr()
         known, packed = self._known, self._packed
 
@@ -75,7 +82,7 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
             packed.pop(key, None)
 
         packed.pop(key, None)
-        known[key] = weakref.ref(spikes, forget)
+        known[key] = (weakref.ref(spikes, forget), version(spikes))
 
 
 def _restore(saved: Any) -> Tensor:

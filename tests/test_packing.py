@@ -47,3 +47,15 @@ def test_memory_that_is_used_again_is_not_taken_for_spikes() -> None:
         out = linear(again).sum()
     out.backward()
     torch.testing.assert_close(linear.weight.grad, torch.full((2, 4), 1.5))
+
+
+def test_spikes_that_were_changed_in_place_are_saved_as_they_are() -> None:
+    hooks, linear = PackedSpikes(), nn.Linear(4, 2)
+    spikes = torch.ones(3, 4)
+    hooks.announce(spikes)
+    with hooks:
+        before = linear(spikes).sum()
+        # As dropout does with inplace=True.
+        after = linear(spikes.mul_(0.5)).sum()
+    (before + after).backward()
+    torch.testing.assert_close(linear.weight.grad, torch.full((2, 4), 4.5))
