@@ -7,7 +7,9 @@ next leak see the very membrane potential that fired.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import snntorch as snn
@@ -26,6 +28,14 @@ if TYPE_CHECKING:
 
 # snnTorch's three updates of Leaky, one for each reset mechanism; another one may not be repeated in place.
 _LEAKS = {getattr(snn.Leaky, name, None) for name in ("_base_sub", "_base_zero", "_base_int")} - {None}
+
+
+@cache
+def _start_forward_mode() -> None:
+    """Has torch import what it needs for forward-mode differentiation, without its warning that it uses torch.jit."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", FutureWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 class NoisyNeuron(Portable, snn.SpikingNeuron):
@@ -279,6 +289,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         """
         saved = [getattr(self, name) for name in self.state_names]
         module, value = self.elementwise_parameters[parameter] if parameter else (self, None)
+        _start_forward_mode()
         with torch.no_grad(), forward_ad.dual_level():
             for name, state, tangent in zip(self.state_names, saved, tangents, strict=True):
                 if tangent is not None:
