@@ -19,7 +19,7 @@ from .measure import Progress, median_milliseconds, peak_megabytes, slope
 from .recipe import Recipe
 from .recipe import make_network as make_classifier
 from .reproduce import arguments, machine
-from .train import accuracy, stepper
+from .train import accuracy, make_estimators, stepper
 from .workloads import ESTIMATORS, NOISES, Workload
 
 PARTS = ("steps", "memory", "growth", "accuracy")
@@ -242,7 +242,7 @@ def _train_to(
     torch.manual_seed(recipe.seed)
     net = make_classifier(recipe, images.shape).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=recipe.learning_rate)
-    take_step = stepper(recipe, net, optimizer)
+    take_step = stepper(recipe, net, optimizer, make_estimators(recipe, net))
     spent, steps, best = 0.0, 0, 0.0
     while spent < limit:
         order = torch.randperm(len(images.train)).to(device)

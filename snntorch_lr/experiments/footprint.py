@@ -11,7 +11,7 @@ import torch
 from .measure import from_fresh_process, peak_of
 from .models import SpikingClassifier
 from .recipe import Recipe, make_network, make_optimizer
-from .train import stepper
+from .train import make_estimators, stepper
 
 
 def step_megabytes(recipe: Recipe, shape: tuple[int, int, int]) -> float:
@@ -29,7 +29,7 @@ def step_megabytes(recipe: Recipe, shape: tuple[int, int, int]) -> float:
 
 def _measure(recipe: Recipe, shape: tuple[int, int, int]) -> float:
     net = make_network(recipe, shape)
-    take_step = stepper(recipe, net, make_optimizer(recipe, net))
+    take_step = stepper(recipe, net, make_optimizer(recipe, net), make_estimators(recipe, net))
     x, y = torch.rand(recipe.batch_size, *shape), torch.randint(10, (recipe.batch_size,))
     if isinstance(net, SpikingClassifier):
         # A short step makes what stays: gradients, and the optimizer's state.

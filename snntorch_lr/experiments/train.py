@@ -125,6 +125,7 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * steps)
     history: list[dict[str, float]] = []
     stopped = False
+    estimators = make_estimators(recipe, net, ranks)
     state = ranks.from_first(lambda: _matching(checkpoint, recipe) if resume and checkpoint.exists() else None)
     if state is not None:
         try:
@@ -132,12 +133,16 @@ def train(
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
             history, stopped = state["history"], state.get("stopped", False)
+            # Version 0.1 had no estimator with anything to keep.
+            for each, kept in zip(estimators, state.get("estimators", ()), strict=False):
+                each.load_state_dict(kept)
         except INCOMPLETE as error:
             raise ValueError(f"{checkpoint} is not a checkpoint of reproduce ({type(error).__name__})") from error
-    take_step = stepper(recipe, net, optimizer, ranks)
+    take_step = stepper(recipe, net, optimizer, estimators)
 
     def save() -> None:
-        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        state: dict[str, Any] = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"schedule": schedule.state_dict(), "estimators": [each.state_dict() for each in estimators]}
         about = {"recipe": asdict(recipe), "shape": list(images.shape), "history": history, "stopped": stopped}
         files.save_checkpoint(checkpoint, about | state)
 
@@ -175,7 +180,19 @@ def _reached(recipe: Recipe, net: nn.Module, images: Images) -> bool:
     return recipe.stop_at is not None and validation_accuracy(net, recipe, images) >= recipe.stop_at
 
 
-def stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE) -> Step:
+def make_estimators(recipe: Recipe, net: nn.Module, ranks: Ranks = ALONE) -> list[Estimator]:
+    """The likelihood ratio's, in the order of their use: one, and one with ``late_copies`` if there are any."""
+
+    def make(copies: int) -> Estimator:
+        made = ESTIMATORS[recipe.estimator](net, copies=copies)
+        return share(made) if ranks.size > 1 else made
+
+    if recipe.method != "likelihood ratio":
+        return []
+    return [make(copies) for copies in (recipe.copies, recipe.late_copies) if copies]
+
+
+def stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, estimators: list[Estimator]) -> Step:
     """One update from a batch, by the method of the recipe; returns the mean loss."""
     voted = partial(vote, draws=recipe.votes)
     objective = voted if recipe.objective == "vote" else OBJECTIVES[recipe.objective]
@@ -190,19 +207,13 @@ def stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, ra
         optimizer.step()
         return loss.item()
 
-    if recipe.method != "likelihood ratio":
+    if not estimators:
         return _disturbed(recipe, net, surrogate)
-
-    def estimator(copies: int) -> Estimator:
-        made = ESTIMATORS[recipe.estimator](net, copies=copies)
-        return share(made) if ranks.size > 1 else made
-
-    hook = attach(optimizer, net, estimator(recipe.copies))
-    late = estimator(recipe.late_copies) if recipe.late_copies else hook.estimator
+    hook = attach(optimizer, net, estimators[0])
 
     def likelihood_ratio(x: Tensor, y: Tensor) -> float:
         if optimizer.param_groups[0]["lr"] < recipe.learning_rate / 2:
-            hook.estimator = late
+            hook.estimator = estimators[-1]
         if recipe.votes > 1:
             # Rows of the same image are draws of one vote.
             x, y = x.repeat_interleave(recipe.votes, 0), y.repeat_interleave(recipe.votes, 0)

@@ -9,6 +9,7 @@ import torch
 from snntorch_lr.experiments import data, models
 from snntorch_lr.experiments.recipe import METHODS, Recipe, make_network
 from snntorch_lr.experiments.train import split, train, validation_accuracy
+from snntorch_lr.optim import ESTIMATORS
 
 CPU = torch.device("cpu")
 RECIPE = Recipe("likelihood ratio", "digits", "mlp", epochs=3, copies=2, seed=0, num_steps=8, batch_size=16)
@@ -31,7 +32,7 @@ def test_loss_falls(method: str, model: str, images: data.Images, tmp_path: Path
     assert history[-1]["train_loss"] < 0.98 * history[0]["train_loss"]
 
 
-@pytest.mark.parametrize("estimator", ["vanilla", "approximate"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("noise", ["membrane", "escape"])
 def test_every_estimator_and_noise_trains(estimator: str, noise: str, images: data.Images, tmp_path: Path) -> None:
     recipe = replace(RECIPE, model="deep-mlp", copies=8, learning_rate=5e-3, estimator=estimator, noise=noise)
