@@ -271,7 +271,7 @@ def test_figure_without_matplotlib_names_the_extra(
         ({"reference": 1}, "reference must be at least 2"),
         ({"copies": 1}, "copies must be at least 2"),
         ({"repeats": 2.5}, "repeats must be a positive integer"),
-        ({"estimators": ("exact",)}, "choose one of vanilla, approximate"),
+        ({"estimators": ("exact",)}, "choose one of counterfactual, vanilla, approximate"),
         ({"estimators": ()}, "no estimator"),
         ({"estimators": ("vanilla", "vanilla")}, "two estimators are called 'vanilla'"),
         ({"estimators": [slr.Vanilla(Net())]}, "another network"),

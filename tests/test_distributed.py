@@ -29,9 +29,10 @@ METHODS = {
     "chunk": (slr.Vanilla, {"chunk": 2}),
     "replay in chunks": (slr.Vanilla, {"memory": "replay", "chunk": 1}),
     "approximate": (slr.Approximate, {}),
-    "allocated": (slr.Allocated, {}),
-    "controlled": (slr.Controlled, {}),
+    "counterfactual, rates": (slr.Counterfactual, {}),
+    "counterfactual, exact": (slr.Counterfactual, {"over_time": "exact"}),
 }
+FITTED = [method for method, (made, _) in METHODS.items() if made is slr.Counterfactual]
 Result = dict[str, Any]
 
 
@@ -132,20 +133,50 @@ def test_baselines_and_antithetic_pairs_see_all_copies(pair: Pair, options: dict
     assert_same(first, two_steps(None, "store", "membrane", options), rtol=1e-5, atol=1e-6)
 
 
-def train(rank: int | None) -> dict[str, Tensor]:
+def train(rank: int | None, method: str) -> Result:
     net = Net()
-    estimator = slr.Vanilla(net, copies=4, seed=0)
+    made, settings = METHODS[method]
+    estimator = made(net, copies=4, seed=0, **settings)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
     slr.attach(optimizer, net, estimator=estimator if rank is None else share(estimator))
     for _ in range(3):
         optimizer.step(slr.closure(net.loss, *data()))
-    return dict(net.state_dict())
+    return {**net.state_dict(), **getattr(estimator, "control", {})}
 
 
-def test_attached_optimizers_train_alike(pair: Pair) -> None:
-    first, second = pair(train)
+@pytest.mark.parametrize("method", ["store", *FITTED])
+def test_attached_optimizers_train_alike(pair: Pair, method: str) -> None:
+    first, second = pair(train, method)
     assert_same(first, second)
-    assert_same(first, train(None), rtol=1e-3, atol=1e-4)
+    assert_same(first, train(None, method), rtol=1e-3, atol=1e-4)
+
+
+def fitted(rank: int | None, method: str, split: str, noise: str) -> dict[str, float]:
+    """λ after three steps, of a batch of the rank's own if batches are split."""
+    net = Net(noise=noise)
+    made, settings = METHODS[method]
+    estimator = made(net, copies=3, seed=0, **settings)
+    if rank is not None:
+        share(estimator, split=split)
+    batch = own_batch(rank) if rank is not None and split == "batch" else data()
+    for _ in range(3):
+        estimator.backward(net.loss, *batch)
+    return dict(estimator.control)
+
+
+@pytest.mark.parametrize("noise", ["membrane", "escape"])
+@pytest.mark.parametrize("method", FITTED)
+def test_split_copies_fit_the_control_of_one_process(pair: Pair, method: str, noise: str) -> None:
+    first, second = pair(fitted, method, "copies", noise)
+    assert first == second
+    assert first == pytest.approx(fitted(None, method, "copies", noise), rel=1e-4)
+    assert set(first.values()) - {0.0, 0.5, 1.0}, "controls at a bound say little"
+
+
+@pytest.mark.parametrize("method", FITTED)
+def test_split_batches_fit_one_control(pair: Pair, method: str) -> None:
+    first, second = pair(fitted, method, "batch", "escape")
+    assert first == second
 
 
 class SeedOfRank(Undivided):
@@ -161,9 +192,10 @@ def own_batch(rank: int) -> tuple[Tensor, Tensor]:
     return (x[:2], y[:2]) if rank == 0 else (x[2:], y[2:])
 
 
-def batches(rank: int, shared: bool, same: bool = False) -> Result:
+def batches(rank: int, shared: bool, same: bool = False, method: str = "store") -> Result:
     net = Net()
-    estimator = slr.Vanilla(net, copies=3, seed=0)
+    made, settings = METHODS[method]
+    estimator = made(net, copies=3, seed=0, **settings)
     if shared:
         share(estimator, split="batch")
     else:
@@ -172,9 +204,10 @@ def batches(rank: int, shared: bool, same: bool = False) -> Result:
     return {"loss": loss, **gradients(net)}
 
 
-def test_split_batch_averages_over_samples(pair: Pair) -> None:
-    first, second = pair(batches, True)
-    parts = [batches(rank, False) for rank in range(RANKS)]
+@pytest.mark.parametrize("method", ["store", *FITTED])
+def test_split_batch_averages_over_samples(pair: Pair, method: str) -> None:
+    first, second = pair(batches, True, False, method)
+    parts = [batches(rank, False, False, method) for rank in range(RANKS)]
     expected = {name: (2 * parts[0][name] + 3 * parts[1][name]) / BATCH for name in parts[0]}
     assert_same(first, second)
     assert_same(first, expected, rtol=1e-5, atol=1e-7)
@@ -229,7 +262,12 @@ def failing(rank: int, method: str, split: str, call: int) -> tuple[Any, Result,
 
 
 @pytest.mark.parametrize("split", ["copies", "batch"])
-@pytest.mark.parametrize(("method", "call"), [("store", 1), ("replay", 1), ("replay", 3), ("approximate", 2)])
+@pytest.mark.parametrize(
+    ("method", "call"), [
+        ("store", 1), ("replay", 1), ("replay", 3), ("approximate", 2),
+        ("counterfactual, rates", 1), ("counterfactual, rates", 2), ("counterfactual, exact", 1),
+    ],
+)  # fmt: skip
 def test_an_error_on_one_rank_is_raised_on_all(pair: Pair, method: str, call: int, split: str) -> None:
     (error, *first), (cause, *second) = pair(failing, method, split, call)
     assert cause[0] == "ValueError"

@@ -123,8 +123,9 @@ def test_converted_networks_are_copied_after_a_reset() -> None:
     assert_same(dict(copied.state_dict()), dict(net.state_dict()))
 
 
+@pytest.mark.parametrize("estimator", [slr.Vanilla, slr.Counterfactual])
 @pytest.mark.parametrize("copier", COPIERS)
-def test_copies_leave_the_contexts_that_they_were_made_in(copier: str) -> None:
+def test_copies_leave_the_contexts_that_they_were_made_in(copier: str, estimator: type) -> None:
     net = Net()
     copies = []
     with slr.noise_off(net):
@@ -137,13 +138,13 @@ def test_copies_leave_the_contexts_that_they_were_made_in(copier: str) -> None:
         copies.append(COPIERS[copier](net))
         return losses
 
-    expected = estimate(net, loss_fn=loss_fn)
+    expected = estimate(net, estimator, loss_fn)
     for copied in copies:
         assert copied.lif1.noise.active
         assert not copied.eval().lif1.noise.active
         copied.train()
         assert copied(data()[0]).shape == (5, 2)
-        assert_same(estimate(copied), expected)
+        assert_same(estimate(copied, estimator), expected)
 
 
 def own_surrogate(scale: float) -> Callable[[Tensor], Tensor]:
@@ -205,6 +206,10 @@ def test_nir_export_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
         (slr.Vanilla, "membrane", {}),
         (slr.Vanilla, "escape", {"memory": "replay"}),
         (slr.Approximate, "membrane", {}),
+        (slr.Counterfactual, "membrane", {}),
+        (slr.Counterfactual, "escape", {}),
+        (slr.Counterfactual, "membrane", {"over_time": "exact"}),
+        (slr.Counterfactual, "escape", {"over_time": "exact"}),
     ],
 )
 def test_compiled_forward_passes_lose_no_score(estimator: type, noise: str, options: dict[str, Any]) -> None:
@@ -223,6 +228,46 @@ def test_compiled_forward_passes_lose_no_score(estimator: type, noise: str, opti
     net.zero_grad()
     compiled(*data()).mean().backward()
     assert gradients(net)["lif1.noise.log_sigma"].any()
+
+
+class Pooled(nn.Module):
+    """Convolution, noisy neuron, max-pooling of its spikes, readout; each time step can be compiled on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.lif = nn.Conv2d(1, 2, 3), slr.Leaky(beta=0.9, threshold=0.3, init_hidden=True, noise="escape")
+        self.pool, self.readout = nn.MaxPool2d(2), nn.Linear(2 * 3 * 3, 2)
+
+    def step(self, x: Tensor) -> Tensor:
+        return self.readout(self.pool(self.lif(self.conv(x))).flatten(1))
+
+    def loss(self, x: Tensor, y: Tensor, step: Any = None) -> Tensor:
+        slr.reset(self)
+        out = sum((step or self.step)(x) for _ in range(STEPS))
+        return nn.functional.cross_entropy(out, y, reduction="none")
+
+
+@pytest.mark.parametrize("over_time", ["rates", "exact"])
+def test_compiled_max_pooling_of_spikes_has_the_same_gradient(over_time: str) -> None:
+    torch.compiler.reset()
+    found = []
+    for compiled in (False, True):
+        net = Pooled()
+        step = torch.compile(net.step, backend="eager") if compiled else net.step
+        if compiled:
+            # Code that was compiled outside must not be used where pooling has another derivative.
+            step(torch.rand(3, 1, 8, 8))
+            slr.reset(net)
+        made = slr.Counterfactual(net, copies=2, seed=0, over_time=over_time)
+        for _ in range(2):
+            made.backward(
+                lambda x, y, net=net, step=step: net.loss(x, y, step),
+                torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+                torch.tensor([0, 1, 1]),
+            )
+        found.append(gradients(net))
+    assert_same(*found)
 
 
 def test_a_network_that_must_be_one_graph_is_refused() -> None:

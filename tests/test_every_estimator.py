@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import snntorch_lr as slr
 
-from .helpers import BATCH, COUNTERFACTUAL, FEATURES, MAKERS, STEPS, Net, assert_same, data, gradients
+from .helpers import BATCH, COUNTERFACTUAL, DEVICES, FEATURES, MAKERS, STEPS, Net, assert_same, data, gradients
 
 COPIES = 4
 every_estimator = pytest.mark.parametrize("estimator", ["approximate", *COUNTERFACTUAL])
@@ -25,6 +25,138 @@ def estimate(estimator: str, net: Net, x: Tensor | None = None, y: Tensor | None
     given = data() if x is None or y is None else (x, y)
     MAKERS[estimator](net, **{"copies": COPIES, "seed": 0, **options}).backward(net.loss, *given)
     return gradients(net)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("noise", ["membrane", "escape"])
+@every_estimator
+def test_fills_the_gradient_of_every_parameter(estimator: str, noise: str, device: str) -> None:
+    net = Net(noise=noise).to(device)
+    filled = estimate(estimator, net, *data(device=device))
+    assert filled.keys() == dict(net.named_parameters()).keys()
+    for name, gradient in filled.items():
+        assert gradient.isfinite().all()
+        assert gradient.any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("noise", ["membrane", "escape"])
+@with_credit
+def test_the_network_may_be_in_half_precision(estimator: str, noise: str, dtype: torch.dtype) -> None:
+    net = Net(noise=noise).to(dtype)
+    found = estimate(estimator, net, *data(dtype))
+    assert {gradient.dtype for gradient in found.values()} == {dtype}
+    assert found.keys() == dict(net.named_parameters()).keys()
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@with_credit
+def test_half_precision_by_autocast_is_close(estimator: str, kind: torch.dtype) -> None:
+    def loss_fn(net: Net) -> Callable[[Tensor, Tensor], Tensor]:
+        def autocast(x: Tensor, y: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=kind):
+                return net.loss(x, y)
+
+        return autocast
+
+    net = Net()
+    MAKERS[estimator](net, COPIES, seed=0).backward(loss_fn(net), *data())
+    expected = estimate(estimator, Net())
+    for name, gradient in gradients(net).items():
+        assert gradient.dtype == torch.float32
+        cosine = nn.functional.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0)
+        assert cosine > 0.99, name
+
+
+@every_estimator
+def test_returns_the_mean_loss_detached(estimator: str) -> None:
+    net = Net()
+    made = MAKERS[estimator](net, COPIES, seed=0)
+    # The first call looks at the network with other copies.
+    made.backward(net.loss, *data())
+    seen: list[Tensor] = []
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        losses = net.loss(x, y)
+        seen.append(losses.detach())
+        return losses
+
+    loss = made.backward(loss_fn, *data())
+    assert seen[0].shape == (COPIES * BATCH,)
+    assert loss.shape == ()
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, seen[0].mean())
+
+
+@every_estimator
+def test_the_seed_decides_or_else_the_global_generator(estimator: str) -> None:
+    first, same, other = (estimate(estimator, Net(), seed=seed) for seed in (1, 1, 2))
+    assert_same(first, same)
+    assert not torch.equal(first["fc1.weight"], other["fc1.weight"])
+    results = []
+    for seed in (1, 1, 2):
+        net = Net()
+        torch.manual_seed(seed)
+        results.append(estimate(estimator, net, seed=None))
+    assert_same(results[0], results[1])
+    assert not torch.equal(results[0]["fc1.weight"], results[2]["fc1.weight"])
+
+
+@every_estimator
+def test_a_seed_leaves_the_global_generator_alone(estimator: str) -> None:
+    net = Net()
+    state = torch.get_rng_state()
+    estimate(estimator, net)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@with_credit
+def test_what_is_random_in_the_forward_pass_is_drawn_once_a_call(estimator: str) -> None:
+    states = []
+    for each in ("vanilla", estimator):
+        net = Net()
+
+        def loss_fn(x: Tensor, y: Tensor, net: Net = net) -> Tensor:
+            return net.loss(torch.bernoulli(x.clamp(0, 1)), y)
+
+        made = MAKERS[each](net, COPIES, seed=0)
+        torch.manual_seed(3)
+        for _ in range(2):
+            made.backward(loss_fn, *data())
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+@with_credit
+def test_every_call_draws_fresh_noise_and_adds_to_the_gradient(estimator: str) -> None:
+    def calls(accumulate: bool) -> list[dict[str, Tensor]]:
+        net = Net()
+        made = MAKERS[estimator](net, COPIES, seed=0)
+        found = []
+        for _ in range(2):
+            if not accumulate:
+                net.zero_grad()
+            made.backward(net.loss, *data())
+            found.append(gradients(net))
+        return found
+
+    apart, together = calls(False), calls(True)
+    assert not torch.equal(apart[0]["fc1.weight"], apart[1]["fc1.weight"])
+    assert_same(together[1], {name: apart[0][name] + apart[1][name] for name in apart[0]}, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", MAKERS)
+def test_the_order_in_which_layers_are_declared_does_not_matter(estimator: str) -> None:
+    found = []
+    for backwards in (False, True):
+        net = Net(noise="escape")
+        if backwards:
+            for name in ("lif1", "fc1"):
+                setattr(net, name, net._modules.pop(name))
+        assert next(iter(net._modules)) == ("fc2" if backwards else "fc1")
+        found.append(estimate(estimator, net))
+    assert_same(*found)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["for another step", "after its last one"])
@@ -83,6 +215,14 @@ def test_an_error_in_the_backward_pass_has_no_part_in_later_steps(estimator: str
     assert_same(*found)
 
 
+@with_credit
+def test_shared_noise_gets_the_sum(estimator: str) -> None:
+    shared = estimate(estimator, Net(noise=slr.MembraneNoise(0.5)))
+    apart = estimate(estimator, Net())
+    total = apart["lif1.noise.log_sigma"] + apart["lif2.noise.log_sigma"]
+    torch.testing.assert_close(shared["lif1.noise.log_sigma"], total)
+
+
 @pytest.mark.parametrize("copies", [1, 2])
 @with_credit
 def test_one_copy_is_enough(estimator: str, copies: int) -> None:
@@ -102,6 +242,32 @@ def test_gradient_is_filled_inside_no_grad(estimator: str) -> None:
     with torch.no_grad():
         got = estimate(estimator, net)
     assert_same(got, estimate(estimator, Net()))
+
+
+@with_credit
+def test_gradient_reaches_learned_inputs(estimator: str) -> None:
+    x, y = data()
+    x.requires_grad_()
+    estimate(estimator, Net(), x, y)
+    assert x.grad is not None
+    assert x.grad.any()
+
+
+def test_two_forward_passes_in_one_loss_are_refused_by_rates_and_not_by_exact() -> None:
+    for estimator in COUNTERFACTUAL:
+        net = Net()
+
+        def loss_fn(x: Tensor, y: Tensor, net: Net = net) -> Tensor:
+            return (net(x).softmax(1) - net(x.flip(0)).softmax(1)).square().sum(1)
+
+        made = MAKERS[estimator](net, COPIES)
+        if estimator == "exact":
+            made.backward(loss_fn, *data())
+            assert all(gradient.any() for gradient in gradients(net).values())
+            continue
+        with pytest.raises(ValueError, match="one presentation in each call"):
+            made.backward(loss_fn, *data())
+        assert not gradients(net)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])
@@ -128,3 +294,20 @@ COPIERS: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda estimator: pickle.loads(pickle.dumps(estimator)),
 }
+
+
+@pytest.mark.parametrize("copier", COPIERS)
+@pytest.mark.parametrize("estimator", MAKERS)
+def test_a_copied_estimator_goes_on_with_the_same_numbers(estimator: str, copier: str) -> None:
+    net = Net()
+    made = MAKERS[estimator](net, COPIES, seed=0)
+    made.backward(net.loss, *data())
+    copied = COPIERS[copier](made)
+    assert copied.net is not net
+    found = []
+    for each in (made, copied):
+        each.net.zero_grad()
+        for _ in range(2):
+            each.backward(each.net.loss, *data())
+        found.append({**gradients(each.net), **getattr(each, "control", {})})
+    assert_same(*found)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.optim import ESTIMATORS
 
-from .helpers import BATCH, STEPS, Net, assert_same, data, gradients
-from .test_estimators import COPIES, estimate
+from .helpers import BATCH, COUNTERFACTUAL, MAKERS, STEPS, Net, assert_same, data, gradients, nothing_changes
+
+COPIES = 4
 
 TARGETS = {
     "tensor": torch.arange(BATCH),
@@ -25,8 +25,9 @@ TARGETS = {
 }
 
 
+@pytest.mark.parametrize("estimator", ["vanilla", "exact"])
 @pytest.mark.parametrize("kind", TARGETS)
-def test_targets_arrive_repeated_copy_first_and_inputs_as_they_are(kind: str) -> None:
+def test_targets_arrive_repeated_copy_first_and_inputs_as_they_are(kind: str, estimator: str) -> None:
     net = Net()
     x, y = data()
     inputs = {"images": x}
@@ -36,7 +37,7 @@ def test_targets_arrive_repeated_copy_first_and_inputs_as_they_are(kind: str) ->
         seen.append((inputs, targets))
         return net.loss(inputs["images"], y.repeat(COPIES))
 
-    slr.Vanilla(net, COPIES).backward(loss_fn, inputs, TARGETS[kind])
+    MAKERS[estimator](net, COPIES).backward(loss_fn, inputs, TARGETS[kind])
     ((given, targets),) = seen
     assert given is inputs
     assert given["images"] is x
@@ -58,27 +59,32 @@ def test_targets_arrive_repeated_copy_first_and_inputs_as_they_are(kind: str) ->
     check(targets, TARGETS[kind])
 
 
+@pytest.mark.parametrize("estimator", MAKERS)
 @pytest.mark.parametrize("targets", [None, (), {"weight": 2.0}], ids=str)
-def test_there_may_be_no_targets(targets: Any) -> None:
+def test_there_may_be_no_targets(targets: Any, estimator: str) -> None:
     net, expected = Net(), Net()
 
     def loss_fn(net: Net) -> Any:
         return lambda x, y: net(x).square().sum(1)
 
-    slr.Vanilla(net, COPIES, seed=0).backward(loss_fn(net), data()[0], targets)
-    slr.Vanilla(expected, COPIES, seed=0).backward(loss_fn(expected), *data())
+    MAKERS[estimator](net, COPIES, seed=0).backward(loss_fn(net), data()[0], targets)
+    MAKERS[estimator](expected, COPIES, seed=0).backward(loss_fn(expected), *data())
     assert_same(gradients(net), gradients(expected))
 
 
+@pytest.mark.parametrize("estimator", ["vanilla", *COUNTERFACTUAL])
 @pytest.mark.parametrize("loss_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_losses_and_network_may_have_any_float_dtype(dtype: torch.dtype, loss_dtype: torch.dtype) -> None:
+def test_losses_and_network_may_have_any_float_dtype(
+    dtype: torch.dtype, loss_dtype: torch.dtype, estimator: str
+) -> None:
     net, expected = Net().to(dtype), Net().to(dtype)
     x, y = data(dtype)
-    loss = slr.Vanilla(net, COPIES, seed=0).backward(lambda x, y: net.loss(x, y).to(loss_dtype), x, y)
+    loss = MAKERS[estimator](net, COPIES, seed=0).backward(lambda x, y: net.loss(x, y).to(loss_dtype), x, y)
     assert loss.dtype == loss_dtype
     assert {gradient.dtype for gradient in gradients(net).values()} == {dtype}
-    assert_same(gradients(net), estimate(expected, x, y), rtol=1e-4, atol=1e-5)
+    MAKERS[estimator](expected, COPIES, seed=0).backward(expected.loss, x, y)
+    assert_same(gradients(net), gradients(expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
@@ -100,7 +106,15 @@ def test_loss_without_gradient_trains_or_is_refused_before_any_gradient(dtype: t
         assert_same(gradients(net), gradients(expected))
 
 
-@pytest.mark.parametrize("estimator", ["vanilla", "approximate", "controlled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+@pytest.mark.parametrize("estimator", COUNTERFACTUAL)
+def test_loss_without_gradient_is_refused_by_credit_before_any_gradient(estimator: str, dtype: torch.dtype) -> None:
+    net = Net()
+    with nothing_changes(net), pytest.raises(ValueError, match=r"no derivative.*estimator=\"vanilla\""):
+        MAKERS[estimator](net, COPIES).backward(lambda x, y: (net(x).argmax(1) == y).to(dtype), *data())
+
+
+@pytest.mark.parametrize("estimator", MAKERS)
 @pytest.mark.parametrize("kind", ["membrane", "escape"])
 def test_a_membrane_may_have_no_features(kind: str, estimator: str) -> None:
     net = nn.ModuleDict({"lif": slr.Leaky(beta=0.9, threshold=0.5, learn_beta=True, noise=kind)})
@@ -112,5 +126,5 @@ def test_a_membrane_may_have_no_features(kind: str, estimator: str) -> None:
             total = total + spikes
         return (total - y).square()
 
-    ESTIMATORS[estimator](net, copies=4).backward(loss, torch.rand(6), torch.ones(6))
+    MAKERS[estimator](net, copies=4).backward(loss, torch.rand(6), torch.ones(6))
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in net.parameters())

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
+from snntorch_lr.counterfactual import OVER_TIME
 
 from .statistical.networks import NEURONS, RESETS, STEPS, TwoLayers, data
 
 MODES = [{"memory": "replay"}, {"chunk": 3}, {"memory": "replay", "chunk": 3}, {"chunk": 1}, {"chunk": 99}]
+OTHERS: list[dict[str, Any]] = [
+    {"estimator": slr.Approximate},
+    *({"estimator": slr.Counterfactual, "over_time": over_time} for over_time in OVER_TIME),
+]
 
 
 def gradients(net: nn.Module, estimator: slr.Vanilla, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -120,9 +125,7 @@ def test_refuses_nonsense(options: dict[str, Any], message: str) -> None:
         slr.Vanilla(slr.Leaky(beta=0.9, noise=True), **options)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, *MODES, {"estimator": slr.Approximate}, {"estimator": slr.Controlled}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, *MODES, *OTHERS], ids=str)
 @pytest.mark.parametrize("kind", ["membrane", "logistic"])
 @pytest.mark.parametrize("neuron", ["Leaky", "Synaptic"])
 def test_a_call_leaves_nothing_alive(neuron: str, kind: str, options: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 import snntorch_lr as slr
 
-from .helpers import BATCH, DEVICES, Net, assert_same, data, gradients
+from .helpers import BATCH, DEVICES, MAKERS, Net, assert_same, data, gradients
 
 COPIES = 4
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -42,7 +42,7 @@ def test_steps_with_the_estimators_gradient(name: str, device: str) -> None:
     net, other = Net().to(device), Net().to(device)
     optimizer, plain = OPTIMIZERS[name](net.parameters()), OPTIMIZERS[name](other.parameters())
     slr.attach(optimizer, net, copies=COPIES, seed=0)
-    estimator = slr.Vanilla(other, COPIES, seed=0)
+    estimator = slr.Counterfactual(other, COPIES, seed=0)
 
     def by_hand() -> Tensor:
         plain.zero_grad()
@@ -55,6 +55,18 @@ def test_steps_with_the_estimators_gradient(name: str, device: str) -> None:
         assert torch.equal(torch.as_tensor(loss), torch.as_tensor(expected))
         assert_same(weights(net), weights(other))
     assert all(not torch.equal(value, start[key]) for key, value in weights(net).items())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "made", "copies"),
+    [(None, slr.Counterfactual, 2), ("vanilla", slr.Vanilla, 16), ("approximate", slr.Approximate, 16)],
+)
+def test_estimators_have_copies_by_default(estimator: str | None, made: type, copies: int) -> None:
+    net = Net()
+    options = {} if estimator is None else {"estimator": estimator}
+    hook = slr.attach(torch.optim.SGD(net.parameters(), lr=0.1), net, **options)
+    assert type(hook.estimator) is made
+    assert hook.estimator.copies == copies
 
 
 def test_loss_falls() -> None:
@@ -141,6 +153,30 @@ def test_each_step_clears_the_gradients() -> None:
     assert_same(gradients(net), gradients(other))
 
 
+@pytest.mark.parametrize("estimator", MAKERS)
+def test_a_step_that_fails_changes_neither_weights_nor_gradients_nor_the_control(estimator: str) -> None:
+    net = Net()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    made = MAKERS[estimator](net, COPIES, seed=0)
+    slr.attach(optimizer, net, made)
+    optimizer.step(slr.closure(net.loss, *data()))
+    start, grads, known = weights(net), gradients(net), copy.deepcopy(optimizer.state_dict())
+    control = getattr(made, "control", {})
+
+    def backward_fails(x: Tensor, y: Tensor) -> Tensor:
+        losses = net.loss(x, y)
+        losses.register_hook(lambda _: 1 / 0)
+        return losses
+
+    for loss_fn, error in ((lambda x, y: net.loss(x, y) * torch.nan, ValueError), (backward_fails, ZeroDivisionError)):
+        with pytest.raises(error):
+            optimizer.step(slr.closure(loss_fn, *data()))
+        assert_same(weights(net), start)
+        assert_same(gradients(net), grads)
+        assert str(optimizer.state_dict()) == str(known)
+        assert getattr(made, "control", {}) == control
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_removed_hook_gives_ordinary_backpropagation(name: str, steps_before: int) -> None:
@@ -217,7 +253,7 @@ def test_two_optimizers_may_train_one_network() -> None:
 
 
 def test_estimator_may_be_given() -> None:
-    (net, optimizer, _), other = attached(copies=6, antithetic=True), Net()
+    (net, optimizer, _), other = attached(estimator="vanilla", copies=6, antithetic=True), Net()
     expected = torch.optim.SGD(other.parameters(), lr=0.1)
     estimator = slr.Vanilla(other, copies=6, antithetic=True, seed=0)
     assert slr.attach(expected, other, estimator=estimator).estimator is estimator
@@ -229,12 +265,17 @@ def test_estimator_may_be_given() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda net: {"estimator": "evolution"}, "unknown estimator 'evolution'; choose one of vanilla"),
+        (
+            lambda net: {"estimator": "evolution"},
+            "unknown estimator 'evolution'; choose one of counterfactual, vanilla",
+        ),
         (lambda net: {"estimator": slr.Vanilla(net), "seed": 3, "antithetic": True}, "seed, antithetic belongs"),
         (lambda net: {"estimator": slr.Vanilla(Net())}, "another network"),
-        (lambda net: {"copies": 1}, "copies >= 2"),
+        (lambda net: {"estimator": "vanilla", "copies": 1}, "copies >= 2"),
+        (lambda net: {"copies": 0}, "copies must be a positive integer"),
+        (lambda net: {"over_time": "sums"}, "over_time must be 'rates' or 'exact'"),
     ],
-    ids=["name", "options with an instance", "other network", "copies"],
+    ids=["name", "options with an instance", "other network", "copies", "no copies", "over_time"],
 )
 def test_wrong_options_are_refused_and_nothing_is_attached(make: Callable[[Net], dict[str, Any]], message: str) -> None:
     net = Net()

@@ -17,8 +17,10 @@ from snntorch_lr.stream import NoiseStream
 from .helpers import (
     BATCH,
     CLASSES,
+    COUNTERFACTUAL,
     DEVICES,
     FEATURES,
+    MAKERS,
     RESETS,
     STEPS,
     Net,
@@ -47,6 +49,19 @@ def test_only_what_follows_the_first_noisy_neuron_is_computed_for_every_copy(ini
     rows = [rows_fed_to(module) for module in (net.fc1, net.fc2, net.readout)]
     slr.Vanilla(net, copies=COPIES).backward(net.loss, *data())
     assert rows == [[BATCH] * STEPS, [COPIES * BATCH] * STEPS, [COPIES * BATCH] * STEPS]
+
+
+@pytest.mark.parametrize("options", [{}, {"shadows": 3}], ids=str)
+@pytest.mark.parametrize("estimator", COUNTERFACTUAL)
+def test_shadows_are_rows_inside_neurons_only(estimator: str, options: dict[str, Any]) -> None:
+    net = Net()
+    made = MAKERS[estimator](net, copies=COPIES, **options)
+    # The first call looks at the network with other copies.
+    made.backward(net.loss, *data())
+    rows = [rows_fed_to(module) for module in (net.fc1, net.fc2, net.readout)]
+    made.backward(net.loss, *data())
+    passes = STEPS + (estimator == "rates")
+    assert rows == [[BATCH] * passes, [COPIES * BATCH] * passes, [COPIES * BATCH] * STEPS]
 
 
 def test_noise_free_neuron_before_the_first_noisy_one_is_not_copied() -> None:
@@ -116,7 +131,9 @@ def given_states(name: str) -> tuple[Tensor, ...]:
     return tuple(3 * torch.rand(state.shape, generator=generator) for state in initial_states(neuron))
 
 
-def loss_and_gradient(name: str, reset: str, states: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def loss_and_gradient(
+    name: str, reset: str, states: tuple[Tensor, ...], estimator: str = "vanilla"
+) -> dict[str, Tensor]:
     neuron = build(slr, name, learn=True, noise=True, reset_mechanism=reset, threshold=0.5)
 
     def loss_fn(x: Tensor, y: Tensor) -> Tensor:
@@ -127,19 +144,24 @@ def loss_and_gradient(name: str, reset: str, states: tuple[Tensor, ...]) -> dict
             total = total + output[0].flatten(1).sum(1)
         return (total - y).square()
 
-    loss = slr.Vanilla(neuron, COPIES, seed=0).backward(loss_fn, inputs_for(name), torch.linspace(0, 9, BATCH))
+    made = MAKERS[estimator](neuron, COPIES, seed=0)
+    loss = made.backward(loss_fn, inputs_for(name), torch.linspace(0, 9, BATCH))
     return {"loss": loss, **gradients(neuron)}
 
 
 @pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("name", CLASSES)
-def test_given_states_are_copied(name: str, reset: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [*((name, "vanilla") for name in CLASSES), *((name, "exact") for name in CLASSES if "LSTM" not in name)],
+)
+def test_given_states_are_copied(name: str, estimator: str, reset: str) -> None:
     states = given_states(name)
-    copied = loss_and_gradient(name, reset, states)
+    copied = loss_and_gradient(name, reset, states, estimator)
     expanded = tuple(state.repeat(COPIES, *[1] * (state.dim() - 1)) for state in states)
-    assert_same(copied, loss_and_gradient(name, reset, expanded))
-    zeros = loss_and_gradient(name, reset, tuple(torch.zeros_like(state) for state in states))
-    assert not torch.equal(copied["loss"], zeros["loss"])
+    assert_same(copied, loss_and_gradient(name, reset, expanded, estimator))
+    zeros = loss_and_gradient(name, reset, tuple(torch.zeros_like(state) for state in states), estimator)
+    # Losses are of spike counts, and may be equal by chance.
+    assert any(not torch.equal(copied[key], zeros[key]) for key in copied)
 
 
 def test_state_by_keyword_is_copied() -> None:
@@ -150,14 +172,16 @@ def test_state_by_keyword_is_copied() -> None:
     torch.testing.assert_close(after, (0.9 * mem - (mem > 1).float()).repeat(COPIES, 1), rtol=0, atol=1e-2)
 
 
-def test_learned_initial_state_gets_a_gradient() -> None:
+@pytest.mark.parametrize("estimator", ["vanilla", *COUNTERFACTUAL])
+def test_learned_initial_state_gets_a_gradient(estimator: str) -> None:
     neuron = slr.Leaky(beta=0.9, noise=True)
+    readout = nn.Linear(FEATURES, 1)
     start = torch.zeros(FEATURES, requires_grad=True)
 
     def loss_fn(x: Tensor, y: Tensor) -> Tensor:
-        return neuron(x[:, 0], start.expand(BATCH, FEATURES))[0].sum(1)
+        return readout(neuron(x[:, 0], start.expand(BATCH, FEATURES))[0]).squeeze(1)
 
-    slr.Vanilla(neuron, COPIES).backward(loss_fn, *data())
+    MAKERS[estimator](neuron, COPIES).backward(loss_fn, *data())
     assert start.grad is not None
     assert start.grad.all()
 
@@ -175,29 +199,36 @@ def test_initial_state_of_a_noise_free_readout_is_kept() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("antithetic", [False, True])
-def test_both_ways_to_hold_states_give_the_same_gradient(antithetic: bool, device: str) -> None:
+@pytest.mark.parametrize(
+    ("estimator", "options"),
+    [("vanilla", {}), ("vanilla", {"antithetic": True}), *((name, {}) for name in COUNTERFACTUAL)],
+)
+def test_both_ways_to_hold_states_give_the_same_gradient(estimator: str, options: Any, device: str) -> None:
     results = []
     for init_hidden in (False, True):
         net = Net(init_hidden).to(device)
-        slr.Vanilla(net, COPIES, antithetic=antithetic, seed=3).backward(net.loss, *data(device=device))
+        made = MAKERS[estimator](net, COPIES, seed=3, **options)
+        for _ in range(2):
+            made.backward(net.loss, *data(device=device))
         results.append(gradients(net))
     assert_same(*results)
 
 
+# What rates knows of the first batch has a part in its later gradients.
+@pytest.mark.parametrize(("estimator", "options"), [("vanilla", {}), ("exact", {"control": 0.3})])
 @pytest.mark.parametrize("init_hidden", [False, True])
-def test_batches_of_other_sizes_follow_each_other(init_hidden: bool) -> None:
+def test_batches_of_other_sizes_follow_each_other(init_hidden: bool, estimator: str, options: Any) -> None:
     x, y = data()
     net, fresh = Net(init_hidden), Net(init_hidden)
-    estimator = slr.Vanilla(net, COPIES)
+    made = MAKERS[estimator](net, COPIES, **options)
     for size in (BATCH, 2, 1):
         net.zero_grad()
         torch.manual_seed(0)
-        estimator.backward(net.loss, x[:size], y[:size])
+        made.backward(net.loss, x[:size], y[:size])
         with torch.no_grad():
             net(x)
     torch.manual_seed(0)
-    slr.Vanilla(fresh, COPIES).backward(fresh.loss, x[:1], y[:1])
+    MAKERS[estimator](fresh, COPIES, **options).backward(fresh.loss, x[:1], y[:1])
     assert_same(gradients(net), gradients(fresh))
 
 
@@ -225,11 +256,14 @@ def test_state_that_does_not_fit_is_an_error_unless_zero(rows: int) -> None:
     estimator.backward(lambda x, y: neuron(x[:, 0], torch.zeros(rows, FEATURES))[0].sum(1), *data())
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_left_over_state_is_warned_of(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "maker"),
+    [*((name, "vanilla") for name in CLASSES), *((name, "exact") for name in CLASSES if "LSTM" not in name)],
+)
+def test_left_over_state_is_warned_of(name: str, maker: str) -> None:
     net = nn.ModuleDict({"lif": build(slr, name, noise=True, init_hidden=True).requires_grad_(False)})
     x = inputs_for(name)[0]
-    estimator = slr.Vanilla(net, COPIES)
+    estimator = MAKERS[maker](net, COPIES)
 
     def loss_fn(x: Tensor, y: Tensor) -> Tensor:
         return net["lif"](x).flatten(1).sum(1)
@@ -239,10 +273,11 @@ def test_left_over_state_is_warned_of(name: str) -> None:
         estimator.backward(loss_fn, x, torch.zeros(BATCH))
 
 
+@pytest.mark.parametrize("maker", ["vanilla", *COUNTERFACTUAL])
 @pytest.mark.parametrize("init_hidden", [False, True])
-def test_fresh_states_are_not_warned_of(init_hidden: bool) -> None:
+def test_fresh_states_are_not_warned_of(init_hidden: bool, maker: str) -> None:
     net = Net(init_hidden)
-    estimator = slr.Vanilla(net, COPIES)
+    estimator = MAKERS[maker](net, COPIES)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
@@ -262,8 +297,9 @@ class Monitored(Net):
         return out
 
 
+@pytest.mark.parametrize("estimator", ["vanilla", *COUNTERFACTUAL])
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_left_on_the_network_afterwards(fails: bool) -> None:
+def test_nothing_is_left_on_the_network_afterwards(fails: bool, estimator: str) -> None:
     net = Monitored()
 
     def loss_fn(x: Tensor, y: Tensor) -> Tensor:
@@ -273,7 +309,7 @@ def test_nothing_is_left_on_the_network_afterwards(fails: bool) -> None:
         return losses
 
     with pytest.raises(KeyError) if fails else nullcontext():
-        slr.Vanilla(net, COPIES).backward(loss_fn, *data())
+        MAKERS[estimator](net, COPIES).backward(loss_fn, *data())
     for module in net.modules():
         assert "_recording" not in vars(module)
         assert not module._forward_hooks
@@ -286,7 +322,8 @@ def test_nothing_is_left_on_the_network_afterwards(fails: bool) -> None:
     assert net.fc1.weight.grad.any()
 
 
-def test_another_network_in_the_loss_is_left_alone() -> None:
+@pytest.mark.parametrize("estimator", ["vanilla", *COUNTERFACTUAL])
+def test_another_network_in_the_loss_is_left_alone(estimator: str) -> None:
     net, alone, teacher = Net(), Net(), Net()
     rows: list[int] = []
 
@@ -294,9 +331,9 @@ def test_another_network_in_the_loss_is_left_alone() -> None:
         rows.append(len(teacher(x)))
         return net.loss(x, y)
 
-    slr.Vanilla(net, COPIES, seed=0).backward(loss_fn, *data())
-    slr.Vanilla(alone, COPIES, seed=0).backward(alone.loss, *data())
-    assert rows == [BATCH]
+    MAKERS[estimator](net, COPIES, seed=0).backward(loss_fn, *data())
+    MAKERS[estimator](alone, COPIES, seed=0).backward(alone.loss, *data())
+    assert set(rows) == {BATCH}
     assert gradients(teacher) == {}
     assert_same(gradients(net), gradients(alone))
 

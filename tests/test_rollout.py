@@ -51,7 +51,7 @@ def test_states_are_returned_if_the_last_neuron_returns_them() -> None:
     assert not torch.equal(spikes, mem)
 
 
-@pytest.mark.parametrize("estimator", ["vanilla", "approximate", "allocated"])
+@pytest.mark.parametrize("estimator", ["vanilla", "approximate", "counterfactual"])
 def test_trains_by_the_likelihood_ratio_as_a_loop_does(estimator: str) -> None:
     def train(constant: bool) -> dict[str, torch.Tensor]:
         net = make(noise=True, output=True, reset_mechanism="none")
