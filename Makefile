@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 OLDEST := $(shell sed -n 's/.*"snntorch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST_DIR := $(abspath $(VENV))/snntorch-$(OLDEST)
 TOUCH_SNNTORCH := $(patsubst %,tests/test_%.py,neurons convert switches escape estimators losses_and_targets approximate \
-	recording storing optim validate memory ecosystem)
+	recording storing optim validate noise_free memory ecosystem)
 
 .PHONY: demo test test-newest test-oldest tutorials lint types docs compatibility wheel wheel-check check
 demo: $(VENV)/installed
