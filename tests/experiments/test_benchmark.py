@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from snntorch_lr.experiments import benchmark, cli
 from snntorch_lr.experiments.measure import peak_megabytes, slope
-from snntorch_lr.experiments.workloads import ESTIMATORS, LEAST_COPIES, NOISES, Workload, make_step
+from snntorch_lr.experiments.workloads import ESTIMATORS, NOISES, Workload, make_step
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {"num_steps": 4, "width": 20, "batch": 8}
@@ -87,8 +87,8 @@ def test_writes_every_part(written: Path) -> None:
     results = json.loads((written / "benchmark.json").read_text())
     assert {part for part in benchmark.PARTS if results[part]} == set(benchmark.PARTS)
     assert results["steps"][0]["ratio"] == 1
-    # Two numbers of copies, too few for one of the estimators.
-    assert len(results["steps"]) == 2 + 2 * ((len(ESTIMATORS) - len(LEAST_COPIES)) * len(NOISES) + 1)
+    # Two numbers of copies.
+    assert len(results["steps"]) == 2 + 2 * (len(ESTIMATORS) * len(NOISES) + 1)
     page = (written / "benchmark.md").read_text()
     assert results["command"] in page
     assert {path.name for path in written.glob("*.png")} == {"steps.png", "memory.png"}

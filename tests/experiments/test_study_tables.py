@@ -128,6 +128,6 @@ def test_what_was_tried_is_compared_with_what_was_trained_alike() -> None:
 def test_settings_name_what_a_network_has_of_its_own() -> None:
     entry = MNIST["tune: likelihood ratio, 4, then 32 copies"]
     found = cells(tables.settings([result(entry, 0.95, row(60, 100))]), entry.name)
-    assert found["estimator, copies"] == "allocated-controlled, 4, late 32"
+    assert found["estimator, copies"] == "counterfactual, 4, late 32"
     assert found["noise"] == "escape, logistic, σ = 0.3"
     assert found["images attacked"] == "500 held out"

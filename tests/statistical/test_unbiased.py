@@ -78,18 +78,6 @@ def test_is_unbiased_with_every_baseline(options: dict[str, Any], level: Any) ->
     assert_unbiased(compare(net, net.loss, *data(), **options))
 
 
-def test_is_unbiased_with_allocated_copies() -> None:
-    net = TwoLayers("Leaky", "subtract")
-    along_groups = directions(net, groups(net))
-    allocated = slr.Allocated(net, copies=4000)
-    gradients = estimates(allocated, net.loss, *data())
-    assert len(set(allocated.allocate(torch.tensor([0.1, 1.0, 10.0])).tolist())) > 1
-    results = {
-        kind: (finite_difference(net, net.loss, *data(), v), along(gradients, v)) for kind, v in along_groups.items()
-    }
-    assert_unbiased(results)
-
-
 @pytest.mark.parametrize("distribution", ["laplace", "logistic"])
 def test_is_unbiased_with_every_distribution(distribution: str) -> None:
     net = TwoLayers("Leaky", "subtract")
