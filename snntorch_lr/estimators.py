@@ -95,7 +95,13 @@ class Estimator(ABC):
             if not self._inspected:
                 check_parameters(self.net)
             self._warned |= warn_about_batch_norm(self.net, self._warned)
-            loss = self._estimate(neurons, loss_fn, inputs, targets)
+            for neuron in neurons.values():
+                neuron._estimating = True
+            try:
+                loss = self._estimate(neurons, loss_fn, inputs, targets)
+            finally:
+                for neuron in neurons.values():
+                    del neuron._estimating
             self._inspected = True
             return loss
 

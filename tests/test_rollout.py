@@ -51,7 +51,7 @@ def test_states_are_returned_if_the_last_neuron_returns_them() -> None:
     assert not torch.equal(spikes, mem)
 
 
-@pytest.mark.parametrize("estimator", ["vanilla", "approximate", "allocated"])
+@pytest.mark.parametrize("estimator", ["vanilla", "approximate", "counterfactual"])
 def test_trains_by_the_likelihood_ratio_as_a_loop_does(estimator: str) -> None:
     def train(constant: bool) -> dict[str, torch.Tensor]:
         net = make(noise=True, output=True, reset_mechanism="none")
@@ -85,7 +85,7 @@ def test_neurons_in_nested_modules_are_found() -> None:
             2,
             r"0 \(Leaky\) returns its state.*output=False",
         ),
-        (nn.Sequential(nn.Linear(3, 2)), 0, "at least 1"),
+        (nn.Sequential(nn.Linear(3, 2)), 0, "num_steps must be a positive integer, got 0"),
     ],
 )
 def test_refuses_what_it_cannot_run(net: nn.Sequential, num_steps: int, message: str) -> None:
