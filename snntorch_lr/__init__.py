@@ -21,6 +21,7 @@ from .neurons import (
 from .noise import EscapeNoise, MembraneNoise
 from .optim import attach, closure
 from .quality import GradientReport
+from .recording import per_copy
 from .rollout import rollout
 
 __version__ = "0.2.0"
@@ -48,6 +49,7 @@ __all__ = [
     "input_gradient",
     "noise_off",
     "noise_on",
+    "per_copy",
     "remove_noise",
     "reset",
     "rollout",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .estimators import Estimator, LossFn, batch_size
-from .graph import ancestors
+from .graph import ancestors, same_numbers
 from .noisy import NoisyNeuron
 from .rates import RatePass, RatesCaptured, Summing, check_calls, roots
 from .recording import Recording
@@ -56,15 +56,32 @@ class Approximate(Estimator):
         self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any
     ) -> tuple[Tensor, Recording]:
         membranes: dict[Node, str] = {}
+        left: dict[str, Tensor] = {}
 
         def watch(name: str) -> Any:
             def keep(neuron: Any, *_: Any) -> None:
+                left[name] = neuron.mem
                 if neuron.mem.grad_fn is not None:
                     membranes[neuron.mem.grad_fn] = name
 
             return keep
 
+        def compare(name: str) -> Any:
+            def check(neuron: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+                mem = args[-1] if len(args) > 1 else named.get("mem", neuron.mem)
+                if name in left and isinstance(mem, Tensor) and not same_numbers(mem, left[name]):
+                    raise ValueError(
+                        f"{name or type(neuron).__name__} did not go on from the state that it had returned; sums over "
+                        "time need one presentation in each call of loss_fn, and a neuron for each layer. Use the "
+                        "vanilla estimator"
+                    )
+
+            return check
+
         handles = [neuron.register_forward_hook(watch(name)) for name, neuron in neurons.items()]
+        handles += [
+            neuron.register_forward_pre_hook(compare(name), with_kwargs=True) for name, neuron in neurons.items()
+        ]
         try:
             losses, recording = super()._inspect(neurons, loss_fn, inputs, targets)
         finally:

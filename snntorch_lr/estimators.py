@@ -95,7 +95,13 @@ class Estimator(ABC):
             if not self._inspected:
                 check_parameters(self.net)
             self._warned |= warn_about_batch_norm(self.net, self._warned)
-            loss = self._estimate(neurons, loss_fn, inputs, targets)
+            for neuron in neurons.values():
+                neuron._estimating = True
+            try:
+                loss = self._estimate(neurons, loss_fn, inputs, targets)
+            finally:
+                for neuron in neurons.values():
+                    del neuron._estimating
             self._inspected = True
             return loss
 
@@ -142,7 +148,11 @@ class Estimator(ABC):
             return value.repeat(recording.copies, *[1] * (value.dim() - 1))
 
         with torch.set_grad_enabled(grad), recording:
-            losses = loss_fn(inputs, tree_map(repeat, targets))
+            try:
+                losses = loss_fn(inputs, tree_map(repeat, targets))
+            except (RuntimeError, ValueError, IndexError) as error:
+                explain(error, recording)
+                raise
         return check_losses(losses, recording.copies, recording.batch or 0, self.net)
 
     def _run_watched(
@@ -307,6 +317,18 @@ def batch_size(targets: Any) -> int | None:
     """Number of samples, from the first tensor among the targets; None if there is none."""
     sizes = [len(leaf) for leaf in tree_flatten(targets)[0] if isinstance(leaf, Tensor) and leaf.dim()]
     return sizes[0] if sizes else None
+
+
+def explain(error: Exception, recording: Recording) -> None:
+    """Adds to an error of ``loss_fn`` how many rows there are: most are about shapes. Python 3.10 has no notes."""
+    if hasattr(error, "add_note"):
+        error.add_note(
+            f"snntorch_lr runs loss_fn with {recording.copies} noise copies of {recording.batch} samples: from the "
+            f"first noisy neuron on, tensors have {recording.rows} rows, and so have the targets. If shapes do not go "
+            "together, write flatten(1) for view(batch_size, -1), begin accumulators with torch.zeros(()), and wrap "
+            "inputs that are used behind a noisy neuron in snntorch_lr.per_copy(x). If there are fewer rows: does "
+            "loss_fn run the very network that the estimator was made for, or attach was called with?"
+        )
 
 
 def push(losses: Tensor, count: int, recording: Storing) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,7 @@ class Noise(Portable, nn.Module):
         at_eval: keep the noise when the network is in evaluation mode.
 
     Raises:
+        TypeError: if sigma is neither a number nor a tensor.
         ValueError: if sigma is not positive and finite, or the distribution is unknown.
     """
 
@@ -93,7 +95,12 @@ class Noise(Portable, nn.Module):
         super().__init__()
         if distribution not in self.offered:
             raise ValueError(f"unknown noise distribution {distribution!r}; choose one of {', '.join(self.offered)}")
-        level = torch.as_tensor(sigma).detach().clone()
+        try:
+            level = torch.as_tensor(sigma).detach().clone()
+        except (RuntimeError, TypeError, ValueError):
+            level = torch.zeros((), dtype=torch.bool)
+        if level.is_complex() or level.dtype == torch.bool:
+            raise TypeError(f"sigma must be a number or a tensor of numbers, got {sigma!r}")
         if not level.is_floating_point():
             level = level.to(torch.get_default_dtype())
         if level.numel() == 0 or not bool(((level > 0) & level.isfinite()).all()):
@@ -124,6 +131,28 @@ class Noise(Portable, nn.Module):
     def chances(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Probability of a spike at a distance z to the threshold, in units of σ, and its derivative by z."""
         return DISTRIBUTIONS[self.distribution].chances(z)
+
+    def check_fits(self, shape: tuple[int, ...], neuron: str) -> None:
+        """Refuses a σ that does not broadcast against the membrane potential of a neuron.
+
+        Raises:
+            ValueError: if it does not, or would make more of the membrane potential than it is.
+        """
+        mine = tuple(self.log_sigma.shape)
+        if len(mine) > len(shape) or any(a not in (1, b) for a, b in zip(mine[::-1], shape[::-1], strict=False)):
+            raise ValueError(
+                f"the noise level sigma of {neuron} has the shape {mine}, which does not broadcast against its "
+                f"membrane potential, {shape}: give one number, or one for each neuron or channel ([features], "
+                "[channels, 1, 1])"
+            )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        hint(
+            args[2],
+            f"{prefix}log_sigma",
+            "the checkpoint has no noise: load it before add_noise(net), or with strict=False, which keeps sigma",
+        )
 
     def extra_repr(self) -> str:
         """Level (mean over neurons) and distribution, for ``print(net)``."""
@@ -205,11 +234,16 @@ class EscapeNoise(Noise):
     def location_score(self, z: Tensor, spikes: Tensor, limit: Tensor | None = None) -> Tensor:
         """Derivative of the log-probability of the spikes with respect to z; finite for any finite z.
 
+        In float32 if z has half precision, which is too coarse for sums over time and for ``erfcx``.
+
         Args:
             z: distance to the threshold, in units of σ.
             spikes: zeros and ones.
             limit: that of ``z``, if it is there, to be overwritten.
         """
+        precise = uniform.resolved(z.dtype)
+        if precise != z.dtype:
+            z, limit = z.to(precise), None
         if self.distribution == "logistic":
             limit = self.limit(z) if limit is None else limit
             # sigmoid(z) is (1 - limit) / 2.
@@ -229,7 +263,27 @@ class EscapeNoise(Noise):
 
     def scale_score(self, z: Tensor, location: Tensor, out: Tensor | None = None) -> Tensor:
         """Derivative of the log-probability of the spikes with respect to log σ, from ``location_score``."""
+        out = out if out is not None and out.dtype == location.dtype else None
         return torch.mul(z, location, out=out).neg_()
+
+
+class _Hinted(str):
+    """A key of a state_dict, equal to any other, that says more where torch's error shows it."""
+
+    def __new__(cls, key: str, remedy: str) -> _Hinted:
+        made = super().__new__(cls, key)
+        made.remedy = remedy
+        return made
+
+    remedy: str
+
+    def __format__(self, spec: str) -> str:
+        return f"{super().__format__(spec)} ({self.remedy})"
+
+
+def hint(keys: list[str], key: str, remedy: str) -> None:
+    """Gives a missing or unexpected key of ``load_state_dict`` a remedy, if it is among them."""
+    keys[:] = [_Hinted(each, remedy) if each == key else each for each in keys]
 
 
 KINDS: dict[str, type[Noise]] = {"membrane": MembraneNoise, "escape": EscapeNoise}

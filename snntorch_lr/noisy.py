@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from .defects import ALPHA_DEFECT, check_defects
 from .graph import same_numbers, version
-from .noise import EscapeNoise, MembraneNoise, Noise, make_noise
+from .noise import EscapeNoise, MembraneNoise, Noise, hint, make_noise
 from .portable import Portable
 from .warn import warn
 
@@ -56,8 +56,9 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
     mem: Tensor
     noise: Noise | None
     state_names: tuple[str, ...] = ("mem",)
-    transient = ("_recording",)
+    transient = ("_recording", "_estimating")
     _recording: Recording | None = None
+    _estimating: bool = False
     _last_spikes: Tensor | None = None
     _fired: tuple[Tensor, Tensor, int] | None = None
     _has_binary_spikes: bool = False
@@ -93,7 +94,17 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         return step(self, input_, *states, **named_states)
 
     def step(self, input_: Tensor, *states: Any, **named_states: Any) -> Any:
-        """One time step with noise; a recording runs it outside compiled code."""
+        """One time step with noise; a recording runs it outside compiled code.
+
+        Raises:
+            RuntimeError: if the backward pass of an estimator runs it again.
+        """
+        if self._estimating and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"{type(self).__name__}: gradient checkpointing runs a noisy neuron again in the backward pass, where "
+                "it would draw other spikes: put torch.utils.checkpoint around blocks without noisy neurons. The "
+                'estimators keep spikes as bits; Vanilla(memory="replay") and chunk= take less memory still'
+            )
         recording = self.sampling_for
         if recording is not None:
             input_ = recording.receive(self, input_)
@@ -103,6 +114,9 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
                     self._warn_about_left_over_state(recording)
             states, named_states = recording.receive_states(self, states, named_states)
         self._make_states(input_)
+        if self.noise is not None and self.noise.log_sigma.dim():
+            where = type(self).__name__ if self._recording is None else self._recording.name(self)
+            self.noise.check_fits(self._state_shape(input_) or tuple(input_.shape), where)
         states = tuple(self._fitting_state(state, input_) for state in states)
         named_states = {key: self._fitting_state(state, input_) for key, state in named_states.items()}
         builds_graph = torch.is_grad_enabled()
@@ -370,6 +384,11 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
     def _state_shape(self, input_: Tensor) -> tuple[int, ...] | None:
         """Shape of the states, for the cells whose first states snnTorch makes in float32 whatever their input is."""
         return None
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.noise is None:
+            hint(args[3], f"{prefix}noise.log_sigma", "this network has no noise: call add_noise(net) before loading")
 
     def _warn_about_left_over_state(self, recording: Recording) -> None:
         if self.mem.dim() and len(self.mem) == recording.rows and bool(self.mem.any()):

@@ -84,7 +84,9 @@ class Hook:
             raise RuntimeError(
                 f"{got}, but this optimizer takes its gradients from a likelihood-ratio estimator: call "
                 "optimizer.step(snntorch_lr.closure(loss_fn, inputs, targets)). For a loop of your own, call "
-                "hook.remove() and estimator.backward(loss_fn, inputs, targets) before step()"
+                "hook.remove() and estimator.backward(loss_fn, inputs, targets) before step(). A GradScaler, whose "
+                "step(optimizer) passes no closure on, needs such a loop, with a loss_fn that returns "
+                "scaler.scale(losses); bfloat16 needs no scaler"
             )
 
         def estimate() -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -52,6 +53,43 @@ class Copies:
     others: Collection[nn.Module] = ()
 
 
+_running: ContextVar[Recording | None] = ContextVar("snntorch_lr_recording", default=None)
+
+
+def per_copy(x: Tensor) -> Tensor:
+    """A tensor repeated for the noise copies, to go with what comes after the first noisy neuron; for ``loss_fn``.
+
+    For skip connections around a noisy neuron, ``torch.cat`` with its spikes, and losses that compare with the inputs.
+    Targets arrive repeated already. Outside an estimator, and for what has been repeated, it is the identity. What goes
+    around a noisy neuron into another one must not change over time under ``Approximate``, nor under ``Counterfactual``
+    unless ``over_time="exact"``: they take it from the first time step.
+
+    Args:
+        x: ``[batch, ...]``, or without dimensions.
+
+    Returns:
+        ``[copies * batch, ...]``.
+
+    Raises:
+        ValueError: if the first dimension is not the batch.
+
+    Example:
+        >>> spikes = lif(fc1(images))
+        >>> current = fc2(torch.cat([spikes, slr.per_copy(images)], 1))
+    """
+    recording = _running.get()
+    if recording is None or not x.dim():
+        return x
+    if recording.batch is None:
+        recording.batch = len(x)
+    if not recording.fits(x):
+        raise ValueError(
+            f"per_copy takes a tensor with the batch first, here of {recording.batch} samples, but got one of shape "
+            f"{tuple(x.shape)}; of [time, batch, ...] give it one time step"
+        )
+    return recording.repeat(x)
+
+
 class Recording:
     """One forward pass of noise copies: expands inputs, and samples without a graph or a score.
 
@@ -76,6 +114,7 @@ class Recording:
         self.grad = True
         self.step = NoisyNeuron.step
         self._handles: list[RemovableHandle] = []
+        self._token: Token[Recording | None] | None = None
         self.spikes = PackedSpikes()
         self._draws = 0
         self._started: set[NoisyNeuron] = set()
@@ -91,11 +130,14 @@ class Recording:
             neuron._recording = self
         for other in self.others:
             self._handles.append(other.register_forward_pre_hook(self._expand_states, with_kwargs=True))
+        self._token = _running.set(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._token is not None:
+            _running.reset(self._token)
         for neuron in self.neurons.values():
             del neuron._recording
         while self._handles:
@@ -147,9 +189,11 @@ class Recording:
                 f"{self.name(neuron)} got an input of shape {tuple(x.shape)}, but there are {self.batch} targets: a "
                 "noisy neuron takes one time step with the batch first, and so are targets"
             )
-        if x.shape[0] == self.copies * self.batch:
-            return x
-        return x.unsqueeze(0).expand(self.copies, *x.shape).flatten(0, 1)
+        return self.repeat(x)
+
+    def repeat(self, x: Tensor) -> Tensor:
+        """As ``expand``, for a tensor that fits."""
+        return x if x.shape[0] == self.rows else x.unsqueeze(0).expand(self.copies, *x.shape).flatten(0, 1)
 
     def expand_state(self, state: Any, neuron: NoisyNeuron) -> Any:
         """A state that the user gives, for every copy.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .convert import reset
+from .estimators import positive_integer
 from .network import spiking_neurons
 
 
@@ -27,14 +28,20 @@ def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) ->
         membrane potentials, if the last neuron has ``output=True``).
 
     Raises:
+        TypeError: if the network is no ``nn.Sequential``.
         ValueError: if a neuron does not hold its state, a neuron in the middle returns it (``output=True``), or
             there is no time step.
     """
+    if not isinstance(net, nn.Sequential):
+        raise TypeError(
+            f"rollout runs an nn.Sequential, not {type(net).__name__}: write the loop over time yourself, after "
+            "snntorch_lr.reset(net)"
+        )
     neurons = {neuron for _, neuron in spiking_neurons(net)}
     _check(net)
-    steps = len(inputs) if num_steps is None else num_steps
-    if steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {steps}")
+    steps = len(inputs) if num_steps is None else positive_integer("num_steps", num_steps)
+    if not steps:
+        raise ValueError(f"inputs of shape {tuple(inputs.shape)} have no time step: [time, batch, ...], or num_steps=")
     reset(net)
     modules = list(net)
     start = 0

@@ -113,6 +113,8 @@ def check_losses(losses: Any, copies: int, batch: int, net: nn.Module) -> Tensor
         ValueError: if it has another shape, or values that are not finite.
     """
     rows = copies * batch
+    if not rows:
+        raise ValueError("there are no samples: the batch is empty, or loss_fn does not run the network")
     if not isinstance(losses, Tensor):
         raise TypeError(f"loss_fn must return a tensor of per-sample losses, not {type(losses).__name__}")
     checked: Tensor = losses

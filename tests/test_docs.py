@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from contextlib import ExitStack
 from importlib.metadata import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import typer
+from torch import nn
 
 import snntorch_lr as slr
 from snntorch_lr import noise, optim, robustness
@@ -30,11 +34,39 @@ def name_of(page: Path) -> str:
     return page.relative_to(pages.ROOT).as_posix()
 
 
+def lightning_stand_in() -> Any:
+    """As much of Lightning's manual optimization as the pages use; the tests do without that package."""
+
+    class LightningModule(nn.Module):
+        def optimizers(self) -> torch.optim.Optimizer:
+            return self.optimizer
+
+        def log(self, name: str, value: Any) -> None:
+            assert torch.isfinite(value)
+
+    class Trainer:
+        def __init__(self, max_epochs: int) -> None:
+            self.max_epochs = max_epochs
+
+        def fit(self, module: Any, loader: Any) -> None:
+            module.optimizer = module.configure_optimizers()
+            for _ in range(self.max_epochs):
+                for index, batch in enumerate(loader):
+                    module.training_step(batch, index)
+            checkpoint: dict[str, Any] = {}
+            module.on_save_checkpoint(checkpoint)
+            module.on_load_checkpoint(checkpoint)
+
+    return SimpleNamespace(LightningModule=LightningModule, Trainer=Trainer)
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
 def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other and from nothing, as a reader would paste them."""
     monkeypatch.chdir(tmp_path)
+    if find_spec("lightning") is None:
+        monkeypatch.setitem(sys.modules, "lightning", lightning_stand_in())
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": "__main__"}
     with ExitStack() as stack:

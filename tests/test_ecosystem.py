@@ -7,6 +7,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ import snntorch as snn
 import torch
 from snntorch import spikegen, surrogate
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import snntorch_lr as slr
 
@@ -70,6 +72,51 @@ def test_state_dicts_with_and_without_noise_differ_by_the_noise_only() -> None:
     assert missing.missing_keys == ["1.noise.log_sigma", "3.noise.log_sigma"]
     assert not missing.unexpected_keys
     without.load_state_dict(slr.remove_noise(noisy).state_dict())
+
+
+def test_state_dicts_that_do_not_fit_say_how_to_load_them() -> None:
+    remedy = r"1\.noise\.log_sigma \(the checkpoint has no noise: load it before add_noise\(net\), or with strict=False"
+    with pytest.raises(RuntimeError, match=remedy):
+        slr.add_noise(plain()).load_state_dict(plain().state_dict())
+    with pytest.raises(RuntimeError, match=r"1\.noise\.log_sigma \(this network has no noise: call add_noise\(net\)"):
+        plain(slr).load_state_dict(slr.add_noise(plain()).state_dict())
+
+
+@pytest.mark.parametrize("estimator", [slr.Vanilla, slr.Approximate, slr.Counterfactual])
+def test_gradient_checkpointing_of_blocks_works_and_of_noisy_neurons_is_refused(estimator: type) -> None:
+    net = Net()
+
+    def block(x: Tensor, y: Tensor) -> Tensor:
+        fc2, net.fc2.forward = net.fc2.forward, partial(checkpoint, net.fc2.forward, use_reentrant=False)
+        try:
+            return net.loss(x, y)
+        finally:
+            net.fc2.forward = fc2
+
+    def deep(x: Tensor, y: Tensor) -> Tensor:
+        slr.reset(net)
+        spikes = net.lif1(net.fc1(x[:, 0]))
+        return checkpoint(lambda s: net.readout(net.lif2(net.fc2(s))), spikes, use_reentrant=False).square().sum(1)
+
+    assert_same(estimate(net, estimator), estimate(net, estimator, block))
+    with pytest.raises(RuntimeError, match=r"Leaky: gradient checkpointing runs a noisy neuron again.*blocks without"):
+        estimate(net, estimator, deep)
+    # The network is as it was.
+    assert_same(estimate(net, estimator), estimate(net, estimator, block))
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="no scaler for a CPU")
+def test_grad_scaler_needs_a_loop_and_the_hook_says_so() -> None:
+    net = Net()
+    expected = estimate(net)
+    optimizer, scaler = torch.optim.SGD(net.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+    estimate(net, loss_fn=lambda x, y: scaler.scale(net.loss(x, y)))
+    scaler.unscale_(optimizer)
+    assert_same(expected, gradients(net), rtol=1e-4, atol=1e-6)
+    hook = slr.attach(optimizer, net)
+    with pytest.raises(RuntimeError, match=r"without a closure.*A GradScaler.*scaler.scale\(losses\)"):
+        scaler.step(optimizer)
+    hook.remove()
 
 
 @pytest.mark.parametrize("copier", COPIERS)

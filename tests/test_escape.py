@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import snntorch_lr as slr
 from snntorch_lr import uniform
 
-from .helpers import CLASSES, build, inputs_for
+from .helpers import CLASSES, Net, build, data, inputs_for
 
 STEPS = 12
 KINDS = ["gaussian", "logistic"]
@@ -43,6 +44,46 @@ def test_scores_are_safe_in_float32(kind: str, spike: float) -> None:
     noise = slr.EscapeNoise(distribution=kind)
     exact = noise.location_score(z.double(), spikes.double())
     torch.testing.assert_close(noise.location_score(z, spikes).double(), exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_half_precision_are_those_of_float32(kind: str, dtype: torch.dtype) -> None:
+    z = torch.linspace(-20, 20, 801, dtype=dtype)
+    spikes = (z > 0).to(dtype)
+    noise = slr.EscapeNoise(distribution=kind)
+    location = noise.location_score(z, spikes, noise.limit(z))
+    assert torch.equal(location, noise.location_score(z.float(), spikes.float()))
+    assert torch.equal(noise.scale_score(z, location, out=z.clone()), -z.float() * location)
+
+
+ESTIMATORS: list[Any] = [
+    slr.Vanilla,
+    partial(slr.Vanilla, memory="replay"),
+    slr.Approximate,
+    slr.Counterfactual,
+    partial(slr.Counterfactual, over_time="exact"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["converted", "autocast"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_half_precision_has_the_gradient_of_float32(estimator: Any, autocast: bool, dtype: torch.dtype) -> None:
+    found = []
+    for half in (False, True):
+        net = Net(noise="escape").to(dtype if half and not autocast else torch.float32)
+
+        def loss_fn(x: Tensor, y: Tensor, net: Net = net, half: bool = half) -> Tensor:
+            with torch.autocast("cpu", dtype, enabled=half and autocast):
+                return net.loss(x, y).float()
+
+        x, y = data(net.fc1.weight.dtype)
+        estimator(net, copies=300, seed=0).backward(loss_fn, x, y)
+        assert net.fc1.weight.grad.dtype == net.fc1.weight.dtype
+        found.append(torch.cat([parameter.grad.float().flatten() for parameter in net.parameters()]))
+    full, rough = found
+    assert (rough - full).norm() < 0.3 * full.norm()
 
 
 def drawn_uniformly(like: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def test_neurons_in_nested_modules_are_found() -> None:
             2,
             r"0 \(Leaky\) returns its state.*output=False",
         ),
-        (nn.Sequential(nn.Linear(3, 2)), 0, "at least 1"),
+        (nn.Sequential(nn.Linear(3, 2)), 0, "num_steps must be a positive integer, got 0"),
     ],
 )
 def test_refuses_what_it_cannot_run(net: nn.Sequential, num_steps: int, message: str) -> None:
