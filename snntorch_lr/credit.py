@@ -57,7 +57,9 @@ class Control:
     def update(self, found: Tensor) -> None:
         """Lets the running sums know of a step."""
         if self.fixed is None:
-            self.sums = self.memory * self.sums.to(found.device) + found
+            before = self.sums.to(found.device)
+            # A step that is refused later must not stay in them for good.
+            self.sums = torch.where(found.isfinite().all(), self.memory * before + found, before)
 
 
 @dataclass
