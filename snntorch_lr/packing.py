@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .graph import version
+
 
 def pack(spikes: Tensor) -> Tensor:
     """Zeros and ones as bits, eight to a byte.
@@ -44,19 +46,22 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
     """Context in which a graph saves spikes as bits, and everything else as it is.
 
     Spikes are recognised by identity: only tensors that were announced are packed, so that no value is looked at.
+    What was changed in place before it is saved is no longer spikes. What is changed after that, unless it was packed,
+    is an error in the backward pass: autograd leaves it to these hooks to look.
     """
 
     def __init__(self) -> None:
-        known: dict[int, weakref.ref[Tensor]] = {}
+        known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         packed: dict[int, Tensor] = {}
 
         def save(saved: Tensor) -> Any:
             key = saved.data_ptr()
-            reference = known.get(key)
+            reference, count = known.get(key, (None, 0))
             spikes = reference() if reference is not None else None
-            if spikes is None or saved.numel() != spikes.numel() or not saved.is_contiguous():
+            changed = spikes is not None and version(spikes) != count
+            if spikes is None or changed or saved.numel() != spikes.numel() or not saved.is_contiguous():
                 # Not the tensor itself: an operation that saves its own output would keep itself alive.
-                return saved.detach()
+                return saved.detach(), version(saved)
             if key not in packed:
                 packed[key] = pack(spikes)
             return packed[key], saved.shape, saved.dtype
@@ -66,7 +71,7 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
         self._known, self._packed = known, packed
 
     def announce(self, spikes: Tensor) -> None:
-        """Says that a tensor holds zeros and ones only, and will not be changed in place."""
+        """Says that a tensor holds zeros and ones only, as it is now."""
         key = spikes.data_ptr()
         known, packed = self._known, self._packed
 
@@ -75,8 +80,16 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
             packed.pop(key, None)
 
         packed.pop(key, None)
-        known[key] = weakref.ref(spikes, forget)
+        known[key] = weakref.ref(spikes, forget), version(spikes)
 
 
 def _restore(saved: Any) -> Tensor:
-    return saved if isinstance(saved, Tensor) else unpack(*saved)
+    if len(saved) == 3:
+        return unpack(*saved)
+    tensor: Tensor = saved[0]
+    if version(tensor) != saved[1]:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} that the gradient needs was changed in place after it had been "
+            "used: change a copy, or leave out inplace=True"
+        )
+    return tensor
