@@ -58,6 +58,7 @@ class Control:
         """Lets the running sums know of a step, unless its gradient overflowed: they would never recover."""
         if self.fixed is None:
             before = self.sums.to(found.device)
+            # A step that is refused later must not stay in them for good.
             self.sums = torch.where(found.isfinite().all(), self.memory * before + found, before)
 
 

@@ -46,6 +46,8 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
     """Context in which a graph saves spikes as bits, and everything else as it is.
 
     Spikes are recognised by identity: only tensors that were announced are packed, so that no value is looked at.
+    What was changed in place before it is saved is no longer spikes. What is changed after that, unless it was packed,
+    is an error in the backward pass: autograd leaves it to these hooks to look.
     """
 
     def __init__(self) -> None:
@@ -56,14 +58,10 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
             key = saved.data_ptr()
             reference, count = known.get(key, (None, 0))
             spikes = reference() if reference is not None else None
-            if (
-                spikes is None
-                or version(spikes) != count
-                or saved.numel() != spikes.numel()
-                or not saved.is_contiguous()
-            ):
+            changed = spikes is not None and version(spikes) != count
+            if spikes is None or changed or saved.numel() != spikes.numel() or not saved.is_contiguous():
                 # Not the tensor itself: an operation that saves its own output would keep itself alive.
-                return saved.detach()
+                return saved.detach(), version(saved)
             if key not in packed:
                 packed[key] = pack(spikes)
             return packed[key], saved.shape, saved.dtype
@@ -73,7 +71,7 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
         self._known, self._packed = known, packed
 
     def announce(self, spikes: Tensor) -> None:
-        """Says that a tensor holds zeros and ones only, as long as it is not changed in place."""
+        """Says that a tensor holds zeros and ones only, as it is now."""
         key = spikes.data_ptr()
         known, packed = self._known, self._packed
 
@@ -82,8 +80,16 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
             packed.pop(key, None)
 
         packed.pop(key, None)
-        known[key] = (weakref.ref(spikes, forget), version(spikes))
+        known[key] = weakref.ref(spikes, forget), version(spikes)
 
 
 def _restore(saved: Any) -> Tensor:
-    return saved if isinstance(saved, Tensor) else unpack(*saved)
+    if len(saved) == 3:
+        return unpack(*saved)
+    tensor: Tensor = saved[0]
+    if version(tensor) != saved[1]:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} that the gradient needs was changed in place after it had been "
+            "used: change a copy, or leave out inplace=True"
+        )
+    return tensor
