@@ -1,6 +1,7 @@
 """Noise in snnTorch neurons, likelihood-ratio training without backpropagation through time, robustness evaluation."""
 
 from .approximate import Approximate
+from .calibration import Calibration, calibrate
 from .convert import add_noise, noise_off, noise_on, remove_noise, reset
 from .counterfactual import Counterfactual
 from .defects import UNSUPPORTED
@@ -30,6 +31,7 @@ __all__ = [
     "SLSTM",
     "Alpha",
     "Approximate",
+    "Calibration",
     "Counterfactual",
     "EscapeNoise",
     "GradientReport",
@@ -43,6 +45,7 @@ __all__ = [
     "Vanilla",
     "add_noise",
     "attach",
+    "calibrate",
     "closure",
     "export_to_nir",
     "gradient_report",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .calibration import calibrate
 from .network import noisy_neurons, reset_state, spiking_neurons
 from .neurons import to_noisy, to_plain
 from .noise import KINDS
@@ -24,6 +25,9 @@ def add_noise(
     only: Iterable[str] | None = None,
     kind: str = "membrane",
     distribution: str = "gaussian",
+    sample: Any = None,
+    forward: Callable[[Any], Any] | None = None,
+    scale_weights: bool = False,
 ) -> Net:
     """Gives every snnTorch neuron of a network noise with a learnable level, in place.
 
@@ -39,13 +43,18 @@ def add_noise(
         only: names of the neurons to convert, as in ``net.named_modules()``; all by default.
         kind: ``"membrane"`` or ``"escape"``, see ``MembraneNoise`` and ``EscapeNoise``.
         distribution: of the noise, as these offer it.
+        sample: a batch of inputs; with it the levels of all noisy neurons are set by what it does to the membrane
+            potentials, and ``sigma`` is in units of their standard deviation: see ``calibrate``, which also shows what
+            it did, and explains ``forward`` and ``scale_weights``.
+        forward: runs the network on the sample; ``net(sample)`` by default.
+        scale_weights: also scale weights so that all layers fire; for fresh networks.
 
     Returns:
         The same network.
 
     Raises:
         ValueError: if there is no snnTorch neuron, a name in ``only`` is not one, the kind is unknown, or a neuron
-            cannot have noise. The network is not changed then.
+            cannot have noise. The network is not changed then. As ``calibrate``, which leaves the noise in place.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of noise {kind!r}; choose one of {', '.join(KINDS)}")
@@ -67,6 +76,8 @@ def add_noise(
         for step in undo:
             step()
         raise
+    if sample is not None:
+        calibrate(net, sample, forward, sigma, scale_weights)
     return net
 
 

@@ -1,0 +1,140 @@
+"""Noise levels and scales by the membrane potentials on a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import snntorch as snn
+import torch
+from torch import Tensor, nn
+
+import snntorch_lr as slr
+
+
+def over_time(net: nn.Module) -> Any:
+    return lambda x: slr.rollout(net, x, num_steps=10)
+
+
+def deep(**options: Any) -> nn.Sequential:
+    """A network whose second layer never fires as torch makes it, and a spiking readout."""
+    torch.manual_seed(0)
+    neurons = [snn.Leaky(beta=0.8, init_hidden=True, **options) for _ in range(3)]
+    net = nn.Sequential(nn.Linear(20, 30), neurons[0], nn.Linear(30, 30), neurons[1], nn.Linear(30, 4), neurons[2])
+    with torch.no_grad():
+        for block in (net[0], net[2], net[4]):
+            block.weight.mul_(0.4)
+    return net
+
+
+def data() -> Tensor:
+    return torch.rand(64, 20, generator=torch.Generator().manual_seed(1))
+
+
+def levels(net: nn.Sequential) -> list[float]:
+    return [float(net[index].noise.sigma) for index in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("kind", ["membrane", "escape"])
+@pytest.mark.parametrize("threshold", [1.0, 0.3])
+def test_scaled_weights_make_every_layer_of_a_fresh_network_fire(kind: str, threshold: float) -> None:
+    net = deep(threshold=threshold)
+    found = slr.calibrate(slr.add_noise(net, kind=kind), data(), over_time(net), scale_weights=True)
+    for layer in found.layers:
+        assert layer.spread == pytest.approx(threshold, rel=0.1)
+        assert layer.gain != 1
+        assert 0.02 < layer.rate_on < 0.7
+
+
+def test_levels_are_relative_to_the_spread_of_membranes_and_that_of_a_readout_is_its_threshold() -> None:
+    net = deep(threshold=2.0)
+    with pytest.warns(UserWarning, match=r"^3 never fired on the sample.*scale_weights=True"):
+        found = slr.calibrate(slr.add_noise(net, kind="escape"), data(), over_time(net), sigma=0.3)
+    assert [layer.name for layer in found.layers] == ["1", "3", "5"]
+    assert [layer.readout for layer in found.layers] == [False, False, True]
+    assert levels(net) == pytest.approx([0.3 * found.layers[0].spread, 0.3 * found.layers[1].spread, 2.0])
+    assert [layer.gain for layer in found.layers] == [None] * 3
+
+
+def test_spread_is_the_standard_deviation_of_the_membrane_potential() -> None:
+    net = slr.add_noise(nn.Sequential(nn.Linear(20, 5), snn.Leaky(beta=0.9, init_hidden=True)))
+    (layer,) = slr.calibrate(net, data(), over_time(net)).layers
+    seen = []
+    net[1].register_forward_hook(lambda neuron, *_: seen.append(neuron.mem.detach()))
+    with slr.noise_off(net):
+        spikes = slr.rollout(net, data(), num_steps=10)
+    assert layer.spread == pytest.approx(float(torch.stack(seen).std(correction=0)), rel=1e-5)
+    assert layer.rate_off == pytest.approx(float(spikes.mean()))
+
+
+class Awkward(nn.Module):
+    """Layers registered in another order than data flows, states by hand, BatchNorm, a linear readout at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.late, self.early = nn.Linear(6, 2), snn.RLeaky(beta=0.9, linear_features=6), snn.Leaky(beta=0.9)
+        self.second, self.norm, self.first = nn.Linear(8, 6), nn.BatchNorm1d(8), nn.Linear(20, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mem, (spk, state) = self.early.reset_mem(), self.late.reset_mem()
+        total = torch.zeros(())
+        for _ in range(6):
+            out, mem = self.early(self.norm(self.first(x)), mem)
+            spk, state = self.late(self.second(out), spk, state)
+            total = total + self.head(spk)
+        return total
+
+
+def test_layers_are_found_in_the_order_of_the_data_and_nothing_else_of_the_network_changes() -> None:
+    torch.manual_seed(0)
+    net = slr.add_noise(Awkward())
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    found = slr.calibrate(net, data(), scale_weights=True)
+    assert [layer.name for layer in found.layers] == ["early", "late"]
+    assert not any(layer.readout for layer in found.layers)
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {
+        "norm.weight", "second.weight", "second.bias", "early.noise.log_sigma", "late.noise.log_sigma"
+    }  # fmt: skip
+    assert all(neuron.noise.forced is None for neuron in (net.early, net.late))
+    assert net.training
+
+
+def test_frozen_weights_and_those_of_trained_networks_are_left() -> None:
+    net = slr.add_noise(deep(threshold=0.1))
+    net[0].weight.requires_grad_(False)
+    before = net[0].weight.clone()
+    assert slr.calibrate(net, data(), over_time(net), scale_weights=True).layers[0].gain is None
+    assert torch.equal(net[0].weight, before)
+
+
+def test_add_noise_with_a_sample_calibrates_and_without_does_not() -> None:
+    one, two = deep(threshold=0.2), deep(threshold=0.2)
+    assert slr.add_noise(one, 0.3, kind="escape", sample=data(), forward=over_time(one), scale_weights=True) is one
+    slr.calibrate(slr.add_noise(two, kind="escape"), data(), over_time(two), 0.3, scale_weights=True)
+    assert all(first.shape == second.shape for first, second in zip(one.parameters(), two.parameters(), strict=True))
+    assert levels(one) == pytest.approx(levels(two), rel=0.1)
+    assert levels(slr.add_noise(deep())) == pytest.approx([0.5] * 3)
+
+
+def test_each_neuron_keeps_its_own_level_relative_to_the_spread() -> None:
+    net = slr.add_noise(deep(threshold=0.2), torch.full((30,), 0.3), only=["1", "3"])
+    net[5] = nn.Identity()
+    found = slr.calibrate(net, data(), over_time(net), torch.linspace(0.1, 1, 30))
+    assert torch.allclose(net[1].noise.sigma, torch.linspace(0.1, 1, 30) * found.layers[0].spread)
+
+
+def test_a_forward_pass_that_leaves_a_neuron_out_is_refused() -> None:
+    net = slr.add_noise(deep())
+    with pytest.raises(ValueError, match=r"did not run 3, 5.*forward="):
+        slr.calibrate(net, data(), lambda x: net[1](net[0](x)))
+    assert net[1].noise.forced is None
+
+
+def test_the_table_says_what_was_done() -> None:
+    net = slr.add_noise(deep(threshold=0.2))
+    found: slr.Calibration = slr.calibrate(net, data(), over_time(net), scale_weights=True)
+    lines = str(found).splitlines()
+    assert lines[0] == "| layer | rate, noise off | rate, noise on | spread | σ | gain |"
+    assert lines[-1].startswith("| 5 (readout) | 0.")
+    assert f"{found.layers[-1].gain:.3g}" in lines[-1]
