@@ -64,7 +64,7 @@ def add_noise(
     chosen = list(neurons) if only is None else [only] if isinstance(only, str) else list(only)
     unknown = [name for name in chosen if name not in neurons]
     if unknown:
-        raise ValueError(f"no snnTorch neuron is called {', '.join(unknown)}; there are {', '.join(neurons)}")
+        raise ValueError(f"no snnTorch neuron is called {', '.join(map(str, unknown))}; there are {', '.join(neurons)}")
     todo = {name: neurons[name] for name in chosen if name not in noisy_neurons(net)}
     undo: list[Callable[[], None]] = []
     try:

@@ -85,8 +85,8 @@ class Counterfactual(Estimator):
         super().__init__(net, copies, "none", seed=seed)
         if over_time not in OVER_TIME:
             raise ValueError(f"over_time must be 'rates' or 'exact', got {over_time!r}")
-        if control is not None and not 0 <= control <= 1:
-            raise ValueError(f"control must be in [0, 1], or None to fit it, got {control}")
+        if control is not None and not (isinstance(control, (int, float)) and 0 <= control <= 1):
+            raise ValueError(f"control must be in [0, 1], or None to fit it, got {control!r}")
         self.shadows = positive_integer("shadows", shadows)
         self.over_time = over_time
         self.fixed_control = control

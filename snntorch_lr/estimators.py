@@ -56,8 +56,10 @@ class Estimator(ABC):
         seed: int | None = None,
     ) -> None:
         copies = positive_integer("copies", copies)
-        if isinstance(baseline, str) and baseline not in BASELINES:
-            raise ValueError(f"unknown baseline {baseline!r}; choose one of {', '.join(BASELINES)}")
+        if not callable(baseline) and (not isinstance(baseline, str) or baseline not in BASELINES):
+            raise ValueError(f"unknown baseline {baseline!r}; choose one of {', '.join(BASELINES)}, or a function")
+        if seed is not None and not hasattr(seed, "__index__"):
+            raise ValueError(f"seed must be an integer, or None for torch's global generator, got {seed!r}")
         if antithetic and copies % 2:
             raise ValueError(f"antithetic pairs need an even number of copies, got {copies}")
         least = 4 if antithetic else 2
@@ -76,7 +78,7 @@ class Estimator(ABC):
         self.division = Undivided()
         self._seeds = torch.Generator() if seed is not None else None
         if self._seeds is not None and seed is not None:
-            self._seeds.manual_seed(seed)
+            self._seeds.manual_seed(operator.index(seed))
         self._inspected = False
         self._warned: set[str] = set()
 
@@ -202,8 +204,13 @@ class Estimator(ABC):
         """
         first, last = self.division.own_copies(self.copies)
         everyone = self.division.gather(losses.detach().view(last - first, -1))
-        weights = self.baseline(everyone, self.antithetic) / everyone.numel()
-        return everyone, weights[first:last]
+        advantages = self.baseline(everyone, self.antithetic)
+        if advantages.shape != everyone.shape or not bool(advantages.isfinite().all()):
+            raise ValueError(
+                f"the baseline must return a finite number for each loss, {tuple(everyone.shape)}, but returned "
+                f"{tuple(advantages.shape)}, {int((~advantages.isfinite()).sum())} of them not finite"
+            )
+        return everyone, advantages[first:last] / everyone.numel()
 
 
 class Vanilla(Estimator):

@@ -43,6 +43,7 @@ def input_gradient(
         In the shape of the inputs.
 
     Raises:
+        TypeError: if the inputs are not a floating-point tensor.
         ValueError: if the network or the losses would make the gradient wrong, or do not depend on the inputs.
 
     Example:
@@ -51,6 +52,9 @@ def input_gradient(
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise TypeError(f"inputs must be a floating-point tensor to have a gradient, got {kind}")
     positive_integer("copies", copies)
     chunk = min(positive_integer("chunk", chunk), copies)
     x = inputs.detach().clone().requires_grad_()

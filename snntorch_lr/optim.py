@@ -52,8 +52,19 @@ def closure(loss_fn: LossFn, inputs: Any, targets: Any) -> Closure:
             shape ``[batch]``.
         inputs: passed on as they are.
         targets: batch first; with an estimator they arrive repeated for every noise copy.
+
+    Raises:
+        TypeError: if ``loss_fn`` cannot be called, as the losses themselves.
     """
+    if not callable(loss_fn):
+        raise TypeError(
+            f"closure(loss_fn, inputs, targets): loss_fn must be a function of inputs and targets, not {_kind(loss_fn)}"
+        )
     return Closure(loss_fn, inputs, targets)
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 class Hook:
@@ -126,14 +137,22 @@ def attach(
         A handle with ``remove()``.
 
     Raises:
+        TypeError: if the optimizer or the estimator is something else.
         ValueError: if the network has no noisy neuron, the optimizer has a hook already, or an option is wrong.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"attach(optimizer, net): optimizer must be a torch.optim.Optimizer, not {_kind(optimizer)}")
     if copies is not None:
         options["copies"] = copies
     if isinstance(estimator, str):
         if estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
         estimator = ESTIMATORS[estimator](net, **options)
+    elif not isinstance(estimator, Estimator):
+        raise TypeError(
+            f"estimator must be one of {', '.join(ESTIMATORS)}, or an estimator that was made for this network, not "
+            f"{_kind(estimator)}"
+        )
     elif options:
         raise ValueError(f"{', '.join(options)} belongs to the estimator; give it when you make the estimator")
     elif estimator.net is not net:

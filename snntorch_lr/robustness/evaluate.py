@@ -91,7 +91,7 @@ def evaluate(
     """
     chosen = suite(attacks)
     protocol = Protocol(
-        _budgets(epsilons), norm, votes, seed, rows, _at_least_one("gate_images", gate_images), tuple(corruptions)
+        _budgets(epsilons, norm), norm, votes, seed, rows, _at_least_one("gate_images", gate_images), tuple(corruptions)
     )  # fmt: skip
     _check(protocol, draws, chosen, noise)
     others = {**(baselines or {}), **(sources or {})}
@@ -119,11 +119,16 @@ def evaluate(
     return RobustnessReport(protocol, chosen, tuple(measured))
 
 
-def _budgets(epsilons: float | Sequence[float]) -> tuple[float, ...]:
+def _budgets(epsilons: float | Sequence[float], norm: str) -> tuple[float, ...]:
     given = list(epsilons) if isinstance(epsilons, Iterable) else [epsilons]
-    budgets = tuple(sorted({float(epsilon) for epsilon in given}))
+    try:
+        budgets = tuple(sorted({float(epsilon) for epsilon in given}))
+    except (TypeError, ValueError):
+        budgets = ()
     if not budgets or any(not 0 < epsilon < math.inf for epsilon in budgets):
-        raise ValueError(f"epsilons must be positive and there must be one, got {given}")
+        raise ValueError(f"epsilons must be positive numbers and there must be one, got {given}")
+    if norm == "linf" and budgets[-1] > 1:
+        raise ValueError(f"epsilons of linf are in units of pixels in [0, 1], as 8 / 255; got {budgets[-1]:g}")
     return budgets
 
 
@@ -193,7 +198,10 @@ def _subjects(name: str, model: Target, images: Tensor) -> list[Subject]:
 
 def _collect(loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """All images and labels, on the CPU."""
-    batches = [(images.detach().cpu().float(), torch.as_tensor(labels).cpu()) for images, labels in loader]
+    pairs = list(loader)
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise TypeError("loader must give pairs of images and labels: a DataLoader, or [(images, labels)]")
+    batches = [(images.detach().cpu().float(), torch.as_tensor(labels).cpu()) for images, labels in pairs]
     if not batches:
         raise ValueError("the loader gives no images")
     images, labels = (torch.cat(part) for part in zip(*batches, strict=True))

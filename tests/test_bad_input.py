@@ -1,0 +1,187 @@
+"""Bad input to what is public: the error names the argument or the layer and what to do, and nothing has changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import snntorch as snn
+import torch
+from torch import Tensor, nn
+
+import snntorch_lr as slr
+from snntorch_lr import objectives, robustness
+
+from .helpers import BATCH, FEATURES, Net, data, nothing_changes
+
+Call = Callable[[Net], object]
+X, Y = data()
+IMAGES, LABELS = torch.rand(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(FEATURES, 4), snn.Leaky(beta=0.9, init_hidden=True), nn.Linear(4, 2))
+
+
+def attach(net: Any, *args: Any, **options: Any) -> slr.optim.Hook:
+    return slr.attach(torch.optim.SGD(net.parameters(), lr=0.1), net, *args, **options)
+
+
+def step(net: Net, *given: Any) -> Tensor:
+    return attach(net).optimizer.step(*given)
+
+
+def estimate(make: Any, x: Any = X, y: Any = Y, loss_fn: Any = None, **options: Any) -> Call:
+    return lambda net: make(net, seed=0, **options).backward(loss_fn or net.loss, x, y)
+
+
+def with_baseline(baseline: Any) -> Call:
+    return estimate(slr.Vanilla, copies=4, baseline=baseline)
+
+
+def zero_one(net: Net) -> Tensor:
+    return slr.Counterfactual(net).backward(lambda x, y: objectives.zero_one(net(x), y), X, Y)
+
+
+def with_sigma(shape: tuple[int, ...], kind: type = slr.MembraneNoise) -> Call:
+    def call(_: Net) -> Tensor:
+        net = Net(noise=kind(torch.full(shape, 0.5)))
+        with nothing_changes(net):
+            return slr.Vanilla(net, 4).backward(net.loss, X, Y)
+
+    return call
+
+
+def one_neuron_for_two_layers(net: Net) -> Tensor:
+    net.lif1.init_hidden = False
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        first, second = net.lif1.reset_mem(), net.lif1.reset_mem()
+        for t in range(3):
+            spikes, first = net.lif1(net.fc1(x[:, t]), first)
+            spikes, second = net.lif1(net.fc2(spikes), second)
+        return spikes.sum(1)
+
+    return slr.Approximate(net, 4).backward(loss_fn, X, Y)
+
+
+def two_sequences(net: Net) -> Tensor:
+    return slr.Approximate(net, 4).backward(lambda x, y: net.loss(x, y) + net.loss(x.flip(1), y), X, Y)
+
+
+def evaluate(loader: Any = ((IMAGES, LABELS),), epsilons: Any = 0.1, **options: Any) -> Call:
+    net = slr.add_noise(nn.Sequential(nn.Flatten(), nn.Linear(16, 3), snn.Leaky(beta=0.9, init_hidden=True)))
+    options = {"attacks": ["FGSM"], "forward": lambda net, x: slr.rollout(net, x, 3)} | options
+    return lambda _: robustness.evaluate(net, loader, epsilons, **options)
+
+
+BAD: dict[str, tuple[Call, type[Exception], str]] = {
+    # attach and closure
+    "no optimizer": (lambda net: slr.attach([*net.parameters()], net), TypeError, "optimizer must be a .*, not list"),
+    "swapped": (lambda net: slr.attach(net, torch.optim.SGD(net.parameters())), TypeError, "optimizer must .* not Net"),
+    "no network": (lambda net: slr.attach(torch.optim.SGD(net.parameters()), "net"), ValueError, "no noisy neuron"),
+    "plain network": (lambda _: attach(plain()), ValueError, r"Sequential has no noisy.*add_noise\(net\)"),
+    "unknown estimator": (lambda net: attach(net, "vanila"), ValueError, "'vanila'; choose one of counterfactual, van"),
+    "class": (lambda net: attach(net, slr.Vanilla), TypeError, "estimator .* made for this network, not the class Van"),
+    "None": (lambda net: attach(net, None), TypeError, "estimator must be one of counterfactual, .*, not NoneType"),
+    "unknown option": (lambda net: attach(net, chunks=3), TypeError, "Counterfactual.*'chunks'"),
+    "copies": (lambda net: attach(net, copies=2.5), ValueError, "copies must be a positive integer, got 2.5"),
+    "losses": (lambda net: step(net, slr.closure(net.loss(X, Y), X, Y)), TypeError, "loss_fn must be a func.* Tensor"),
+    "swapped closure": (lambda net: step(net, slr.closure(X, net.loss, Y)), TypeError, "loss_fn must be a function of"),
+    "no closure": (lambda net: step(net), RuntimeError, r"without a closure.*step\(snntorch_lr.closure\("),
+    "lambda": (lambda net: step(net, lambda: net.loss(X, Y).mean()), RuntimeError, r"ordinary closure.*snntorch_lr"),
+    # estimators
+    "seed": (lambda net: slr.Vanilla(net, seed=1.5), ValueError, "seed must be an integer, .* got 1.5"),
+    "shadows": (estimate(slr.Counterfactual, shadows=0), ValueError, "shadows must be a positive integer, got 0"),
+    "over time": (estimate(slr.Counterfactual, over_time="rate"), ValueError, "over_time must be 'rates' or 'exact'"),
+    "control": (estimate(slr.Counterfactual, control="fit"), ValueError, r"control must be in \[0, 1\], or None"),
+    "memory": (estimate(slr.Vanilla, memory="reply"), ValueError, "memory must be 'store' or 'replay', got 'reply'"),
+    "chunk": (estimate(slr.Vanilla, chunk=-1), ValueError, "chunk must be a positive integer, got -1"),
+    "odd": (estimate(slr.Vanilla, copies=3, antithetic=True), ValueError, "antithetic pairs need an even number"),
+    "baseline": (estimate(slr.Vanilla, baseline=None), ValueError, "unknown baseline None; choose .* or a function"),
+    "baseline's shape": (with_baseline(lambda losses, _: losses.mean()), ValueError,
+        r"baseline must .*\(4, 5\), .* \(\)"),
+    "baseline's NaN": (with_baseline(lambda losses, _: losses / 0 * 0), ValueError,
+        "baseline .* 20 of them not finite"),
+    "no derivative": (zero_one, ValueError, "losses have no derivative .*vanilla"),
+    "empty batch": (estimate(slr.Vanilla, X[:0], Y[:0]), ValueError, "no samples: the batch is empty"),
+    "empty batch, rates": (estimate(slr.Counterfactual, X[:0], Y[:0]), ValueError, "no samples: the batch is empty"),
+    "empty batch, sums": (estimate(slr.Approximate, X[:0], Y[:0]), ValueError, "no samples: the batch is empty"),
+    "few targets": (estimate(slr.Vanilla, X, Y[:3]), ValueError, r"lif1 \(Leaky\) .*shape \(5, 4\), .* 3 targets"),
+    "time first": (estimate(slr.Vanilla, X.transpose(0, 1)), ValueError, r"lif1 .* one time step with the batch first"),
+    "integers": (estimate(slr.Vanilla, X.long()), RuntimeError, "same dtype, but got Long and Float"),
+    "shared neuron": (one_neuron_for_two_layers, ValueError, "lif1 did not go on from .* a neuron for each layer.*van"),
+    "two sequences": (two_sequences, ValueError, "lif1 did not go on from .* one presentation .*vanilla"),
+    # noise
+    "σ = 0": (lambda _: slr.add_noise(plain(), 0), ValueError,
+        "sigma must be positive and finite, got 0; .*noise=False"),
+    "σ < 0": (lambda _: slr.MembraneNoise(-1.0), ValueError, "sigma must be positive and finite, got -1.0"),
+    "σ is text": (lambda _: slr.EscapeNoise("0.5"), TypeError,
+        "sigma must be a number or a tensor of numbers, got '0.5'"),
+    "σ is true": (lambda _: slr.add_noise(plain(), True), TypeError, "sigma must be a number .*, got True"),
+    "σ of another layer": (with_sigma((3,)), ValueError,
+        r"sigma of lif1 \(Leaky\) .*\(3,\), .* potential, \(\d+, 4\): give one"),
+    "σ of more dimensions": (with_sigma((1, 1, 4), slr.EscapeNoise), ValueError,
+        r"sigma of lif1 .*\(1, 1, 4\), which does"),
+    "no such neuron": (lambda _: slr.add_noise(plain(), only=["fc", 1]), ValueError, "is called fc, 1; there are 1"),
+    "kind": (lambda _: slr.add_noise(plain(), kind="poisson"), ValueError,
+        "kind of noise 'poisson'; choose .* membrane"),
+    "distribution": (lambda _: slr.EscapeNoise(distribution="laplace"), ValueError,
+        "'laplace'; choose .*gaussian, logis"),
+    "noise=0.5": (lambda _: slr.Leaky(beta=0.9, noise=0.5), ValueError,
+        "noise=0.5 is not a noise; use True.*MembraneNoise"),
+    # rollout
+    "any module": (lambda net: slr.rollout(net, X, 3), TypeError,
+        r"nn.Sequential, not Net: .*snntorch_lr.reset\(net\)"),
+    "steps": (lambda _: slr.rollout(plain(), X[:, 0], 2.5), ValueError,
+        "num_steps must be a positive integer, got 2.5"),
+    "no time": (lambda _: slr.rollout(plain(), X[:0]), ValueError,
+        r"shape \(0, 4, 3\) have no time step: .*num_steps="),
+    # gradient_report and input_gradient
+    "repeats": (lambda net: slr.gradient_report(net, net.loss, X, Y, repeats=1), ValueError,
+        "repeats must be at least 2"),
+    "names": (lambda net: slr.gradient_report(net, net.loss, X, Y, ["adam"]), ValueError,
+        "unknown estimator 'adam'; choose"),
+    "nothing to measure": (lambda net: slr.gradient_report(net, net.loss, X, Y, []), ValueError,
+        "no estimator to measure"),
+    "unused inputs": (lambda net: slr.input_gradient(net, lambda _, y: net.loss(X, y), X, Y), ValueError,
+        "not depend on the inp"),
+    "integer inputs": (lambda net: slr.input_gradient(net, net.loss, X.long(), Y), TypeError,
+        "inputs .*floating.*int64"),
+    "noise off": (lambda net: slr.input_gradient(net.eval(), net.loss, X, Y), ValueError,
+        r"noise of lif1, .*net.train\(\)"),
+    # evaluate
+    "ε < 0": (evaluate(epsilons=-0.1), ValueError, r"epsilons must be positive numbers .* got \[-0.1\]"),
+    "ε is text": (evaluate(epsilons="a"), ValueError, r"epsilons must be positive numbers .* got \['a'\]"),
+    "ε of bytes": (evaluate(epsilons=8), ValueError, "units of pixels in .*8 / 255; got 8"),
+    "pixels of bytes": (evaluate([(IMAGES * 255, LABELS)]), ValueError, r"images must be in \[0, 1\].*inside forward="),
+    "no images": (evaluate([]), ValueError, "the loader gives no images"),
+    "images without labels": (evaluate(IMAGES), TypeError, "loader must give pairs of images and labels"),
+    "one-hot": (evaluate([(IMAGES, torch.eye(3)[LABELS])]), ValueError,
+        r"integer labels \[n\] are needed, got .*\(6, 3\)"),
+    "no such class": (evaluate([(IMAGES, LABELS + 7)]), ValueError, "labels must be from 0 to 2"),
+    "attack": (evaluate(attacks=["PGD-X"]), ValueError, "unknown attack 'PGD-X'; there are"),
+    "norm": (evaluate(norm="l3"), ValueError, "unknown norm 'l3'; choose one of linf, l2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.filterwarnings("ignore")
+def test_bad_input_is_named_and_nothing_changes(kind: str) -> None:
+    call, error, message = BAD[kind]
+    net = Net()
+    with nothing_changes(net), pytest.raises(error) as caught:
+        call(net)
+    assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
+
+
+def test_input_that_looks_bad_has_its_result() -> None:
+    assert slr.rollout(plain(), X[:0, 0], 2).shape == (2, 0, 2)
+    assert slr.MembraneNoise([0.1, 0.2]).sigma.shape == (2,)
+    net = Net()
+    for estimator in ("vanilla", {"mine": "vanilla"}):
+        assert slr.gradient_report(net, net.loss, X, Y, estimator, copies=2, repeats=2, reference=2)
+    assert slr.Vanilla(net, torch.tensor(2), seed=torch.tensor(3)).backward(net.loss, X[:1], Y[:1]) > 0
+    assert len(slr.input_gradient(net, net.loss, X.double().float(), Y, copies=2)) == BATCH
