@@ -39,6 +39,9 @@ class Estimator(ABC):
         ValueError: if the network has no noisy neuron, or copies, baseline and antithetic do not go together.
     """
 
+    # Whether what one sample does to the loss of others is in the gradient.
+    _takes_batch_norm = False
+
     def __init__(
         self,
         net: nn.Module,
@@ -94,7 +97,8 @@ class Estimator(ABC):
             neurons = check_network(self.net)
             if not self._inspected:
                 check_parameters(self.net)
-            self._warned |= warn_about_batch_norm(self.net, self._warned)
+            if not self._takes_batch_norm:
+                self._warned |= warn_about_batch_norm(self.net, self._warned)
             loss = self._estimate(neurons, loss_fn, inputs, targets)
             self._inspected = True
             return loss
