@@ -47,6 +47,9 @@ class Estimator(ABC):
         ValueError: if the network has no noisy neuron, or copies, baseline and antithetic do not go together.
     """
 
+    # Whether what one sample does to the loss of others is in the gradient.
+    _takes_batch_norm = False
+
     def __init__(
         self,
         net: nn.Module,
@@ -105,7 +108,8 @@ class Estimator(ABC):
             neurons = check_network(self.net)
             if not self._inspected:
                 check_parameters(self.net)
-            self._warned |= warn_about_batch_norm(self.net, self._warned)
+            if not self._takes_batch_norm:
+                self._warned |= warn_about_batch_norm(self.net, self._warned)
             statistics = Statistics(self.net)
             for neuron in neurons.values():
                 neuron._estimating = True

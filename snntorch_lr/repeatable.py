@@ -42,4 +42,5 @@ class Statistics:
     def restore(self) -> None:
         """Puts back what was captured."""
         for buffer, value in self._saved:
-            buffer.copy_(value)
+            # A graph that was built meanwhile holds the buffer, but does not read it: not to be counted as a change.
+            buffer.data.copy_(value)

@@ -116,8 +116,8 @@ def warn_about_batch_norm(net: nn.Module, known: Set[str] = frozenset()) -> set[
     if names:
         warn(
             f"BatchNorm {', '.join(names)} is in training mode: after the first noisy neuron it couples samples and "
-            "copies, and the per-sample likelihood ratio is biased. Freeze its statistics "
-            f"(net.{names[0]}.eval()), or use GroupNorm or LayerNorm"
+            'copies, and the per-sample likelihood ratio is biased. Use estimator="counterfactual", which takes it, or '
+            "GroupNorm or LayerNorm"
         )
     return set(names)
 
