@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .division import Undivided
+from .division import Undivided, add, apart
 from .estimators import Estimator
 from .stream import mix
 
@@ -146,32 +146,23 @@ class _Ranks(Undivided):
 
     def run(self, parameters: Iterable[nn.Parameter], backward: Callable[[], Tensor]) -> Tensor:
         """Runs the part of this rank, and adds the gradients of all ranks into ``.grad``."""
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        before = [parameter.grad for parameter in trained]
-        for parameter in trained:
-            parameter.grad = None
         try:
-            loss = backward()
+            loss, own = apart(parameters, backward)
         except RankError:
             raise
         except Exception as error:
             self.meet(error=error)
             raise
-        finally:
-            own = [parameter.grad for parameter in trained]
-            for parameter, gradient in zip(trained, before, strict=True):
-                parameter.grad = gradient
-        facts = self.meet((self.samples, loss.item(), [gradient is not None for gradient in own]))
+        facts = self.meet((self.samples, loss.item(), [gradient is not None for gradient in own.values()]))
         total = sum(samples for samples, _, _ in facts)
         scale = self.samples / total if self.averages else 1.0
         reached = [any(flags) for flags in zip(*(flags for _, _, flags in facts), strict=True)]
         parts = {
             parameter: torch.zeros_like(parameter) if gradient is None else gradient * scale
-            for parameter, gradient, anywhere in zip(trained, own, reached, strict=True)
+            for (parameter, gradient), anywhere in zip(own.items(), reached, strict=True)
             if anywhere
         }
-        for parameter, gradient in self._sum(parts).items():
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        add(self._sum(parts))
         return torch.full_like(loss, sum(samples * value for samples, value, _ in facts) / total)
 
     def _sum(self, parts: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:

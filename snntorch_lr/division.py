@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
+
+
+def apart(
+    parameters: Iterable[nn.Parameter], backward: Callable[[], Tensor]
+) -> tuple[Tensor, dict[nn.Parameter, Tensor | None]]:
+    """What ``backward`` returns and leaves in ``.grad``, which is as it was afterwards, also after an error."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    before = [parameter.grad for parameter in trained]
+    for parameter in trained:
+        parameter.grad = None
+    try:
+        loss = backward()
+        return loss, {parameter: parameter.grad for parameter in trained}
+    finally:
+        for parameter, gradient in zip(trained, before, strict=True):
+            parameter.grad = gradient
+
+
+def add(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
+    """Adds into ``.grad``, as a backward pass does."""
+    for parameter, gradient in gradients.items():
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 class Undivided:
@@ -31,13 +54,17 @@ class Undivided:
         return values
 
     def run(self, parameters: Iterable[nn.Parameter], backward: Callable[[], Tensor]) -> Tensor:
-        """Runs the part of this process, and puts the gradients of all processes together.
+        """Runs the part of this process, and adds the gradients of all processes into ``.grad``.
+
+        An error leaves every ``.grad`` as it was.
 
         Args:
             parameters: whose gradients.
-            backward: adds this process's part of the gradient into ``.grad``, and returns its mean loss.
+            backward: leaves this process's part of the gradient in ``.grad``, and returns its mean loss.
 
         Returns:
             The mean loss of all processes.
         """
-        return backward()
+        loss, own = apart(parameters, backward)
+        add(own)
+        return loss

@@ -19,7 +19,15 @@ from .recording import Copies, Recording
 from .repeatable import RandomState, Statistics
 from .storing import Replaying, Storing
 from .stream import NoiseStream
-from .validate import NoiseFreeNeurons, check_losses, check_network, check_parameters, noisy, warn_about_batch_norm
+from .validate import (
+    NoiseFreeNeurons,
+    check_gradients,
+    check_losses,
+    check_network,
+    check_parameters,
+    noisy,
+    warn_about_batch_norm,
+)
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -87,7 +95,8 @@ class Estimator(ABC):
             Mean loss over samples and copies, detached.
 
         Raises:
-            ValueError: if the network or the losses would make the gradient wrong. ``.grad`` is untouched then.
+            ValueError: if the network or the losses would make the gradient wrong, or it is not finite. ``.grad`` of
+                the network's parameters is untouched then, as after any other error, and so are running statistics.
         """
 
         def own_part() -> Tensor:
@@ -95,10 +104,15 @@ class Estimator(ABC):
             if not self._inspected:
                 check_parameters(self.net)
             self._warned |= warn_about_batch_norm(self.net, self._warned)
+            statistics = Statistics(self.net)
             for neuron in neurons.values():
                 neuron._estimating = True
             try:
                 loss = self._estimate(neurons, loss_fn, inputs, targets)
+                check_gradients(self.net, inputs)
+            except BaseException:
+                statistics.restore()
+                raise
             finally:
                 for neuron in neurons.values():
                     del neuron._estimating

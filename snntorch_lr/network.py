@@ -52,10 +52,19 @@ def noisy_neurons(net: nn.Module) -> dict[str, NoisyNeuron]:
     }
 
 
-def parameters(net: nn.Module) -> list[nn.Parameter]:
+def named_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a network and of its neurons, each once, also of neurons in plain lists and dicts."""
-    modules = (net, *(neuron for _, neuron in spiking_neurons(net)))
-    return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
+    modules = [("", net), *((f"{name}.", neuron) for name, neuron in spiking_neurons(net) if name)]
+    names: dict[nn.Parameter, str] = {}
+    for at, module in modules:
+        for name, parameter in module.named_parameters():
+            names.setdefault(parameter, at + name)
+    return {name: parameter for parameter, name in names.items()}
+
+
+def parameters(net: nn.Module) -> list[nn.Parameter]:
+    """The same, without their names."""
+    return list(named_parameters(net).values())
 
 
 def not_finite(net: nn.Module) -> list[str]:
@@ -63,8 +72,8 @@ def not_finite(net: nn.Module) -> list[str]:
 
     A buffer may be infinite on purpose, as masks are.
     """
+    found = [name for name, parameter in named_parameters(net).items() if not parameter.isfinite().all()]
     modules = [("", net), *((f"{name}.", neuron) for name, neuron in spiking_neurons(net) if name)]
-    found = [at + name for at, module in modules for name, p in module.named_parameters() if not p.isfinite().all()]
     found += [at + name for at, module in modules for name, b in module.named_buffers() if b.isnan().any()]
     return list(dict.fromkeys(found))
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
 from .graph import ancestors
-from .network import noisy_neurons, spiking_neurons
+from .network import named_parameters, noisy_neurons, spiking_neurons
 from .noisy import NoisyNeuron
 from .warn import warn
 
@@ -72,6 +73,31 @@ def check_parameters(net: nn.Module) -> None:
     for name, parameter in net.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise ValueError(f"the parameter {name} has values that are not finite; load or initialise it again")
+
+
+def check_gradients(net: nn.Module, inputs: Any) -> None:
+    """Refuses gradients that are not finite: a membrane potential that is NaN never spikes, and losses stay finite.
+
+    Args:
+        net: the network; new gradients are in ``.grad``.
+        inputs: what they were computed from, to be named in the error.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    found = {name: p.grad for name, p in named_parameters(net).items() if p.requires_grad and p.grad is not None}
+    # Not the sum: that of half-precision numbers overflows. Of sparse gradients it is not known.
+    finite = {name: gradient.to_dense().isfinite().all() for name, gradient in found.items()}
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for each in finite.values():
+        by_device.setdefault(each.device, []).append(each)
+    if all(bool(torch.stack(each).all()) for each in by_device.values()):
+        return
+    bad = [name for name, each in finite.items() if not bool(each)]
+    tensors = [each for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)]
+    count, total = sum(int((~each.isfinite()).sum()) for each in tensors), sum(each.numel() for each in tensors)
+    cause = f". {count} of {total} numbers in the inputs are not finite" if count else ": lower the learning rate"
+    raise ValueError(f"the new gradient is not finite in {', '.join(bad)}; no .grad and no weight changed{cause}")
 
 
 def warn_about_batch_norm(net: nn.Module, known: Set[str] = frozenset()) -> set[str]:

@@ -1,0 +1,81 @@
+"""What went wrong in silence once: it is right now, or an error before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import snntorch_lr as slr
+from snntorch_lr.estimators import Estimator
+
+from .helpers import Net, data, nothing_changes
+
+ESTIMATORS: dict[str, Callable[..., Estimator]] = {
+    "store": lambda net, **options: slr.Vanilla(net, 8, **options),
+    "replay": lambda net, **options: slr.Vanilla(net, 8, memory="replay", **options),
+    "chunk": lambda net, **options: slr.Vanilla(net, 8, chunk=3, **options),
+    "approximate": lambda net, **options: slr.Approximate(net, 8, **options),
+    "rates": lambda net, **options: slr.Counterfactual(net, **options),
+    "exact": lambda net, **options: slr.Counterfactual(net, over_time="exact", **options),
+}
+every_estimator = pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
+
+
+@every_estimator
+@pytest.mark.parametrize("pixel", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("noise", ["membrane", "escape"])
+def test_a_pixel_that_is_not_finite_is_an_error_before_anything_changes(make: Any, pixel: float, noise: str) -> None:
+    net = Net(noise=noise)
+    estimator = make(net)
+    x, y = data()
+    estimator.backward(net.loss, x, y)
+    x[1, 2, 0] = pixel
+    with nothing_changes(net), pytest.raises(ValueError, match=r"in fc1\.weight.*\. 1 of 60 numbers"):
+        estimator.backward(net.loss, x, y)
+    net.zero_grad()
+    estimator.backward(net.loss, *data())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    if isinstance(estimator, slr.Counterfactual):
+        assert all(control.sums.isfinite().all() for control in estimator._controls.values())
+
+
+def test_running_statistics_are_put_back_after_a_gradient_that_is_not_finite() -> None:
+    net = Net()
+    net.fc1 = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    x, y = data()
+    x[0, 0, 0] = torch.nan
+    with pytest.warns(UserWarning, match="BatchNorm"), pytest.raises(ValueError, match="not finite"):
+        slr.Vanilla(net).backward(net.loss, x, y)
+    assert net.fc1[1].running_mean.isfinite().all()
+
+
+@pytest.mark.parametrize("make", [ESTIMATORS["replay"], ESTIMATORS["chunk"]])
+def test_an_error_in_the_middle_of_a_call_leaves_every_gradient(make: Any) -> None:
+    net, calls = Net(), 0
+
+    def fails_late(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        losses = net.loss(x, y)
+        calls += torch.is_grad_enabled()
+        if calls > 1 and torch.is_grad_enabled():
+            raise KeyError("late")
+        return losses
+
+    with nothing_changes(net), pytest.raises(KeyError, match="late"):
+        make(net).backward(fails_late, *data())
+
+
+def test_gradients_are_added_to_those_that_were_there_also_where_they_are_sparse() -> None:
+    net = Net()
+    net.fc1 = nn.EmbeddingBag(5, 4, sparse=True)
+    tokens, y = torch.arange(5 * 4 * 2).view(5, 4, 2) % 5, data()[1]
+    estimator = slr.Vanilla(net, seed=0)
+    estimator.backward(net.loss, tokens, y)
+    first = net.fc1.weight.grad.to_dense()
+    state = slr.Vanilla(net, seed=0)
+    state.backward(net.loss, tokens, y)
+    torch.testing.assert_close(net.fc1.weight.grad.to_dense(), 2 * first)
