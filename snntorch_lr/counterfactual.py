@@ -249,7 +249,8 @@ class CreditPass(RatePass):
 
     def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
         """The mean rate, as it was sampled; nothing of a neuron of which every time step is kept."""
-        return self.rate(neuron) if neuron in self._own else spikes
+        # A copy: a block may change it in place.
+        return self.rate(neuron).clone() if neuron in self._own else spikes
 
     def rate(self, neuron: NoisyNeuron) -> Tensor:
         """The mean rate of a neuron as a function of its mean current."""

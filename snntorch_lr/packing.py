@@ -46,6 +46,8 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
     """Context in which a graph saves spikes as bits, and everything else as it is.
 
     Spikes are recognised by identity: only tensors that were announced are packed, so that no value is looked at.
+    What was changed in place before it is saved is no longer spikes. What is changed after that, unless it was packed,
+    is an error in the backward pass: autograd leaves it to these hooks to look.
     """
 
     def __init__(self) -> None:
@@ -63,7 +65,7 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
                 or not saved.is_contiguous()
             ):
                 # Not the tensor itself: an operation that saves its own output would keep itself alive.
-                return saved.detach()
+                return saved.detach(), version(saved)
             if key not in packed:
                 packed[key] = pack(spikes)
             return packed[key], saved.shape, saved.dtype
@@ -86,4 +88,12 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
 
 
 def _restore(saved: Any) -> Tensor:
-    return saved if isinstance(saved, Tensor) else unpack(*saved)
+    if len(saved) == 3:
+        return unpack(*saved)
+    tensor: Tensor = saved[0]
+    if version(tensor) != saved[1]:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} that the gradient needs was changed in place after it had been "
+            "used: change a copy, or leave out inplace=True"
+        )
+    return tensor

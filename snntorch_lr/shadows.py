@@ -284,6 +284,8 @@ class Shadowed(Recording):
             self.nodes[emitted.grad_fn] = neuron
             if self.keeps_steps:
                 self.emitted.setdefault(neuron, []).append(emitted)
+                # A block may change in place what it is given.
+                emitted = emitted.clone()
         return emitted, dict(zip(neuron.state_names, given, strict=True)), link, chain
 
     def _sum(self, neuron: NoisyNeuron, drawn: Draw, spikes: Rows) -> None:

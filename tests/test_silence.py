@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import snntorch_lr as slr
 from snntorch_lr.estimators import Estimator
 
-from .helpers import Net, data, nothing_changes
+from .helpers import Net, assert_same, data, gradients, nothing_changes
 
 ESTIMATORS: dict[str, Callable[..., Estimator]] = {
     "store": lambda net, **options: slr.Vanilla(net, 8, **options),
@@ -57,7 +58,7 @@ def test_running_statistics_are_put_back_after_a_gradient_that_is_not_finite() -
 def test_an_error_in_the_middle_of_a_call_leaves_every_gradient(make: Any) -> None:
     net, calls = Net(), 0
 
-    def fails_late(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def fails_late(x: Tensor, y: Tensor) -> Tensor:
         nonlocal calls
         losses = net.loss(x, y)
         calls += torch.is_grad_enabled()
@@ -79,3 +80,70 @@ def test_gradients_are_added_to_those_that_were_there_also_where_they_are_sparse
     state = slr.Vanilla(net, seed=0)
     state.backward(net.loss, tokens, y)
     torch.testing.assert_close(net.fc1.weight.grad.to_dense(), 2 * first)
+
+
+def half_are_seven_tenths(spikes: Tensor) -> Tensor:
+    spikes[:, :2] = 0.7
+    return spikes
+
+
+IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "dropout": (lambda s: F.dropout(s, inplace=True), F.dropout),
+    "factor": (lambda s: s.mul_(0.5), lambda s: s * 0.5),
+    "slice": (half_are_seven_tenths, lambda s: half_are_seven_tenths(s.clone())),
+}
+
+
+def seeded_gradients(make: Any, change: Callable[[Tensor], Tensor], **options: Any) -> dict[str, Tensor]:
+    """Of two calls, with spikes that are changed before the next block."""
+    net = Net(**options)
+    net.fc2 = nn.Sequential(Changed(change), net.fc2)
+    net.readout = nn.Sequential(Changed(change), net.readout)
+    estimator = make(net, seed=0)
+    torch.manual_seed(0)
+    for _ in range(2):
+        estimator.backward(net.loss, *data())
+    return gradients(net)
+
+
+class Changed(nn.Module):
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.forward = change
+
+
+@every_estimator
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(("in_place", "copied"), IN_PLACE.values(), ids=IN_PLACE)
+def test_spikes_that_are_changed_in_place_give_the_gradient_of_a_changed_copy(
+    make: Any, in_place: Callable[[Tensor], Tensor], copied: Callable[[Tensor], Tensor], learned: bool
+) -> None:
+    found = [seeded_gradients(make, change, learn_beta=learned) for change in (in_place, copied)]
+    assert_same(*found, rtol=1e-5, atol=1e-7)
+
+
+@every_estimator
+@pytest.mark.parametrize(("in_place", "copied"), IN_PLACE.values(), ids=IN_PLACE)
+def test_escape_spikes_that_are_changed_in_place_are_right_or_an_error(
+    make: Any, in_place: Callable[[Tensor], Tensor], copied: Callable[[Tensor], Tensor]
+) -> None:
+    if not isinstance(make(Net()), slr.Counterfactual):
+        with pytest.raises(RuntimeError, match="changed in place"):
+            seeded_gradients(make, in_place, noise="escape")
+        return
+    found = [seeded_gradients(make, change, noise="escape") for change in (in_place, copied)]
+    assert_same(*found, rtol=1e-5, atol=1e-7)
+
+
+@every_estimator
+def test_what_a_block_changes_after_it_was_used_is_an_error_as_it_is_in_autograd(make: Any) -> None:
+    net = Net()
+
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = x.sigmoid()
+            return hidden * 1 + hidden.mul_(2)
+
+    net.readout = nn.Sequential(net.readout, Block())
+    with nothing_changes(net), pytest.raises(RuntimeError, match=r"in.?place"):
+        make(net).backward(net.loss, *data())
