@@ -20,7 +20,7 @@ from .network import parameters, spiking_neurons
 from .noisy import NoisyNeuron
 from .recording import Copies, Recording
 from .repeatable import RandomState, Statistics, trial
-from .storing import Replaying, Storing
+from .storing import Replaying, Storing, push
 from .stream import NoiseStream
 from .validate import (
     NoiseFreeNeurons,
@@ -204,7 +204,7 @@ class Estimator(ABC):
         if not leaves([losses, *recording.roots()]):
             raise ValueError(
                 f"there is nothing to learn: all parameters of {type(self.net).__name__} that loss_fn uses are frozen, "
-                "noise levels too; call requires_grad_() on those to train"
+                "noise levels too; call requires_grad_() on those to train, or on the inputs"
             )
         watch.check(recording.roots(), losses)
         firing.warn()
@@ -395,15 +395,3 @@ def explain(error: Exception, recording: Recording) -> None:
             "inputs that are used behind a noisy neuron in snntorch_lr.per_copy(x). If there are fewer rows: does "
             "loss_fn run the very network that the estimator was made for, or attach was called with?"
         )
-
-
-def push(losses: Tensor, count: int, recording: Storing) -> None:
-    """One backward pass from the losses and from everything that was filed."""
-    if isinstance(recording, Replaying):
-        recording.finish()
-    roots, gradients = list(recording.tokens), list(recording.tokens)
-    if losses.requires_grad:
-        roots.append(losses)
-        gradients.append(torch.full_like(losses, 1 / count))
-    if roots:
-        torch.autograd.backward(roots, gradients)

@@ -316,6 +316,18 @@ class Replaying(Storing):
             torch.autograd.backward(source, total, retain_graph=True)
 
 
+def push(losses: Tensor, count: int, recording: Storing) -> None:
+    """One backward pass from the losses and from everything that was filed."""
+    if isinstance(recording, Replaying):
+        recording.finish()
+    roots, gradients = list(recording.tokens), list(recording.tokens)
+    if losses.requires_grad:
+        roots.append(losses)
+        gradients.append(torch.full_like(losses, 1 / count))
+    if roots:
+        torch.autograd.backward(roots, gradients)
+
+
 def weighted(scores: Tensor, weights: Tensor) -> Tensor:
     """Scores times one weight per row."""
     return scores * weights.to(scores.dtype).view(-1, *[1] * (scores.dim() - 1))
