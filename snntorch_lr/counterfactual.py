@@ -18,7 +18,7 @@ from .noisy import NoisyNeuron
 from .pooling import SpikePooling
 from .rates import RatePass, RatesCaptured, check_calls
 from .recording import Copies
-from .repeatable import RandomState, Statistics
+from .repeatable import RandomState, Statistics, trial
 from .shadows import Shadowed
 from .stream import NoiseStream
 
@@ -55,7 +55,8 @@ class Counterfactual(Estimator):
             block, and memory that does not grow with the number of time steps, but for the graph of what comes after
             the last noisy layer. Spiking readouts, all-to-all recurrent layers, layers whose membrane potential the
             loss reads, and what comes after them, are computed in each time step all the same. ``"exact"`` computes
-            all layers in each time step.
+            all layers in each time step. ``"rates"`` may call ``loss_fn`` twice, and the second call ends early: that
+            both compute the same is not checked. Random numbers of torch, NumPy and Python are put back for it.
         control: λ of all layers; None to fit it.
         seed: of the noise; None takes it from torch's global generator.
 
@@ -164,16 +165,12 @@ class Counterfactual(Estimator):
 
     def _look_ahead(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> None:
         """A trial run of two copies with a whole graph: which neurons feed which, what the loss reads, and when."""
-        random, statistics = RandomState.capture(), Statistics(self.net)
         recording = self._recording(self._copies(neurons, NoiseStream(0, 2, 0, 2), batch_size(targets)))
         recording.keeps_steps = True
-        try:
+        with trial(self.net):
             with SpikePooling():
                 losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
             check_derivative(recording, losses)
-        finally:
-            statistics.restore()
-            random.restore()
         wiring = Wiring.of(recording, losses)
         timed = wiring.read | wiring.readouts | recording.given
         timed |= {each for each in wiring.feeding if each.recurrent_block is not None}
