@@ -232,9 +232,7 @@ def test_second_hook_is_refused_until_the_first_is_removed(other_net: bool) -> N
     with pytest.raises(ValueError, match=r"hook already; call remove\(\)"):
         slr.attach(optimizer, second, copies=COPIES)
     hook.remove()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        slr.attach(optimizer, second, copies=COPIES)
+    slr.attach(optimizer, net, copies=COPIES)
 
 
 def test_two_optimizers_may_train_one_network() -> None:
