@@ -33,7 +33,8 @@ class Approximate(Estimator):
 
     ``loss_fn`` is called twice; the second call ends with its first time step. Each noisy neuron must be called once
     in each time step, and what enters a deeper block besides spikes must be constant in time. LSTM cells are evaluated
-    at the means of all their states.
+    at the means of all their states. That both calls compute the same is not checked: the second has no losses. Draw
+    random numbers from the global generators of torch, NumPy or Python, which are put back.
 
     Args:
         net: the network; at least one neuron must have noise.

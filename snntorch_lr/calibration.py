@@ -75,7 +75,7 @@ def calibrate(
     net: nn.Module,
     sample: Any,
     forward: Callable[[Any], Any] | None = None,
-    sigma: float | Tensor = 0.5,
+    sigma: float | Tensor = 0.25,
     scale_weights: bool = False,
 ) -> Calibration:
     """Sets the noise level of each neuron by its membrane potentials on a batch; scales weights so that layers fire.

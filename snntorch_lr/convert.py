@@ -20,7 +20,7 @@ Net = TypeVar("Net", bound=nn.Module)
 
 def add_noise(
     net: Net,
-    sigma: float | Tensor = 0.5,
+    sigma: float | Tensor | None = None,
     learn: bool = True,
     only: Iterable[str] | None = None,
     kind: str = "membrane",
@@ -37,15 +37,15 @@ def add_noise(
 
     Args:
         net: any module; neurons are found at any depth, and in plain lists and dicts too.
-        sigma: initial noise level of every neuron, in units of the membrane potential; a float, or a tensor that
-            broadcasts against the membrane of every neuron.
+        sigma: initial noise level of every neuron, in units of the membrane potential, 0.5 by default; a float, or a
+            tensor that broadcasts against the membrane of every neuron. With ``sample``, see there.
         learn: whether the noise levels are parameters.
         only: names of the neurons to convert, as in ``net.named_modules()``; all by default.
         kind: ``"membrane"`` or ``"escape"``, see ``MembraneNoise`` and ``EscapeNoise``.
         distribution: of the noise, as these offer it.
         sample: a batch of inputs; with it the levels of all noisy neurons are set by what it does to the membrane
-            potentials, and ``sigma`` is in units of their standard deviation: see ``calibrate``, which also shows what
-            it did, and explains ``forward`` and ``scale_weights``.
+            potentials, and ``sigma`` is in units of their standard deviation, 0.25 by default: see ``calibrate``,
+            which also shows what it did, and explains ``forward`` and ``scale_weights``.
         forward: runs the network on the sample; ``net(sample)`` by default.
         scale_weights: also scale weights so that all layers fire; for fresh networks.
 
@@ -69,7 +69,7 @@ def add_noise(
     undo: list[Callable[[], None]] = []
     try:
         for name, neuron in todo.items():
-            noise = KINDS[kind](sigma, learn, distribution).train(neuron.training)
+            noise = KINDS[kind](0.5 if sigma is None else sigma, learn, distribution).train(neuron.training)
             undo.append(_undo(neuron))
             to_noisy(neuron, noise.to(_placement(neuron)), name)
     except BaseException:
@@ -77,7 +77,7 @@ def add_noise(
             step()
         raise
     if sample is not None:
-        calibrate(net, sample, forward, sigma, scale_weights)
+        calibrate(net, sample, forward, 0.25 if sigma is None else sigma, scale_weights)
     return net
 
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from .credit import Control, CreditSums, Rate
 from .estimators import Estimator, LossFn, batch_size, positive_integer
-from .graph import ancestors, nodes_behind
+from .graph import ancestors, nodes_behind, normalises
 from .network import parameters
 from .noisy import NoisyNeuron
 from .pooling import SpikePooling
 from .rates import RatePass, RatesCaptured, check_calls
 from .recording import Copies
-from .repeatable import RandomState, Statistics
+from .repeatable import RandomState, Statistics, trial
 from .shadows import Shadowed
 from .stream import NoiseStream
 
@@ -54,8 +54,10 @@ class Counterfactual(Estimator):
         over_time: ``"rates"`` keeps sums over time in place of trains: one evaluation and one backward pass of each
             block, and memory that does not grow with the number of time steps, but for the graph of what comes after
             the last noisy layer. Spiking readouts, all-to-all recurrent layers, layers whose membrane potential the
-            loss reads, and what comes after them, are computed in each time step all the same. ``"exact"`` computes
-            all layers in each time step.
+            loss reads or whose current is normalised (BatchNorm, LayerNorm), and what comes after them, are computed
+            in each time step all the same. ``"exact"`` computes all layers in each time step. ``"rates"`` may call
+            ``loss_fn`` twice, and the second call ends early: that both compute the same is not checked. Random numbers
+            of torch, NumPy and Python are put back for it.
         control: λ of all layers; None to fit it.
         seed: of the noise; None takes it from torch's global generator.
 
@@ -72,6 +74,8 @@ class Counterfactual(Estimator):
     are those of Titsias & Lázaro-Gredilla (2015); MuProp (Gu et al. 2016) has the first-order control variate. Shadows,
     their pairs and the fitted control of a spike train are ours.
     """
+
+    _takes_batch_norm = True
 
     def __init__(
         self,
@@ -164,18 +168,14 @@ class Counterfactual(Estimator):
 
     def _look_ahead(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> None:
         """A trial run of two copies with a whole graph: which neurons feed which, what the loss reads, and when."""
-        random, statistics = RandomState.capture(), Statistics(self.net)
         recording = self._recording(self._copies(neurons, NoiseStream(0, 2, 0, 2), batch_size(targets)))
         recording.keeps_steps = True
-        try:
+        with trial(self.net):
             with SpikePooling():
                 losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
             check_derivative(recording, losses)
-        finally:
-            statistics.restore()
-            random.restore()
         wiring = Wiring.of(recording, losses)
-        timed = wiring.read | wiring.readouts | recording.given
+        timed = wiring.read | wiring.readouts | wiring.normalised | recording.given
         timed |= {each for each in wiring.feeding if each.recurrent_block is not None}
         self._timed = [
             name for name, neuron in neurons.items() if neuron in timed or wiring.feeding.get(neuron, set()) & timed
@@ -276,11 +276,14 @@ class Wiring:
         feeding: for each neuron, those whose spikes enter its current, through others too.
         read: neurons whose membrane potential or synaptic current is read by the loss or another neuron.
         readouts: neurons whose spikes the loss reads with nothing learned in between, and which feed no other neuron.
+        normalised: neurons whose current is normalised between them and the neurons that feed them. The statistics of
+            mean rates say nothing of those of single time steps.
     """
 
     feeding: Mapping[NoisyNeuron, set[NoisyNeuron]]
     read: set[NoisyNeuron]
     readouts: set[NoisyNeuron]
+    normalised: set[NoisyNeuron]
 
     @classmethod
     def of(cls, recording: Shadowed, losses: Tensor) -> Wiring:
@@ -290,6 +293,11 @@ class Wiring:
             neuron: {nodes[node] for node in ancestors([token]) if node in nodes} - {neuron}
             for neuron, token in recording.tokens.items()
         }
+        normalised = set()
+        for neuron, token in recording.tokens.items():
+            others = {node for node, owner in nodes.items() if owner is not neuron}
+            if feeding[neuron] and any(map(normalises, nodes_behind([token.grad_fn], stop=others))):
+                normalised.add(neuron)
         read = {
             nodes[parent]
             for node in ancestors([losses])
@@ -300,7 +308,8 @@ class Wiring:
         behind_losses = list(nodes_behind([losses.grad_fn], stop=nodes))
         learned = any(hasattr(node, "variable") for node in behind_losses)
         last = {nodes[node] for node in behind_losses if node in nodes}
-        return cls(feeding, read, set() if learned else last - set().union(*feeding.values()))
+        readouts = set() if learned else last - set().union(*feeding.values())
+        return cls(feeding, read, readouts, normalised)
 
 
 def profiles_over_time(losses: Tensor, sequences: Sequence[Sequence[Tensor]], copies: int) -> list[list[float]]:

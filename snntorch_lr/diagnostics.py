@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from .convert import reset
 from .estimators import Estimator, LossFn, Vanilla, positive_integer
+from .first_call import Firing
 from .network import spiking_neurons
 from .optim import ESTIMATORS
 from .quality import SURROGATE, Cost, GradientQuality, GradientReport
 from .repeatable import RandomState
+from .validate import noisy
 from .warn import warn
 
 
@@ -78,7 +80,9 @@ def gradient_report(
     vanilla = Vanilla(net, copies)
     calls = _Calls(net, loss_fn, inputs, targets, seed)
     with _untouched(net), torch.enable_grad():
-        expected = calls.moments(vanilla, reference)
+        with Firing(noisy(net)) as firing:
+            expected = calls.moments(vanilla, reference)
+        zero = {name: calls.why_zero(name, firing) for name, each in expected.items() if not each.mean.any()}
         surrogate = calls.surrogate(reference)
         memory = {name: calls.peak_megabytes(estimator) for name, estimator in chosen.items()}
         samples = {name: _Samples(list(calls.parameters)) for name in chosen}
@@ -106,6 +110,7 @@ def gradient_report(
             for parameter in calls.parameters
         },
         cost=cost,
+        zero=zero,
         reference_cosine={name: moments.reliability for name, moments in expected.items()},
         copies=int(copies),
         repeats=int(repeats),
@@ -189,6 +194,12 @@ class _Calls:
         self.device = next((device for device in devices if device.type == "cuda"), devices[0])
         self._data = (loss_fn, inputs, targets)
         self._seeds = torch.Generator().manual_seed(seed)
+
+    def why_zero(self, name: str, firing: Firing) -> str:
+        """What may explain a gradient that is exactly zero in all calls."""
+        if self.parameters[name].grad is None:
+            return "the loss does not depend on it"
+        return ", ".join(firing.dead().values()) or "all copies had the same loss"
 
     def next_seed(self) -> int:
         return int(torch.randint(2**62, (), generator=self._seeds))

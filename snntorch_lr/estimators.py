@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,10 +14,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .baselines import BASELINES, Baseline
 from .division import Undivided
+from .first_call import Firing, Forced, check_rows_are_apart, settled
+from .graph import leaves
 from .network import parameters, spiking_neurons
 from .noisy import NoisyNeuron
 from .recording import Copies, Recording
-from .repeatable import RandomState, Statistics
+from .repeatable import RandomState, Statistics, trial
 from .storing import Replaying, Storing
 from .stream import NoiseStream
 from .validate import (
@@ -25,9 +28,11 @@ from .validate import (
     check_losses,
     check_network,
     check_parameters,
+    check_repeats,
     noisy,
     warn_about_batch_norm,
 )
+from .warn import warn
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -46,6 +51,9 @@ class Estimator(ABC):
     Raises:
         ValueError: if the network has no noisy neuron, or copies, baseline and antithetic do not go together.
     """
+
+    # Whether what one sample does to the loss of others is in the gradient.
+    _takes_batch_norm = False
 
     def __init__(
         self,
@@ -79,7 +87,7 @@ class Estimator(ABC):
         self._seeds = torch.Generator() if seed is not None else None
         if self._seeds is not None and seed is not None:
             self._seeds.manual_seed(operator.index(seed))
-        self._inspected = False
+        self._inspected = self._half = False
         self._warned: set[str] = set()
 
     def backward(self, loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
@@ -88,7 +96,9 @@ class Estimator(ABC):
         Args:
             loss_fn: forward pass and loss, called as ``loss_fn(inputs, targets)``; returns one loss per row of the
                 targets that it is given. It must start from fresh states (``reset(net)``, or ``reset_mem()``). It may
-                be called more than once, always with the same random numbers.
+                be called more than once, always with the same random numbers of torch, NumPy and Python; the first call
+                of all adds passes of two copies, which look for layers that never fire, and for losses of rows that
+                change with the spikes of other rows.
             inputs: passed on as they are.
             targets: tensor, or nested lists, tuples and dicts of tensors, batch first; passed on repeated for the
                 copies. None if there are none.
@@ -97,7 +107,8 @@ class Estimator(ABC):
             Mean loss over samples and copies, detached.
 
         Raises:
-            ValueError: if the network or the losses would make the gradient wrong, or it is not finite. ``.grad`` of
+            ValueError: if the network or the losses would make the gradient wrong, there is nothing to learn, loss_fn
+                does not run the network, losses of two passes differ, or the gradient is not finite. ``.grad`` of
                 the network's parameters is untouched then, as after any other error, and so are running statistics.
         """
 
@@ -105,13 +116,16 @@ class Estimator(ABC):
             neurons = check_network(self.net)
             if not self._inspected:
                 check_parameters(self.net)
-            self._warned |= warn_about_batch_norm(self.net, self._warned)
+            if not self._takes_batch_norm:
+                self._warned |= warn_about_batch_norm(self.net, self._warned)
+            if not self._inspected:
+                self._check_rows(neurons, loss_fn, inputs, targets)
             statistics = Statistics(self.net)
             for neuron in neurons.values():
                 neuron._estimating = True
             try:
                 loss = self._estimate(neurons, loss_fn, inputs, targets)
-                check_gradients(self.net, inputs)
+                check_gradients(self.net, inputs, self._half)
             except BaseException:
                 statistics.restore()
                 raise
@@ -169,6 +183,12 @@ class Estimator(ABC):
             except (RuntimeError, ValueError, IndexError) as error:
                 explain(error, recording)
                 raise
+        self._half |= recording.half
+        if not recording.ran:
+            raise ValueError(
+                f"loss_fn ran none of {', '.join(recording.neurons)}, the noisy neurons of {type(self.net).__name__}: "
+                "call in it the very network that the estimator was made for, and no copy"
+            )
         return check_losses(losses, recording.copies, recording.batch or 0, self.net)
 
     def _run_watched(
@@ -178,23 +198,40 @@ class Estimator(ABC):
         if self._inspected:
             with recording.spikes:
                 return self._run(recording, loss_fn, inputs, targets, grad=True)
-        watch = NoiseFreeNeurons(self.net, neurons)
-        with recording.spikes, watch:
+        watch, firing = NoiseFreeNeurons(self.net, neurons), Firing(neurons)
+        with recording.spikes, watch, firing:
             losses = self._run(recording, loss_fn, inputs, targets, grad=True)
+        if not leaves([losses, *recording.roots()]):
+            raise ValueError(
+                f"there is nothing to learn: all parameters of {type(self.net).__name__} that loss_fn uses are frozen, "
+                "noise levels too; call requires_grad_() on those to train"
+            )
         watch.check(recording.roots(), losses)
+        firing.warn()
         return losses
+
+    def _check_rows(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> None:
+        """Two passes of two copies without a graph: whether the losses of one depend on the other."""
+
+        def losses(fires: bool) -> Tensor | None:
+            recording = Forced(self._copies(neurons, NoiseStream(0, 2, 0, 2), batch_size(targets)), fires)
+            # Whatever is to be said about the forward pass is said by that of the call.
+            with warnings.catch_warnings(), trial(self.net), settled(self.net):
+                warnings.simplefilter("ignore")
+                try:
+                    return self._run(recording, loss_fn, inputs, targets, grad=False).view(2, -1)[0]
+                except Exception:
+                    return None
+
+        check_rows_are_apart(losses)
 
     def _inspect(
         self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any
     ) -> tuple[Tensor, Recording]:
         """A trial run of two copies, for estimators that never hold a whole graph: its losses, and its recording."""
-        random, statistics = RandomState.capture(), Statistics(self.net)
         recording = Storing(self._copies(neurons, NoiseStream(0, 2, 0, 2), batch_size(targets)))
-        try:
+        with trial(self.net):
             return self._run_watched(recording, loss_fn, inputs, targets, neurons), recording
-        finally:
-            statistics.restore()
-            random.restore()
 
     def _compare(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """The losses of all copies, ``[copies, batch]``, and weights of the scores of the copies that were run here.
@@ -204,6 +241,12 @@ class Estimator(ABC):
         """
         first, last = self.division.own_copies(self.copies)
         everyone = self.division.gather(losses.detach().view(last - first, -1))
+        if not self._inspected and len(everyone) > 1 and bool((everyone == everyone[0]).all()):
+            warn(
+                "all copies of a sample have the same loss in the first call: the noise decides nothing, and what is "
+                "before a noisy neuron learns nothing. Do its spikes reach the loss? Raise the noise level or the "
+                "scale of the weights, or take a loss that tells more"
+            )
         advantages = self.baseline(everyone, self.antithetic)
         if advantages.shape != everyone.shape or not bool(advantages.isfinite().all()):
             raise ValueError(
@@ -287,7 +330,7 @@ class Vanilla(Estimator):
         start, end = self.division.own_copies(self.copies)
         chunks = [(first, min(first + self.chunk, end)) for first in range(start, end, self.chunk)]
         before = RandomState.capture()
-        parts, batch = [], batch_size(targets)
+        parts, repeated, batch = [], [], batch_size(targets)
         statistics = None
         for first, last in chunks:
             before.restore()
@@ -311,7 +354,9 @@ class Vanilla(Estimator):
                     again.weights.given = share
                 with again.spikes:
                     losses = self._run(again, loss_fn, inputs, targets, grad=True)
+                repeated.append(losses.detach())
                 push(losses, everyone.numel(), again)
+            check_repeats(torch.cat([part.flatten() for part in parts]), torch.cat(repeated))
         finally:
             after.restore()
             if statistics is not None:

@@ -28,6 +28,11 @@ def nodes_behind(start: Iterable[Node | None], stop: Container[Node] = ()) -> It
             stack.extend(parent for parent, _ in node.next_functions)
 
 
+def normalises(node: Node) -> bool:
+    """Whether this is a normalisation by statistics of its own input; that of BatchNorm in evaluation mode is not."""
+    return "NormBackward" in node.name() and bool(getattr(node, "_saved_training", True))
+
+
 def leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The parameters (leaf tensors) that a backward pass from the tensors would reach."""
     found = [node.variable for node in ancestors(tensors) if hasattr(node, "variable")]

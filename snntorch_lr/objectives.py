@@ -1,7 +1,8 @@
 """Losses per sample, beside torch's own, that the likelihood ratio can minimise: it never differentiates a spike.
 
 ``loss_fn`` may return any of them. Backpropagation gets stuck on the first, whose gradient vanishes for samples that
-are confidently wrong, and gets no gradient at all from the second.
+are confidently wrong, and gets no gradient at all from the second. What is to be added to a loss, such as a limit of
+the spike rate, must be one number per row too, as ``rate_above`` is: terms over the whole batch are refused.
 """
 
 from __future__ import annotations
@@ -85,6 +86,63 @@ def vote(logits: Tensor, targets: Tensor, draws: int) -> Tensor:
     ballots = F.one_hot(logits.argmax(1), logits.shape[1]).view(-1, draws, logits.shape[1])
     elected = ballots.sum(1).argmax(1).repeat_interleave(draws)
     return (elected != targets).to(logits.dtype)
+
+
+def spike_rate(spikes: Tensor) -> Tensor:
+    """Mean over time and neurons, one number per row: for regularisers that couple no rows.
+
+    Args:
+        spikes: ``[time, rows, ...]``, as ``torch.stack`` of the spikes of all time steps.
+
+    Returns:
+        ``[rows]``.
+
+    Raises:
+        ValueError: if there is no dimension of neurons.
+
+    Example:
+        >>> spike_rate(torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[1.0, 1.0], [0.0, 1.0]]]))
+        tensor([0.7500, 0.2500])
+    """
+    if spikes.dim() < 3:
+        raise ValueError(
+            f"spikes must be [time, rows, neurons...], got shape {tuple(spikes.shape)}: torch.stack the steps"
+        )
+    return spikes.transpose(0, 1).flatten(1).mean(1)
+
+
+def rate_above(spikes: Tensor, limit: float) -> Tensor:
+    """By how much the rate of each row exceeds a limit, to be added to the losses of the rows.
+
+    Args:
+        spikes: ``[time, rows, ...]``.
+        limit: spikes per neuron and time step.
+
+    Returns:
+        At least 0, ``[rows]``.
+
+    Example:
+        >>> rate_above(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), 0.2)
+        tensor([0.3000, 0.0000])
+    """
+    return (spike_rate(spikes) - limit).clamp(min=0)
+
+
+def rate_below(spikes: Tensor, limit: float) -> Tensor:
+    """By how much the rate of each row falls short of a limit; the counterpart of ``rate_above``.
+
+    Args:
+        spikes: ``[time, rows, ...]``.
+        limit: spikes per neuron and time step.
+
+    Returns:
+        At least 0, ``[rows]``.
+
+    Example:
+        >>> rate_below(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), 0.2)
+        tensor([0.0000, 0.2000])
+    """
+    return (limit - spike_rate(spikes)).clamp(min=0)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

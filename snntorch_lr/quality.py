@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class GradientReport:
         reference: calls of the reference.
         seed: of the noise.
         device: where the network is.
+        zero: by name of each parameter whose gradient was exactly zero in all calls of the reference, the likely cause.
     """
 
     quality: dict[str, dict[str, GradientQuality]]
@@ -81,6 +82,7 @@ class GradientReport:
     reference: int
     seed: int
     device: str
+    zero: dict[str, str] = field(default_factory=dict)
 
     def table(self) -> str:
         """The figures as aligned plain text, with a key."""
@@ -106,7 +108,8 @@ class GradientReport:
             f"(vanilla), seed {self.seed}, {self.device}"
         )
         tables = (_aligned(_HEADER, rows, left=2), _aligned(("estimator", "ms/call", "peak MB"), costs, left=1))
-        return "\n\n".join((settings, *tables, _NOTE))
+        zero = "\n".join(f"{name}: the gradient is exactly zero, {why}" for name, why in self.zero.items())
+        return "\n\n".join((settings, *tables, *filter(None, [zero]), _NOTE))
 
     def __str__(self) -> str:
         return self.table()

@@ -101,6 +101,7 @@ class Recording:
 
     Attributes:
         fed_by_copies: neurons whose first input had been expanded before it came: spikes of other ones are in it.
+        half: whether any input was in float16.
         grad: whether the forward pass runs with gradients.
         step: a neuron's time step; compiled code leaves its graph there, which could not follow scores being filed.
     """
@@ -120,6 +121,7 @@ class Recording:
         self._started: set[NoisyNeuron] = set()
         self._received: dict[NoisyNeuron, Current] = {}
         self.fed_by_copies: set[NoisyNeuron] = set()
+        self.half = False
 
     def __enter__(self) -> Recording:
         self.grad = torch.is_grad_enabled()
@@ -167,6 +169,11 @@ class Recording:
         first = neuron not in self._started
         self._started.add(neuron)
         return first
+
+    @property
+    def ran(self) -> bool:
+        """Whether any neuron was called."""
+        return bool(self._started)
 
     def fits(self, x: Tensor) -> bool:
         """Whether the first dimension is the batch, or the copies of it."""
@@ -231,6 +238,7 @@ class Recording:
             self.fed_by_copies.add(neuron)
         if last is None or not last.still_is(x):
             self._received[neuron] = last = Current(x, self.expand(x, neuron))
+            self.half |= x.dtype == torch.float16
         return last.expanded
 
     def builds_graph(self, neuron: NoisyNeuron, mem: Tensor) -> bool:

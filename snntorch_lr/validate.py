@@ -75,12 +75,14 @@ def check_parameters(net: nn.Module) -> None:
             raise ValueError(f"the parameter {name} has values that are not finite; load or initialise it again")
 
 
-def check_gradients(net: nn.Module, inputs: Any) -> None:
+def check_gradients(net: nn.Module, inputs: Any, half: bool) -> None:
     """Refuses gradients that are not finite: a membrane potential that is NaN never spikes, and losses stay finite.
 
     Args:
         net: the network; new gradients are in ``.grad``.
         inputs: what they were computed from, to be named in the error.
+        half: whether float16 had a part in them; then they may overflow for finite inputs, and a GradScaler, which
+            has to see it, lowers its scale.
 
     Raises:
         ValueError: if there is one.
@@ -96,6 +98,8 @@ def check_gradients(net: nn.Module, inputs: Any) -> None:
     bad = [name for name, each in finite.items() if not bool(each)]
     tensors = [each for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)]
     count, total = sum(int((~each.isfinite()).sum()) for each in tensors), sum(each.numel() for each in tensors)
+    if half and not count:
+        return
     cause = f". {count} of {total} numbers in the inputs are not finite" if count else ": lower the learning rate"
     raise ValueError(f"the new gradient is not finite in {', '.join(bad)}; no .grad and no weight changed{cause}")
 
@@ -116,8 +120,8 @@ def warn_about_batch_norm(net: nn.Module, known: Set[str] = frozenset()) -> set[
     if names:
         warn(
             f"BatchNorm {', '.join(names)} is in training mode: after the first noisy neuron it couples samples and "
-            "copies, and the per-sample likelihood ratio is biased. Freeze its statistics "
-            f"(net.{names[0]}.eval()), or use GroupNorm or LayerNorm"
+            'copies, and the per-sample likelihood ratio is biased. Use estimator="counterfactual", which takes it, or '
+            "GroupNorm or LayerNorm"
         )
     return set(names)
 
@@ -171,6 +175,27 @@ def check_losses(losses: Any, copies: int, batch: int, net: nn.Module) -> Tensor
             "changed. Check the inputs, and lower the learning rate"
         )
     return checked
+
+
+def check_repeats(first: Tensor, second: Tensor) -> None:
+    """Refuses two passes with the same noise whose losses differ: scores of one would meet the losses of the other.
+
+    Args:
+        first: losses of the pass that looked for them.
+        second: losses of the pass that had a gradient.
+
+    Raises:
+        ValueError: if they differ by more than rounding, in more rows than rounding can make spike otherwise.
+    """
+    differ = (first - second).abs() > 1e-3 * first.abs().mean() + 1e-6
+    count = int(differ.sum())
+    if count > 0.05 * len(first):
+        raise ValueError(
+            f"two passes with the same noise differ in {count} of {len(first)} losses; no .grad and no weight changed. "
+            "loss_fn holds a state that a pass changes, or draws from a generator of its own, as "
+            "numpy.random.default_rng() is: give it the same state and random numbers in each pass, or use "
+            'memory="store" without chunk, which runs once'
+        )
 
 
 def _first_non_finite(net: nn.Module) -> str:
@@ -260,8 +285,20 @@ class NoiseFreeNeurons:
 
 
 def check_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Warns of noise levels that the optimizer does not update, because it was built before they existed."""
+    """Looks for what the optimizer does not update.
+
+    Warns of noise levels, which did not exist yet when it was built.
+
+    Raises:
+        ValueError: if it holds none of the parameters that the network has to learn.
+    """
     updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    learned = [parameter for parameter in named_parameters(net).values() if parameter.requires_grad]
+    if learned and not any(id(parameter) in updated for parameter in learned):
+        raise ValueError(
+            f"the optimizer holds none of the parameters of {type(net).__name__} that require a gradient: build it "
+            "from net.parameters() of this very network, and no copy"
+        )
     missing = [
         f"{name}.noise"
         for name, neuron in noisy_neurons(net).items()

@@ -88,3 +88,12 @@ def test_nothing_to_compare_with_is_an_error(
 
 def test_batch_mean_of_single_copies_is_enough() -> None:
     assert batch_mean(torch.tensor([[1.0, 3.0]])).tolist() == [[-2.0, 2.0]]
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_equal_losses_leave_no_dust_of_rounding(antithetic: bool) -> None:
+    losses = torch.rand(1, 50, generator=torch.Generator().manual_seed(0)).repeat(16, 1)
+    losses[0, 0] += 1
+    advantages = leave_one_out(losses, antithetic)
+    assert advantages[0, 0] != 0
+    assert not advantages[:, 1:].any()

@@ -117,6 +117,12 @@ def test_add_noise_with_a_sample_calibrates_and_without_does_not() -> None:
     assert levels(slr.add_noise(deep())) == pytest.approx([0.5] * 3)
 
 
+def test_the_default_level_is_a_quarter_of_the_spread_with_a_sample() -> None:
+    net = deep(threshold=0.2)
+    slr.add_noise(net, sample=data(), forward=over_time(net))
+    assert levels(net)[0] == pytest.approx(0.25 * slr.calibrate(net, data(), over_time(net)).layers[0].spread)
+
+
 def test_each_neuron_keeps_its_own_level_relative_to_the_spread() -> None:
     net = slr.add_noise(deep(threshold=0.2), torch.full((30,), 0.3), only=["1", "3"])
     net[5] = nn.Identity()

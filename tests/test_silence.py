@@ -147,3 +147,14 @@ def test_what_a_block_changes_after_it_was_used_is_an_error_as_it_is_in_autograd
     net.readout = nn.Sequential(net.readout, Block())
     with nothing_changes(net), pytest.raises(RuntimeError, match=r"in.?place"):
         make(net).backward(net.loss, *data())
+
+
+def test_what_overflows_in_float16_is_left_to_a_grad_scaler_unless_the_inputs_are_not_finite() -> None:
+    net = Net().half()
+    x, y = data(torch.float16)
+    estimator = slr.Vanilla(net)
+    estimator.backward(lambda x, y: net.loss(x, y).float() * 2.0**40, x, y)
+    assert not all(p.grad.isfinite().all() for p in net.parameters())
+    x[0, 0, 0] = torch.nan
+    with nothing_changes(net), pytest.raises(ValueError, match="1 of 60 numbers"):
+        estimator.backward(net.loss, x, y)

@@ -77,7 +77,7 @@ def finite_difference(
 
 
 def estimates(
-    estimator: slr.Vanilla, loss_fn: LossFn, inputs: Tensor, targets: Tensor, repeats: int = 48
+    estimator: slr.Vanilla | slr.Counterfactual, loss_fn: LossFn, inputs: Tensor, targets: Tensor, repeats: int = 48
 ) -> list[dict[str, Tensor]]:
     """Gradients of independent calls of an estimator, by parameter name."""
     results = []
