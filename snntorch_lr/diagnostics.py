@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .convert import reset
+from .counterfactual import Counterfactual
 from .estimators import Estimator, LossFn, Vanilla, positive_integer
 from .first_call import Firing
 from .network import spiking_neurons
@@ -111,6 +112,7 @@ def gradient_report(
         },
         cost=cost,
         zero=zero,
+        control={name: each.control for name, each in chosen.items() if isinstance(each, Counterfactual)},
         reference_cosine={name: moments.reliability for name, moments in expected.items()},
         copies=int(copies),
         repeats=int(repeats),

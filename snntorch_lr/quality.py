@@ -71,6 +71,7 @@ class GradientReport:
         reference: calls of the reference.
         seed: of the noise.
         device: where the network is.
+        control: λ at the end, by name of each ``Counterfactual``, then of the neuron.
         zero: by name of each parameter whose gradient was exactly zero in all calls of the reference, the likely cause.
     """
 
@@ -83,6 +84,7 @@ class GradientReport:
     seed: int
     device: str
     zero: dict[str, str] = field(default_factory=dict)
+    control: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def table(self) -> str:
         """The figures as aligned plain text, with a key."""
@@ -109,7 +111,11 @@ class GradientReport:
         )
         tables = (_aligned(_HEADER, rows, left=2), _aligned(("estimator", "ms/call", "peak MB"), costs, left=1))
         zero = "\n".join(f"{name}: the gradient is exactly zero, {why}" for name, why in self.zero.items())
-        return "\n\n".join((settings, *tables, *filter(None, [zero]), _NOTE))
+        fitted = "\n".join(
+            f"λ of {name}: {', '.join(f'{neuron} {value:.2f}' for neuron, value in values.items())}"
+            for name, values in self.control.items()
+        )
+        return "\n\n".join((settings, *tables, *filter(None, [zero, fitted]), _NOTE))
 
     def __str__(self) -> str:
         return self.table()

@@ -290,3 +290,12 @@ def test_a_network_whose_noise_is_off_is_refused() -> None:
 def test_a_network_without_trainable_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         report(Net().requires_grad_(False))
+
+
+def test_prints_the_fitted_control_of_counterfactual_credit() -> None:
+    net = Net(noise="escape")
+    report = slr.gradient_report(
+        net, net.loss, *data(), estimators=["counterfactual"], copies=2, repeats=2, reference=2
+    )
+    assert report.control["counterfactual"].keys() == {"lif1", "lif2"}
+    assert f"λ of counterfactual: lif1 {report.control['counterfactual']['lif1']:.2f}, lif2" in str(report)
