@@ -175,8 +175,7 @@ class Counterfactual(Estimator):
                 losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
             check_derivative(recording, losses)
         wiring = Wiring.of(recording, losses)
-        timed = wiring.read | wiring.readouts | wiring.normalised | recording.given
-        timed |= {each for each in wiring.feeding if each.recurrent_block is not None}
+        timed = wiring.read | wiring.readouts | wiring.normalised | wiring.recurrent | recording.given
         self._timed = [
             name for name, neuron in neurons.items() if neuron in timed or wiring.feeding.get(neuron, set()) & timed
         ]
@@ -276,6 +275,7 @@ class Wiring:
         feeding: for each neuron, those whose spikes enter its current, through others too.
         read: neurons whose membrane potential or synaptic current is read by the loss or another neuron.
         readouts: neurons whose spikes the loss reads with nothing learned in between, and which feed no other neuron.
+        recurrent: neurons whose own earlier spikes enter their current, through a block of theirs or of the user's.
         normalised: neurons whose current is normalised between them and the neurons that feed them. The statistics of
             mean rates say nothing of those of single time steps.
     """
@@ -283,6 +283,7 @@ class Wiring:
     feeding: Mapping[NoisyNeuron, set[NoisyNeuron]]
     read: set[NoisyNeuron]
     readouts: set[NoisyNeuron]
+    recurrent: set[NoisyNeuron]
     normalised: set[NoisyNeuron]
 
     @classmethod
@@ -292,6 +293,11 @@ class Wiring:
         feeding = {
             neuron: {nodes[node] for node in ancestors([token]) if node in nodes} - {neuron}
             for neuron, token in recording.tokens.items()
+        }
+        recurrent = {
+            neuron
+            for neuron, currents in recording.entered.items()
+            if neuron.recurrent_block is not None or any(nodes.get(node) is neuron for node in ancestors(currents[-1:]))
         }
         normalised = set()
         for neuron, token in recording.tokens.items():
@@ -309,7 +315,7 @@ class Wiring:
         learned = any(hasattr(node, "variable") for node in behind_losses)
         last = {nodes[node] for node in behind_losses if node in nodes}
         readouts = set() if learned else last - set().union(*feeding.values())
-        return cls(feeding, read, readouts, normalised)
+        return cls(feeding, read, readouts, recurrent, normalised)
 
 
 def profiles_over_time(losses: Tensor, sequences: Sequence[Sequence[Tensor]], copies: int) -> list[list[float]]:

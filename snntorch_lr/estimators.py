@@ -18,7 +18,7 @@ from .first_call import Firing, Forced, check_rows_are_apart, settled
 from .graph import leaves
 from .network import parameters, spiking_neurons
 from .noisy import NoisyNeuron
-from .recording import Copies, Recording
+from .recording import Copies, Recording, explain
 from .repeatable import RandomState, Statistics, trial
 from .storing import Replaying, Storing, push
 from .stream import NoiseStream
@@ -383,15 +383,3 @@ def batch_size(targets: Any) -> int | None:
     """Number of samples, from the first tensor among the targets; None if there is none."""
     sizes = [len(leaf) for leaf in tree_flatten(targets)[0] if isinstance(leaf, Tensor) and leaf.dim()]
     return sizes[0] if sizes else None
-
-
-def explain(error: Exception, recording: Recording) -> None:
-    """Adds to an error of ``loss_fn`` how many rows there are: most are about shapes. Python 3.10 has no notes."""
-    if hasattr(error, "add_note"):
-        error.add_note(
-            f"snntorch_lr runs loss_fn with {recording.copies} noise copies of {recording.batch} samples: from the "
-            f"first noisy neuron on, tensors have {recording.rows} rows, and so have the targets. If shapes do not go "
-            "together, write flatten(1) for view(batch_size, -1), begin accumulators with torch.zeros(()), and wrap "
-            "inputs that are used behind a noisy neuron in snntorch_lr.per_copy(x). If there are fewer rows: does "
-            "loss_fn run the very network that the estimator was made for, or attach was called with?"
-        )

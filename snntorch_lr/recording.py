@@ -311,3 +311,15 @@ class Recording:
         self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, limit: Tensor, spikes: Tensor
     ) -> None:
         """Keeps what the score of a sampled spike needs, and may overwrite z and its limit; nothing here."""
+
+
+def explain(error: Exception, recording: Recording) -> None:
+    """Adds to an error of ``loss_fn`` how many rows there are: most are about shapes. Python 3.10 has no notes."""
+    if hasattr(error, "add_note"):
+        error.add_note(
+            f"snntorch_lr runs loss_fn with {recording.copies} noise copies of {recording.batch} samples: from the "
+            f"first noisy neuron on, tensors have {recording.rows} rows, and so have the targets. If shapes do not go "
+            "together, write flatten(1) for view(batch_size, -1), begin accumulators with torch.zeros(()), and wrap "
+            "inputs that are used behind a noisy neuron in snntorch_lr.per_copy(x). If there are fewer rows: does "
+            "loss_fn run the very network that the estimator was made for, or attach was called with?"
+        )

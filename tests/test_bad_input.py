@@ -147,7 +147,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "nothing to measure": (lambda net: slr.gradient_report(net, net.loss, X, Y, []), ValueError,
         "no estimator to measure"),
     "unused inputs": (lambda net: slr.input_gradient(net, lambda _, y: net.loss(X, y), X, Y), ValueError,
-        "not depend on the inp"),
+        "nothing to learn|not depend on"),
     "integer inputs": (lambda net: slr.input_gradient(net, net.loss, X.long(), Y), TypeError,
         "inputs .*floating.*int64"),
     "noise off": (lambda net: slr.input_gradient(net.eval(), net.loss, X, Y), ValueError,

@@ -195,6 +195,22 @@ def test_rates_keep_the_time_steps_of_recurrent_layers_and_of_what_they_feed() -
     assert estimator.timed == ["3", "5"]
 
 
+def test_rates_keep_the_time_steps_of_feedback_that_is_written_by_hand() -> None:
+    net = Net(noise="escape")
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        slr.reset(net)
+        spikes, out = slr.per_copy(torch.zeros(len(x), 4)), torch.zeros(())
+        for t in range(x.shape[1]):
+            spikes = net.lif1(slr.per_copy(net.fc1(x[:, t])) + net.fc2(spikes))
+            out = out + net.readout(spikes)
+        return F.cross_entropy(out, y, reduction="none")
+
+    estimator = slr.Counterfactual(net, seed=0)
+    estimator.backward(loss, *data())
+    assert estimator.timed == ["lif1"]
+
+
 def test_rates_refuse_a_network_that_is_presented_twice_and_exact_takes_it() -> None:
     net = Net(noise="escape")
 

