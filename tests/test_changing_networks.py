@@ -18,7 +18,6 @@ FROZEN = {
     "sigma": ["lif1.noise.log_sigma", "lif2.noise.log_sigma"],
     BEFORE: ["fc1.weight", "fc1.bias", "lif1.noise.log_sigma"],
     "all but sigma": [f"{layer}.{kind}" for layer in ("fc1", "fc2") for kind in ("weight", "bias")],
-    "everything": [name for name, _ in Net().named_parameters()],
 }
 
 
