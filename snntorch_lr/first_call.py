@@ -30,23 +30,19 @@ class Firing:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Firing:
-        self._handles = [each.register_forward_hook(self._watch(name)) for name, each in self._neurons.items()]
+        self._handles = [each.register_forward_hook(_Look(self, name)) for name, each in self._neurons.items()]
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _watch(self, name: str) -> Callable[..., None]:
-        def look(neuron: NoisyNeuron, _: Any, output: Any) -> None:
-            if isinstance(neuron._recording, Forced):
-                return
-            fired = (output[0] if isinstance(output, tuple) else output).detach() != 0
-            most, least = fired.any(), fired.all()
-            self._most[name] = self._most[name] | most if name in self._most else most
-            self._least[name] = self._least[name] & least if name in self._least else least
-
-        return look
+    def look(self, name: str, spikes: Tensor) -> None:
+        """Adds the spikes of a step."""
+        fired = spikes.detach() != 0
+        most, least = fired.any(), fired.all()
+        self._most[name] = self._most[name] | most if name in self._most else most
+        self._least[name] = self._least[name] & least if name in self._least else least
 
     def dead(self) -> dict[str, str]:
         """What is wrong with the spikes of each layer that tells nothing by them."""
@@ -70,6 +66,21 @@ class Firing:
                 "learn nothing or by chance. Change the threshold, the noise level or the weights in front of it; "
                 "where only the membrane potential is read, nothing is wrong"
             )
+
+
+class _Look:
+    """Forward hook of a neuron; a copy or pickle of the neuron has one that looks at nothing."""
+
+    def __init__(self, firing: Firing | None = None, name: str = "") -> None:
+        self._firing = firing
+        self._name = name
+
+    def __call__(self, neuron: NoisyNeuron, _: Any, output: Any) -> None:
+        if self._firing is not None and not isinstance(neuron._recording, Forced):
+            self._firing.look(self._name, output[0] if isinstance(output, tuple) else output)
+
+    def __reduce__(self) -> tuple[type[_Look], tuple[()]]:
+        return _Look, ()
 
 
 class Forced(Recording):

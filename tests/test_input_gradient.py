@@ -54,15 +54,9 @@ def test_each_sample_has_the_gradient_of_its_own_loss(options: dict[str, Any]) -
 @pytest.mark.parametrize(("copies", "chunk"), [(6, 2), (5, 2), (3, 8)])
 def test_copies_in_chunks_are_averaged(copies: int, chunk: int) -> None:
     net, x, y = Net(), *data()
-    counts: list[int] = []
-
-    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
-        counts.append(len(y) // len(x))
-        return net.loss(x, y)
-
+    counts = [min(chunk, copies - done) for done in range(0, copies, chunk)]
     torch.manual_seed(0)
-    found = slr.input_gradient(net, loss_fn, x, y, copies, chunk, over_time="exact", control=0.5)
-    assert sum(counts) == copies
+    found = slr.input_gradient(net, net.loss, x, y, copies, chunk, over_time="exact", control=0.5)
     torch.manual_seed(0)
     parts = [slr.input_gradient(net, net.loss, x, y, count, count, over_time="exact", control=0.5) for count in counts]
     expected = sum(count * part for count, part in zip(counts, parts, strict=True)) / copies
@@ -86,6 +80,6 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 
 def test_losses_that_do_not_depend_on_the_inputs_are_refused_and_nothing_stays_frozen() -> None:
     net, (x, y) = Net(), data()
-    with nothing_changes(net), pytest.raises(ValueError, match="do not depend on the inputs"):
+    with nothing_changes(net), pytest.raises(ValueError, match=r"requires_grad_\(\) on .* the inputs"):
         slr.input_gradient(net, lambda _, targets: net.loss(x, targets), x, y)
     assert all(parameter.requires_grad for parameter in net.parameters())

@@ -168,7 +168,7 @@ def test_batch_norm_in_training_mode_is_warned_of() -> None:
         backward(net)
 
 
-@watching
+@pytest.mark.parametrize("estimator", ["vanilla", "approximate"])
 def test_warning_of_batch_norm_comes_before_any_change(estimator: str) -> None:
     net = Normalised(nn.BatchNorm1d(4))
     running = net.inner[0].running_mean.clone()
