@@ -54,6 +54,7 @@ def by_hand(net: TwoLayers, x: Tensor, y: Tensor, kind: str) -> dict[str, Tensor
 
     def keep(self: Any, neuron: Any, noise: Any, mean: Tensor, epsilon: Tensor, index: int) -> None:
         draws[names[noise]].append(noise.location_score(epsilon) / noise.sigma.detach())
+        original(self, neuron, noise, mean, epsilon, index)
 
     slr.storing.Storing.file_membrane = keep  # type: ignore[method-assign]
     handle = net.lif1.register_forward_hook(lambda *a: spikes.append(a[2].detach()))
@@ -70,7 +71,8 @@ def by_hand(net: TwoLayers, x: Tensor, y: Tensor, kind: str) -> dict[str, Tensor
     loss = losses[-1].detach().view(8, -1)
     weights = (slr.baselines.leave_one_out(loss) / loss.numel()).reshape(-1, 1)
     net.zero_grad()
-    rate = torch.stack(spikes).mean(0)
+    # The first call looks at other passes before.
+    rate = torch.stack(spikes[-STEPS:]).mean(0)
     (net.fc2(rate) * weights * sum(draws["lif2"])).sum().backward()
     current = torch.stack([net.fc1(x[:, t]) for t in range(STEPS)]).mean(0).repeat(8, 1)
     (current * weights * sum(draws["lif1"])).sum().backward()
