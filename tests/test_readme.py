@@ -8,6 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+import snntorch_lr as slr
 from snntorch_lr import network, reset
 
 from . import pages
@@ -47,14 +48,16 @@ def names() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_readme_begins_with_ten_lines_that_train_an_existing_model(names: dict[str, Any]) -> None:
-    first = BLOCKS[0]
-    assert len([line for line in first.code.splitlines() if line.strip()]) <= 10
-    net = names["net"]
-    pages.run(first, names)
-    assert set(network.noisy_neurons(net)) == {"lif1", "lif2"}
+def test_readme_begins_with_a_few_lines_that_train_as_they_stand(names: dict[str, Any]) -> None:
+    first, alone = BLOCKS[0], dict[str, Any]()
+    assert len([line for line in first.code.splitlines() if line.strip()]) <= 15
+    torch.manual_seed(0)
+    pages.run(first, alone)
+    net = alone["net"]
+    assert set(network.noisy_neurons(net)) == {"1"}
     net.eval()
-    assert (net(names["x"]).argmax(1) == names["y"]).float().mean() > 0.5
+    logits = slr.rollout(net, names["x"], num_steps=8).mean(0)
+    assert (logits.argmax(1) == names["y"]).float().mean() > 0.5
 
 
 def test_every_block_of_the_readme_runs(names: dict[str, Any]) -> None:
