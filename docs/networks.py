@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snntorch_lr as slr
+from snntorch_lr._messages import listed, markdown, versions
 from snntorch_lr.experiments import data
-from snntorch_lr.text import listed, markdown
-from snntorch_lr.versions import versions
 
 OUT = Path(__file__).parent / "results"
 # The default of ``calibrate``.

@@ -1,29 +1,18 @@
 """Noise in snnTorch neurons, likelihood-ratio training without backpropagation through time, robustness evaluation."""
 
-from .approximate import Approximate
 from .calibration import Calibration, calibrate
-from .convert import add_noise, noise_off, noise_on, remove_noise, reset
-from .counterfactual import Counterfactual
-from .defects import UNSUPPORTED
-from .diagnostics import gradient_report
-from .estimators import Vanilla
-from .export import export_to_nir
-from .input_gradient import input_gradient
-from .neurons import (
-    SLSTM,
-    Alpha,
-    Lapicque,
-    Leaky,
-    RLeaky,
-    RSynaptic,
-    SConv2dLSTM,
-    Synaptic,
-)
+from .convert import add_noise, export_to_nir, noise_off, noise_on, remove_noise
+from .diagnostics import GradientReport, gradient_report
+from .estimators.approximate import Approximate
+from .estimators.counterfactual import Counterfactual
+from .estimators.input_gradient import input_gradient
+from .estimators.recording import per_copy
+from .estimators.vanilla import Vanilla
+from .network import reset, rollout
+from .neurons import SLSTM, Alpha, Lapicque, Leaky, RLeaky, RSynaptic, SConv2dLSTM, Synaptic
 from .noise import EscapeNoise, MembraneNoise
+from .noisy_neuron import UNSUPPORTED
 from .optim import attach, closure
-from .quality import GradientReport
-from .recording import per_copy
-from .rollout import rollout
 
 __version__ = "0.2.0"
 

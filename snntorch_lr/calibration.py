@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._messages import markdown, warn
+from .left_as_found import Statistics
 from .network import reset_state, spiking_neurons
-from .noisy import NoisyNeuron
-from .repeatable import Statistics
-from .text import markdown
+from .noisy_neuron import NoisyNeuron
 from .validate import noisy
-from .warn import warn
 
 # A layer that resets does not answer to the scale of its weights in proportion: one division is not enough.
 _TRIES = 5

@@ -1,7 +1,8 @@
-"""Adds noise to an existing snnTorch network, takes it away, and switches it on and off."""
+"""Noise added to a network or removed from it, switched on and off, or left out of an export."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
@@ -9,11 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ._messages import warn
 from .calibration import calibrate
-from .network import noisy_neurons, reset_state, spiking_neurons
+from .network import noisy_neurons, reset, spiking_neurons
 from .neurons import to_noisy, to_plain
 from .noise import KINDS
-from .noisy import NoisyNeuron
+from .noisy_neuron import NoisyNeuron
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -93,16 +95,6 @@ def remove_noise(net: Net) -> Net:
     return net
 
 
-def reset(net: nn.Module) -> None:
-    """Zeroes the state of every snnTorch neuron of this network, nested or not, and of no other network.
-
-    Call it at the start of a forward pass, in place of ``snntorch.utils.reset``. States are also cut from the graph
-    of the last forward pass, so that the network can be deep-copied.
-    """
-    for _, neuron in spiking_neurons(net):
-        reset_state(neuron)
-
-
 def noise_off(net: nn.Module) -> AbstractContextManager[None]:
     """Context in which the network runs without noise, whatever its mode; the former state comes back afterwards."""
     return _switched(net, False, None)
@@ -142,3 +134,31 @@ def _placement(neuron: nn.Module) -> Tensor:
     """A tensor whose device and floating dtype the neuron's own parameters have."""
     floating = [value for value in (*neuron.parameters(), *neuron.buffers()) if value.is_floating_point()]
     return floating[0] if floating else torch.zeros(())
+
+
+def export_to_nir(net: nn.Module, sample_data: Tensor, **options: Any) -> Any:
+    """A network in the Neuromorphic Intermediate Representation, without its noise: NIR has no place for σ.
+
+    ``snntorch.export_nir.export_to_nir`` of a copy of the network after ``remove_noise``. snnTorch's function accepts a
+    noisy network too, but says nothing of the noise, and what the network computes is random.
+
+    Args:
+        net: the network; its states are reset, and nothing else is changed.
+        sample_data: an input, as its forward pass takes it.
+        **options: of snnTorch's function; with a batch dimension in the sample pass ``ignore_dims=[0]``.
+
+    Returns:
+        The ``nir.NIRGraph``.
+
+    Raises:
+        ImportError: if ``nir`` and ``nirtorch`` are not installed.
+    """
+    try:
+        from snntorch.export_nir import export_to_nir as export
+    except ImportError as error:
+        raise ImportError("NIR export needs more packages: pip install nir nirtorch") from error
+    noisy = noisy_neurons(net)
+    if noisy:
+        warn(f"NIR has no noise: the levels of {', '.join(noisy)} are left out of the export")
+    reset(net)
+    return export(remove_noise(copy.deepcopy(net)), sample_data, **options)

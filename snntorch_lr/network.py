@@ -1,14 +1,16 @@
-"""The neurons of a network, wherever it holds them."""
+"""Neurons of a network: found, reset, and run over time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import snntorch as snn
+import torch
 from torch import Tensor, nn
 
-from .defects import UNSUPPORTED
-from .noisy import NoisyNeuron
+from ._messages import positive_integer
+from .noisy_neuron import UNSUPPORTED, NoisyNeuron
 
 # snnTorch 0.9.4 lacks some of those that are not supported.
 _SPIKING_TYPES = (snn.SpikingNeuron, *(getattr(snn, name) for name in UNSUPPORTED if hasattr(snn, name)))
@@ -86,3 +88,73 @@ def reset_state(neuron: nn.Module) -> None:
     for attribute, value in vars(neuron).items():
         if isinstance(value, Tensor) and value.grad_fn is not None:
             vars(neuron)[attribute] = value.detach()
+
+
+def reset(net: nn.Module) -> None:
+    """Zeroes the state of every snnTorch neuron of this network, nested or not, and of no other network.
+
+    Call it at the start of a forward pass, in place of ``snntorch.utils.reset``. States are also cut from the graph
+    of the last forward pass, so that the network can be deep-copied.
+    """
+    for _, neuron in spiking_neurons(net):
+        reset_state(neuron)
+
+
+def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) -> Any:
+    """Runs a sequential network over time, from reset states.
+
+    With ``num_steps`` the inputs are the same in each time step (direct coding): all modules in front of the first
+    neuron are run once, and so is their backward pass.
+
+    Args:
+        net: modules in order; its neurons hold their states (``init_hidden=True``).
+        inputs: ``[batch, ...]`` with ``num_steps``, otherwise ``[time, batch, ...]``.
+        num_steps: time steps of a constant input.
+
+    Returns:
+        What the last module returned, over time, ``[time, batch, ...]``, or a tuple of such tensors (spikes and
+        membrane potentials, if the last neuron has ``output=True``).
+
+    Raises:
+        TypeError: if the network is no ``nn.Sequential``.
+        ValueError: if a neuron does not hold its state, a neuron in the middle returns it (``output=True``), or
+            there is no time step.
+    """
+    if not isinstance(net, nn.Sequential):
+        raise TypeError(
+            f"rollout runs an nn.Sequential, not {type(net).__name__}: write the loop over time yourself, after "
+            "snntorch_lr.reset(net)"
+        )
+    neurons = {neuron for _, neuron in spiking_neurons(net)}
+    _check(net)
+    steps = len(inputs) if num_steps is None else positive_integer("num_steps", num_steps)
+    if not steps:
+        raise ValueError(f"inputs of shape {tuple(inputs.shape)} have no time step: [time, batch, ...], or num_steps=")
+    reset(net)
+    modules = list(net)
+    start = 0
+    if num_steps is not None:
+        start = next((i for i, module in enumerate(modules) if neurons & set(module.modules())), len(modules))
+        for module in modules[:start]:
+            inputs = module(inputs)
+    record: list[Any] = []
+    for step in range(steps):
+        value = inputs if num_steps is not None else inputs[step]
+        for module in modules[start:]:
+            value = module(value)
+        record.append(value)
+    if isinstance(record[0], tuple):
+        return tuple(torch.stack(part) for part in zip(*record, strict=True))
+    return torch.stack(record)
+
+
+def _check(net: nn.Sequential) -> None:
+    last: nn.Module = net
+    while isinstance(last, nn.Sequential) and len(last):
+        last = last[-1]
+    for name, neuron in spiking_neurons(net):
+        where = f"{name} ({type(neuron).__name__})"
+        if not getattr(neuron, "init_hidden", True):
+            raise ValueError(f"{where} does not hold its state: make it with init_hidden=True")
+        if getattr(neuron, "output", False) and neuron is not last:
+            raise ValueError(f"{where} returns its state to the module after it: make it with output=False")

@@ -8,13 +8,18 @@ from typing import Any
 import snntorch as snn
 from torch import Tensor, nn
 
-from .defects import UNSUPPORTED, check_defects
 from .noise import Noise
-from .noisy import NoisyNeuron
+from .noisy_neuron import UNSUPPORTED, NoisyNeuron, check_defects
 
 
 class Leaky(NoisyNeuron, snn.Leaky):
     """``snntorch.Leaky`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
+
+    unit_gain_resets = ("subtract", "zero", "none")
+    # Not what a derived class or an older snnTorch puts in their place.
+    leaky_updates = tuple(
+        getattr(snn.Leaky, name) for name in ("_base_sub", "_base_zero", "_base_int") if hasattr(snn.Leaky, name)
+    )
 
 
 class Lapicque(NoisyNeuron, snn.Lapicque):
@@ -40,6 +45,8 @@ class Alpha(NoisyNeuron, snn.Alpha):
 class RLeaky(NoisyNeuron, snn.RLeaky):
     """``snntorch.RLeaky`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
 
+    unit_gain_resets = ("subtract", "none")
+
 
 class RSynaptic(NoisyNeuron, snn.RSynaptic):
     """``snntorch.RSynaptic`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
@@ -51,6 +58,7 @@ class SLSTM(NoisyNeuron, snn.SLSTM):
     """``snntorch.SLSTM`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
 
     state_names = ("syn", "mem")
+    is_elementwise = False
 
     def _state_shape(self, input_: Tensor) -> tuple[int, ...]:
         return (input_.shape[0], self.hidden_size)
@@ -60,6 +68,7 @@ class SConv2dLSTM(NoisyNeuron, snn.SConv2dLSTM):
     """``snntorch.SConv2dLSTM`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
 
     state_names = ("syn", "mem")
+    is_elementwise = False
 
     def _state_shape(self, input_: Tensor) -> tuple[int, ...]:
         return (input_.shape[0], self.out_channels, *input_.shape[2:])

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import uniform
-from .portable import Portable
+from . import noise_stream as uniform
+from .pickling import Portable
 
 
 @dataclass(frozen=True)

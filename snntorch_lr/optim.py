@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .approximate import Approximate
-from .counterfactual import Counterfactual
-from .estimators import Estimator, LossFn, Vanilla
+from .estimators import ESTIMATORS
+from .estimators.base import Estimator, LossFn
 from .graph import leaves
 from .validate import check_optimizer
-
-ESTIMATORS: dict[str, Callable[..., Estimator]] = {
-    "counterfactual": Counterfactual,
-    "vanilla": Vanilla,
-    "approximate": Approximate,
-}
-"""By name: what ``attach`` and the experiments call them."""
 
 
 class Closure:

@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
+from ._messages import warn
 from .graph import ancestors
 from .network import named_parameters, noisy_neurons, spiking_neurons
-from .noisy import NoisyNeuron
-from .warn import warn
+from .noisy_neuron import NoisyNeuron
 
 
 def noisy(net: nn.Module) -> dict[str, NoisyNeuron]:

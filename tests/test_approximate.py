@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
+from snntorch_lr.estimators.storing import StoringStep
 
 from .statistical.networks import NEURONS, RESETS, STEPS, TwoLayers, data
 from .test_memory import assert_same, gradients, with_noise
@@ -50,13 +51,13 @@ def by_hand(net: TwoLayers, x: Tensor, y: Tensor, kind: str) -> dict[str, Tensor
     draws: dict[str, list[Any]] = {"lif1": [], "lif2": []}
     spikes: list[Tensor] = []
     names = {net.lif1.noise: "lif1", net.lif2.noise: "lif2"}
-    original = slr.storing.Storing.file_membrane
+    original = StoringStep.file_membrane
 
-    def keep(self: Any, neuron: Any, noise: Any, mean: Tensor, epsilon: Tensor, index: int) -> None:
+    def keep(self: Any, noise: Any, mean: Tensor, epsilon: Tensor, index: int) -> None:
         draws[names[noise]].append(noise.location_score(epsilon) / noise.sigma.detach())
-        original(self, neuron, noise, mean, epsilon, index)
+        original(self, noise, mean, epsilon, index)
 
-    slr.storing.Storing.file_membrane = keep  # type: ignore[method-assign]
+    StoringStep.file_membrane = keep  # type: ignore[method-assign]
     handle = net.lif1.register_forward_hook(lambda *a: spikes.append(a[2].detach()))
     losses: list[Tensor] = []
 
@@ -66,7 +67,7 @@ def by_hand(net: TwoLayers, x: Tensor, y: Tensor, kind: str) -> dict[str, Tensor
 
     torch.manual_seed(3)
     slr.Vanilla(net, 8, seed=1).backward(loss_fn, x, y)
-    slr.storing.Storing.file_membrane = original  # type: ignore[method-assign]
+    StoringStep.file_membrane = original  # type: ignore[method-assign]
     handle.remove()
     loss = losses[-1].detach().view(8, -1)
     weights = (slr.baselines.leave_one_out(loss) / loss.numel()).reshape(-1, 1)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from snntorch_lr.defects import UNSUPPORTED
+from snntorch_lr.noisy_neuron import UNSUPPORTED
 
 from . import compatibility, pages
 

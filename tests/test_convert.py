@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.defects import UNSUPPORTED
 from snntorch_lr.network import spiking_neurons
+from snntorch_lr.noisy_neuron import UNSUPPORTED
 
 from .helpers import CLASSES, DEVICES, LEARNED, build, inputs_for, run
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snntorch_lr as slr
-from snntorch_lr.credit import Control
-from snntorch_lr.recording import Copies
-from snntorch_lr.shadows import Shadowed
-from snntorch_lr.stream import NoiseStream
+from snntorch_lr.estimators.credit import Control
+from snntorch_lr.estimators.recording import Copies
+from snntorch_lr.estimators.shadows import Shadowed
+from snntorch_lr.noise_stream import NoiseStream
 
 from .helpers import Net, assert_same, data, gradients, nothing_changes
 

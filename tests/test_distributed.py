@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.distributed import RankError, share
-from snntorch_lr.division import Undivided
+from snntorch_lr.distributed import RankError, Undivided, share
 from snntorch_lr.network import parameters
-from snntorch_lr.stream import mix
+from snntorch_lr.noise_stream import mix
 
 from .helpers import BATCH, Net, assert_same, data, gradients
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr import uniform
+from snntorch_lr import noise_stream as uniform
 
 from .helpers import CLASSES, Net, build, data, inputs_for
 

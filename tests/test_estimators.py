@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import snntorch_lr as slr
 from snntorch_lr.baselines import BASELINES
-from snntorch_lr.optim import ESTIMATORS
+from snntorch_lr.estimators import ESTIMATORS
 
 from .helpers import (
     BATCH,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import snntorch_lr as slr
 from snntorch_lr import objectives
-from snntorch_lr.repeatable import trial
+from snntorch_lr.left_as_found import trial
 
 from .helpers import Net, assert_same, data, gradients, nothing_changes
 from .test_silence import ESTIMATORS, every_estimator

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.counterfactual import OVER_TIME
+from snntorch_lr.estimators.counterfactual import OVER_TIME
 
 from .statistical.networks import NEURONS, RESETS, STEPS, TwoLayers, data
 

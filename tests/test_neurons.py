@@ -14,7 +14,7 @@ from snntorch import utils
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.defects import UNSUPPORTED
+from snntorch_lr.noisy_neuron import UNSUPPORTED
 
 from .helpers import (
     BATCH,

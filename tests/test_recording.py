@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.recording import Copies, Recording
-from snntorch_lr.storing import Storing
-from snntorch_lr.stream import NoiseStream
+from snntorch_lr.estimators.recording import Copies, Recording
+from snntorch_lr.estimators.storing import Storing
+from snntorch_lr.noise_stream import NoiseStream
 
 from .helpers import (
     BATCH,
@@ -314,7 +314,7 @@ def test_nothing_is_left_on_the_network_afterwards(fails: bool, estimator: str) 
     with pytest.raises(KeyError) if fails else nullcontext():
         MAKERS[estimator](net, COPIES).backward(loss_fn, *data())
     for module in net.modules():
-        assert "_recording" not in vars(module)
+        assert not {"sampler", "_step"} & vars(module).keys()
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
     net.zero_grad()

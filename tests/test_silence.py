@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snntorch_lr as slr
-from snntorch_lr.estimators import Estimator
+from snntorch_lr.estimators.base import Estimator
 
 from .helpers import Net, assert_same, data, gradients, nothing_changes
 

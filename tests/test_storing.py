@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.storing import Storing
+from snntorch_lr.estimators.storing import Storing, StoringStep
 
 from .helpers import RESETS, assert_same, gradients
 
@@ -138,7 +138,7 @@ def estimate(net: Net, **options: Any) -> dict[str, Tensor]:
 @pytest.fixture
 def with_graph(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Makes neurons build all graphs from now on."""
-    return lambda: monkeypatch.setattr(Storing, "builds_graph", lambda *_: True)
+    return lambda: monkeypatch.setattr(StoringStep, "sums_scores", False)
 
 
 @pytest.mark.parametrize("options", MODES, ids=str)
@@ -183,7 +183,7 @@ def test_a_constant_current_files_once(kind: str) -> None:
 
     net = Net(constant, kind, "subtract", beta=0.8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slr.Vanilla, "_storing", Counting)
+        patch.setattr(slr.Vanilla, "recording_type", Counting)
         estimate(net)
     # The first membrane score is filed before it is known that its current comes again.
     assert tokens == [2 if kind == "membrane" else 1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from snntorch_lr.stream import NoiseStream
+from snntorch_lr.noise_stream import NoiseStream
 
 COPIES = 6
 

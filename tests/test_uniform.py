@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from snntorch_lr import uniform
+from snntorch_lr import noise_stream as uniform
 
 COUNT = 300_000
 DTYPES = [torch.float32, torch.float64]

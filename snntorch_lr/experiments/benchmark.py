@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..versions import versions
+from .._messages import versions
 from . import data, files
 from .benchmark_report import to_markdown, write_figures
 from .measure import Progress, median_milliseconds, peak_megabytes, slope

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..text import listed, markdown
+from .._messages import listed, markdown
 from . import files
 
 _WHAT = {

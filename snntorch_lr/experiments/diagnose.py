@@ -10,34 +10,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._messages import listed, versions
 from ..convert import add_noise
-from ..counterfactual import Counterfactual
-from ..diagnostics import gradient_report
-from ..estimators import Estimator, Vanilla
+from ..diagnostics import GradientReport, gradient_report
+from ..estimators.base import Estimator
+from ..estimators.counterfactual import Counterfactual
+from ..estimators.storing import Storing, StoringStep
+from ..estimators.vanilla import Vanilla
 from ..network import noisy_neurons
 from ..noise import KINDS, EscapeNoise, MembraneNoise
-from ..noisy import NoisyNeuron
-from ..quality import GradientReport
-from ..storing import Storing
-from ..text import listed
-from ..versions import versions
 from . import data, files, models
 from .recipe import Recipe, load_trained, make_network
 from .reproduce import arguments, check_names, machine, run_name
 
 
-class _PlainScores(Storing):
+class _PlainStep(StoringStep):
     """Escape noise by the score of the noise that was drawn, and not of the spike alone."""
 
-    def builds_graph(self, neuron: NoisyNeuron, mem: Tensor) -> bool:
-        """The sums that replace a graph are made for the score of the spike."""
-        return True
+    # The sums that replace a graph are made for the score of the spike.
+    sums_scores = False
 
-    def fire(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor) -> Tensor:
-        """Samples spikes by noise on the margin, and files the score of that as of a membrane's."""
+    def fire(self, noise: EscapeNoise, margin: Tensor) -> Tensor:
+        """Spikes of noise on the margin, whose score is filed as that of a membrane potential."""
         same = MembraneNoise(distribution=noise.distribution)
         same.log_sigma = noise.log_sigma
-        return (self.draw(neuron, same, margin) > 0).to(margin.dtype)
+        return (self.sample(same, margin) > 0).to(margin.dtype)
+
+
+class _PlainScores(Storing):
+    step_type = _PlainStep
 
 
 class PlainScore(Vanilla):
@@ -46,7 +47,7 @@ class PlainScore(Vanilla):
     Unbiased too, and of a higher variance. For comparison only.
     """
 
-    _storing = _PlainScores
+    recording_type = _PlainScores
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..atomic import load, replacing, save
+from .._files import load, replacing, save
 
 # Windows has none.
 fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None

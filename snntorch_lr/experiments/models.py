@@ -6,7 +6,7 @@ import snntorch as snn
 import torch
 from torch import Tensor, nn
 
-from ..convert import reset
+from ..network import reset
 
 NAMES = ("mlp", "wide-mlp", "deep-mlp", "conv")
 """Spiking networks. There is also ``"ann"``, with rectified linear units, to transfer adversarial images from."""

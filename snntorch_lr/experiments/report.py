@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .._messages import listed, markdown
 from ..robustness import RobustnessReport
-from ..text import listed, markdown
 from . import files
 
 NOT_RUN = {"accuracy": float("nan"), "low": float("nan"), "high": float("nan")}

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._messages import versions
+from ..estimators import ESTIMATORS
 from ..noise import KINDS
-from ..optim import ESTIMATORS
 from ..robustness import RobustnessReport, evaluate, score, share_of, suite, verdict
 from ..robustness.measure import Progress as EvaluationProgress
 from ..robustness.measure import Row
-from ..versions import versions
 from . import data, files, models, report
 from .ranks import ALONE, Ranks
 from .recipe import METHODS, Recipe

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._messages import versions
 from ..robustness import CORRUPTIONS, RobustnessReport, score, share_of
 from ..robustness import evaluate as evaluate_networks
 from ..robustness.target import Target
-from ..versions import versions
 from . import data, files
 from .footprint import step_megabytes
 from .plans import GROUPS, REDUCED, SOURCES, Entry, Evaluation, plan

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ..text import listed, markdown
+from .._messages import listed, markdown
 from . import files, study_figures
 from . import study_tables as tables
 from .plans import REDUCED

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
+from .._messages import markdown
 from ..robustness import Gate
 from ..robustness.statistics import mcnemar
-from ..text import markdown
 from .fronts import Point, beside, difference, front
 
 Result = dict[str, Any]

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import share
-from ..estimators import Estimator
+from ..estimators import ESTIMATORS
+from ..estimators.base import Estimator
 from ..objectives import OBJECTIVES, vote
-from ..optim import ESTIMATORS, attach, closure
+from ..optim import attach, closure
 from ..robustness.attacks import gradient_attack, perturb
 from ..robustness.budget import Budget
 from ..robustness.descent import Descent

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..baselines import batch_mean, leave_one_out
-from ..convert import add_noise, reset
+from ..convert import add_noise
+from ..network import reset
 from ..optim import attach, closure
 
 FEATURES, CLASSES = 784, 10

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..atomic import load, save
+from .._files import load, save
 
 
 def fingerprint(*parts: Any) -> str:

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..convert import reset
-from ..network import noisy_neurons, not_finite
+from ..network import noisy_neurons, not_finite, reset
 from .attacks import Attack, suite
 from .cache import Cache
 from .corruptions import CORRUPTIONS

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .._messages import first_line
 from ..network import spiking_neurons
-from ..text import first_line
 from .descent import Descent
 from .probes import Probe
 from .scoring import logits_of, seeded

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert import noise_on, reset
-from ..input_gradient import input_gradient
-from ..network import noisy_neurons
+from ..convert import noise_on
+from ..estimators.input_gradient import input_gradient
+from ..network import noisy_neurons, reset
 from .descent import LOSSES
 from .surrogates import Surrogate
 from .target import Target

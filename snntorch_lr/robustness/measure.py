@@ -11,10 +11,9 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from .._messages import first_line, versions
 from ..network import noisy_neurons
-from ..stream import mix
-from ..text import first_line
-from ..versions import versions
+from ..noise_stream import mix
 from .attacks import SUITES, Attack, perturb
 from .budget import Budget
 from .cache import Cache, fingerprint

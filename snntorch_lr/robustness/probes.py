@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..stream import mix
+from ..noise_stream import mix
 from .budget import Budget
 from .descent import LOSSES, Descent
 from .scoring import ROWS, batch_size, device_of, pieces, score, seeded

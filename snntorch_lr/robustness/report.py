@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..text import listed, markdown
-from ..versions import versions
+from .._messages import listed, markdown, versions
 from . import figures
 from .attacks import Attack
 from .gates import Gate, mark, verdict

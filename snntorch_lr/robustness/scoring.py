@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..repeatable import RandomState
-from ..stream import mix
+from ..left_as_found import RandomState
+from ..noise_stream import mix
 from .target import Target
 
 ROWS = 4000

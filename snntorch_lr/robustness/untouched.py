@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from ..left_as_found import RandomState
 from ..network import parameters, spiking_neurons
-from ..repeatable import RandomState
 
 
 @contextmanager

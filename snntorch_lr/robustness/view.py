@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert import noise_off, noise_on, reset
+from ..convert import noise_off, noise_on
+from ..network import reset
 from .surrogates import Surrogate, make_surrogate
 
 Forward = Callable[[Any, Tensor], Tensor]

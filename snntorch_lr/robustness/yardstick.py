@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..convert import add_noise, reset
-from ..network import noisy_neurons
-from ..stream import mix
+from ..convert import add_noise
+from ..network import noisy_neurons, reset
+from ..noise_stream import mix
 from .descent import margin
 from .input_gradient import likelihood_ratio_input_gradient
 from .scoring import seeded

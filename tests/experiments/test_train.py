@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from snntorch_lr.estimators import ESTIMATORS
 from snntorch_lr.experiments import data, models
 from snntorch_lr.experiments.recipe import METHODS, Recipe, make_network
 from snntorch_lr.experiments.train import split, train, validation_accuracy
-from snntorch_lr.optim import ESTIMATORS
 
 CPU = torch.device("cpu")
 RECIPE = Recipe("likelihood ratio", "digits", "mlp", epochs=3, copies=2, seed=0, num_steps=8, batch_size=16)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
+from snntorch_lr.estimators.recording import Copies, Recording, Step
 from snntorch_lr.network import noisy_neurons
-from snntorch_lr.recording import Copies, Recording
-from snntorch_lr.stream import NoiseStream
+from snntorch_lr.noise_stream import NoiseStream
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
+class ForcedStep(Step):
+    """A time step whose rows fire as they are told."""
+
+    recording: Forced
+
+    def fire(self, noise: slr.EscapeNoise, margin: Tensor) -> Tensor:
+        return self.recording.told(noise, margin)
+
+
 class Forced(Recording):
     """A forward pass whose rows fire as they are told, with the probability of what they were told."""
+
+    step_type = ForcedStep
 
     def __init__(self, net: nn.Module, bits: Tensor) -> None:
         super().__init__(Copies(noisy_neurons(net), NoiseStream(0, 1, 0, 1), len(bits)))
@@ -25,7 +35,7 @@ class Forced(Recording):
         self.used = 0
         self.log_probability = torch.zeros(len(bits), dtype=torch.float64)
 
-    def fire(self, neuron: Any, noise: slr.EscapeNoise, margin: Tensor) -> Tensor:
+    def told(self, noise: slr.EscapeNoise, margin: Tensor) -> Tensor:
         count = margin[0].numel()
         spikes = self.bits[:, self.used : self.used + count].reshape(margin.shape)
         self.used += count

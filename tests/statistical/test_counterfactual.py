@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snntorch_lr as slr
-from snntorch_lr import credit, shadows
+from snntorch_lr.estimators import credit, shadows
 
 from .enumeration import exact_gradient
 from .objective import Measured, along, directions, estimates, finite_difference
@@ -215,7 +215,7 @@ def test_convolution_pooled_spikes_and_a_residual_branch_in_front_of_a_spiking_r
 def test_notices_pooled_spikes_whose_derivative_goes_to_one_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x, y = branches()
     expected = exact_gradient(net, net.losses, x, y, count=12)
-    monkeypatch.setattr("snntorch_lr.pooling._height", lambda x: 0.0)
+    monkeypatch.setattr("snntorch_lr.estimators.pooling._height", lambda x: 0.0)
     assert Estimate(net, net.losses, x, y, copies=4000, control=0.0).bias(expected)[0] > 0.04
 
 
@@ -306,13 +306,13 @@ def _no_score_of_the_shadow(patch: pytest.MonkeyPatch) -> None:
 
 
 def _shadow_with_the_same_noise(patch: pytest.MonkeyPatch) -> None:
-    original = shadows.Shadowed._noise
+    original = shadows.Shadowed.noise
 
     def noise(self: shadows.Shadowed, like: Tensor, noise: Any) -> Tensor:
         self._streams = self._streams[:1] * self.sets
         return original(self, like, noise)
 
-    patch.setattr(shadows.Shadowed, "_noise", noise)
+    patch.setattr(shadows.Shadowed, "noise", noise)
 
 
 def _shadow_from_the_currents_of_another_copy(patch: pytest.MonkeyPatch) -> None:
@@ -328,8 +328,8 @@ def _shadow_from_the_currents_of_another_copy(patch: pytest.MonkeyPatch) -> None
 
 
 def _no_trace_through_the_leak(patch: pytest.MonkeyPatch) -> None:
-    original = shadows.Shadowed._resume
-    patch.setattr(shadows.Shadowed, "_resume", lambda self, *args: original(self, *args).detach())
+    original = shadows.ShadowedStep._resume
+    patch.setattr(shadows.ShadowedStep, "_resume", lambda self, *args: original(self, *args).detach())
 
 
 def _no_last_term(patch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 import snntorch_lr as slr
-from snntorch_lr.stream import NoiseStream
+from snntorch_lr.noise_stream import NoiseStream
 
 BETA, SIGMA, STEPS, COPIES, BATCH = 0.8, 0.5, 5, 6, 4
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr import baselines, estimators, neurons, recording, storing
+from snntorch_lr import baselines, neurons
+from snntorch_lr.estimators import recording, storing, vanilla
 
 from .networks import HIDDEN, NEURONS, RESETS, STEPS, TwoLayers, data, groups
 from .objective import Measured, along, directions, estimates, finite_difference
@@ -168,25 +169,23 @@ def _halve_location_score(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(slr.MembraneNoise, "location_score", lambda self, epsilon: epsilon / 2)
 
 
-def _replace_noise(patch: pytest.MonkeyPatch, recorded: Callable[[Any, recording.Recording, Tensor], Tensor]) -> None:
+def _replace_noise(patch: pytest.MonkeyPatch, recorded: Callable[[Any, recording.Step, Tensor], Tensor]) -> None:
     def add_noise(self: Any, mean: Tensor) -> Tensor:
-        if self._recording is None:
+        if self._step is None:
             return mean + self.noise.sigma * self.noise.sample(mean)
-        return recorded(self, self._recording, mean)
+        return recorded(self, self._step, mean)
 
     patch.setattr(neurons.NoisyNeuron, "_add_noise", add_noise)
 
 
 def _sample_membrane_instead_of_margin(patch: pytest.MonkeyPatch) -> None:
-    _replace_noise(patch, lambda neuron, record, mean: record.draw(neuron, neuron.noise, mean))
+    _replace_noise(patch, lambda neuron, step, mean: step.sample(neuron.noise, mean))
 
 
 def _forget_threshold_in_carried_membrane(patch: pytest.MonkeyPatch) -> None:
     _replace_noise(
         patch,
-        lambda neuron, record, mean: (
-            record.draw(neuron, neuron.noise, mean - neuron.threshold) + neuron.threshold.detach()
-        ),
+        lambda neuron, step, mean: step.sample(neuron.noise, mean - neuron.threshold) + neuron.threshold.detach(),
     )
 
 
@@ -216,17 +215,17 @@ def _drop_recurrence(patch: pytest.MonkeyPatch) -> None:
 
 
 def _drop_pathwise(patch: pytest.MonkeyPatch) -> None:
-    original = estimators.push
-    patch.setattr(estimators, "push", lambda losses, count, record: original(losses.detach(), count, record))
+    original = vanilla.push
+    patch.setattr(vanilla, "push", lambda losses, count, record: original(losses.detach(), count, record))
 
 
 def _keep_graph_of_samples(patch: pytest.MonkeyPatch) -> None:
-    original = recording.Recording.draw
+    original = storing.StoringStep.sample
 
-    def draw(self: recording.Recording, neuron: Any, noise: slr.MembraneNoise, mean: Tensor) -> Tensor:
-        return original(self, neuron, noise, mean) + (mean - mean.detach())
+    def sample(self: storing.StoringStep, noise: slr.MembraneNoise, mean: Tensor) -> Tensor:
+        return original(self, noise, mean) + (mean - mean.detach())
 
-    patch.setattr(recording.Recording, "draw", draw)
+    patch.setattr(storing.StoringStep, "sample", sample)
 
 
 def _pair_unaware_baseline(patch: pytest.MonkeyPatch) -> None:
@@ -238,13 +237,13 @@ def _drop_minus_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def _drop_first_step(patch: pytest.MonkeyPatch) -> None:
-    original = storing.Storing.file_membrane
+    original = storing.StoringStep.file_membrane
 
-    def file_membrane(self: Any, neuron: Any, noise: Any, mean: Tensor, epsilon: Tensor, index: int) -> None:
+    def file_membrane(self: Any, noise: Any, mean: Tensor, epsilon: Tensor, index: int) -> None:
         if index > 2:  # two layers
-            original(self, neuron, noise, mean, epsilon, index)
+            original(self, noise, mean, epsilon, index)
 
-    patch.setattr(storing.Storing, "file_membrane", file_membrane)
+    patch.setattr(storing.StoringStep, "file_membrane", file_membrane)
 
 
 MUTANTS = [
@@ -305,20 +304,20 @@ def test_notices_a_dropped_term(
 
 
 def _detach_membrane(patch: pytest.MonkeyPatch) -> None:
-    original = recording.Recording.fire
+    original = storing.StoringStep.fire
 
-    def fire(self: recording.Recording, neuron: Any, noise: Any, margin: Tensor) -> Tensor:
-        neuron.mem = neuron.mem.detach()
-        return original(self, neuron, noise, margin)
+    def fire(self: storing.StoringStep, noise: Any, margin: Tensor) -> Tensor:
+        self.neuron.mem = self.neuron.mem.detach()
+        return original(self, noise, margin)
 
-    patch.setattr(recording.Recording, "fire", fire)
+    patch.setattr(storing.StoringStep, "fire", fire)
 
 
 def _rethreshold(patch: pytest.MonkeyPatch) -> None:
     original = neurons.NoisyNeuron.mem_reset
 
     def mem_reset(self: Any, mem: Tensor) -> Tensor:
-        if self._recording is None:
+        if self._step is None:
             return original(self, mem)
         return (mem > self.threshold).to(mem.dtype).detach()
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .graph import version
-from .noise import EscapeNoise, MembraneNoise
-from .noisy import NoisyNeuron
-from .recording import Copies, Recording
+from ..graph import version
+from ..noise import EscapeNoise, MembraneNoise
+from ..noisy_neuron import NoisyNeuron
+from .recording import Copies, Current, Recording, Step
 from .storing import sigma_gradient, weighted
 
 
@@ -139,53 +140,89 @@ def _after_reset(neuron: NoisyNeuron, spikes: Tensor, name: str | None, mem: Ten
     return mem
 
 
+class SummingStep(Step):
+    """A time step of which sums remain; derivatives are taken forwards."""
+
+    recording: Summing
+    builds_graph = False
+
+    def __init__(self, recording: Summing, neuron: NoisyNeuron, current: Current) -> None:
+        super().__init__(recording, neuron, current)
+        self.sums = recording.sums.setdefault(neuron, Sums(internal=neuron in recording.internal))
+        self.sums.receive(current.raw)
+        self.input = current.expanded.detach()
+
+    def update(self, input_: Tensor) -> Any:
+        """The next states, and their derivatives."""
+        self.sums.begin_step(self.neuron, input_)
+        return super().update(input_)
+
+    def sample(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
+        """A noisy membrane potential, whose score is added."""
+        sampled, epsilon, _ = self.draw(noise, mean)
+        self.sums.file(noise, epsilon, noise.location_score(epsilon))
+        return sampled
+
+    def fire(self, noise: EscapeNoise, margin: Tensor) -> Tensor:
+        """Spikes of escape noise, whose score is added."""
+        spikes, z, limit = self.draw_spikes(noise, margin)
+        self.sums.file(noise, z, noise.location_score(z, spikes, limit))
+        return spikes
+
+    def emit(self, spikes: Tensor) -> Tensor:
+        """The spikes for the next layer, which are added."""
+        self.sums.spikes = add(self.sums.spikes, spikes)
+        return spikes
+
+    def end(self, output: Any) -> Any:
+        """The return value; carries the derivatives of the states on, as the sample and the reset leave them."""
+        self.sums.end_step(self.neuron, output[0] if isinstance(output, tuple) else output)
+        return output
+
+
 class Summing(Recording):
-    """Samples, and adds up what the rate-factorised score needs; nothing of a time step remains."""
+    """Samples, and adds up what the rate-factorised score needs; nothing of a time step remains.
+
+    Args:
+        copies: who samples, and what.
+        internal: neurons that spikes of other noisy neurons feed; the graphs of other inputs are averaged.
+    """
+
+    step_type = SummingStep
 
     def __init__(self, copies: Copies, internal: Collection[NoisyNeuron] = ()) -> None:
         super().__init__(copies)
         self.sums: dict[NoisyNeuron, Sums] = {}
-        self._internal = internal
-
-    def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
-        """The input without its graph; the graphs of inputs from outside the noisy layers are averaged."""
-        expanded = super().receive(neuron, x)
-        self.sums.setdefault(neuron, Sums(internal=neuron in self._internal)).receive(x)
-        return expanded.detach()
-
-    def builds_graph(self, neuron: NoisyNeuron, mem: Tensor) -> bool:
-        """Derivatives are taken forwards."""
-        return False
-
-    def begin_step(self, neuron: NoisyNeuron, input_: Tensor) -> None:
-        """Derives the next states, before the neuron updates them."""
-        self.sums[neuron].begin_step(neuron, input_)
-
-    def file_membrane(
-        self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int
-    ) -> None:
-        """Adds the scores of a noisy membrane."""
-        self.sums[neuron].file(noise, epsilon, noise.location_score(epsilon))
-
-    def file_escape(
-        self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, limit: Tensor, spikes: Tensor
-    ) -> None:
-        """Adds the scores of a sampled spike."""
-        self.sums[neuron].file(noise, z, noise.location_score(z, spikes, limit))
-
-    def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
-        """Adds the spikes."""
-        sums = self.sums[neuron]
-        sums.spikes = add(sums.spikes, spikes)
-        return spikes
-
-    def end_step(self, neuron: NoisyNeuron, spikes: Tensor) -> None:
-        """Carries the derivatives of the states on, as the sample and the reset leave them."""
-        self.sums[neuron].end_step(neuron, spikes)
+        self.internal = internal
 
 
 class RatesCaptured(BaseException):
     """Every block was evaluated: the rest of the forward pass is not needed. Never leaves the estimator."""
+
+
+class RateStep(Step):
+    """A neuron's place in a pass of mean rates: no noise and no spikes, and what it computes is not used."""
+
+    recording: RatePass
+    builds_graph = False
+
+    def __init__(self, recording: RatePass, neuron: NoisyNeuron, current: Current) -> None:
+        super().__init__(recording, neuron, current)
+        recording.capture(neuron, current.expanded)
+        self.input = current.expanded.detach()
+
+    def sample(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
+        """The mean."""
+        return mean
+
+    def fire(self, noise: EscapeNoise, margin: Tensor) -> Tensor:
+        """No spikes."""
+        return torch.zeros_like(margin)
+
+    def emit(self, spikes: Tensor) -> Tensor:
+        """The mean rate of the neuron, as it was sampled."""
+        with torch.set_grad_enabled(self.recording.grad):
+            return self.recording.rate(self.neuron, spikes)
 
 
 class RatePass(Recording):
@@ -196,36 +233,28 @@ class RatePass(Recording):
         missing: neurons whose current is still to come.
     """
 
+    step_type = RateStep
+
     def __init__(self, copies: Copies, sums: Mapping[NoisyNeuron, Sums]) -> None:
         super().__init__(copies)
         self.sums = sums
         self.currents: dict[NoisyNeuron, Tensor] = {}
         self.missing = {neuron for neuron in sums if sums[neuron].internal}
 
-    def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
-        """Captures the current of the first time step; ends the pass when every one is there."""
-        expanded = super().receive(neuron, x)
+    def capture(self, neuron: NoisyNeuron, current: Tensor) -> None:
+        """Captures the current of the first time step.
+
+        Raises:
+            RatesCaptured: when every one is there.
+        """
         if neuron in self.missing:
-            self.currents[neuron] = expanded
+            self.currents[neuron] = current
             self.missing.discard(neuron)
             if not self.missing:
                 raise RatesCaptured
-        return expanded.detach()
 
-    def builds_graph(self, neuron: NoisyNeuron, mem: Tensor) -> bool:
-        """What the neuron computes is not used."""
-        return False
-
-    def draw(self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor) -> Tensor:
-        """No noise: what the neuron does here is not used."""
-        return mean
-
-    def fire(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor) -> Tensor:
-        """No spikes: what the neuron does here is not used."""
-        return torch.zeros_like(margin)
-
-    def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
-        """The mean rate of the neuron, as it was sampled."""
+    def rate(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
+        """The mean rate of a neuron in place of its spikes."""
         sums = self.sums[neuron]
         return spikes if sums.spikes is None else sums.spikes / sums.steps
 

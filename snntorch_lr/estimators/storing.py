@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graph import version
-from .noise import EscapeNoise, MembraneNoise, Noise
-from .noisy import NoisyNeuron
-from .packing import pack, unpack
-from .recording import Copies, Current, Recording
+from ..graph import version
+from ..noise import EscapeNoise, MembraneNoise, Noise
+from ..noisy_neuron import NoisyNeuron
+from .recording import Copies, Current, Recording, Step
+from .spike_bits import pack, unpack
 
 Scores = Callable[[], tuple[Tensor, Tensor]]
 """Scores of the mean (times σ) and of log σ, ``[copies * batch, ...]`` each."""
@@ -80,80 +80,56 @@ class Stretch:
         return self.score, self.scale
 
 
-class Storing(Recording):
-    """A forward pass that keeps what its scores need until the losses are known.
+class StoringStep(Step):
+    """A time step whose scores wait until the losses are known.
 
     Of each draw the graph of one block remains, with its spikes packed to bits; membrane noise is drawn again in the
-    backward pass. ``tokens`` are empty tensors at which that backward pass begins.
+    backward pass. Where a Leaky of which nothing is learned gets the same current again, one sum takes the place of
+    graphs; a derived step whose scores may not be summed before they are weighted sets ``sums_scores`` to False.
     """
 
-    def __init__(self, copies: Copies) -> None:
-        super().__init__(copies)
-        self.tokens: list[Tensor] = []
-        self.weights = Weights()
-        self._sigmas: dict[Noise, Tensor] = {}
-        self._stretches: dict[NoisyNeuron, Stretch] = {}
-        self._now: Stretch | None = None
+    recording: Storing
+    sums_scores = True
+    stretch: Stretch | None = None
 
-    def roots(self) -> list[Tensor]:
-        """The tokens."""
-        return self.tokens
+    def take(self, states: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Takes the states of the last step; no graph for what is one sum."""
+        super().take(states, named)
+        if self.sums_scores and torch.is_grad_enabled():
+            self.stretch = self.recording.stretch(self.neuron, self.current, self.mem)
+        self.builds_graph = self.stretch is None
 
-    def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
-        """The input of one time step as the neuron is to see it."""
-        self._now = None
-        return super().receive(neuron, x)
+    def sample(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
+        """A noisy membrane potential, whose score is filed."""
+        sampled, epsilon, index = self.draw(noise, mean)
+        self.file_membrane(noise, mean, epsilon, index)
+        return sampled
 
-    def builds_graph(self, neuron: NoisyNeuron, mem: Tensor) -> bool:
-        """No graph for a Leaky of which nothing is learned, as long as its membrane depends on one current only."""
-        current = self._received[neuron]
-        stretch = self._stretches.get(neuron)
-        same = stretch is not None and stretch.current is current
-        follows = same and stretch is not None and mem is stretch.mem and version(mem) == stretch.count
-        if not neuron.leaks_only or (mem.requires_grad and not follows):
-            self._stretches.pop(neuron, None)
-            return True
-        if not same or stretch is None:
-            self._stretches[neuron] = stretch = Stretch(current)
-        if not follows:
-            stretch.gain = None
-        self._now = stretch
-        return False
+    def fire(self, noise: EscapeNoise, margin: Tensor) -> Tensor:
+        """Spikes of escape noise, whose score is filed."""
+        spikes, z, limit = self.draw_spikes(noise, margin)
+        self.file_spikes(noise, margin, spikes, z, limit)
+        return spikes
 
-    def attach(self, neuron: NoisyNeuron, mem: Tensor) -> Tensor:
-        """With escape noise, the membrane potential with the graph that was not built."""
-        stretch = self._now
-        if stretch is None:
-            return mem
-        if stretch.gain is not None and stretch.current.raw.requires_grad:
-            with torch.enable_grad():
-                mem = _Attach.apply(mem, stretch.current.raw, stretch.gain)
-        stretch.mem, stretch.count = mem, version(mem)
-        return mem
-
-    def file_membrane(
-        self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int
-    ) -> None:
-        """Files the score of a noisy membrane."""
-        stretch = self._now
+    def file_membrane(self, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int) -> None:
+        """Files the score of a noisy membrane potential; ε may be overwritten."""
+        stretch = self.stretch
         if stretch is None:
             if torch.is_grad_enabled():
-                self._file(noise, mean, self._again(noise, mean, index))
+                self.file(noise, mean, self._again(noise, mean, index))
         elif not stretch.filed:
             # Most currents never come again: noise that is drawn twice takes less memory than a sum.
-            self._file(noise, stretch.current.raw, self._again(noise, mean, index))
+            self.file(noise, self.current.raw, self._again(noise, mean, index))
             stretch.filed = True
         else:
-            self._add(neuron, stretch, noise, epsilon, noise.location_score(epsilon))
+            self.add(stretch, noise, epsilon, noise.location_score(epsilon))
 
-    def file_escape(
-        self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, limit: Tensor, spikes: Tensor
-    ) -> None:
-        """Files the score of a sampled spike."""
-        stretch = self._now
+    def file_spikes(self, noise: EscapeNoise, margin: Tensor, spikes: Tensor, z: Tensor, limit: Tensor) -> None:
+        """Files the score of spikes; z and its limit may be overwritten."""
+        stretch = self.stretch
         if stretch is not None:
-            stretch.gain = neuron.gain_after(stretch.gain)
-            self._add(neuron, stretch, noise, z, noise.location_score(z, spikes, limit))
+            stretch.gain = self.neuron.gain_after(stretch.gain)
+            self.add(stretch, noise, z, noise.location_score(z, spikes, limit))
         elif torch.is_grad_enabled():
             packed = pack(spikes)
 
@@ -162,11 +138,11 @@ class Storing(Recording):
                 location = noise.location_score(z, fired)
                 return location, noise.scale_score(z, location)
 
-            self._file(noise, margin, scores)
+            self.file(noise, margin, scores)
 
     def _again(self, noise: MembraneNoise, mean: Tensor, index: int) -> Scores:
         """Scores from noise that is drawn again."""
-        shape, dtype, device, stream = mean.shape, mean.dtype, mean.device, self.stream
+        shape, dtype, device, stream = mean.shape, mean.dtype, mean.device, self.recording.stream
 
         def scores() -> tuple[Tensor, Tensor]:
             drawn = stream.draw(index, torch.empty(shape, dtype=dtype, device=device), noise.shape)
@@ -175,22 +151,76 @@ class Storing(Recording):
 
         return scores
 
-    def _add(
-        self, neuron: NoisyNeuron, stretch: Stretch, noise: MembraneNoise | EscapeNoise, value: Tensor, score: Tensor
-    ) -> None:
+    def add(self, stretch: Stretch, noise: MembraneNoise | EscapeNoise, value: Tensor, score: Tensor) -> None:
+        """Adds a score to the sum of a stretch, which is filed once."""
         if stretch.score is None:
-            self._file(noise, stretch.current.raw, stretch.sums)
+            self.file(noise, self.current.raw, stretch.sums)
         # The score may be the very tensor that it is the score of.
         stretch.add(score, lambda: noise.scale_score(value, score, out=value))
 
-    def _file(self, noise: Noise, mean: Tensor, scores: Scores, weights: Weights | None = None) -> None:
+    def file(self, noise: Noise, mean: Tensor, scores: Scores) -> None:
+        """Files scores of a mean and of σ, which are asked for in the backward pass."""
+        self.recording.file(noise, mean, scores)
+
+    def end(self, output: Any) -> Any:
+        """The return value; with escape noise, a membrane potential with the graph that was not built."""
+        stretch, neuron = self.stretch, self.neuron
+        if stretch is None:
+            return output
+        mem = neuron.mem
+        if stretch.gain is not None and self.current.raw.requires_grad:
+            with torch.enable_grad():
+                mem = _Attach.apply(mem, self.current.raw, stretch.gain)
+        stretch.mem, stretch.count = mem, version(mem)
+        if mem is neuron.mem:
+            return output
+        neuron.mem = mem
+        return (*output[:-1], mem) if isinstance(output, tuple) else output
+
+
+class Storing(Recording):
+    """A forward pass that keeps what its scores need until the losses are known.
+
+    Attributes:
+        tokens: empty tensors at which the backward pass of the scores begins.
+        weights: of the scores, once the losses are known.
+    """
+
+    step_type: type[StoringStep] = StoringStep
+
+    def __init__(self, copies: Copies) -> None:
+        super().__init__(copies)
+        self.tokens: list[Tensor] = []
+        self.weights = Weights()
+        self._sigmas: dict[Noise, Tensor] = {}
+        self._stretches: dict[NoisyNeuron, Stretch] = {}
+
+    def roots(self) -> list[Tensor]:
+        """The tokens."""
+        return self.tokens
+
+    def stretch(self, neuron: NoisyNeuron, current: Current, mem: Tensor) -> Stretch | None:
+        """The sum that a time step belongs to: of a Leaky whose membrane potential depends on one current only."""
+        stretch = self._stretches.get(neuron)
+        same = stretch is not None and stretch.current is current
+        follows = same and stretch is not None and mem is stretch.mem and version(mem) == stretch.count
+        if not neuron.leaks_only or (mem.requires_grad and not follows):
+            self._stretches.pop(neuron, None)
+            return None
+        if not same or stretch is None:
+            self._stretches[neuron] = stretch = Stretch(current)
+        if not follows:
+            stretch.gain = None
+        return stretch
+
+    def file(self, noise: Noise, mean: Tensor, scores: Scores) -> None:
         """Leaves a token, if anything is there to have a gradient."""
         with torch.set_grad_enabled(self.grad):
             if noise not in self._sigmas:
                 self._sigmas[noise] = noise.sigma
             sigma = self._sigmas[noise]
             if mean.requires_grad or sigma.requires_grad:
-                self.tokens.append(_File.apply(mean, sigma, weights or self.weights, scores))
+                self.tokens.append(_File.apply(mean, sigma, self.weights, scores))
 
 
 class _File(torch.autograd.Function):
@@ -224,25 +254,60 @@ class _Attach(torch.autograd.Function):
         return None, over_copies(gradient * ctx.gain, ctx.shape), None
 
 
+class ReplayingStep(StoringStep):
+    """A time step whose scores are pushed back while the neuron fires."""
+
+    recording: Replaying
+
+    def __init__(self, recording: Replaying, neuron: NoisyNeuron, current: Current) -> None:
+        super().__init__(recording, neuron, current)
+        self.input = recording.leaf(neuron, current)
+
+    def file_membrane(self, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int) -> None:
+        """Pushes the score of a noisy membrane potential back at once."""
+        if self.stretch is not None:
+            self.add(self.stretch, noise, epsilon, noise.location_score(epsilon))
+        elif self.neuron.is_markov and torch.is_grad_enabled():
+            self.recording.push_back(noise, mean, epsilon)
+        else:
+            super().file_membrane(noise, mean, epsilon, index)
+
+    def add(self, stretch: Stretch, noise: MembraneNoise | EscapeNoise, value: Tensor, score: Tensor) -> None:
+        """Adds a score to the sum of a stretch, which is pushed back when another current comes."""
+        before = len(self.recording.tokens)
+        super().add(stretch, noise, value, score)
+        if len(self.recording.tokens) > before:
+            self.recording.summed[self.neuron] = self.recording.tokens.pop()
+
+
 class Replaying(Storing):
     """A forward pass whose losses are known already: scores are pushed back while the neurons fire.
 
     Nothing of a time step remains, so that memory does not grow with the number of steps. Neurons whose state carries
     a graph through time (``Synaptic``, ``Alpha``, ``RSynaptic``, ``SLSTM``, ``SConv2dLSTM``, and escape noise with a
     current that changes) are stored as in ``Storing``.
+
+    Args:
+        copies: who samples, and what.
+        weights: of the scores, one per copy and sample.
+
+    Attributes:
+        summed: tokens of sums that are not pushed back yet.
     """
+
+    step_type = ReplayingStep
 
     def __init__(self, copies: Copies, weights: Tensor) -> None:
         super().__init__(copies)
         self.weights.given = weights
-        self._summed: dict[NoisyNeuron, Tensor] = {}
+        self.summed: dict[NoisyNeuron, Tensor] = {}
         self._sources: dict[NoisyNeuron, tuple[Tensor, Tensor | None]] = {}
         self._leaves: dict[NoisyNeuron, Tensor] = {}
         self._sigma_gradients: dict[Noise, Tensor] = {}
 
-    def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
+    def leaf(self, neuron: NoisyNeuron, current: Current) -> Tensor:
         """A leaf in place of the input; what it collects goes on to the input when the next one comes."""
-        expanded = super().receive(neuron, x)
+        expanded, x = current.expanded, current.raw
         if neuron.leaks_only or not (neuron.is_markov and expanded.requires_grad and torch.is_grad_enabled()):
             return expanded
         self._collect(neuron)
@@ -254,26 +319,18 @@ class Replaying(Storing):
         self._leaves[neuron] = leaf
         return leaf
 
-    def builds_graph(self, neuron: NoisyNeuron, mem: Tensor) -> bool:
+    def stretch(self, neuron: NoisyNeuron, current: Current, mem: Tensor) -> Stretch | None:
         """As in ``Storing``; what was summed for another current is pushed back."""
         before = self._stretches.get(neuron)
-        builds = super().builds_graph(neuron, mem)
-        if before is not self._stretches.get(neuron) and neuron in self._summed:
-            token = self._summed.pop(neuron)
+        stretch = super().stretch(neuron, current, mem)
+        if before is not self._stretches.get(neuron) and neuron in self.summed:
+            token = self.summed.pop(neuron)
             # The graph is used again: σ is in that of each time step, and a branch may feed several neurons.
             torch.autograd.backward(token, token, retain_graph=True)
-        return builds
+        return stretch
 
-    def file_membrane(
-        self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int
-    ) -> None:
-        """Pushes the score of a noisy membrane back at once."""
-        if self._now is not None:
-            self._add(neuron, self._now, noise, epsilon, noise.location_score(epsilon))
-            return
-        if not neuron.is_markov or not torch.is_grad_enabled():
-            super().file_membrane(neuron, noise, mean, epsilon, index)
-            return
+    def push_back(self, noise: MembraneNoise, mean: Tensor, epsilon: Tensor) -> None:
+        """One backward pass from the mean of a noisy membrane potential; the gradient of σ is added up."""
         location = noise.location_score(epsilon)
         if mean.requires_grad:
             gradient = weighted(location, self.weights.value) / noise.sigma.detach()
@@ -286,20 +343,12 @@ class Replaying(Storing):
 
     def finish(self) -> None:
         """Pushes back what is left at the end of the forward pass."""
-        self.tokens += self._summed.values()
+        self.tokens += self.summed.values()
         for neuron in list(self._sources):
             self._collect(neuron)
             self._flush(neuron)
         for noise, gradient in self._sigma_gradients.items():
             torch.autograd.backward(noise.sigma, gradient)
-
-    def _add(
-        self, neuron: NoisyNeuron, stretch: Stretch, noise: MembraneNoise | EscapeNoise, value: Tensor, score: Tensor
-    ) -> None:
-        before = len(self.tokens)
-        super()._add(neuron, stretch, noise, value, score)
-        if len(self.tokens) > before:
-            self._summed[neuron] = self.tokens.pop()
 
     def _collect(self, neuron: NoisyNeuron) -> None:
         """Adds what the last time step's leaf got to what its source is to get."""

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .estimators import Estimator, LossFn, batch_size
-from .graph import ancestors, same_numbers
-from .noisy import NoisyNeuron
-from .rates import RatePass, RatesCaptured, Summing, check_calls, roots
+from ..graph import ancestors, same_numbers
+from ..left_as_found import RandomState, Statistics
+from ..noisy_neuron import NoisyNeuron
+from .base import Estimator, LossFn, batch_size
 from .recording import Recording
-from .repeatable import RandomState, Statistics
+from .sums import RatePass, RatesCaptured, Summing, check_calls, roots
 
 
 class Approximate(Estimator):

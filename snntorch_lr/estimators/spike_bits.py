@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .graph import version
+from ..graph import version
 
 
 def pack(spikes: Tensor) -> Tensor:

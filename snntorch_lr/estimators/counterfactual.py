@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._messages import positive_integer
+from ..graph import ancestors, nodes_behind, normalises
+from ..left_as_found import RandomState, Statistics, trial
+from ..network import parameters
+from ..noise_stream import NoiseStream
+from ..noisy_neuron import NoisyNeuron
+from .base import Estimator, LossFn, batch_size
 from .credit import Control, CreditSums, Rate
-from .estimators import Estimator, LossFn, batch_size, positive_integer
-from .graph import ancestors, nodes_behind, normalises
-from .network import parameters
-from .noisy import NoisyNeuron
 from .pooling import SpikePooling
-from .rates import RatePass, RatesCaptured, check_calls
 from .recording import Copies
-from .repeatable import RandomState, Statistics, trial
 from .shadows import Shadowed
-from .stream import NoiseStream
+from .sums import RatePass, RatesCaptured, check_calls
 
 OVER_TIME = ("rates", "exact")
 
@@ -209,7 +210,7 @@ class Counterfactual(Estimator):
                 after.restore()
                 statistics.restore()
         with torch.enable_grad():
-            return {neuron: through.rate(neuron) for neuron in recording.sums}
+            return {neuron: through.rate_by_current(neuron) for neuron in recording.sums}
 
     def _push(self, losses: Tensor, count: int, recording: Shadowed, rates: Mapping[NoisyNeuron, Tensor]) -> None:
         """Back from the losses to what reads spikes, and from there through the blocks."""
@@ -246,12 +247,12 @@ class CreditPass(RatePass):
         self._controls = controls
         self._rates: dict[NoisyNeuron, Tensor] = {}
 
-    def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
+    def rate(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
         """The mean rate, as it was sampled; nothing of a neuron of which every time step is kept."""
         # A copy: a block may change it in place.
-        return self.rate(neuron).clone() if neuron in self._own else spikes
+        return self.rate_by_current(neuron).clone() if neuron in self._own else spikes
 
-    def rate(self, neuron: NoisyNeuron) -> Tensor:
+    def rate_by_current(self, neuron: NoisyNeuron) -> Tensor:
         """The mean rate of a neuron as a function of its mean current."""
         if neuron not in self._rates:
             sums = self._own[neuron]

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .graph import version
-from .noise import EscapeNoise, MembraneNoise
-from .noisy import NoisyNeuron
-from .packing import PackedSpikes
-from .stream import NoiseStream
+from .._messages import warn
+from ..graph import version
+from ..noise import EscapeNoise, MembraneNoise
+from ..noise_stream import NoiseStream
+from ..noisy_neuron import NoisyNeuron
+from .spike_bits import PackedSpikes
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,95 @@ def per_copy(x: Tensor) -> Tensor:
     return recording.repeat(x)
 
 
+class Step:
+    """One time step of one noisy neuron in a recording: samples without a graph or a score.
+
+    An estimator with scores of its own derives a step, and a recording whose ``step_type`` it is.
+
+    Args:
+        recording: the forward pass.
+        neuron: who takes the step.
+        current: its input.
+
+    Attributes:
+        input: the current for all rows.
+        states: those of the last step, as they were given by position, for all rows; and by name.
+        builds_graph: the neuron's own update is to carry a graph.
+    """
+
+    builds_graph = True
+
+    def __init__(self, recording: Recording, neuron: NoisyNeuron, current: Current) -> None:
+        self.recording = recording
+        self.neuron = neuron
+        self.current = current
+        self.input = current.expanded
+        self.states: tuple[Any, ...] = ()
+        self.named_states: dict[str, Any] = {}
+
+    def take(self, states: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Takes the states of the last step, as the user gave them."""
+        expand, neuron = self.recording.expand_state, self.neuron
+        self.states = tuple(expand(state, neuron) for state in states)
+        self.named_states = {name: expand(state, neuron) for name, state in named.items()}
+
+    @property
+    def mem(self) -> Tensor:
+        """The membrane potential before the step."""
+        mem: Tensor = self.states[-1] if self.states else self.named_states.get("mem", self.neuron.mem)
+        return mem
+
+    def update(self, input_: Tensor) -> Any:
+        """The next states, before noise."""
+        return self.neuron.update(input_)
+
+    def sample(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
+        """A noisy membrane potential without a graph."""
+        return self.draw(noise, mean)[0]
+
+    def fire(self, noise: EscapeNoise, margin: Tensor) -> Tensor:
+        """Spikes of escape noise without a graph."""
+        return self.draw_spikes(noise, margin)[0]
+
+    def draw(self, noise: MembraneNoise, mean: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The sample u = μ + σ ε, its noise ε, and the number of the draw."""
+        recording = self.recording
+        index = recording.next_draw()
+        constant = mean.detach()
+        epsilon = recording.stream.draw(index, constant, noise.shape)
+        # Without a graph nobody else holds the mean.
+        out = None if mean.requires_grad else constant
+        return torch.addcmul(constant, noise.sigma.detach().to(constant.dtype), epsilon, out=out), epsilon, index
+
+    def draw_spikes(self, noise: EscapeNoise, margin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Spikes, their margin in units of σ, and the limit that the noise was compared with."""
+        recording = self.recording
+        index = recording.next_draw()
+        sigma = noise.sigma.detach().to(margin.dtype)
+        z = torch.div(margin.detach(), sigma, out=None if margin.requires_grad else margin)
+        limit = noise.limit(z)
+        return noise.fires(limit, recording.stream.draw(index, z, noise.shape)), z, limit
+
+    def emit(self, spikes: Tensor) -> Tensor:
+        """The spikes for the next layer."""
+        return spikes
+
+    def grade(self, spikes: Tensor) -> Tensor:
+        """Emitted spikes times ``graded_spikes_factor``; zeros and ones are kept as bits from here on."""
+        if not self.recording.emits_bits[self.neuron]:
+            with torch.set_grad_enabled(self.recording.grad):
+                graded: Tensor = spikes * self.neuron.graded_spikes_factor
+            return graded
+        self.recording.spikes.announce(spikes)
+        return spikes
+
+    def end(self, output: Any) -> Any:
+        """The return value of the neuron, from that of snnTorch's forward."""
+        return output
+
+
 class Recording:
-    """One forward pass of noise copies: expands inputs, and samples without a graph or a score.
+    """One forward pass of noise copies: expands inputs, and gives each time step of a neuron its ``Step``.
 
     While it is entered as a context, the given neurons sample for it. Copies are laid out copy-first: row
     ``k * batch + b`` of every tensor belongs to copy k of sample b.
@@ -100,11 +188,15 @@ class Recording:
         copies: who samples, and what.
 
     Attributes:
+        step_type: class of the time steps.
         fed_by_copies: neurons whose first input had been expanded before it came: spikes of other ones are in it.
-        half: whether any input was in float16.
-        grad: whether the forward pass runs with gradients.
-        step: a neuron's time step; compiled code leaves its graph there, which could not follow scores being filed.
+        emits_bits: neurons that were called, and whether their spikes are zeros and ones.
+        half: any input was in float16.
+        grad: the forward pass runs with gradients.
+        run: a neuron's time step; compiled code leaves its graph there, which could not follow scores being filed.
     """
+
+    step_type: type[Step] = Step
 
     def __init__(self, copies: Copies) -> None:
         self.neurons = copies.neurons
@@ -113,12 +205,12 @@ class Recording:
         self.copies = copies.stream.last - copies.stream.first
         self.batch = copies.batch
         self.grad = True
-        self.step = NoisyNeuron.step
+        self.run = NoisyNeuron.noisy_step
         self._handles: list[RemovableHandle] = []
         self._token: Token[Recording | None] | None = None
         self.spikes = PackedSpikes()
         self._draws = 0
-        self._started: set[NoisyNeuron] = set()
+        self.emits_bits: dict[NoisyNeuron, bool] = {}
         self._received: dict[NoisyNeuron, Current] = {}
         self.fed_by_copies: set[NoisyNeuron] = set()
         self.half = False
@@ -127,9 +219,9 @@ class Recording:
         self.grad = torch.is_grad_enabled()
         # Where nothing was compiled, the compiler is not worth being imported: it takes seconds and much memory.
         if "torch._dynamo" in sys.modules:
-            self.step = torch.compiler.disable(NoisyNeuron.step)  # type: ignore[no-untyped-call]
+            self.run = torch.compiler.disable(NoisyNeuron.noisy_step)  # type: ignore[no-untyped-call]
         for neuron in self.neurons.values():
-            neuron._recording = self
+            neuron.sampler = self
         for other in self.others:
             self._handles.append(other.register_forward_pre_hook(self._expand_states, with_kwargs=True))
         self._token = _running.set(self)
@@ -141,9 +233,33 @@ class Recording:
         if self._token is not None:
             _running.reset(self._token)
         for neuron in self.neurons.values():
-            del neuron._recording
+            del neuron.sampler
         while self._handles:
             self._handles.pop().remove()
+
+    def begin(self, neuron: NoisyNeuron, input_: Tensor, states: tuple[Any, ...], named: dict[str, Any]) -> Step:
+        """The time step of a neuron that got an input, and states if the user keeps them."""
+        current = self._received.get(neuron)
+        first = neuron not in self.emits_bits
+        if first and self.batch is not None and len(input_) > self.batch:
+            self.fed_by_copies.add(neuron)
+        if current is None or not current.still_is(input_):
+            self._received[neuron] = current = Current(input_, self.expand(input_, neuron))
+            self.half |= input_.dtype == torch.float16
+        if first:
+            self.emits_bits[neuron] = neuron.emits_zeros_and_ones()
+            if not states and not named:
+                self._warn_about_left_over_state(neuron)
+        step = self.step_type(self, neuron, current)
+        step.take(states, named)
+        return step
+
+    def _warn_about_left_over_state(self, neuron: NoisyNeuron) -> None:
+        if neuron.mem.dim() and len(neuron.mem) == self.rows and bool(neuron.mem.any()):
+            warn(
+                f"{self.name(neuron)} starts from the membrane potential that an earlier forward pass left; call "
+                "snntorch_lr.reset(net) at the start of the forward pass"
+            )
 
     def _expand_states(
         self, neuron: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -160,23 +276,12 @@ class Recording:
         return (args[0], *map(expand, args[1:])), {key: expand(value) for key, value in kwargs.items()}
 
     def name(self, neuron: NoisyNeuron) -> str:
-        """How errors call a neuron: its place in the network and its class."""
+        """Name of a neuron in errors: its place in the network and its class."""
         place = next((name for name, known in self.neurons.items() if known is neuron), "")
         return f"{place} ({type(neuron).__name__})" if place else type(neuron).__name__
 
-    def starts(self, neuron: NoisyNeuron) -> bool:
-        """Whether this is the neuron's first time step in this forward pass; says so once."""
-        first = neuron not in self._started
-        self._started.add(neuron)
-        return first
-
-    @property
-    def ran(self) -> bool:
-        """Whether any neuron was called."""
-        return bool(self._started)
-
     def fits(self, x: Tensor) -> bool:
-        """Whether the first dimension is the batch, or the copies of it."""
+        """The first dimension is the batch, or the copies of it."""
         return self.batch is not None and x.shape[0] in (self.batch, self.copies * self.batch)
 
     def expand(self, x: Tensor, neuron: NoisyNeuron) -> Tensor:
@@ -224,93 +329,14 @@ class Recording:
         """Rows of every tensor after the first noisy neuron."""
         return self.copies * (self.batch or 0)
 
-    def receive_states(
-        self, neuron: NoisyNeuron, states: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The states of one time step, as the user gave them, as the neuron is to see them."""
-        expanded = tuple(self.expand_state(state, neuron) for state in states)
-        return expanded, {name: self.expand_state(state, neuron) for name, state in named.items()}
-
-    def receive(self, neuron: NoisyNeuron, x: Tensor) -> Tensor:
-        """The input of one time step as the neuron is to see it; expanded once if it is the same again."""
-        last = self._received.get(neuron)
-        if last is None and self.batch is not None and len(x) > self.batch:
-            self.fed_by_copies.add(neuron)
-        if last is None or not last.still_is(x):
-            self._received[neuron] = last = Current(x, self.expand(x, neuron))
-            self.half |= x.dtype == torch.float16
-        return last.expanded
-
-    def builds_graph(self, neuron: NoisyNeuron, mem: Tensor) -> bool:
-        """Whether the neuron's own computations are to carry a graph in this step.
-
-        Args:
-            neuron: who asks, after ``receive``.
-            mem: its membrane potential before the step.
-        """
-        return True
-
-    def attach(self, neuron: NoisyNeuron, mem: Tensor) -> Tensor:
-        """The membrane potential after the step as others are to see it."""
-        return mem
+    def next_draw(self) -> int:
+        """Number of the next draw, from one on."""
+        self._draws += 1
+        return self._draws
 
     def roots(self) -> Collection[Tensor]:
         """Tensors behind which is all that was sampled from, if a graph of it is kept."""
         return ()
-
-    def begin_step(self, neuron: NoisyNeuron, input_: Tensor) -> None:
-        """Called before the neuron updates its states."""
-
-    def end_step(self, neuron: NoisyNeuron, spikes: Tensor) -> None:
-        """Called after the neuron has fired and reset."""
-
-    def leave(self, neuron: NoisyNeuron, output: Any) -> Any:
-        """What a step returns to others, from what snnTorch's update returned."""
-        self.end_step(neuron, output[0] if isinstance(output, tuple) else output)
-        attached = self.attach(neuron, neuron.mem)
-        if attached is neuron.mem:
-            return output
-        neuron.mem = attached
-        return (*output[:-1], attached) if isinstance(output, tuple) else output
-
-    def emit(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
-        """What goes on to the next layer in place of the spikes."""
-        return spikes
-
-    def draw(self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor) -> Tensor:
-        """Samples mean + σ ε without a graph, and files the draw."""
-        index = self._next()
-        constant = mean.detach()
-        epsilon = self.stream.draw(index, constant, noise.shape)
-        # Without a graph nobody else holds the mean.
-        out = None if mean.requires_grad else constant
-        sampled = torch.addcmul(constant, noise.sigma.detach().to(constant.dtype), epsilon, out=out)
-        self.file_membrane(neuron, noise, mean, epsilon, index)
-        return sampled
-
-    def fire(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor) -> Tensor:
-        """Samples spikes given the distance to the threshold, without a graph, and files the draw."""
-        index = self._next()
-        sigma = noise.sigma.detach().to(margin.dtype)
-        z = torch.div(margin.detach(), sigma, out=None if margin.requires_grad else margin)
-        limit = noise.limit(z)
-        spikes = noise.fires(limit, self.stream.draw(index, z, noise.shape))
-        self.file_escape(neuron, noise, margin, z, limit, spikes)
-        return spikes
-
-    def _next(self) -> int:
-        self._draws += 1
-        return self._draws
-
-    def file_membrane(
-        self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int
-    ) -> None:
-        """Keeps what the score of a noisy membrane needs, and may overwrite ε; nothing here."""
-
-    def file_escape(
-        self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor, z: Tensor, limit: Tensor, spikes: Tensor
-    ) -> None:
-        """Keeps what the score of a sampled spike needs, and may overwrite z and its limit; nothing here."""
 
 
 def explain(error: Exception, recording: Recording) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .estimators import LossFn, positive_integer
-from .network import parameters
-from .optim import ESTIMATORS
+from .._messages import positive_integer
+from ..network import parameters
+from . import ESTIMATORS
+from .base import LossFn
 
 
 def input_gradient(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .noise import EscapeNoise, MembraneNoise
-from .packing import unpack
-from .rates import Sums, add
+from ..noise import EscapeNoise, MembraneNoise
+from .spike_bits import unpack
 from .storing import over_copies
+from .sums import Sums, add
 
 Rows = Tensor
 """``[(1 + shadows) * copies * batch, ...]``: the train that goes on, then its shadows, each laid out copy-first."""
@@ -118,7 +118,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Step:
+class Kept:
     """What one time step keeps for its backward pass; tensors are in all rows.
 
     Attributes:
@@ -160,37 +160,37 @@ class Credit(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, step: Step, spikes: Rows, mean: Tensor, sigma: Tensor, link: Tensor, *states: Tensor
+        ctx: Any, kept: Kept, spikes: Rows, mean: Tensor, sigma: Tensor, link: Tensor, *states: Tensor
     ) -> tuple[Tensor, ...]:
         """Rows of the train that goes on: spikes, what orders the steps, states."""
         ctx.set_materialize_grads(False)
-        ctx.step, ctx.sigma, ctx.mean = step, sigma.detach(), (mean.shape, mean.dtype)
-        return (spikes[: step.rows].clone(), link.clone(), *(state[: step.rows].clone() for state in states))
+        ctx.kept, ctx.sigma, ctx.mean = kept, sigma.detach(), (mean.shape, mean.dtype)
+        return (spikes[: kept.rows].clone(), link.clone(), *(state[: kept.rows].clone() for state in states))
 
     @staticmethod
     def backward(ctx: Any, a: Tensor | None, _: Tensor | None, *b: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of mean, σ and states."""
-        step: Step = ctx.step
-        chain, noise = step.chain, step.noise
-        z = by_set(step.z, step.rows)
-        spikes = step.spikes.to(z.dtype)
-        if step.spikes.dtype == torch.uint8:
-            spikes = unpack(step.spikes, step.z.shape, step.z.dtype)
-        sigma = ctx.sigma.to(step.z.dtype)
+        kept: Kept = ctx.kept
+        chain, noise = kept.chain, kept.noise
+        z = by_set(kept.z, kept.rows)
+        spikes = kept.spikes.to(z.dtype)
+        if kept.spikes.dtype == torch.uint8:
+            spikes = unpack(kept.spikes, kept.z.shape, kept.z.dtype)
+        sigma = ctx.sigma.to(kept.z.dtype)
         p, density = noise.chances(z)
         direct = None
         if a is not None:
             a = a.to(z.dtype)
             trains = spikes.view_as(z)
             chain.add_later(0, _pairs(a, trains))
-            if step.has_chances:
+            if kept.has_chances:
                 chain.add_later(1, _pairs(-a, trains - p))
                 direct = a * density[0]
-        if step.resets_at_once:
-            _add_states(step, b, sigma)
+        if kept.resets_at_once:
+            _add_states(kept, b, sigma)
         to_mean = to_sigma = None
         if chain.later[0] is not None:
-            value = step.z if step.epsilon is None else step.epsilon
+            value = kept.z if kept.epsilon is None else kept.epsilon
             location = location_score(noise, value, spikes, p.view_as(value))
             later = chain.later[0] if chain.later[1] is None else chain.later[0] + chain.control * chain.later[1]
             to_mean = _spread(later, location.view_as(z))
@@ -199,7 +199,7 @@ class Credit(torch.autograd.Function):
                     scores = location.view_as(z)
                     credit = (total * (scores[0] - scores[1:])).mean(0)
                     credit = credit.add_(direct) if index and direct is not None else credit
-                    chain.add_credit(index, credit, step.gain)
+                    chain.add_credit(index, credit, kept.gain)
             if direct is not None:
                 to_mean[0].addcmul_(chain.control, direct)
             if ctx.needs_input_grad[3]:
@@ -208,19 +208,19 @@ class Credit(torch.autograd.Function):
                     to_sigma[0].addcmul_(chain.control * -z[0], direct)
                 to_sigma = to_sigma / sigma
             to_mean = to_mean / sigma
-        if not step.resets_at_once:
-            _add_states(step, b, sigma)
-            if step.epsilon is not None and b[-1] is not None:
+        if not kept.resets_at_once:
+            _add_states(kept, b, sigma)
+            if kept.epsilon is not None and b[-1] is not None:
                 to_mean = torch.zeros_like(z) if to_mean is None else to_mean
                 to_mean[0] += b[-1]
                 if ctx.needs_input_grad[3]:
                     to_sigma = torch.zeros_like(z) if to_sigma is None else to_sigma
-                    to_sigma[0].addcmul_(b[-1], step.epsilon[: step.rows])
+                    to_sigma[0].addcmul_(b[-1], kept.epsilon[: kept.rows])
         if to_sigma is not None:
             to_sigma = to_sigma.sum((0, 1)).unsqueeze(0).sum_to_size(sigma.shape).to(ctx.sigma.dtype)
         if to_mean is not None:
             to_mean = to_mean.view(ctx.mean[0]).to(ctx.mean[1])
-        shadows = len(step.z) - step.rows
+        shadows = len(kept.z) - kept.rows
         to_states = [
             None if each is None else torch.cat([each, each.new_zeros(shadows, *each.shape[1:])]) for each in b
         ]
@@ -250,14 +250,14 @@ def _spread(later: Tensor, scores: Tensor) -> Tensor:
     return torch.cat([(shared.sum(0) * scores[0]).unsqueeze(0), (-shared * scores[1:])])
 
 
-def _add_states(step: Step, b: tuple[Tensor | None, ...], sigma: Tensor) -> None:
+def _add_states(kept: Kept, b: tuple[Tensor | None, ...], sigma: Tensor) -> None:
     """Adds what the states did to the loss, where others read them."""
-    for gradient, state in zip(b, (*step.states, step.mem), strict=True):
+    for gradient, state in zip(b, (*kept.states, kept.mem), strict=True):
         if gradient is None:
             continue
         # The membrane potential before a reset differs from that of a shadow as its distance to the threshold does.
-        values = step.z * sigma if state is None else state
-        step.chain.add_later(0, _pairs(gradient.to(values.dtype), by_set(values, step.rows)))
+        values = kept.z * sigma if state is None else state
+        kept.chain.add_later(0, _pairs(gradient.to(values.dtype), by_set(values, kept.rows)))
 
 
 @dataclass

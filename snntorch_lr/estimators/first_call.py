@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from .noise import EscapeNoise, MembraneNoise
-from .noisy import NoisyNeuron
-from .recording import Copies, Recording
-from .warn import warn
+from .._messages import warn
+from ..noise import EscapeNoise, MembraneNoise
+from ..noisy_neuron import NoisyNeuron
+from .recording import Copies, Recording, Step
 
 
 class Firing:
@@ -76,32 +76,41 @@ class _Look:
         self._name = name
 
     def __call__(self, neuron: NoisyNeuron, _: Any, output: Any) -> None:
-        if self._firing is not None and not isinstance(neuron._recording, Forced):
+        if self._firing is not None and not isinstance(neuron.sampler, Forced):
             self._firing.look(self._name, output[0] if isinstance(output, tuple) else output)
 
     def __reduce__(self) -> tuple[type[_Look], tuple[()]]:
         return _Look, ()
 
 
+class _ForcedStep(Step):
+    """A time step of two copies, of which the first one samples."""
+
+    recording: Forced
+
+    def sample(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
+        """A membrane potential, in the second copy on one side of the threshold."""
+        sampled = super().sample(noise, mean)
+        threshold = self.neuron.threshold
+        margin = 1.0 if self.recording.fires else -1.0
+        sampled[len(sampled) // 2 :] = margin if threshold.requires_grad else threshold + margin
+        return sampled
+
+    def fire(self, noise: EscapeNoise, margin: Tensor) -> Tensor:
+        """Spikes, in the second copy all of them or none."""
+        spikes = super().fire(noise, margin)
+        spikes[len(spikes) // 2 :] = float(self.recording.fires)
+        return spikes
+
+
 class Forced(Recording):
     """A pass of two copies, of which the second one's neurons all fire in every step, or never."""
+
+    step_type = _ForcedStep
 
     def __init__(self, copies: Copies, fires: bool) -> None:
         super().__init__(copies)
         self.fires = fires
-
-    def draw(self, neuron: NoisyNeuron, noise: MembraneNoise, mean: Tensor) -> Tensor:
-        """Samples the first copy only."""
-        sampled = super().draw(neuron, noise, mean)
-        margin = 1.0 if self.fires else -1.0
-        sampled[len(sampled) // 2 :] = margin if neuron.threshold.requires_grad else neuron.threshold + margin
-        return sampled
-
-    def fire(self, neuron: NoisyNeuron, noise: EscapeNoise, margin: Tensor) -> Tensor:
-        """Samples the first copy only."""
-        spikes = super().fire(neuron, noise, margin)
-        spikes[len(spikes) // 2 :] = float(self.fires)
-        return spikes
 
 
 def check_rows_are_apart(losses: Callable[[bool], Tensor | None]) -> None:

@@ -1,0 +1,66 @@
+"""Words for users: lists and tables, warnings, versions, and checks of plain arguments."""
+
+from __future__ import annotations
+
+import operator
+import platform
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its class, if it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def listed(versions: Mapping[str, str]) -> str:
+    """Packages and their versions, in a row."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = (header, ["---"] * len(header), *lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+_INSIDE = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
+
+
+def warn(message: str) -> None:
+    """A ``UserWarning`` at the innermost frame outside this package and torch."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """The value as an int, also from NumPy.
+
+    Raises:
+        ValueError: if it is not a positive integer.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return number

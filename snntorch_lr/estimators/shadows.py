@@ -1,0 +1,372 @@
+"""Forward passes in which every noisy neuron runs shadows: spike trains that its currents could have caused as well."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..graph import ancestors, same_numbers, version
+from ..noise import EscapeNoise, MembraneNoise, Noise
+from ..noise_stream import NoiseStream, mix, resolved
+from ..noisy_neuron import NoisyNeuron
+from .credit import Chain, Control, Credit, CreditSums, Draw, Kept, Rows
+from .recording import Copies, Current, Recording, Step
+from .spike_bits import pack
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The state that a neuron continues from, and how others see it.
+
+    Attributes:
+        full: states by name, in all rows.
+        fired: spikes of the last step, which reset the membrane potential.
+        visible: the same states in the rows of the train that goes on, with how often they had been changed.
+        link: orders the backward passes of the steps; None where there is no graph.
+        chain: what these hand to each other.
+    """
+
+    full: Mapping[str, Rows]
+    fired: tuple[Tensor, Tensor, int] | None
+    visible: Mapping[str, tuple[Tensor, int]]
+    link: Tensor | None
+    chain: Chain | None
+
+    def holds(self, name: str, state: Any) -> bool:
+        """Whether a state is the one that was given out, unchanged."""
+        given, count = self.visible[name]
+        return isinstance(state, Tensor) and same_numbers(state, given) and version(given) == count
+
+
+class ShadowedStep(Step):
+    """A time step of a neuron and its shadows: ``1 + shadows`` times as many rows inside as outside."""
+
+    recording: Shadowed
+
+    def __init__(self, recording: Shadowed, neuron: NoisyNeuron, current: Current) -> None:
+        super().__init__(recording, neuron, current)
+        self.timed = self.builds_graph = recording.is_timed(neuron)
+        self.before: Continuation | None = None
+        self.drawn: Draw | None = None
+        self.spikes: Rows | None = None
+        if self.timed:
+            if recording.keeps_steps:
+                recording.entered.setdefault(neuron, []).append(self.input)
+        else:
+            self.sums = recording.sums_of(neuron, current.raw)
+            self.sums.receive(current.raw)
+            self.input = self.input.detach()
+
+    def take(self, states: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Takes the states of the last step in all rows; the step that gave them out is continued."""
+        neuron, recording = self.neuron, self.recording
+        held = not states and not named
+        given = {name: getattr(neuron, name) for name in neuron.all_states}
+        passed = dict(zip(neuron.all_states, states, strict=False)) | named
+        given |= {name: state for name, state in passed.items() if state is not None}
+        self.before = recording.continued(neuron, given)
+        neuron.fired = None if self.before is None else self.before.fired
+        full = {name: self._resume(name, state, held) for name, state in given.items()}
+        for name, state in full.items():
+            setattr(neuron, name, state)
+        self.named_states = {name: full[name] for name, state in passed.items() if state is not None}
+
+    def _resume(self, name: str, state: Any, held: bool) -> Any:
+        before = self.before
+        if before is not None and before.holds(name, state) and (name != "spk" or self.neuron.recurrent_block is None):
+            return before.full[name]
+        if held and not (isinstance(state, Tensor) and state.dim() and self.recording.fits(state)):
+            # snnTorch makes new ones.
+            return state
+        return self.recording.expand_state(state, self.neuron)
+
+    def update(self, input_: Tensor) -> Any:
+        """The next states, and their derivatives if the neuron is not timed."""
+        if not self.timed:
+            self.sums.begin_step(self.neuron, input_)
+        return super().update(input_)
+
+    def sample(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
+        """u = μ + σ ε in all rows."""
+        neuron = self.neuron
+        sigma = noise.sigma.detach().to(mean.dtype)
+        threshold = 0.0 if neuron.threshold.requires_grad else neuron.threshold
+        z = ((mean.detach() - threshold) / sigma).to(resolved(mean.dtype))
+        epsilon = self.recording.noise(z, noise)
+        self.drawn = Draw(noise, mean, z, epsilon, *noise.chances(z))
+        return torch.addcmul(mean.detach(), sigma, epsilon.to(mean.dtype))
+
+    def fire(self, noise: EscapeNoise, margin: Tensor) -> Tensor:
+        """Spikes of escape noise in all rows."""
+        z = (margin.detach() / noise.sigma.detach().to(margin.dtype)).to(resolved(margin.dtype))
+        self.drawn = drawn = Draw(noise, margin, z, None, *noise.chances(z))
+        return noise.fires_by(drawn.p, z, self.recording.noise(z, noise)).to(margin.dtype)
+
+    def emit(self, spikes: Tensor) -> Tensor:
+        """The spikes in all rows, for the neuron's own reset; ``end`` gives others theirs."""
+        self.spikes = spikes
+        return spikes
+
+    def end(self, output: Any) -> Any:
+        """The rows of the train that goes on, with the graph that credit comes back through."""
+        neuron, drawn, spikes = self.neuron, self.drawn, self.spikes
+        assert drawn is not None
+        assert spikes is not None
+        full = {name: getattr(neuron, name) for name in neuron.all_states}
+        link: Tensor | None = None
+        chain: Chain | None = None
+        if self.timed:
+            emitted, states, link, chain = self._keep(drawn, spikes, full)
+        else:
+            self._sum(drawn, spikes)
+            emitted, states = self._read(spikes, full)
+        graded = self.grade(emitted)
+        if "spk" in full:
+            states["spk"] = graded
+        visible = {name: (state, version(state)) for name, state in states.items()}
+        self.recording.give_out(neuron, states["mem"], Continuation(full, neuron.fired, visible, link, chain))
+        for name, state in states.items():
+            setattr(neuron, name, state)
+        if neuron.fired is not None:
+            kept = neuron.fired[1][: self.recording.rows]
+            neuron.fired = (states["mem"], kept, version(kept))
+        return (graded, *(states[name] for name in neuron.state_names)) if isinstance(output, tuple) else graded
+
+    def _keep(
+        self, drawn: Draw, spikes: Rows, full: Mapping[str, Rows]
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, Chain]:
+        """A node of the graph that turns what the spikes did to the loss into what the currents did."""
+        neuron, recording, before = self.neuron, self.recording, self.before
+        if before is None or before.chain is None or before.link is None:
+            chain, link = recording.new_chain(neuron, drawn.z), drawn.z.new_zeros(())
+        else:
+            chain, link = before.chain, before.link
+        at_once = not getattr(neuron, "reset_delay", True)
+        kept = Kept(
+            noise=drawn.noise,
+            z=drawn.z,
+            epsilon=drawn.epsilon,
+            spikes=pack(spikes) if drawn.epsilon is None or neuron.is_step_function else spikes,
+            rows=recording.rows,
+            has_chances=neuron.fires_above_threshold,
+            resets_at_once=at_once,
+            states=tuple(full[name].detach() for name in neuron.state_names[:-1]),
+            mem=full["mem"].detach() if at_once else None,
+            chain=chain,
+            gain=chain.step_on(neuron.beta.detach().clamp(0, 1).mean() if drawn.epsilon is None else None),
+        )
+        with torch.set_grad_enabled(recording.grad):
+            sigma = recording.sigma(drawn.noise)
+            tensors = [full[name] for name in neuron.state_names]
+            emitted, link, *given = Credit.apply(kept, spikes, drawn.mean, sigma, link, *tensors)
+        if emitted.grad_fn is not None:
+            recording.nodes[emitted.grad_fn] = neuron
+            if recording.keeps_steps:
+                recording.emitted.setdefault(neuron, []).append(emitted)
+                # A block may change in place what it is given.
+                emitted = emitted.clone()
+        return emitted, dict(zip(neuron.state_names, given, strict=True)), link, chain
+
+    def _sum(self, drawn: Draw, spikes: Rows) -> None:
+        neuron = self.neuron
+        self.sums.add(drawn, spikes, self.recording.rows, neuron.fires_above_threshold)
+        bits = self.recording.emits_bits[neuron]
+        self.sums.end_step(neuron, spikes if bits else spikes * neuron.graded_spikes_factor.detach())
+
+    def _read(self, spikes: Rows, full: Mapping[str, Rows]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The spikes with a leaf that collects what they do to the loss, and states that may not be read."""
+        neuron, recording = self.neuron, self.recording
+        own = spikes[: recording.rows]
+        reader = recording.reader(neuron, own)
+        with torch.set_grad_enabled(recording.grad):
+            emitted = _Emit.apply(reader, own)
+            states = {name: full[name][: recording.rows] for name in neuron.state_names}
+            if not neuron.init_hidden or neuron.output:
+                where = recording.name(neuron)
+                states = {name: _Unread.apply(reader, state, where) for name, state in states.items()}
+        return emitted, states
+
+
+class Shadowed(Recording):
+    """A forward pass in which the currents of each neuron drive shadows too: trains with noise of their own.
+
+    Spikes of shadows go nowhere. Inside a neuron, tensors have ``1 + shadows`` times as many rows as outside.
+
+    Args:
+        copies: who samples, and what.
+        shadows: number of shadows of each train.
+        controls: λ of each neuron.
+        timed: the neurons of which every time step is kept; of the others only sums. None for all of them.
+        internal: the neurons that spikes of other ones feed.
+        profiles: how what a spike, and a current, does to the loss changes over time, for neurons that are not timed
+            and have something to learn, in front of them or of their own.
+
+    Attributes:
+        sums: what the neurons that are not timed added up.
+        chains: what there is to fit λ by after the backward pass, by neuron.
+        readers: leaves that collect ∂loss/∂spike of the neurons that are not timed.
+        nodes: of the graph, and whose steps they are.
+        keeps_steps: whether to fill the next two; False until it is set.
+        emitted: spikes of each step of the timed neurons.
+        entered: their currents, in all rows.
+        given: neurons that started from a state with a graph, such as one that is learned.
+    """
+
+    step_type = ShadowedStep
+
+    def __init__(
+        self,
+        copies: Copies,
+        shadows: int,
+        controls: Mapping[NoisyNeuron, Control],
+        timed: Collection[NoisyNeuron] | None = None,
+        internal: Collection[NoisyNeuron] = (),
+        profiles: Mapping[NoisyNeuron, tuple[Sequence[float], Sequence[float]]] | None = None,
+    ) -> None:
+        super().__init__(copies)
+        self.sets = 1 + shadows
+        self.sums: dict[NoisyNeuron, CreditSums] = {}
+        self.chains: dict[NoisyNeuron, list[Chain]] = {}
+        self.readers: dict[NoisyNeuron, Tensor] = {}
+        self.nodes: dict[Node, NoisyNeuron] = {}
+        self.emitted: dict[NoisyNeuron, list[Tensor]] = {}
+        self.entered: dict[NoisyNeuron, list[Tensor]] = {}
+        self.timed = timed
+        self.keeps_steps = False
+        self._controls = controls
+        self._internal = internal
+        self._profiles = profiles or {}
+        self.given: set[NoisyNeuron] = set()
+        stream = copies.stream
+        self._streams = [
+            NoiseStream(mix(stream.seed, index), stream.copies, stream.first, stream.last) for index in range(self.sets)
+        ]
+        self._sigmas: dict[Noise, Tensor] = {}
+        self._states: Any = WeakIdKeyDictionary()
+        self._last: dict[NoisyNeuron, Continuation] = {}
+
+    @property
+    def tokens(self) -> dict[NoisyNeuron, Tensor]:
+        """For each neuron, a tensor behind which is all that it was computed by."""
+        return {neuron: state.link for neuron, state in self._last.items() if state.link is not None}
+
+    def roots(self) -> list[Tensor]:
+        """The tokens of all neurons."""
+        return list(self.tokens.values())
+
+    def is_timed(self, neuron: NoisyNeuron) -> bool:
+        """Whether every time step of a neuron is kept."""
+        return self.timed is None or neuron in self.timed
+
+    def _check_source(self, neuron: NoisyNeuron, x: Tensor) -> None:
+        """Refuses a current of spikes where none had come from: what goes back to these would be lost."""
+        readers = {id(reader) for reader in self.readers.values()}
+        if neuron not in self._internal and any(
+            node in self.nodes or id(getattr(node, "variable", None)) in readers for node in ancestors([x])
+        ):
+            raise ValueError(
+                f"spikes of a noisy neuron feed {self.name(neuron)} now, which they did not in the first call: make a "
+                'new estimator after such a change, or use over_time="exact"'
+            )
+
+    def expand(self, x: Tensor, neuron: NoisyNeuron) -> Rows:
+        """Repeats a batch for every row; what is expanded for the copies, for the shadows.
+
+        Raises:
+            ValueError: if the first dimension is neither.
+        """
+        copied = super().expand(x, neuron)
+        return copied.unsqueeze(0).expand(self.sets, *copied.shape).flatten(0, 1)
+
+    def sums_of(self, neuron: NoisyNeuron, x: Tensor) -> CreditSums:
+        """The sums of a neuron that is not timed; its first current is checked."""
+        if neuron not in self.sums:
+            spikes, currents = self._profiles.get(neuron, ((1.0,), (1.0,)))
+            internal = neuron in self._internal
+            self.sums[neuron] = CreditSums(internal=internal, profile=spikes, current_profile=currents)
+            self._check_source(neuron, x)
+        return self.sums[neuron]
+
+    def continued(self, neuron: NoisyNeuron, given: Mapping[str, Any]) -> Continuation | None:
+        """The step that gave out the states of a neuron; None if it starts.
+
+        Raises:
+            ValueError: if sums over time would be of two presentations.
+        """
+        mem = given["mem"]
+        known: Continuation | None = self._states.get(mem) if isinstance(mem, Tensor) else None
+        if known is None or not known.holds("mem", mem):
+            last = self._last.get(neuron)
+            known = last if last is not None and last.holds("mem", mem) else None
+        if known is None and not self.is_timed(neuron) and self.sums[neuron].steps:
+            raise ValueError(
+                f"{self.name(neuron)} did not go on from the state that it had returned; sums over time need one "
+                'presentation in each call of loss_fn, and states that are handed on unchanged. Use over_time="exact"'
+            )
+        if known is None and any(isinstance(state, Tensor) and state.requires_grad for state in given.values()):
+            self.given.add(neuron)
+        return known
+
+    def give_out(self, neuron: NoisyNeuron, mem: Tensor, state: Continuation) -> None:
+        """Remembers the state that a neuron continues from, by the membrane potential that others see."""
+        self._states[mem] = self._last[neuron] = state
+
+    def new_chain(self, neuron: NoisyNeuron, like: Tensor) -> Chain:
+        """A chain for a train that starts."""
+        chain = Chain(self._controls[neuron].value.to(like))
+        self.chains.setdefault(neuron, []).append(chain)
+        return chain
+
+    def reader(self, neuron: NoisyNeuron, spikes: Tensor) -> Tensor:
+        """The leaf that collects ∂loss/∂spike of a neuron that is not timed."""
+        if neuron not in self.readers:
+            self.readers[neuron] = torch.zeros_like(spikes).requires_grad_(neuron in self._profiles)
+        return self.readers[neuron]
+
+    def sigma(self, noise: Noise) -> Tensor:
+        """The noise level, one tensor for all time steps."""
+        if noise not in self._sigmas:
+            self._sigmas[noise] = noise.sigma
+        return self._sigmas[noise]
+
+    def noise(self, like: Rows, noise: MembraneNoise | EscapeNoise) -> Rows:
+        """Noise for all rows, from a stream of its own for each set of shadows."""
+        index = self.next_draw()
+        parts = like.view(self.sets, -1, *like.shape[1:])
+        return torch.cat(
+            [stream.draw(index, part, noise.shape) for stream, part in zip(self._streams, parts, strict=True)]
+        )
+
+
+class _Emit(torch.autograd.Function):
+    """Spikes as they are, whose gradient a leaf collects."""
+
+    @staticmethod
+    def forward(ctx: Any, reader: Tensor, spikes: Tensor) -> Tensor:
+        return spikes.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Unread(torch.autograd.Function):
+    """A state as it is, which the loss did not depend on when the network was looked at."""
+
+    @staticmethod
+    def forward(ctx: Any, reader: Tensor, state: Tensor, where: str) -> Tensor:
+        ctx.where = where
+        return state.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        raise RuntimeError(
+            f"the loss depends on a state of {ctx.where} now, which it did not in the first call: make a new estimator "
+            'after such a change, or use over_time="exact"'
+        )
