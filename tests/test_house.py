@@ -18,7 +18,7 @@ PACKAGE = Path(snntorch_lr.__file__).parent
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
 WORKFLOW = REPOSITORY / ".github" / "workflows" / "ci.yml"
-LINES = 400
+LINES = 600
 FOLDERS = ("robustness", "experiments")
 # Each may know those before it, and none after it.
 LAYERS = ("noise", "noisy", "recording", "credit", "shadows", "estimators", "counterfactual", "optim")
