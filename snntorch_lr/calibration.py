@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._messages import markdown, warn
-from .left_as_found import Statistics
+from .left_as_found import left_as_found
 from .network import reset_state, spiking_neurons
 from .noisy_neuron import NoisyNeuron
 from .validate import noisy
@@ -107,9 +107,9 @@ def calibrate(
         >>> print(slr.calibrate(net, images, scale_weights=True))
     """
     neurons = noisy(net)
-    run, statistics = _Run(net, neurons, lambda: (net if forward is None else forward)(sample)), Statistics(net)
+    run = _Run(net, neurons, lambda: (net if forward is None else forward)(sample))
     measured = []
-    with _forced_back(neurons):
+    with left_as_found(net, buffers=True), _forced_back(neurons):
         _force(neurons.values(), False)
         for stop in run.stops():
             neuron = neurons[stop.name]
@@ -129,7 +129,6 @@ def calibrate(
         on = run.meters()
         _force(neurons.values(), False)
         off = run.meters()
-    statistics.restore()
     run.reset()
     layers = tuple(CalibratedLayer(*each, off[each[0]].rate, on[each[0]].rate) for each in measured)
     _warn_about_silence(layers)

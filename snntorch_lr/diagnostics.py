@@ -7,8 +7,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,7 @@ from .estimators.base import Estimator, LossFn
 from .estimators.counterfactual import Counterfactual
 from .estimators.first_call import Firing
 from .estimators.vanilla import Vanilla
-from .left_as_found import RandomState
-from .network import reset, spiking_neurons
+from .left_as_found import left_as_found
 from .validate import noisy
 
 if TYPE_CHECKING:
@@ -252,7 +250,7 @@ def gradient_report(
     chosen = _named(estimators, net, copies)
     vanilla = Vanilla(net, copies)
     calls = _Calls(net, loss_fn, inputs, targets, seed)
-    with _untouched(net), torch.enable_grad():
+    with left_as_found(net, gradients=True, modes=True, buffers=True, states=True, random=True), torch.enable_grad():
         with Firing(noisy(net)) as firing:
             expected = calls.moments(vanilla, reference)
         zero = {name: calls.why_zero(name, firing) for name, each in expected.items() if not each.mean.any()}
@@ -512,34 +510,6 @@ def _named(
             raise ValueError(f"the estimator {name!r} was made for another network")
         found[name] = item
     return found
-
-
-@contextmanager
-def _untouched(net: nn.Module) -> Iterator[None]:
-    """Puts back gradients, modes, buffers and the random state; resets the states of the neurons."""
-    random = RandomState.capture()
-    gradients = [(parameter, parameter.grad) for parameter in net.parameters()]
-    modes = [(module, module.training) for module in net.modules()]
-    neurons = {neuron for _, neuron in spiking_neurons(net)}
-    # Neurons hold their states as buffers.
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in net.modules()
-        if module not in neurons
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    try:
-        yield
-    finally:
-        reset(net)
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer.copy_(value)
-        for module, training in modes:
-            module.training = training
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        random.restore()
 
 
 def _peak_resident(call: Callable[[], object]) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .left_as_found import left_as_found
+from .network import parameters
 from .noise_stream import mix
 
 if TYPE_CHECKING:
@@ -19,20 +21,11 @@ if TYPE_CHECKING:
     from .estimators import Estimator
 
 
-def apart(
-    parameters: Iterable[nn.Parameter], backward: Callable[[], Tensor]
-) -> tuple[Tensor, dict[nn.Parameter, Tensor | None]]:
-    """What ``backward`` returns and leaves in ``.grad``, which is as it was afterwards, also after an error."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    before = [parameter.grad for parameter in trained]
-    for parameter in trained:
-        parameter.grad = None
-    try:
+def apart(net: nn.Module, backward: Callable[[], Tensor]) -> tuple[Tensor, dict[nn.Parameter, Tensor | None]]:
+    """The loss that ``backward`` returns, and the gradients that it adds; ``.grad`` stays as it was."""
+    with left_as_found(net, gradients=True):
         loss = backward()
-        return loss, {parameter: parameter.grad for parameter in trained}
-    finally:
-        for parameter, gradient in zip(trained, before, strict=True):
-            parameter.grad = gradient
+        return loss, {parameter: parameter.grad for parameter in parameters(net) if parameter.requires_grad}
 
 
 def add(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
@@ -65,19 +58,19 @@ class Undivided:
         """Sum over all processes of what each of them found."""
         return values
 
-    def run(self, parameters: Iterable[nn.Parameter], backward: Callable[[], Tensor]) -> Tensor:
+    def run(self, net: nn.Module, backward: Callable[[], Tensor]) -> Tensor:
         """Runs the part of this process, and adds the gradients of all processes into ``.grad``.
 
         An error leaves every ``.grad`` as it was.
 
         Args:
-            parameters: whose gradients.
+            net: the network.
             backward: leaves this process's part of the gradient in ``.grad``, and returns its mean loss.
 
         Returns:
             The mean loss of all processes.
         """
-        loss, own = apart(parameters, backward)
+        loss, own = apart(net, backward)
         add(own)
         return loss
 
@@ -208,10 +201,10 @@ class _Ranks(Undivided):
         """The sum over ranks, the same on all of them."""
         return torch.stack([part.to(values.device) for part in self.meet(values.cpu())]).sum(0)
 
-    def run(self, parameters: Iterable[nn.Parameter], backward: Callable[[], Tensor]) -> Tensor:
+    def run(self, net: nn.Module, backward: Callable[[], Tensor]) -> Tensor:
         """Runs the part of this rank, and adds the gradients of all ranks into ``.grad``."""
         try:
-            loss, own = apart(parameters, backward)
+            loss, own = apart(net, backward)
         except RankError:
             raise
         except Exception as error:
@@ -235,10 +228,10 @@ class _Ranks(Undivided):
         for parameter, part in parts.items():
             kinds[part.device, part.dtype].append(parameter)
         sums: dict[nn.Parameter, Tensor] = {}
-        for parameters in kinds.values():
-            flat = torch.cat([parts[parameter].flatten() for parameter in parameters])
+        for kind in kinds.values():
+            flat = torch.cat([parts[parameter].flatten() for parameter in kind])
             dist.all_reduce(flat, group=self.group)
-            for parameter, piece in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
+            for parameter, piece in zip(kind, torch.split(flat, [p.numel() for p in kind]), strict=True):
                 # Memory of its own: a view would keep the gradients of all parameters alive.
                 sums[parameter] = piece.view_as(parameter).clone()
         return sums

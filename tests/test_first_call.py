@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import snntorch_lr as slr
 from snntorch_lr import objectives
-from snntorch_lr.left_as_found import trial
+from snntorch_lr.left_as_found import left_as_found
 
 from .helpers import Net, assert_same, data, gradients, nothing_changes
 from .test_silence import ESTIMATORS, every_estimator
@@ -93,7 +93,7 @@ def test_the_look_at_rows_leaves_no_trace() -> None:
     net = Net()
     net.loss(*data())
     before = (torch.get_rng_state(), np.random.get_state()[1].copy(), net.lif1.mem, set(vars(net.lif1)))
-    with trial(net):
+    with left_as_found(net, buffers=True, states=True, random=True):
         net.loss(*data())
         np.random.random()
     assert net.lif1.mem is before[2]

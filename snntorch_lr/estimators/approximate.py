@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ..graph import ancestors, same_numbers
-from ..left_as_found import RandomState, Statistics
+from ..left_as_found import Buffers, RandomState
 from ..noisy_neuron import NoisyNeuron
-from .base import Estimator, LossFn, batch_size
+from .base import Call, Estimator
 from .recording import Recording
 from .sums import RatePass, RatesCaptured, Summing, check_calls, roots
 
@@ -53,9 +53,9 @@ class Approximate(Estimator):
 
     _internal: Collection[NoisyNeuron] = ()
 
-    def _inspect(
-        self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any
-    ) -> tuple[Tensor, Recording]:
+    def inspect(self, call: Call) -> tuple[Tensor, Recording]:
+        """A trial run that finds which neurons feed which, and refuses losses of membrane potentials."""
+        neurons = call.neurons
         membranes: dict[Node, str] = {}
         left: dict[str, Tensor] = {}
 
@@ -84,7 +84,7 @@ class Approximate(Estimator):
             neuron.register_forward_pre_hook(compare(name), with_kwargs=True) for name, neuron in neurons.items()
         ]
         try:
-            losses, recording = super()._inspect(neurons, loss_fn, inputs, targets)
+            losses, recording = super().inspect(call)
         finally:
             for handle in handles:
                 handle.remove()
@@ -97,27 +97,27 @@ class Approximate(Estimator):
         self._internal = recording.fed_by_copies
         return losses, recording
 
-    def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
-        if not self._inspected:
-            self._inspect(neurons, loss_fn, inputs, targets)
-        first, last = self.division.own_copies(self.copies)
-        copies = self._copies(neurons, self._stream(self._next_seed(), first, last), batch_size(targets))
+    def estimate(self, call: Call) -> Tensor:
+        """Adds the gradient of this process into ``.grad``."""
+        if not self.inspected:
+            self.inspect(call)
+        copies = self.make_copies(call, self.next_seed())
         before = RandomState.capture()
         sampling = Summing(copies, self._internal)
         with sampling.spikes:
-            losses = self._run(sampling, loss_fn, inputs, targets, grad=True)
-        check_calls(sampling.sums, neurons, "use the vanilla estimator")
-        everyone, own = self._compare(losses)
+            losses = self.run(sampling, call, grad=True)
+        check_calls(sampling.sums, call.neurons, "use the vanilla estimator")
+        everyone, own = self.weigh(losses)
         weights = own.reshape(-1)
 
         currents: Mapping[NoisyNeuron, Tensor] = {}
         if any(sums.internal for sums in sampling.sums.values()):
-            after, statistics = RandomState.capture(), Statistics(self.net)
+            after, statistics = RandomState.capture(), Buffers(self.net, statistics_only=True)
             before.restore()
             through_rates = RatePass(replace(copies, batch=sampling.batch), sampling.sums)
             try:
                 with suppress(RatesCaptured):
-                    self._run(through_rates, loss_fn, inputs, targets, grad=True)
+                    self.run(through_rates, call, grad=True)
             finally:
                 after.restore()
                 statistics.restore()
@@ -128,7 +128,7 @@ class Approximate(Estimator):
             tensors.append(losses)
             gradients.append(torch.full_like(losses, 1 / everyone.numel()))
         for neuron, sums in sampling.sums.items():
-            for tensor, gradient in roots(neuron, sums, currents.get(neuron), weights, last - first):
+            for tensor, gradient in roots(neuron, sums, currents.get(neuron), weights, sampling.copies):
                 if tensor.requires_grad:
                     tensors.append(tensor)
                     gradients.append(gradient)

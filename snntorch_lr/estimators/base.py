@@ -6,6 +6,8 @@ import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +18,8 @@ from .._messages import positive_integer, warn
 from ..baselines import BASELINES, Baseline
 from ..distributed import Undivided
 from ..graph import leaves
-from ..left_as_found import Statistics, trial
-from ..network import parameters, spiking_neurons
+from ..left_as_found import Buffers, left_as_found
+from ..network import spiking_neurons
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
 from ..validate import (
@@ -29,15 +31,40 @@ from ..validate import (
     noisy,
     warn_about_batch_norm,
 )
-from .first_call import Firing, Forced, check_rows_are_apart, settled
+from .first_call import Firing, Forced, check_rows_are_apart, use_running_statistics
 from .recording import Copies, Recording, explain
 from .storing import Storing
 
 LossFn = Callable[[Any, Any], Tensor]
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of ``Estimator.backward``.
+
+    Attributes:
+        neurons: those that draw noise now, by name.
+        loss_fn: forward pass and loss.
+        inputs: of ``loss_fn``, as they are.
+        targets: of ``loss_fn``, before they are repeated for the copies.
+    """
+
+    neurons: Mapping[str, NoisyNeuron]
+    loss_fn: LossFn
+    inputs: Any
+    targets: Any
+
+    @property
+    def batch(self) -> int | None:
+        """Number of samples, from the first tensor among the targets; None if there is none."""
+        sizes = [len(leaf) for leaf in tree_flatten(self.targets)[0] if isinstance(leaf, Tensor) and leaf.dim()]
+        return sizes[0] if sizes else None
+
+
 class Estimator(ABC):
-    """What the estimators share: copies, baseline, seed, and how a forward pass of copies is run.
+    """Base class of the estimators: copies, baseline, seed, and forward passes of noise copies.
+
+    A new estimator implements ``estimate``; see docs/contributing-estimator.md.
 
     Args:
         net: the network; at least one neuron must have noise.
@@ -51,8 +78,8 @@ class Estimator(ABC):
         ValueError: if the network has no noisy neuron, or copies, baseline and antithetic do not go together.
     """
 
-    # Whether what one sample does to the loss of others is in the gradient.
-    _takes_batch_norm = False
+    # The gradient holds what one sample does to the loss of others.
+    takes_batch_norm = False
 
     def __init__(
         self,
@@ -86,7 +113,7 @@ class Estimator(ABC):
         self._seeds = torch.Generator() if seed is not None else None
         if self._seeds is not None and seed is not None:
             self._seeds.manual_seed(operator.index(seed))
-        self._inspected = self._half = False
+        self.inspected = self._half = False
         self._warned: set[str] = set()
 
     def backward(self, loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
@@ -113,17 +140,18 @@ class Estimator(ABC):
 
         def own_part() -> Tensor:
             neurons = check_network(self.net)
-            if not self._inspected:
+            if not self.inspected:
                 check_parameters(self.net)
-            if not self._takes_batch_norm:
+            if not self.takes_batch_norm:
                 self._warned |= warn_about_batch_norm(self.net, self._warned)
-            if not self._inspected:
-                self._check_rows(neurons, loss_fn, inputs, targets)
-            statistics = Statistics(self.net)
+            call = Call(neurons, loss_fn, inputs, targets)
+            if not self.inspected:
+                self._check_rows(call)
+            statistics = Buffers(self.net, statistics_only=True)
             for neuron in neurons.values():
                 neuron.estimating = True
             try:
-                loss = self._estimate(neurons, loss_fn, inputs, targets)
+                loss = self.estimate(call)
                 check_gradients(self.net, inputs, self._half)
             except BaseException:
                 statistics.restore()
@@ -131,10 +159,10 @@ class Estimator(ABC):
             finally:
                 for neuron in neurons.values():
                     del neuron.estimating
-            self._inspected = True
+            self.inspected = True
             return loss
 
-        return self.division.run(parameters(self.net), own_part)
+        return self.division.run(self.net, own_part)
 
     def state_dict(self) -> dict[str, Any]:
         """What a run in a loop of one's own needs to go on with the same numbers.
@@ -155,20 +183,33 @@ class Estimator(ABC):
             self._seeds.set_state(state["seeds"])
 
     @abstractmethod
-    def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
-        """The gradient, added into ``.grad``; returns the mean loss."""
+    def estimate(self, call: Call) -> Tensor:
+        """Adds the gradient of this process into ``.grad``, as ``loss.backward()`` does.
 
-    def _stream(self, seed: int, first: int, last: int) -> NoiseStream:
-        return NoiseStream(seed, self.copies, first, last, self.antithetic)
+        Returns:
+            The mean loss, detached.
+        """
 
-    def _copies(self, neurons: Mapping[str, NoisyNeuron], stream: NoiseStream, batch: int | None) -> Copies:
-        others = [neuron for name, neuron in spiking_neurons(self.net) if name not in neurons]
-        return Copies(neurons, stream, batch, others)
-
-    def _next_seed(self) -> int:
+    def next_seed(self) -> int:
+        """Seed of the noise of this call; to be asked for once."""
         return self.division.seed(int(torch.randint(2**62, (), generator=self._seeds)))
 
-    def _run(self, recording: Recording, loss_fn: LossFn, inputs: Any, targets: Any, *, grad: bool) -> Tensor:
+    def make_copies(self, call: Call, seed: int, span: tuple[int, int] | None = None) -> Copies:
+        """Noise copies for a recording.
+
+        Args:
+            call: the call.
+            seed: from ``next_seed``.
+            span: first copy, and the end of their range; by default all that this process runs.
+        """
+        first, last = self.division.own_copies(self.copies) if span is None else span
+        return self._make(call, NoiseStream(seed, self.copies, first, last, self.antithetic))
+
+    def _make(self, call: Call, stream: NoiseStream) -> Copies:
+        others = [neuron for name, neuron in spiking_neurons(self.net) if name not in call.neurons]
+        return Copies(call.neurons, stream, call.batch, others)
+
+    def run(self, recording: Recording, call: Call, *, grad: bool) -> Tensor:
         """Losses of the copies of a recording, ``[copies * batch]``."""
 
         def repeat(value: Any) -> Any:
@@ -178,7 +219,7 @@ class Estimator(ABC):
 
         with torch.set_grad_enabled(grad), recording:
             try:
-                losses = loss_fn(inputs, tree_map(repeat, targets))
+                losses = call.loss_fn(call.inputs, tree_map(repeat, call.targets))
             except (RuntimeError, ValueError, IndexError) as error:
                 explain(error, recording)
                 raise
@@ -190,16 +231,14 @@ class Estimator(ABC):
             )
         return check_losses(losses, recording.copies, recording.batch or 0, self.net)
 
-    def _run_watched(
-        self, recording: Recording, loss_fn: LossFn, inputs: Any, targets: Any, neurons: Mapping[str, NoisyNeuron]
-    ) -> Tensor:
-        """A run with a graph, in which the first of all looks for what would bias the gradient."""
-        if self._inspected:
+    def run_watched(self, recording: Recording, call: Call) -> Tensor:
+        """A run with a graph; the first of all looks for whatever would bias the gradient."""
+        if self.inspected:
             with recording.spikes:
-                return self._run(recording, loss_fn, inputs, targets, grad=True)
-        watch, firing = NoiseFreeNeurons(self.net, neurons), Firing(neurons)
+                return self.run(recording, call, grad=True)
+        watch, firing = NoiseFreeNeurons(self.net, call.neurons), Firing(call.neurons)
         with recording.spikes, watch, firing:
-            losses = self._run(recording, loss_fn, inputs, targets, grad=True)
+            losses = self.run(recording, call, grad=True)
         if not leaves([losses, *recording.roots()]):
             raise ValueError(
                 f"there is nothing to learn: all parameters of {type(self.net).__name__} that loss_fn uses are frozen, "
@@ -209,30 +248,33 @@ class Estimator(ABC):
         firing.warn()
         return losses
 
-    def _check_rows(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> None:
-        """Two passes of two copies without a graph: whether the losses of one depend on the other."""
+    def trial(self, **more: bool) -> AbstractContextManager[None]:
+        """Context of forward passes that leave no trace."""
+        return left_as_found(self.net, buffers=True, states=True, random=True, **more)
+
+    def _check_rows(self, call: Call) -> None:
+        """Refuses losses of one copy that depend on the other, by passes of two copies without a graph."""
 
         def losses(fires: bool) -> Tensor | None:
-            recording = Forced(self._copies(neurons, NoiseStream(0, 2, 0, 2), batch_size(targets)), fires)
+            recording = Forced(self._make(call, NoiseStream(0, 2, 0, 2)), fires)
             # Whatever is to be said about the forward pass is said by that of the call.
-            with warnings.catch_warnings(), trial(self.net), settled(self.net):
+            with warnings.catch_warnings(), self.trial(modes=True):
                 warnings.simplefilter("ignore")
+                use_running_statistics(self.net)
                 try:
-                    return self._run(recording, loss_fn, inputs, targets, grad=False).view(2, -1)[0]
+                    return self.run(recording, call, grad=False).view(2, -1)[0]
                 except Exception:
                     return None
 
         check_rows_are_apart(losses)
 
-    def _inspect(
-        self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any
-    ) -> tuple[Tensor, Recording]:
+    def inspect(self, call: Call) -> tuple[Tensor, Recording]:
         """A trial run of two copies, for estimators that never hold a whole graph: its losses, and its recording."""
-        recording = Storing(self._copies(neurons, NoiseStream(0, 2, 0, 2), batch_size(targets)))
-        with trial(self.net):
-            return self._run_watched(recording, loss_fn, inputs, targets, neurons), recording
+        recording = Storing(self._make(call, NoiseStream(0, 2, 0, 2)))
+        with self.trial():
+            return self.run_watched(recording, call), recording
 
-    def _compare(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+    def weigh(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """The losses of all copies, ``[copies, batch]``, and weights of the scores of the copies that were run here.
 
         Args:
@@ -240,7 +282,7 @@ class Estimator(ABC):
         """
         first, last = self.division.own_copies(self.copies)
         everyone = self.division.gather(losses.detach().view(last - first, -1))
-        if not self._inspected and len(everyone) > 1 and bool((everyone == everyone[0]).all()):
+        if not self.inspected and len(everyone) > 1 and bool((everyone == everyone[0]).all()):
             warn(
                 "all copies of a sample have the same loss in the first call: the noise decides nothing, and what is "
                 "before a noisy neuron learns nothing. Do its spikes reach the loss? Raise the noise level or the "
@@ -253,9 +295,3 @@ class Estimator(ABC):
                 f"{tuple(advantages.shape)}, {int((~advantages.isfinite()).sum())} of them not finite"
             )
         return everyone, advantages[first:last] / everyone.numel()
-
-
-def batch_size(targets: Any) -> int | None:
-    """Number of samples, from the first tensor among the targets; None if there is none."""
-    sizes = [len(leaf) for leaf in tree_flatten(targets)[0] if isinstance(leaf, Tensor) and leaf.dim()]
-    return sizes[0] if sizes else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .._messages import positive_integer
 from ..graph import ancestors, nodes_behind, normalises
-from ..left_as_found import RandomState, Statistics, trial
+from ..left_as_found import Buffers, RandomState
 from ..network import parameters
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
-from .base import Estimator, LossFn, batch_size
+from .base import Call, Estimator
 from .credit import Control, CreditSums, Rate
 from .pooling import SpikePooling
 from .recording import Copies
@@ -76,7 +76,7 @@ class Counterfactual(Estimator):
     their pairs and the fitted control of a spike train are ours.
     """
 
-    _takes_batch_norm = True
+    takes_batch_norm = True
 
     def __init__(
         self,
@@ -130,7 +130,9 @@ class Counterfactual(Estimator):
         self._looked_at = state["looked at"]
         self._timed, self._internal, self._profiles = state["timed"], state["internal"], dict(state["profiles"])
 
-    def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
+    def estimate(self, call: Call) -> Tensor:
+        """Adds the gradient of this process into ``.grad``."""
+        neurons = call.neurons
         check_independent(neurons)
         for name in neurons:
             # What an error left there belongs to no step.
@@ -138,10 +140,9 @@ class Counterfactual(Estimator):
         # What has no noise now, or is frozen, is not in the graph that tells who feeds whom.
         learned = (tuple(neurons), tuple(parameter.requires_grad for parameter in parameters(self.net)))
         if self.over_time == "rates" and learned != self._looked_at:
-            self._look_ahead(neurons, loss_fn, inputs, targets)
+            self._look_ahead(call)
             self._looked_at = learned
-        first, last = self.division.own_copies(self.copies)
-        copies = self._copies(neurons, self._stream(self._next_seed(), first, last), batch_size(targets))
+        copies = self.make_copies(call, self.next_seed())
         exact = self.over_time == "exact"
         timed = None if exact else [neurons[name] for name in self._timed if name in neurons]
         internal = [neurons[name] for name in self._internal if name in neurons]
@@ -150,15 +151,15 @@ class Counterfactual(Estimator):
         before, pooling = RandomState.capture(), SpikePooling()
         with pooling:
             if exact:
-                losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
-                if not self._inspected:
+                losses = self.run_watched(recording, call)
+                if not self.inspected:
                     check_derivative(recording, losses)
             else:
                 with recording.spikes:
-                    losses = self._run(recording, loss_fn, inputs, targets, grad=True)
+                    losses = self.run(recording, call, grad=True)
         check_calls(recording.sums, neurons, 'use over_time="exact"')
-        everyone = self.division.gather(losses.detach().view(last - first, -1))
-        rates = self._rates(recording, before, pooling, neurons, loss_fn, inputs, targets)
+        everyone = self.division.gather(losses.detach().view(recording.copies, -1))
+        rates = self._rates(recording, call, before, pooling)
         self._push(losses, everyone.numel(), recording, rates)
         self._fit(recording, neurons)
         return everyone.mean()
@@ -167,13 +168,14 @@ class Counterfactual(Estimator):
         controls = {neuron: self._controls[name] for name, neuron in copies.neurons.items()}
         return Shadowed(copies, self.shadows, controls, *wiring)
 
-    def _look_ahead(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> None:
+    def _look_ahead(self, call: Call) -> None:
         """A trial run of two copies with a whole graph: which neurons feed which, what the loss reads, and when."""
-        recording = self._recording(self._copies(neurons, NoiseStream(0, 2, 0, 2), batch_size(targets)))
+        recording = self._recording(self._make(call, NoiseStream(0, 2, 0, 2)))
         recording.keeps_steps = True
-        with trial(self.net):
+        neurons = call.neurons
+        with self.trial():
             with SpikePooling():
-                losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
+                losses = self.run_watched(recording, call)
             check_derivative(recording, losses)
         wiring = Wiring.of(recording, losses)
         timed = wiring.read | wiring.readouts | wiring.normalised | wiring.recurrent | recording.given
@@ -187,25 +189,18 @@ class Counterfactual(Estimator):
         self._profiles = {name: (next(found), next(found)) for name in kept}
 
     def _rates(
-        self,
-        recording: Shadowed,
-        before: RandomState,
-        pooling: SpikePooling,
-        neurons: Mapping[str, NoisyNeuron],
-        loss_fn: LossFn,
-        inputs: Any,
-        targets: Any,
+        self, recording: Shadowed, call: Call, before: RandomState, pooling: SpikePooling
     ) -> dict[NoisyNeuron, Tensor]:
         """Mean rates of the neurons that are not timed, as a graph of blocks between them."""
-        controls = {neuron: self._controls[name] for name, neuron in neurons.items()}
-        copies = self._copies(neurons, recording.stream, recording.batch)
+        controls = {neuron: self._controls[name] for name, neuron in call.neurons.items()}
+        copies = replace(self._make(call, recording.stream), batch=recording.batch)
         through = CreditPass(copies, recording.sums, controls)
         if through.missing:
-            after, statistics = RandomState.capture(), Statistics(self.net)
+            after, statistics = RandomState.capture(), Buffers(self.net, statistics_only=True)
             before.restore()
             try:
                 with suppress(RatesCaptured), SpikePooling(pooling.calls):
-                    self._run(through, loss_fn, inputs, targets, grad=True)
+                    self.run(through, call, grad=True)
             finally:
                 after.restore()
                 statistics.restore()

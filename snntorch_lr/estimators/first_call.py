@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -147,14 +146,8 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return bool(((first == second) | ((first - second).abs() <= room) | (first.isnan() & second.isnan())).all())
 
 
-@contextmanager
-def settled(net: nn.Module) -> Iterator[None]:
-    """Context in which BatchNorm layers use their running statistics; what they couple has a warning of its own."""
-    training = [module for module in net.modules() if isinstance(module, _BatchNorm) and module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def use_running_statistics(net: nn.Module) -> None:
+    """Switches BatchNorm layers to evaluation mode: the rows that they couple have a warning of their own."""
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = False

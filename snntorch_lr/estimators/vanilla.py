@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from .._messages import positive_integer
 from ..baselines import Baseline
-from ..left_as_found import RandomState, Statistics
-from ..noisy_neuron import NoisyNeuron
+from ..left_as_found import Buffers, RandomState
 from ..validate import check_repeats
-from .base import Estimator, LossFn, batch_size
+from .base import Call, Estimator
 from .recording import Recording
 from .storing import Replaying, Storing, push
 
@@ -70,43 +68,41 @@ class Vanilla(Estimator):
         self.memory = memory
         self.chunk = self.copies if chunk is None else min(positive_integer("chunk", chunk), self.copies)
 
-    def _estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
-        seed = self._next_seed()
+    def estimate(self, call: Call) -> Tensor:
+        """Adds the gradient of this process into ``.grad``."""
+        seed = self.next_seed()
         first, last = self.division.own_copies(self.copies)
         if self.memory == "store" and self.chunk >= last - first:
-            copies = self._copies(neurons, self._stream(seed, first, last), batch_size(targets))
-            recording = self.recording_type(copies)
-            losses = self._run_watched(recording, loss_fn, inputs, targets, neurons)
-            everyone, weights = self._compare(losses)
+            recording = self.recording_type(self.make_copies(call, seed))
+            losses = self.run_watched(recording, call)
+            everyone, weights = self.weigh(losses)
             recording.weights.given = weights.reshape(-1)
             push(losses, everyone.numel(), recording)
             return everyone.mean()
-        if not self._inspected:
-            self._inspect(neurons, loss_fn, inputs, targets)
-        return self._run_twice(seed, neurons, loss_fn, inputs, targets)
+        if not self.inspected:
+            self.inspect(call)
+        return self._run_twice(call, seed)
 
-    def _run_twice(
-        self, seed: int, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any
-    ) -> Tensor:
+    def _run_twice(self, call: Call, seed: int) -> Tensor:
         """Losses first, then the same passes again with the advantages known."""
         start, end = self.division.own_copies(self.copies)
         chunks = [(first, min(first + self.chunk, end)) for first in range(start, end, self.chunk)]
         before = RandomState.capture()
-        parts, repeated, batch = [], [], batch_size(targets)
+        parts, repeated, batch = [], [], call.batch
         statistics = None
-        for first, last in chunks:
+        for chunk in chunks:
             before.restore()
-            recording = Recording(self._copies(neurons, self._stream(seed, first, last), batch))
-            losses = self._run(recording, loss_fn, inputs, targets, grad=False)
+            recording = Recording(replace(self.make_copies(call, seed, chunk), batch=batch))
+            losses = self.run(recording, call, grad=False)
             batch = recording.batch
-            parts.append(losses.view(last - first, -1))
-            statistics = statistics or Statistics(self.net)
+            parts.append(losses.view(recording.copies, -1))
+            statistics = statistics or Buffers(self.net, statistics_only=True)
         after = RandomState.capture()
-        everyone, weights = self._compare(torch.cat(parts))
+        everyone, weights = self.weigh(torch.cat(parts))
         try:
             for first, last in chunks:
                 before.restore()
-                copies = self._copies(neurons, self._stream(seed, first, last), batch)
+                copies = replace(self.make_copies(call, seed, (first, last)), batch=batch)
                 share = weights[first - start : last - start].reshape(-1)
                 again: Storing
                 if self.memory == "replay":
@@ -115,7 +111,7 @@ class Vanilla(Estimator):
                     again = Storing(copies)
                     again.weights.given = share
                 with again.spikes:
-                    losses = self._run(again, loss_fn, inputs, targets, grad=True)
+                    losses = self.run(again, call, grad=True)
                 repeated.append(losses.detach())
                 push(losses, everyone.numel(), again)
             check_repeats(torch.cat([part.flatten() for part in parts]), torch.cat(repeated))
