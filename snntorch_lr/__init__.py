@@ -1,13 +1,15 @@
 """Noise in snnTorch neurons, likelihood-ratio training without backpropagation through time, robustness evaluation."""
 
+import sys
+
+from ._messages import MovedModules
 from .calibration import Calibration, calibrate
 from .convert import add_noise, export_to_nir, noise_off, noise_on, remove_noise
 from .diagnostics import GradientReport, gradient_report
-from .estimators.approximate import Approximate
-from .estimators.counterfactual import Counterfactual
+from .estimators import Approximate, Counterfactual, Estimator, Vanilla
+from .estimators.check import Finding, Findings, check
 from .estimators.input_gradient import input_gradient
 from .estimators.recording import per_copy
-from .estimators.vanilla import Vanilla
 from .network import reset, rollout
 from .neurons import SLSTM, Alpha, Lapicque, Leaky, RLeaky, RSynaptic, SConv2dLSTM, Synaptic
 from .noise import EscapeNoise, MembraneNoise
@@ -23,6 +25,9 @@ __all__ = [
     "Calibration",
     "Counterfactual",
     "EscapeNoise",
+    "Estimator",
+    "Finding",
+    "Findings",
     "GradientReport",
     "Lapicque",
     "Leaky",
@@ -35,6 +40,7 @@ __all__ = [
     "add_noise",
     "attach",
     "calibrate",
+    "check",
     "closure",
     "export_to_nir",
     "gradient_report",
@@ -46,6 +52,13 @@ __all__ = [
     "reset",
     "rollout",
 ]
+
+
+sys.meta_path.append(
+    MovedModules(
+        {"snntorch_lr.storing": "snntorch_lr.estimators.storing", "snntorch_lr.quality": "snntorch_lr.diagnostics"}
+    )
+)
 
 
 def __getattr__(name: str) -> object:

@@ -35,7 +35,7 @@ def add(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-class Undivided:
+class SingleProcess:
     """All copies of all samples are run by this process.
 
     What an estimator asks whenever another process could have a part in the answer; each method answers for one
@@ -133,7 +133,7 @@ def share(estimator: E, split: str = "copies", group: ProcessGroup | None = None
     return estimator
 
 
-class _Ranks(Undivided):
+class _Ranks(SingleProcess):
     """What both ways to divide the work have in common: how ranks meet, and how their gradients are put together.
 
     Attributes:

@@ -19,15 +19,15 @@ class Distribution:
     """A symmetric density f of standard noise ε (location 0, scale 1).
 
     Attributes:
-        shape: makes ε of uniform numbers u in (−1, 1), in place: the quantile function at (1 + u) / 2.
+        quantile: makes ε of uniform numbers u in (−1, 1), in place: the quantile function at (1 + u) / 2.
         location_score: −d log f(ε) / dε. The score of the mean is this over σ; because the family is a
             location-scale one, the score of log σ is ε · location_score(ε) − 1.
-        chances: P(ε < z), which is P(ε > −z), and its derivative f(z).
+        cdf_and_pdf: P(ε < z), which is P(ε > −z), and its derivative f(z).
     """
 
-    shape: Callable[[Tensor], Tensor]
+    quantile: Callable[[Tensor], Tensor]
     location_score: Callable[[Tensor], Tensor]
-    chances: Callable[[Tensor], tuple[Tensor, Tensor]]
+    cdf_and_pdf: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _gaussian(u: Tensor) -> Tensor:
@@ -42,24 +42,24 @@ def _logistic(u: Tensor) -> Tensor:
     return u.atanh_().mul_(2)
 
 
-def _gaussian_chances(z: Tensor) -> tuple[Tensor, Tensor]:
+def _gaussian_cdf_and_pdf(z: Tensor) -> tuple[Tensor, Tensor]:
     return torch.special.ndtr(z), z.square().mul_(-0.5).exp_().div_(math.sqrt(2 * math.pi))
 
 
-def _laplace_chances(z: Tensor) -> tuple[Tensor, Tensor]:
+def _laplace_cdf_and_pdf(z: Tensor) -> tuple[Tensor, Tensor]:
     density = z.abs().neg_().exp_().div_(2)
     return torch.where(z > 0, 1 - density, density), density
 
 
-def _logistic_chances(z: Tensor) -> tuple[Tensor, Tensor]:
+def _logistic_cdf_and_pdf(z: Tensor) -> tuple[Tensor, Tensor]:
     p = torch.sigmoid(z)
     return p, torch.addcmul(p, p, p, value=-1)
 
 
 DISTRIBUTIONS = {
-    "gaussian": Distribution(_gaussian, lambda epsilon: epsilon, _gaussian_chances),
-    "laplace": Distribution(_laplace, torch.sign, _laplace_chances),
-    "logistic": Distribution(_logistic, lambda epsilon: torch.tanh(epsilon / 2), _logistic_chances),
+    "gaussian": Distribution(_gaussian, lambda epsilon: epsilon, _gaussian_cdf_and_pdf),
+    "laplace": Distribution(_laplace, torch.sign, _laplace_cdf_and_pdf),
+    "logistic": Distribution(_logistic, lambda epsilon: torch.tanh(epsilon / 2), _logistic_cdf_and_pdf),
 }
 
 
@@ -126,11 +126,11 @@ class Noise(Portable, nn.Module):
         """Standard noise ε (scale 1) with the shape, dtype and device of ``like``."""
         out = torch.empty_like(like, dtype=uniform.resolved(like.dtype), requires_grad=False)
         uniform.from_generator(out, self.generator if generator is None else generator)
-        return DISTRIBUTIONS[self.distribution].shape(out).to(like.dtype)
+        return DISTRIBUTIONS[self.distribution].quantile(out).to(like.dtype)
 
-    def chances(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def cdf_and_pdf(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Probability of a spike at a distance z to the threshold, in units of σ, and its derivative by z."""
-        return DISTRIBUTIONS[self.distribution].chances(z)
+        return DISTRIBUTIONS[self.distribution].cdf_and_pdf(z)
 
     def check_fits(self, shape: tuple[int, ...], neuron: str) -> None:
         """Refuses a σ that does not broadcast against the membrane potential of a neuron.
@@ -184,9 +184,9 @@ class MembraneNoise(Noise):
 
     offered = ("gaussian", "laplace", "logistic")
 
-    def shape(self, u: Tensor) -> Tensor:
+    def quantile(self, u: Tensor) -> Tensor:
         """Standard noise ε of uniform numbers in (−1, 1), in place."""
-        return DISTRIBUTIONS[self.distribution].shape(u)
+        return DISTRIBUTIONS[self.distribution].quantile(u)
 
     def location_score(self, epsilon: Tensor) -> Tensor:
         """Score of the mean times σ, from standard noise ε of any shape; the same shape."""
@@ -219,16 +219,16 @@ class EscapeNoise(Noise):
 
     offered = ("gaussian", "logistic")
 
-    def shape(self, u: Tensor) -> Tensor:
+    def quantile(self, u: Tensor) -> Tensor:
         """What ``fires`` decides by, of uniform numbers in (−1, 1), in place; odd, so that −u is antithetic."""
         return _gaussian(u) if self.distribution == "gaussian" else u
 
     def limit(self, z: Tensor) -> Tensor:
-        """What noise of ``shape`` must exceed for a spike."""
+        """What noise of ``quantile`` must exceed for a spike."""
         return -z if self.distribution == "gaussian" else (z / -2).tanh_()
 
     def fires(self, limit: Tensor, noise: Tensor) -> Tensor:
-        """Which neurons spike: zeros and ones, given noise of ``shape``, and written in its place."""
+        """Which neurons spike: zeros and ones, given noise of ``quantile``, and written in its place."""
         return torch.gt(noise, limit, out=noise)
 
     def location_score(self, z: Tensor, spikes: Tensor, limit: Tensor | None = None) -> Tensor:

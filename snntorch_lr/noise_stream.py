@@ -81,7 +81,7 @@ def resolved(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-Shape = Callable[[Tensor], Tensor]
+Quantile = Callable[[Tensor], Tensor]
 
 # Fewer numbers than this are not worth a generator of their own, nor a thread.
 _BLOCK = 1 << 17
@@ -109,13 +109,13 @@ class NoiseStream:
         self.antithetic = antithetic
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def draw(self, index: int, like: Tensor, shape: Shape) -> Tensor:
+    def draw(self, index: int, like: Tensor, quantile: Quantile) -> Tensor:
         """Noise with the shape, dtype and device of ``like``, whose rows are the copies of this range, copy-first.
 
         Args:
             index: which draw of the forward pass it is.
             like: ``[(last - first) * batch, ...]``.
-            shape: makes noise of uniform numbers in (-1, 1), in place; odd, so that antithetic noise is negated.
+            quantile: makes noise of uniform numbers in (-1, 1), in place; odd, so that antithetic noise is negated.
         """
         rows = len(like) // (self.last - self.first)
         row = like[:1].numel()
@@ -146,7 +146,7 @@ class NoiseStream:
             into.copy_(numbers)
         for into in negated:
             into.neg_()
-        return shape(out).to(like.dtype)
+        return quantile(out).to(like.dtype)
 
     def _fill(self, parts: list[tuple[Tensor, tuple[int, int, int]]]) -> None:
         device = parts[0][0].device

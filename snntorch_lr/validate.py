@@ -1,8 +1,8 @@
-"""What would make the gradient wrong, said before any weight changes."""
+"""Checks of network, losses and gradients, before any weight changes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -18,6 +18,41 @@ from .network import named_parameters, noisy_neurons, spiking_neurons
 from .noisy_neuron import NoisyNeuron
 
 
+def network_errors(net: nn.Module) -> Iterator[str]:
+    """Everything for which a network cannot be trained by the likelihood ratio."""
+    neurons = noisy_neurons(net)
+    if not neurons:
+        yield (
+            f"{type(net).__name__} has no noisy neuron, and the likelihood ratio needs noise to differentiate: build "
+            "neurons with noise=True, or convert the network with snntorch_lr.add_noise(net)"
+        )
+        return
+    active = _active(neurons)
+    if not active:
+        yield (
+            f"the noise of {', '.join(neurons)} is off: call net.train(), leave noise_off(net), or make the noise with "
+            "at_eval=True"
+        )
+    for name, neuron in active.items():
+        assert neuron.noise is not None
+        sigma = neuron.noise.sigma.detach()
+        if not bool(((sigma > 0) & sigma.isfinite()).all()):
+            yield (
+                f"{name}.noise: sigma must be positive and finite, but is {sigma.min().item():.3g} to "
+                f"{sigma.max().item():.3g}; lower its learning rate (a parameter group of its own) or freeze it"
+            )
+        if neuron.meets_threshold_twice:
+            yield (
+                f"{name or type(neuron).__name__}: with reset_delay=False snnTorch compares the membrane that was "
+                "reset with the threshold once more, so that the gradient of a learned threshold would be biased; use "
+                "reset_delay=True, reset_mechanism='zero', escape noise, or learn_threshold=False"
+            )
+
+
+def _active(neurons: Mapping[str, NoisyNeuron]) -> dict[str, NoisyNeuron]:
+    return {name: neuron for name, neuron in neurons.items() if neuron.noise is not None and neuron.noise.active}
+
+
 def noisy(net: nn.Module) -> dict[str, NoisyNeuron]:
     """The noisy neurons of a network, by name.
 
@@ -26,10 +61,7 @@ def noisy(net: nn.Module) -> dict[str, NoisyNeuron]:
     """
     neurons = noisy_neurons(net)
     if not neurons:
-        raise ValueError(
-            f"{type(net).__name__} has no noisy neuron, and the likelihood ratio needs noise to differentiate: build "
-            "neurons with noise=True, or convert the network with snntorch_lr.add_noise(net)"
-        )
+        raise ValueError(next(network_errors(net)))
     return neurons
 
 
@@ -40,28 +72,9 @@ def check_network(net: nn.Module) -> dict[str, NoisyNeuron]:
         ValueError: if there are none, if a noise level is not positive and finite, or if a learned threshold is met
             twice by one sample.
     """
-    neurons = noisy(net)
-    active = {name: neuron for name, neuron in neurons.items() if neuron.noise is not None and neuron.noise.active}
-    if not active:
-        raise ValueError(
-            f"the noise of {', '.join(neurons)} is off: call net.train(), leave noise_off(net), or make the noise with "
-            "at_eval=True"
-        )
-    for name, neuron in active.items():
-        assert neuron.noise is not None
-        sigma = neuron.noise.sigma.detach()
-        if not bool(((sigma > 0) & sigma.isfinite()).all()):
-            raise ValueError(
-                f"{name}.noise: sigma must be positive and finite, but is {sigma.min().item():.3g} to "
-                f"{sigma.max().item():.3g}; lower its learning rate (a parameter group of its own) or freeze it"
-            )
-        if neuron.meets_threshold_twice:
-            raise ValueError(
-                f"{name or type(neuron).__name__}: with reset_delay=False snnTorch compares the membrane that was "
-                "reset with the threshold once more, so that the gradient of a learned threshold would be biased; use "
-                "reset_delay=True, reset_mechanism='zero', escape noise, or learn_threshold=False"
-            )
-    return active
+    for error in network_errors(net):
+        raise ValueError(error)
+    return _active(noisy_neurons(net))
 
 
 def check_parameters(net: nn.Module) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.distributed import RankError, Undivided, share
+from snntorch_lr.distributed import RankError, SingleProcess, share
 from snntorch_lr.network import parameters
 from snntorch_lr.noise_stream import mix
 
@@ -178,7 +178,7 @@ def test_split_batches_fit_one_control(pair: Pair, method: str) -> None:
     assert first == second
 
 
-class SeedOfRank(Undivided):
+class SeedOfRank(SingleProcess):
     def __init__(self, rank: int) -> None:
         self.rank = rank
 

@@ -94,7 +94,7 @@ def drawn_uniformly(like: Tensor) -> Tensor:
 def test_spikes_have_their_probability(kind: str) -> None:
     noise = slr.EscapeNoise(distribution=kind)
     z = torch.tensor([-2.0, -0.5, 0.0, 1.0]).expand(200_000, 4).contiguous()
-    fired = noise.fires(noise.limit(z), noise.shape(drawn_uniformly(z))).double()
+    fired = noise.fires(noise.limit(z), noise.quantile(drawn_uniformly(z))).double()
     p = log_probability(kind, z[0].double(), torch.ones(4)).exp()
     assert ((fired.mean(0) - p).abs() < 4.5 * (p * (1 - p) / len(z)).sqrt()).all()
 
@@ -103,7 +103,7 @@ def test_spikes_have_their_probability(kind: str) -> None:
 def test_antithetic_noise_fires_with_the_same_probability(kind: str) -> None:
     noise = slr.EscapeNoise(distribution=kind)
     z = torch.full((200_000,), 0.7)
-    drawn = noise.shape(drawn_uniformly(z))
+    drawn = noise.quantile(drawn_uniformly(z))
     one, other = (noise.fires(noise.limit(z), part).double() for part in (drawn.clone(), -drawn))
     assert abs(one.mean() - other.mean()) < 0.01
     assert torch.corrcoef(torch.stack((one, other)))[0, 1] < -0.3

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .._messages import positive_integer, warn
 from ..baselines import BASELINES, Baseline
-from ..distributed import Undivided
+from ..distributed import SingleProcess
 from ..graph import leaves
 from ..left_as_found import Buffers, left_as_found
 from ..network import spiking_neurons
@@ -53,6 +53,15 @@ class Call:
     loss_fn: LossFn
     inputs: Any
     targets: Any
+
+    @classmethod
+    def of(cls, net: nn.Module, loss_fn: LossFn, inputs: Any, targets: Any) -> Call:
+        """A call for a network.
+
+        Raises:
+            ValueError: if the network cannot be trained.
+        """
+        return cls(check_network(net), loss_fn, inputs, targets)
 
     @property
     def batch(self) -> int | None:
@@ -109,7 +118,7 @@ class Estimator(ABC):
         self.baseline: Baseline = BASELINES[baseline] if isinstance(baseline, str) else baseline
         self.antithetic = antithetic
         self.seed = seed
-        self.division = Undivided()
+        self.division = SingleProcess()
         self._seeds = torch.Generator() if seed is not None else None
         if self._seeds is not None and seed is not None:
             self._seeds.manual_seed(operator.index(seed))
@@ -139,16 +148,15 @@ class Estimator(ABC):
         """
 
         def own_part() -> Tensor:
-            neurons = check_network(self.net)
+            call = Call.of(self.net, loss_fn, inputs, targets)
             if not self.inspected:
                 check_parameters(self.net)
             if not self.takes_batch_norm:
                 self._warned |= warn_about_batch_norm(self.net, self._warned)
-            call = Call(neurons, loss_fn, inputs, targets)
             if not self.inspected:
-                self._check_rows(call)
+                self.check_rows(call)
             statistics = Buffers(self.net, statistics_only=True)
-            for neuron in neurons.values():
+            for neuron in call.neurons.values():
                 neuron.estimating = True
             try:
                 loss = self.estimate(call)
@@ -157,7 +165,7 @@ class Estimator(ABC):
                 statistics.restore()
                 raise
             finally:
-                for neuron in neurons.values():
+                for neuron in call.neurons.values():
                     del neuron.estimating
             self.inspected = True
             return loss
@@ -252,7 +260,7 @@ class Estimator(ABC):
         """Context of forward passes that leave no trace."""
         return left_as_found(self.net, buffers=True, states=True, random=True, **more)
 
-    def _check_rows(self, call: Call) -> None:
+    def check_rows(self, call: Call) -> None:
         """Refuses losses of one copy that depend on the other, by passes of two copies without a graph."""
 
         def losses(fires: bool) -> Tensor | None:

@@ -177,7 +177,7 @@ class Credit(torch.autograd.Function):
         if kept.spikes.dtype == torch.uint8:
             spikes = unpack(kept.spikes, kept.z.shape, kept.z.dtype)
         sigma = ctx.sigma.to(kept.z.dtype)
-        p, density = noise.chances(z)
+        p, density = noise.cdf_and_pdf(z)
         direct = None
         if a is not None:
             a = a.to(z.dtype)

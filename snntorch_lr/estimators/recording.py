@@ -146,7 +146,7 @@ class Step:
         recording = self.recording
         index = recording.next_draw()
         constant = mean.detach()
-        epsilon = recording.stream.draw(index, constant, noise.shape)
+        epsilon = recording.stream.draw(index, constant, noise.quantile)
         # Without a graph nobody else holds the mean.
         out = None if mean.requires_grad else constant
         return torch.addcmul(constant, noise.sigma.detach().to(constant.dtype), epsilon, out=out), epsilon, index
@@ -158,7 +158,7 @@ class Step:
         sigma = noise.sigma.detach().to(margin.dtype)
         z = torch.div(margin.detach(), sigma, out=None if margin.requires_grad else margin)
         limit = noise.limit(z)
-        return noise.fires(limit, recording.stream.draw(index, z, noise.shape)), z, limit
+        return noise.fires(limit, recording.stream.draw(index, z, noise.quantile)), z, limit
 
     def emit(self, spikes: Tensor) -> Tensor:
         """The spikes for the next layer."""

@@ -99,13 +99,13 @@ class ShadowedStep(Step):
         threshold = 0.0 if neuron.threshold.requires_grad else neuron.threshold
         z = ((mean.detach() - threshold) / sigma).to(resolved(mean.dtype))
         epsilon = self.recording.noise(z, noise)
-        self.drawn = Draw(noise, mean, z, epsilon, *noise.chances(z))
+        self.drawn = Draw(noise, mean, z, epsilon, *noise.cdf_and_pdf(z))
         return torch.addcmul(mean.detach(), sigma, epsilon.to(mean.dtype))
 
     def fire(self, noise: EscapeNoise, margin: Tensor) -> Tensor:
         """Spikes of escape noise in all rows."""
         z = (margin.detach() / noise.sigma.detach().to(margin.dtype)).to(resolved(margin.dtype))
-        self.drawn = drawn = Draw(noise, margin, z, None, *noise.chances(z))
+        self.drawn = drawn = Draw(noise, margin, z, None, *noise.cdf_and_pdf(z))
         return noise.fires_by(drawn.p, z, self.recording.noise(z, noise)).to(margin.dtype)
 
     def emit(self, spikes: Tensor) -> Tensor:
@@ -340,7 +340,7 @@ class Shadowed(Recording):
         index = self.next_draw()
         parts = like.view(self.sets, -1, *like.shape[1:])
         return torch.cat(
-            [stream.draw(index, part, noise.shape) for stream, part in zip(self._streams, parts, strict=True)]
+            [stream.draw(index, part, noise.quantile) for stream, part in zip(self._streams, parts, strict=True)]
         )
 
 

@@ -145,7 +145,7 @@ class StoringStep(Step):
         shape, dtype, device, stream = mean.shape, mean.dtype, mean.device, self.recording.stream
 
         def scores() -> tuple[Tensor, Tensor]:
-            drawn = stream.draw(index, torch.empty(shape, dtype=dtype, device=device), noise.shape)
+            drawn = stream.draw(index, torch.empty(shape, dtype=dtype, device=device), noise.quantile)
             location = noise.location_score(drawn)
             return location, noise.scale_score(drawn, location)
 

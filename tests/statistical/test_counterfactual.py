@@ -333,13 +333,13 @@ def _no_trace_through_the_leak(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_last_term(patch: pytest.MonkeyPatch) -> None:
-    original = slr.EscapeNoise.chances
+    original = slr.EscapeNoise.cdf_and_pdf
 
-    def chances(self: slr.EscapeNoise, z: Tensor) -> tuple[Tensor, Tensor]:
+    def cdf_and_pdf(self: slr.EscapeNoise, z: Tensor) -> tuple[Tensor, Tensor]:
         p, density = original(self, z)
         return p, torch.zeros_like(density)
 
-    patch.setattr(slr.EscapeNoise, "chances", chances)
+    patch.setattr(slr.EscapeNoise, "cdf_and_pdf", cdf_and_pdf)
 
 
 def _pairs_without_their_half(patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,110 @@
+"""All findings about a network, a loss and an optimizer at once."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import snntorch as snn
+import torch
+from torch import Tensor, nn
+
+import snntorch_lr as slr
+
+from .helpers import assert_same
+
+X, Y = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+
+
+class Net(nn.Sequential):
+    def __init__(self, noise: bool = True) -> None:
+        torch.manual_seed(0)
+        neuron = slr.Leaky(beta=0.9, init_hidden=True, noise=noise) if noise else snn.Leaky(beta=0.9, init_hidden=True)
+        super().__init__(nn.Linear(4, 8), nn.BatchNorm1d(8), neuron, nn.Linear(8, 3))
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(slr.rollout(self, 3 * x, num_steps=5).mean(0), y, reduction="none")
+
+
+def test_a_network_that_is_well_has_no_findings_and_is_left_as_it_was() -> None:
+    net = Net()
+    net(X)
+    net[0].weight.grad = torch.ones_like(net[0].weight)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    mem, state = net[2].mem, torch.get_rng_state()
+    findings = slr.check(net, net.loss, X, Y, optimizer=torch.optim.Adam(net.parameters()))
+    assert findings
+    assert not findings.found
+    assert str(findings) == "nothing found"
+    assert_same(dict(net.state_dict()), before)
+    assert net[2].mem is mem
+    assert torch.equal(torch.get_rng_state(), state)
+    assert bool((net[0].weight.grad == 1).all())
+
+
+def test_errors_of_network_and_optimizer_are_found_at_once() -> None:
+    net = Net()
+    with torch.no_grad():
+        net[2].noise.log_sigma.fill_(float("nan"))
+        net[0].weight[0, 0] = float("inf")
+    other = torch.optim.Adam(Net().parameters())
+    findings = slr.check(net, estimator="vanilla", optimizer=other)
+    assert not findings
+    assert len(findings.errors) == 3
+    for said, part in zip(
+        findings.errors, ("sigma must be positive", "0.weight has values", "optimizer holds none"), strict=True
+    ):
+        assert part in str(said)
+        assert str(said).startswith("error: ")
+    (batch_norm,) = findings.warnings
+    assert "BatchNorm 1 is in training mode" in batch_norm.message
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda net: lambda x, y: net.loss(x, y).mean(), "one loss per sample"),
+        (lambda net: lambda x, y: net.loss(x, y) + net[2].mem.mean(), "other rows"),
+        (lambda net: lambda x, y: x @ x, "RuntimeError in loss_fn"),
+        (lambda net: lambda x, y: torch.zeros(len(y)), "ran none of 2"),
+        (lambda net: lambda x, y: net.loss(x, y) * torch.nan, "are not finite"),
+    ],
+)
+def test_what_is_wrong_with_a_loss_is_an_error(loss: Any, message: str) -> None:
+    net = Net()
+    (error,) = slr.check(net, loss(net), X, Y).errors
+    assert message in error.message
+
+
+def test_what_an_estimator_refuses_and_warns_of_is_found() -> None:
+    lstm = nn.Sequential(slr.SLSTM(4, 4, init_hidden=True, noise=True), nn.Linear(4, 3))
+    assert slr.check(lstm, estimator="vanilla")
+    (error,) = slr.check(lstm, lambda x, y: slr.rollout(lstm, x, num_steps=2).mean(0).square().sum(1), X, Y).errors
+    assert "LSTM" in error.message
+    net = Net()
+    nn.init.constant_(net[0].weight, 0)
+    nn.init.constant_(net[0].bias, 0)
+    net[1].eval()
+    net[2].noise.log_sigma.data.fill_(-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        findings = slr.check(net, net.loss, X, Y)
+    assert findings
+    assert any("never fired" in each.message for each in findings.warnings)
+
+
+def test_a_network_without_noise_and_an_unknown_estimator() -> None:
+    (error,) = slr.check(Net(noise=False)).errors
+    assert isinstance(error, slr.Finding)
+    assert "has no noisy neuron" in error.message
+    with pytest.raises(ValueError, match="choose one of counterfactual"):
+        slr.check(Net(), estimator="exact")
+
+
+def test_documented_old_names_still_import() -> None:
+    with pytest.warns(DeprecationWarning, match="snntorch_lr.storing is snntorch_lr.estimators.storing now"):
+        from snntorch_lr.storing import Storing
+    from snntorch_lr.estimators import storing
+
+    assert Storing is storing.Storing
