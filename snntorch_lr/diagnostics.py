@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from ._messages import positive_integer, warn
 from .estimators import ESTIMATORS
-from .estimators.base import Estimator, LossFn
+from .estimators.base import Estimator, Firing, LossFn
 from .estimators.counterfactual import Counterfactual
-from .estimators.first_call import Firing
 from .estimators.vanilla import Vanilla
 from .left_as_found import left_as_found
 from .validate import noisy

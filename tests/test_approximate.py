@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.estimators.storing import StoringStep
+from snntorch_lr.estimators.vanilla import StoringStep
 
 from .statistical.networks import NEURONS, RESETS, STEPS, TwoLayers, data
 from .test_memory import assert_same, gradients, with_noise

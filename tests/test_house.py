@@ -25,19 +25,27 @@ FOLDERS = ("estimators", "robustness", "experiments")
 # Each may know those before it, and none after it.
 LAYERS = ("noise", "noisy_neuron", "estimators.recording", "estimators.credit", "estimators.shadows", "estimators.base",
     "estimators.counterfactual", "optim")  # fmt: skip
-TOUCH_SNNTORCH = {"convert", "network", "neurons", "noisy_neuron", "pickling", "experiments.models", "experiments.workloads"}
+TOUCH_SNNTORCH = {
+    "convert",
+    "network",
+    "neurons",
+    "noisy_neuron",
+    "pickling",
+    "experiments.models",
+    "experiments.workloads",
+}
 
 # What the experiments take from inside the package, beside public names: make it public rather than add to this.
 INNER = {
     "_files.load", "_files.replacing", "_files.save", "_messages.first_line", "_messages.listed", "_messages.markdown",
     "_messages.versions", "baselines.batch_mean", "baselines.leave_one_out", "estimators.ESTIMATORS",
-    "estimators.storing.Storing", "estimators.storing.StoringStep", "network.noisy_neurons", "noise.KINDS",
+    "estimators.vanilla.Storing", "estimators.vanilla.StoringStep", "network.noisy_neurons", "noise.KINDS",
     "objectives.OBJECTIVES", "objectives.vote", "robustness.measure.Progress", "robustness.measure.Row",
 }  # fmt: skip
 
 
 # One idea of its own each, though only one module asks for it.
-SINGLE_USE: set[str] = set()
+SINGLE_USE = {"dynamics", "estimators.approximate", "estimators.pooling", "estimators.shadows"}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -15,8 +15,8 @@ from ..graph import ancestors, same_numbers
 from ..left_as_found import Buffers, RandomState
 from ..noisy_neuron import NoisyNeuron
 from .base import Call, Estimator
-from .recording import Recording
 from .sums import RatePass, RatesCaptured, Summing, check_calls, roots
+from .vanilla import Storing
 
 
 class Approximate(Estimator):
@@ -53,7 +53,7 @@ class Approximate(Estimator):
 
     _internal: Collection[NoisyNeuron] = ()
 
-    def inspect(self, call: Call) -> tuple[Tensor, Recording]:
+    def _look_ahead(self, call: Call) -> None:
         """A trial run that finds which neurons feed which, and refuses losses of membrane potentials."""
         neurons = call.neurons
         membranes: dict[Node, str] = {}
@@ -84,7 +84,7 @@ class Approximate(Estimator):
             neuron.register_forward_pre_hook(compare(name), with_kwargs=True) for name, neuron in neurons.items()
         ]
         try:
-            losses, recording = super().inspect(call)
+            losses, recording = self.trial_run(Storing, call)
         finally:
             for handle in handles:
                 handle.remove()
@@ -95,12 +95,11 @@ class Approximate(Estimator):
                 "kept here: read a neuron without noise and with reset_mechanism='none', or use the vanilla estimator"
             )
         self._internal = recording.fed_by_copies
-        return losses, recording
 
     def estimate(self, call: Call) -> Tensor:
         """Adds the gradient of this process into ``.grad``."""
         if not self.inspected:
-            self.inspect(call)
+            self._look_ahead(call)
         copies = self.make_copies(call, self.next_seed())
         before = RandomState.capture()
         sampling = Summing(copies, self._internal)

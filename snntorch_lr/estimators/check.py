@@ -15,6 +15,7 @@ from ..left_as_found import left_as_found
 from ..validate import check_optimizer, check_parameters, network_errors, warn_about_batch_norm
 from . import ESTIMATORS
 from .base import Call, Estimator, LossFn
+from .vanilla import Storing
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _run(estimator: Estimator, loss_fn: LossFn, inputs: Any, targets: Any, colle
             estimator.check_rows(call)
         before = len(collector.found)
         with collector.collecting():
-            Estimator.inspect(estimator, call)
+            estimator.trial_run(Storing, call)
         if len(collector.found) == before or not collector.has_errors:
             estimator.inspected = True
             with collector.collecting():

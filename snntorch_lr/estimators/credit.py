@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..noise import EscapeNoise, MembraneNoise
+from .recording import over_copies
 from .spike_bits import unpack
-from .storing import over_copies
 from .sums import Sums, add
 
 Rows = Tensor

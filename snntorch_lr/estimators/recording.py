@@ -349,3 +349,19 @@ def explain(error: Exception, recording: Recording) -> None:
             "inputs that are used behind a noisy neuron in snntorch_lr.per_copy(x). If there are fewer rows: does "
             "loss_fn run the very network that the estimator was made for, or attach was called with?"
         )
+
+
+def weighted(scores: Tensor, weights: Tensor) -> Tensor:
+    """Scores times one weight per row."""
+    return scores * weights.to(scores.dtype).view(-1, *[1] * (scores.dim() - 1))
+
+
+def over_copies(gradient: Tensor, shape: torch.Size) -> Tensor:
+    """Sums a gradient over the copies, if it is for a tensor that was not repeated for them."""
+    return gradient if gradient.shape == shape else gradient.reshape(-1, *shape).sum(0)
+
+
+def sigma_gradient(scale: Tensor, weights: Tensor, sigma: Tensor) -> Tensor:
+    """Gradient of σ from the scores of log σ: weighted, summed over rows, and reduced to the shape of σ."""
+    total = (weights.to(scale.dtype) @ scale.reshape(len(scale), -1)).view(1, *scale.shape[1:])
+    return (total / sigma).sum_to_size(sigma.shape).to(sigma.dtype)

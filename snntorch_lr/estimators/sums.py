@@ -12,8 +12,7 @@ from torch import Tensor
 from ..graph import version
 from ..noise import EscapeNoise, MembraneNoise
 from ..noisy_neuron import NoisyNeuron
-from .recording import Copies, Current, Recording, Step
-from .storing import sigma_gradient, weighted
+from .recording import Copies, Current, Recording, Step, sigma_gradient, weighted
 
 
 @dataclass

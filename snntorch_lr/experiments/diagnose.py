@@ -15,8 +15,7 @@ from ..convert import add_noise
 from ..diagnostics import GradientReport, gradient_report
 from ..estimators.base import Estimator
 from ..estimators.counterfactual import Counterfactual
-from ..estimators.storing import Storing, StoringStep
-from ..estimators.vanilla import Vanilla
+from ..estimators.vanilla import Storing, StoringStep, Vanilla
 from ..network import noisy_neurons
 from ..noise import KINDS, EscapeNoise, MembraneNoise
 from . import data, files, models

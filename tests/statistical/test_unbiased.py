@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import snntorch_lr as slr
 from snntorch_lr import baselines, neurons
-from snntorch_lr.estimators import recording, storing, vanilla
+from snntorch_lr.estimators import recording, vanilla
 
 from .networks import HIDDEN, NEURONS, RESETS, STEPS, TwoLayers, data, groups
 from .objective import Measured, along, directions, estimates, finite_difference
@@ -220,12 +220,12 @@ def _drop_pathwise(patch: pytest.MonkeyPatch) -> None:
 
 
 def _keep_graph_of_samples(patch: pytest.MonkeyPatch) -> None:
-    original = storing.StoringStep.sample
+    original = vanilla.StoringStep.sample
 
-    def sample(self: storing.StoringStep, noise: slr.MembraneNoise, mean: Tensor) -> Tensor:
+    def sample(self: vanilla.StoringStep, noise: slr.MembraneNoise, mean: Tensor) -> Tensor:
         return original(self, noise, mean) + (mean - mean.detach())
 
-    patch.setattr(storing.StoringStep, "sample", sample)
+    patch.setattr(vanilla.StoringStep, "sample", sample)
 
 
 def _pair_unaware_baseline(patch: pytest.MonkeyPatch) -> None:
@@ -237,13 +237,13 @@ def _drop_minus_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def _drop_first_step(patch: pytest.MonkeyPatch) -> None:
-    original = storing.StoringStep.file_membrane
+    original = vanilla.StoringStep.file_membrane
 
     def file_membrane(self: Any, noise: Any, mean: Tensor, epsilon: Tensor, index: int) -> None:
         if index > 2:  # two layers
             original(self, noise, mean, epsilon, index)
 
-    patch.setattr(storing.StoringStep, "file_membrane", file_membrane)
+    patch.setattr(vanilla.StoringStep, "file_membrane", file_membrane)
 
 
 MUTANTS = [
@@ -304,13 +304,13 @@ def test_notices_a_dropped_term(
 
 
 def _detach_membrane(patch: pytest.MonkeyPatch) -> None:
-    original = storing.StoringStep.fire
+    original = vanilla.StoringStep.fire
 
-    def fire(self: storing.StoringStep, noise: Any, margin: Tensor) -> Tensor:
+    def fire(self: vanilla.StoringStep, noise: Any, margin: Tensor) -> Tensor:
         self.neuron.mem = self.neuron.mem.detach()
         return original(self, noise, margin)
 
-    patch.setattr(storing.StoringStep, "fire", fire)
+    patch.setattr(vanilla.StoringStep, "fire", fire)
 
 
 def _rethreshold(patch: pytest.MonkeyPatch) -> None:
