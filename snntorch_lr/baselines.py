@@ -16,6 +16,10 @@ def none(losses: Tensor, antithetic: bool = False) -> Tensor:
     Args:
         losses: per-sample losses, shape ``[copies, batch]``.
         antithetic: whether copy k and copy k + copies/2 share their noise with opposite signs.
+
+    Example:
+        >>> none(torch.tensor([[1.0], [3.0]])).shape
+        torch.Size([2, 1])
     """
     return losses
 
@@ -33,6 +37,11 @@ def leave_one_out(losses: Tensor, antithetic: bool = False) -> Tensor:
 
     Raises:
         ValueError: if no copy remains to compare with.
+
+    Example:
+        >>> leave_one_out(torch.tensor([[1.0], [3.0]]))
+        tensor([[-2.],
+                [ 2.]])
 
     Source: Kool, van Hoof & Welling (2019), "Buy 4 REINFORCE samples, get a baseline for free".
     """
@@ -53,6 +62,10 @@ def batch_mean(losses: Tensor, antithetic: bool = False) -> Tensor:
 
     Raises:
         ValueError: if no other loss remains to compare with.
+
+    Example:
+        >>> batch_mean(torch.tensor([[0.0, 3.0]]))
+        tensor([[-3.,  3.]])
     """
     own = _own_group(losses, antithetic)
     others = losses.numel() - (2 if antithetic else 1)

@@ -47,7 +47,13 @@ class CalibratedLayer:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What ``calibrate`` did, layer by layer in the order in which data flows; ``print`` shows a table."""
+    """What ``calibrate`` did, layer by layer in the order in which data flows; ``print`` shows a table.
+
+    Example:
+        >>> calibration = slr.calibrate(net, images, lambda x: slr.rollout(net, x, num_steps=5))
+        >>> [layer.name for layer in calibration.layers]
+        ['1']
+    """
 
     layers: tuple[CalibratedLayer, ...]
 
@@ -103,8 +109,9 @@ def calibrate(
         ValueError: if the network has no noisy neuron, or ``forward`` does not run all of them.
 
     Example:
-        >>> net = slr.add_noise(net, kind="escape")
-        >>> print(slr.calibrate(net, images, scale_weights=True))
+        >>> print(slr.calibrate(net, images, lambda x: slr.rollout(net, x, num_steps=5), scale_weights=True))
+        | layer | rate, noise off | rate, noise on | spread | σ | gain |
+        ...
     """
     neurons = noisy(net)
     run = _Run(net, neurons, lambda: (net if forward is None else forward)(sample))

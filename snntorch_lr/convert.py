@@ -57,6 +57,13 @@ def add_noise(
     Raises:
         ValueError: if there is no snnTorch neuron, a name in ``only`` is not one, the kind is unknown, or a neuron
             cannot have noise. The network is not changed then. As ``calibrate``, which leaves the noise in place.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(784, 100), snn.Leaky(beta=0.9, init_hidden=True), nn.Linear(100, 10))
+        >>> slr.add_noise(net, sigma=0.5)[1]
+        Leaky(
+          (noise): MembraneNoise(sigma=0.5, learn=True, distribution='gaussian')
+        )
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of noise {kind!r}; choose one of {', '.join(KINDS)}")
@@ -88,6 +95,10 @@ def remove_noise(net: Net) -> Net:
 
     Returns:
         The same network, which then runs without this package.
+
+    Example:
+        >>> type(slr.remove_noise(net)[1])
+        <class 'snntorch._neurons.leaky.Leaky'>
     """
     for _, neuron in spiking_neurons(net):
         if isinstance(neuron, NoisyNeuron):
@@ -96,7 +107,12 @@ def remove_noise(net: Net) -> Net:
 
 
 def noise_off(net: nn.Module) -> AbstractContextManager[None]:
-    """Context in which the network runs without noise, whatever its mode; the former state comes back afterwards."""
+    """Context in which the network runs without noise, whatever its mode; the former state comes back afterwards.
+
+    Example:
+        >>> with slr.noise_off(net):
+        ...     spikes = slr.rollout(net, images, num_steps=5)
+    """
     return _switched(net, False, None)
 
 
@@ -106,6 +122,10 @@ def noise_on(net: nn.Module, generator: torch.Generator | None = None) -> Abstra
     Args:
         net: a network with noisy neurons.
         generator: where the noise is drawn from, instead of torch's global generator; on the network's device.
+
+    Example:
+        >>> with slr.noise_on(net.eval()):
+        ...     spikes = slr.rollout(net, images, num_steps=5)
     """
     return _switched(net, True, generator)
 
@@ -152,6 +172,9 @@ def export_to_nir(net: nn.Module, sample_data: Tensor, **options: Any) -> Any:
 
     Raises:
         ImportError: if ``nir`` and ``nirtorch`` are not installed.
+
+    Example:
+        >>> graph = slr.export_to_nir(net, images)  # doctest: +SKIP
     """
     try:
         from snntorch.export_nir import export_to_nir as export

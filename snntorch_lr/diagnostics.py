@@ -88,6 +88,12 @@ class GradientReport:
         device: where the network is.
         control: λ at the end, by name of each ``Counterfactual``, then of the neuron.
         zero: by name of each parameter whose gradient was exactly zero in all calls of the reference, the likely cause.
+
+    Example:
+        >>> report = slr.gradient_report(net, loss_fn, images, labels, copies=2, repeats=2, reference=2)
+        >>> print(report.table())
+        2 copies, 2 calls of each estimator, 2 calls of the reference (vanilla), seed 0, cpu
+        ...
     """
 
     quality: dict[str, dict[str, GradientQuality]]
@@ -221,10 +227,8 @@ def gradient_report(
        either where the estimators are alike, and resolves a smaller bias. The bias of ``Vanilla`` itself is measured
        without the twin, and shows what is noise: it has none.
 
-    Example: ``print(gradient_report(net, loss_fn, images, labels))``
-
-    Only running sums of the gradients are kept. The network is left as it was found: gradients, modes, buffers and
-    torch's global random state; the states of its neurons are reset. Memory on a CPU is that of the whole process,
+    Only running sums of the gradients are kept. The network is left as it was found: gradients, modes, buffers,
+    states, and random numbers. Memory on a CPU is that of the whole process,
     sampled each millisecond by a thread, and coarse: it misses what is allocated for less, and what the allocator had
     kept from earlier. It needs psutil. On a CUDA device it is what torch's allocator counts.
 
@@ -242,6 +246,11 @@ def gradient_report(
 
     Raises:
         ValueError: if an argument is wrong, or the network or the losses would make a gradient wrong.
+
+    Example:
+        >>> report = slr.gradient_report(net, loss_fn, images, labels, copies=2, repeats=2, reference=2)
+        >>> sorted(report.cost)
+        ['approximate', 'counterfactual', 'surrogate, 1 draw', 'vanilla']
     """
     for name, value in (("copies", copies), ("repeats", repeats), ("reference", reference)):
         if positive_integer(name, value) < 2:

@@ -86,7 +86,7 @@ def left_as_found(
 
     Example:
         >>> with left_as_found(net, modes=True):
-        ...     net.eval()
+        ...     logits = net.eval()(images)
     """
     with ExitStack() as at_end:
         if random:

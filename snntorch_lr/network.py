@@ -95,6 +95,11 @@ def reset(net: nn.Module) -> None:
 
     Call it at the start of a forward pass, in place of ``snntorch.utils.reset``. States are also cut from the graph
     of the last forward pass, so that the network can be deep-copied.
+
+    Example:
+        >>> slr.reset(net)
+        >>> bool(net[1].mem.any())
+        False
     """
     for _, neuron in spiking_neurons(net):
         reset_state(neuron)
@@ -119,6 +124,10 @@ def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) ->
         TypeError: if the network is no ``nn.Sequential``.
         ValueError: if a neuron does not hold its state, a neuron in the middle returns it (``output=True``), or
             there is no time step.
+
+    Example:
+        >>> slr.rollout(net, images, num_steps=5).shape
+        torch.Size([5, 4, 10])
     """
     if not isinstance(net, nn.Sequential):
         raise TypeError(

@@ -13,7 +13,14 @@ from .noisy_neuron import UNSUPPORTED, NoisyNeuron, check_defects
 
 
 class Leaky(NoisyNeuron, snn.Leaky):
-    """``snntorch.Leaky`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
+    """``snntorch.Leaky`` with ``noise=``; arguments, shapes and return values are snnTorch's.
+
+    Example:
+        >>> lif = slr.Leaky(beta=0.9, noise=True)
+        >>> spikes, mem = lif(torch.ones(2, 3), lif.reset_mem())
+        >>> spikes.shape
+        torch.Size([2, 3])
+    """
 
     unit_gain_resets = ("subtract", "zero", "none")
     # Not what a derived class or an older snnTorch puts in their place.
@@ -23,11 +30,21 @@ class Leaky(NoisyNeuron, snn.Leaky):
 
 
 class Lapicque(NoisyNeuron, snn.Lapicque):
-    """``snntorch.Lapicque`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
+    """``snntorch.Lapicque`` with ``noise=``; arguments, shapes and return values are snnTorch's.
+
+    Example:
+        >>> lif = slr.Lapicque(R=2.0, C=3.0, noise=True)
+        >>> spikes, mem = lif(torch.ones(2, 3), lif.reset_mem())
+    """
 
 
 class Synaptic(NoisyNeuron, snn.Synaptic):
-    """``snntorch.Synaptic`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
+    """``snntorch.Synaptic`` with ``noise=``; arguments, shapes and return values are snnTorch's.
+
+    Example:
+        >>> lif = slr.Synaptic(alpha=0.8, beta=0.9, noise=True)
+        >>> spikes, syn, mem = lif(torch.ones(2, 3), *lif.reset_mem())
+    """
 
     state_names = ("syn", "mem")
 
@@ -37,25 +54,44 @@ class Alpha(NoisyNeuron, snn.Alpha):
 
     snnTorch's Alpha computes its membrane from the synaptic currents alone, so noise acts on the spike and the reset
     of one time step and is not carried on.
+
+    Example:
+        >>> lif = slr.Alpha(alpha=0.8, beta=0.7, noise=True)
+        >>> spikes, *states = lif(torch.ones(2, 3), *lif.reset_mem())
     """
 
     state_names = ("syn_exc", "syn_inh", "mem")
 
 
 class RLeaky(NoisyNeuron, snn.RLeaky):
-    """``snntorch.RLeaky`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
+    """``snntorch.RLeaky`` with ``noise=``; arguments, shapes and return values are snnTorch's.
+
+    Example:
+        >>> lif = slr.RLeaky(beta=0.9, linear_features=3, noise=True)
+        >>> spikes, mem = lif(torch.ones(2, 3), *lif.reset_mem())
+    """
 
     unit_gain_resets = ("subtract", "none")
 
 
 class RSynaptic(NoisyNeuron, snn.RSynaptic):
-    """``snntorch.RSynaptic`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
+    """``snntorch.RSynaptic`` with ``noise=``; arguments, shapes and return values are snnTorch's.
+
+    Example:
+        >>> lif = slr.RSynaptic(alpha=0.8, beta=0.9, linear_features=3, noise=True)
+        >>> spikes, syn, mem = lif(torch.ones(2, 3), *lif.reset_mem())
+    """
 
     state_names = ("syn", "mem")
 
 
 class SLSTM(NoisyNeuron, snn.SLSTM):
-    """``snntorch.SLSTM`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
+    """``snntorch.SLSTM`` with ``noise=``; arguments, shapes and return values are snnTorch's.
+
+    Example:
+        >>> cell = slr.SLSTM(3, 3, noise=True)
+        >>> spikes, syn, mem = cell(torch.ones(2, 3), *cell.reset_mem())
+    """
 
     state_names = ("syn", "mem")
     is_elementwise = False
@@ -65,7 +101,12 @@ class SLSTM(NoisyNeuron, snn.SLSTM):
 
 
 class SConv2dLSTM(NoisyNeuron, snn.SConv2dLSTM):
-    """``snntorch.SConv2dLSTM`` with ``noise=``; arguments, shapes and return values are snnTorch's."""
+    """``snntorch.SConv2dLSTM`` with ``noise=``; arguments, shapes and return values are snnTorch's.
+
+    Example:
+        >>> cell = slr.SConv2dLSTM(1, 4, kernel_size=3, noise=True)
+        >>> spikes, syn, mem = cell(torch.ones(2, 1, 8, 8), *cell.reset_mem())
+    """
 
     state_names = ("syn", "mem")
     is_elementwise = False

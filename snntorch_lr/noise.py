@@ -178,6 +178,11 @@ class MembraneNoise(Noise):
     Raises:
         ValueError: if sigma is not positive and finite, or the distribution is unknown.
 
+    Example:
+        >>> lif = slr.Leaky(beta=0.9, noise=slr.MembraneNoise(sigma=0.5, distribution="laplace"))
+        >>> lif.noise
+        MembraneNoise(sigma=0.5, learn=True, distribution='laplace')
+
     Source: the scheme of arXiv 2302.10802, which learns synaptic weights and noise levels; the scores are those of
     any location-scale family.
     """
@@ -213,6 +218,11 @@ class EscapeNoise(Noise):
 
     Raises:
         ValueError: if sigma is not positive and finite, or the distribution is unknown.
+
+    Example:
+        >>> lif = slr.Leaky(beta=0.9, noise=slr.EscapeNoise(sigma=0.3, distribution="logistic"))
+        >>> round(float(lif.noise.sigma), 3)
+        0.3
 
     Source: escape noise, Gerstner & Kistler (2002), "Spiking Neuron Models", chapter 5.
     """

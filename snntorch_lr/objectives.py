@@ -23,6 +23,10 @@ def true_class(logits: Tensor, targets: Tensor) -> Tensor:
 
     Returns:
         In [0, 1], ``[batch]``.
+
+    Example:
+        >>> true_class(torch.zeros(1, 4), torch.tensor([2]))
+        tensor([0.7500])
     """
     return 1 - logits.softmax(1).gather(1, targets[:, None])[:, 0]
 
@@ -38,6 +42,10 @@ def zero_one(logits: Tensor, targets: Tensor) -> Tensor:
 
     Returns:
         0 or 1 in the dtype of the logits, ``[batch]``.
+
+    Example:
+        >>> zero_one(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1]))
+        tensor([1., 0.])
     """
     return (logits.argmax(1) != targets).to(logits.dtype)
 
@@ -55,6 +63,10 @@ def clipped_margin(logits: Tensor, targets: Tensor, margin: float = 1.0) -> Tens
 
     Raises:
         ValueError: if the margin is not positive.
+
+    Example:
+        >>> clipped_margin(torch.tensor([[0.0, 0.5]]), torch.tensor([1]))
+        tensor([0.2500])
     """
     if not margin > 0:
         raise ValueError(f"margin must be positive, got {margin}")
@@ -80,6 +92,10 @@ def vote(logits: Tensor, targets: Tensor, draws: int) -> Tensor:
 
     Raises:
         ValueError: if the rows are no multiple of the draws, or these are not positive.
+
+    Example:
+        >>> vote(torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 0]), draws=3)
+        tensor([1., 1., 1.])
     """
     if draws < 1 or len(logits) % draws:
         raise ValueError(f"{len(logits)} rows cannot be votes of {draws} draws each: repeat_interleave the images")
@@ -146,7 +162,12 @@ def rate_below(spikes: Tensor, limit: float) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each sample, ``[batch]``."""
+    """Cross-entropy of each sample, ``[batch]``.
+
+    Example:
+        >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
+        tensor([0.6931])
+    """
     return F.cross_entropy(logits, targets, reduction="none")
 
 

@@ -46,6 +46,10 @@ def closure(loss_fn: LossFn, inputs: Any, targets: Any) -> Closure:
 
     Raises:
         TypeError: if ``loss_fn`` cannot be called, as the losses themselves.
+
+    Example:
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> loss = optimizer.step(slr.closure(loss_fn, images, labels))  # without attach: backpropagation
     """
     if not callable(loss_fn):
         raise TypeError(
@@ -130,6 +134,12 @@ def attach(
     Raises:
         TypeError: if the optimizer or the estimator is something else.
         ValueError: if the network has no noisy neuron, the optimizer has a hook already, or an option is wrong.
+
+    Example:
+        >>> optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+        >>> hook = slr.attach(optimizer, net)
+        >>> loss = optimizer.step(slr.closure(loss_fn, images, labels))
+        >>> hook.remove()
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"attach(optimizer, net): optimizer must be a torch.optim.Optimizer, not {_kind(optimizer)}")

@@ -47,6 +47,10 @@ class Approximate(Estimator):
     Raises:
         ValueError: if the network has no noisy neuron, or arguments do not go together.
 
+    Example:
+        >>> estimator = slr.Approximate(net, copies=16)
+        >>> loss = estimator.backward(loss_fn, images, labels)
+
     Source: arXiv 2302.10802 announces an approximation that "reduces memory and improves computational efficiency",
     whose formula we do not have. This construction is ours and is not claimed to be theirs.
     """

@@ -226,6 +226,10 @@ class Estimator(ABC):
 
     Raises:
         ValueError: if the network has no noisy neuron, or copies, baseline and antithetic do not go together.
+
+    Example:
+        >>> estimator: slr.Estimator = slr.Counterfactual(net, copies=2)
+        >>> loss = estimator.backward(loss_fn, images, labels)
     """
 
     # The gradient holds what one sample does to the loss of others.

@@ -25,6 +25,10 @@ class Finding:
     Attributes:
         is_error: the first ``backward`` would raise it; otherwise it would warn.
         message: the cause, the module, and the remedy.
+
+    Example:
+        >>> slr.check(slr.remove_noise(net)).errors[0].is_error
+        True
     """
 
     is_error: bool
@@ -36,7 +40,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Findings:
-    """What ``check`` found; true if there is no error, and ``print`` lists everything."""
+    """What ``check`` found; true if there is no error, and ``print`` lists everything.
+
+    Example:
+        >>> bool(slr.check(slr.remove_noise(net)))
+        False
+    """
 
     found: tuple[Finding, ...]
 

@@ -67,7 +67,6 @@ class Counterfactual(Estimator):
             given its currents (LSTM cells, inhibition).
 
     Example:
-        >>> net = nn.Sequential(nn.Linear(784, 100), slr.Leaky(beta=0.9, noise="escape"), nn.Linear(100, 10))
         >>> estimator = slr.Counterfactual(net, copies=2)
         >>> loss = estimator.backward(loss_fn, images, labels)  # in place of loss.backward()
 

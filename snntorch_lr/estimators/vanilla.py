@@ -412,6 +412,10 @@ class Vanilla(Estimator):
     Raises:
         ValueError: if the network has no noisy neuron, or arguments do not go together.
 
+    Example:
+        >>> estimator = slr.Vanilla(net, copies=16, memory="replay")
+        >>> loss = estimator.backward(loss_fn, images, labels)
+
     Source: the likelihood ratio for weights and noise levels is the method of arXiv 2302.10802, whose formulas we do
     not have; the derivation here is ours, and checked against finite differences.
     """
