@@ -15,9 +15,8 @@ from torch import nn
 
 from ..noise import KINDS
 from ..optim import ESTIMATORS
-from ..robustness import RobustnessReport, evaluate, score, share_of, suite, verdict
-from ..robustness.measure import Progress as EvaluationProgress
-from ..robustness.measure import Row
+from ..robustness import Protocol, RobustnessReport, Row, evaluate, score, share_of, suite, verdict
+from ..robustness.evaluate import Progress as EvaluationProgress
 from ..versions import versions
 from . import data, files, models, report
 from .ranks import ALONE, Ranks
@@ -245,8 +244,8 @@ def _evaluate(
         settings.suite,
         baselines=baselines,
         seed=settings.seed,
+        protocol=Protocol(draws=settings.draws),
         name=LIKELIHOOD_RATIO,
-        draws=settings.draws,
         cache=cache,
         progress=progress,
     )

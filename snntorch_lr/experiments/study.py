@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..robustness import CORRUPTIONS, RobustnessReport, score, share_of
+from ..robustness import CORRUPTIONS, Protocol, RobustnessReport, Target, score, share_of
 from ..robustness import evaluate as evaluate_networks
-from ..robustness.target import Target
 from ..versions import versions
 from . import data, files
 from .footprint import step_megabytes
@@ -191,10 +190,9 @@ def _attacked(
         [(x[: evaluation.images], y[: evaluation.images])],
         evaluation.epsilons,
         evaluation.attacks if isinstance(evaluation.attacks, str) else list(evaluation.attacks),
+        protocol=Protocol(noise=evaluation.noise, corruptions=tuple(CORRUPTIONS) if evaluation.corruptions else ()),
         sources=sources,
-        noise=evaluation.noise,
         name=entry.name,
-        corruptions=tuple(CORRUPTIONS) if evaluation.corruptions else (),
         cache=out / "attacks" / entry.slug,
     )
     return _rows(report)
@@ -219,8 +217,8 @@ def _rows(report: RobustnessReport) -> list[dict[str, Any]]:
         reduced = [name for name in measured.right if name.startswith(REDUCED)]
         row["right"] = {
             "clean": _bits(measured.clean),
-            "worst": {f"{e:g}": _bits(measured.worst(e)) for e in report.protocol.epsilons},
-            "reduced": {f"{e:g}": _bits(measured.under(reduced, e)) for e in report.protocol.epsilons},
+            "worst": {f"{e:g}": _bits(measured.worst(e)) for e in report.epsilons},
+            "reduced": {f"{e:g}": _bits(measured.under(reduced, e)) for e in report.epsilons},
         }
     return rows
 

@@ -17,10 +17,7 @@ from ..distributed import share
 from ..estimators import Estimator
 from ..objectives import OBJECTIVES, vote
 from ..optim import ESTIMATORS, attach, closure
-from ..robustness.attacks import gradient_attack, perturb
-from ..robustness.budget import Budget
-from ..robustness.descent import Descent
-from ..robustness.target import Target
+from ..robustness import Budget, Descent, Target, gradient_attack, perturb
 from . import files
 from .data import Images
 from .ranks import ALONE, Ranks

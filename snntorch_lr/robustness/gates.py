@@ -9,21 +9,24 @@ Source: Athalye, Carlini & Wagner (2018), "Obfuscated Gradients Give a False Sen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..network import spiking_neurons
+from ..stream import mix
 from ..text import first_line
-from .descent import Descent
-from .probes import Probe
-from .scoring import logits_of, seeded
+from .attacks import Budget
+from .gradient_attacks import LOSSES, Descent
+from .input_gradient import alignment
+from .scoring import ROWS, batch_size, logits_of, pieces, score, seeded
 from .statistics import share_of
 from .surrogates import SURROGATES
-from .target import Target
-from .yardstick import alignment
+from .view import AttackableView, Target, device_of
 
 FEW = 0.01
 """Fraction of images that a gate lets pass as exceptions."""
@@ -33,6 +36,8 @@ LADDER = (0.25, 0.5, 1.0)
 """Budgets, as fractions of the one that holds every image, where robustness has to end."""
 ASCENT = Descent(loss="margin", steps=20, length=0.125, random_start=False)
 """From the image itself: a network without gradient stays there, while a random start could break it by chance."""
+CURVE_STEPS = (1, 2, 5, 10, 20, 40)
+"""Steps of plain ascent, for the curve of the report."""
 LONGER = 80
 """Twice the steps of the longest attack that averages over noise."""
 FEW_IMAGES = 16
@@ -65,19 +70,19 @@ class Gate:
 
 
 def verdict(gates: Sequence[Gate]) -> str:
-    """What the gates say of a headline, in a few words."""
+    """Verdict of the gates on a headline, in a few words; without gates no claim passes."""
     failed = [gate.name for gate in gates if gate.passed is False]
     missing = [gate.name for gate in gates if gate.passed is None]
     if failed:
         return f"MASKING SUSPECTED ({', '.join(name.split()[0] for name in failed)} failed)"
-    if missing:
-        return f"masking not ruled out ({', '.join(name.split()[0] for name in missing)} not run)"
+    if missing or not gates:
+        return f"masking not ruled out ({', '.join(name.split()[0] for name in missing) or 'gates'} not run)"
     return "all gates passed"
 
 
 def mark(gates: Sequence[Gate]) -> str:
-    """What goes behind a worst case: `` !`` if a gate failed, `` ?`` if one was not run, else nothing."""
-    passed = {gate.passed for gate in gates}
+    """Sign behind a worst case: `` !`` if a gate failed, `` ?`` if one was not run, else nothing."""
+    passed = {gate.passed for gate in gates} or {None}
     return " !" if False in passed else " ?" if None in passed else ""
 
 
@@ -89,9 +94,108 @@ def guarded(name: str, check: Callable[[], Gate]) -> Gate:
         return Gate(name, False, f"could not be checked: {type(error).__name__}: {first_line(error)}")
 
 
+class _FrozenView(AttackableView):
+    """A view whose noise is the same in each call."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self._generator.manual_seed(self._generator.initial_seed())
+        with seeded(self._generator.initial_seed()):
+            return super().forward(images)
+
+
+@dataclass(frozen=True)
+class FrozenTarget(Target):
+    """A target whose views make the same single noise draw in each call."""
+
+    def view(self, *, seed: int = 0, **_: Any) -> AttackableView:
+        """The network with its noise frozen by the seed."""
+        return _FrozenView(self.net, self.forward, 1, self.noise, seed, self.scale)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Images that a network has right, and how it is asked about them.
+
+    Attributes:
+        target: the network and how it is read.
+        images: ``[n, channels, height, width]`` that are right clean.
+        labels: ``[n]``.
+        norm: ``"linf"`` or ``"l2"``.
+        votes: noise draws for each score.
+        seed: of the noise.
+        rows: images times draws that the network sees at once.
+    """
+
+    target: Target
+    images: Tensor
+    labels: Tensor
+    norm: str = "linf"
+    votes: int = 32
+    seed: int = 0
+    rows: int = ROWS
+
+    @property
+    def span(self) -> float:
+        """Size of the smallest budget that holds every image: there, nothing can be robust."""
+        return 1.0 if self.norm == "linf" else math.sqrt(self.images[0].numel())
+
+    def only(self, chosen: Tensor) -> Probe:
+        """The same with some of the images."""
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
+    def first(self, count: int) -> Probe:
+        """The same with the first images only, on the network's device."""
+        device = device_of(self.target.net)
+        return replace(self, images=self.images[:count].to(device), labels=self.labels[:count].to(device))
+
+    def right_after(self, epsilon: float, descent: Descent) -> Tensor:
+        """Correct predictions after an attack with fresh noise, Boolean, ``[n]``."""
+        right = [torch.zeros(0, dtype=torch.bool)]
+        for seed, x, y in self._pieces(descent.draws):
+            with seeded(seed):
+                adversarial = descent(self.target, x, y, Budget(epsilon, self.norm), seed)
+            right.append(score(self.target, adversarial, y, self.votes, mix(seed, 1), self.rows).right)
+        return torch.cat(right)
+
+    def right_after_frozen(self, epsilon: float, descent: Descent) -> Tensor:
+        """Correct predictions after an attack on a single noise draw, which is also the draw that judges it."""
+        right = [torch.zeros(0, dtype=torch.bool)]
+        target = FrozenTarget(self.target.net, self.target.forward, self.target.noise, scale=self.target.scale)
+        for x, y in pieces(self.target, self.images, self.labels, self.rows):
+            adversarial = descent(target, x, y, Budget(epsilon, self.norm), self.seed)
+            with torch.no_grad():
+                right.append((target.view(seed=self.seed)(adversarial).argmax(1) == y).cpu())
+        return torch.cat(right)
+
+    def curve(self, runs: Sequence[tuple[float, Descent]]) -> list[float]:
+        """Fraction still right after attacks of growing budget or length, each on what the last one left right."""
+        still = torch.ones(len(self.images), dtype=torch.bool)
+        shares = []
+        for epsilon, descent in runs:
+            still[still.clone()] = self.only(still).right_after(epsilon, descent)
+            shares.append(float(still.double().mean()))
+        return shares
+
+    def vanishing(self, loss: str) -> float:
+        """Fraction of the images at which the gradient of a loss, ``"margin"`` or ``"cross-entropy"``, is zero."""
+        zeros = 0
+        for seed, x, y in self._pieces():
+            x = x.clone().requires_grad_()
+            with seeded(seed):
+                total = LOSSES[loss](self.target.view(seed=seed)(x), y).sum()
+            gradient = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
+            zeros += len(x) if gradient is None else int((gradient.flatten(1) == 0).all(1).sum())
+        return zeros / len(self.images)
+
+    def _pieces(self, draws: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        size = batch_size(self.target, self.rows, draws)
+        for index, (x, y) in enumerate(pieces(self.target, self.images, self.labels, size)):
+            yield mix(self.seed, index), x, y
+
+
 def forward_pass(target: Target, images: Tensor) -> Gate:
     """G0: logits are a function of images and noise alone, and torch's global random state is left to the caller."""
-    name = "G0 forward pass"
+    name, images = "G0 forward pass", images.to(device_of(target.net))
     first = logits_of(target, images, 1)
     logits_of(target, images.flip(0), 2)
     if not torch.equal(logits_of(target, images, 1), first):

@@ -1,15 +1,18 @@
-"""A spiking network as attack libraries expect it: images in, logits out, no state, no surprises."""
+"""The network under attack: a module from images to logits, without state, and the ways to read it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..convert import noise_off, noise_on, reset
+from ..network import parameters, spiking_neurons
+from ..repeatable import RandomState
 from .surrogates import Surrogate, make_surrogate
 
 Forward = Callable[[Any, Tensor], Tensor]
@@ -59,8 +62,7 @@ class AttackableView(nn.Module):
         self.noise = noise
         self.scale = scale
         self.surrogate = make_surrogate(surrogate)
-        device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator = torch.Generator(device_of(net)).manual_seed(seed)
 
     def train(self, mode: bool = True) -> AttackableView:
         """Sets the view's own mode; the network's stays."""
@@ -117,13 +119,96 @@ class AttackableView(nn.Module):
         return self.scale * output.mean(0) if output.dim() == 3 else output
 
 
+@dataclass(frozen=True)
+class Target:
+    """The network under attack and how it is read.
+
+    Attributes:
+        net: the network.
+        forward: as ``AttackableView``'s.
+        noise: whether neurons that have noise draw it at test time.
+        draws: noise draws that the gradient of an attack averages over (expectation over transformations, EOT).
+        scale: as ``AttackableView``'s.
+        sources: other networks, by name, whose adversarial images may be tried on this one.
+    """
+
+    net: nn.Module
+    forward: Forward | None = None
+    noise: bool = True
+    draws: int = 8
+    scale: float = 10.0
+    sources: Mapping[str, Target] = field(default_factory=dict)
+
+    def view(
+        self,
+        *,
+        draws: int | None = None,
+        noise: bool | None = None,
+        surrogate: str | Surrogate | None = None,
+        seed: int = 0,
+    ) -> AttackableView:
+        """The network as attacks see it; what is not given is as the target says."""
+        return AttackableView(
+            self.net,
+            forward=self.forward,
+            draws=self.draws if draws is None else draws,
+            noise=self.noise if noise is None else noise,
+            seed=seed,
+            scale=self.scale,
+            surrogate=surrogate or "training",
+        )
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """Device of a network; the CPU for one without parameters."""
+    return next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
+
+
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
     """Context in which every module of the network is in evaluation mode; each gets its own mode back."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
+    with left_as_found([net], modes=True):
+        net.eval()
+        yield
+
+
+@contextmanager
+def left_as_found(
+    nets: Sequence[nn.Module],
+    *,
+    gradients: bool = False,
+    modes: bool = False,
+    states: bool = False,
+    random: bool = False,
+) -> Iterator[None]:
+    """Context after which networks and random generators are as before.
+
+    Args:
+        nets: the networks.
+        gradients: of the parameters; absent within the context.
+        modes: of all modules, training or evaluation.
+        states: of the snnTorch neurons.
+        random: state of the global generators.
+    """
+    generators = RandomState.capture() if random else None
+    training = [(module, module.training) for net in nets if modes for module in net.modules()]
+    grads = [(parameter, parameter.grad) for net in nets if gradients for parameter in parameters(net)]
+    neurons = [neuron for net in nets if states for _, neuron in spiking_neurons(net)]
+    held = [
+        (neuron, dict(neuron._buffers), {name: x for name, x in vars(neuron).items() if isinstance(x, Tensor)})
+        for neuron in neurons
+    ]
+    for parameter, _ in grads:
+        parameter.grad = None
     try:
         yield
     finally:
-        for module, mode in modes:
+        for module, mode in training:
             module.training = mode
+        for parameter, gradient in grads:
+            parameter.grad = gradient
+        for neuron, buffers, tensors in held:
+            neuron._buffers.update(buffers)
+            vars(neuron).update(tensors)
+        if generators is not None:
+            generators.restore()
