@@ -111,7 +111,7 @@ def evaluate(
         subjects = [use for use in uses if use.network not in sources and use.noise in attacked]
         transfer_sources = [use for use in uses if use.network in sources]
         if protocol.noise == "on":
-            # A network with noise is attacked by its adversarial images without noise, whose gradient is exact.
+            # Adversarial images that are found without noise are tried on the network with noise too.
             transfer_sources += [use for use in uses if use.network not in sources and use.noise == "off"]
         evaluation = _Evaluation(
             protocol, budgets, seed, chosen, subjects, transfer_sources, images, labels,
