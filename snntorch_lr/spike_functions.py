@@ -50,8 +50,8 @@ def _replaced(neuron: nn.Module, derivative: Derivative) -> Iterator[None]:
             spikes = spike_grad(margin)
         if resetting or not (torch.is_grad_enabled() and margin.requires_grad):
             return spikes
-        emitted: Tensor = _Spike.apply(margin, spikes, derivative(margin.detach()))
-        return emitted
+        slope = derivative(margin.detach())
+        return with_derivative(margin, spikes, lambda: slope)
 
     def reset(mem: Tensor) -> Tensor:
         nonlocal resetting
@@ -74,15 +74,25 @@ def _replaced(neuron: nn.Module, derivative: Derivative) -> Iterator[None]:
         vars(neuron).update(held)
 
 
-class _Spike(torch.autograd.Function):
-    """Spikes whose derivative with respect to the margin is given; all of the same shape."""
+def with_derivative(x: Tensor, spikes: Tensor, derivative: Callable[[], Tensor]) -> Tensor:
+    """Spikes whose derivative with respect to a tensor is given; all of the same shape.
 
+    Args:
+        x: what the spikes are to be differentiated with respect to, element by element.
+        spikes: their values.
+        derivative: asked for in the backward pass.
+    """
+    result: Tensor = _Spike.apply(x, spikes, derivative)
+    return result
+
+
+class _Spike(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, margin: Tensor, spikes: Tensor, derivative: Tensor) -> Tensor:
-        ctx.save_for_backward(derivative)
+    def forward(ctx: Any, x: Tensor, spikes: Tensor, derivative: Callable[[], Tensor]) -> Tensor:
+        ctx.derivative = derivative
         return spikes.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (derivative,) = ctx.saved_tensors
+        derivative = ctx.derivative()
         return grads[0].to(derivative.dtype) * derivative, None, None

@@ -150,11 +150,7 @@ def _budgets(epsilons: float | Sequence[float], norm: str) -> tuple[float, ...]:
 
 
 def _models(
-    net: nn.Module,
-    name: str,
-    others: Mapping[str, nn.Module | Target],
-    forward: Forward | None,
-    protocol: Protocol,
+    net: nn.Module, name: str, others: Mapping[str, nn.Module | Target], forward: Forward | None, protocol: Protocol
 ) -> dict[str, Target]:
     """The networks by name, the first one first."""
     if name in others:
@@ -316,7 +312,8 @@ class _Evaluation:
         return {int(severity): share_of(right) for severity, right in found.items()}
 
     def _findings(self, row: Row, unchanged: Mapping[str, float], failures: Mapping[str, str]) -> Findings:
-        depends = [unchanged, failures, self.protocol.gate_images, self.protocol.gates, list(row.right)]
+        attacks = [(attack.name, attack.access, dict(attack.settings)) for attack in row.attacks]
+        depends = [attacks, unchanged, failures, self.protocol.gate_images, self.protocol.gates]
         tensors = [right for under in row.right.values() for right in under.values()]
         compute = partial(self._judged, row, unchanged, failures)
         found = self._piece(row.subject, "gates", depends, compute, row.clean, *tensors)
@@ -333,13 +330,9 @@ class _Evaluation:
             target, self.images[chosen], self.labels[chosen], protocol.norm, protocol.votes, self.seed, protocol.rows
         )
         middle = min(self.epsilons, key=lambda e: abs(float(row.worst(e).double().mean()) - 0.5))
-        white, others = (
-            [attack.name for attack in row.attacks if (attack.access == "white-box") is wanted]
-            for wanted in (True, False)
-        )
-        under_white, under_others = (
-            {epsilon: row.under(names, epsilon) for epsilon in self.epsilons if names} for names in (white, others)
-        )
+        white = [attack.name for attack in row.attacks if attack.access == "white-box"]
+        others = [attack.name for attack in row.attacks if attack.access != "white-box"]
+        under = [{e: row.under(names, e) for e in self.epsilons if names} for names in (white, others)]
         ladder: dict[float, float] = {}
         steps: dict[int, float] = {}
 
@@ -363,7 +356,7 @@ class _Evaluation:
             attacked("G2 frozen noise", lambda: gates.frozen_noise(probe)),
             attacked("G3 ladder", climb),
             attacked("G4 convergence", converge),
-            gates.black_box(under_white, under_others),
+            gates.black_box(*under),
             gates.sweep(target.net, {name: right[middle] for name, right in row.by_surrogate().items()}),
             attacked("G7 direction", lambda: gates.direction(probe)),
             attacked("G8 canary", lambda: gates.canary(probe)),
@@ -422,7 +415,8 @@ def fingerprint(*parts: Any) -> str:
         if isinstance(part, Tensor):
             values = part.detach().cpu().contiguous()
             digest.update(f"{values.dtype} {tuple(values.shape)}".encode())
-            digest.update(values.numpy().tobytes())
+            # As bytes, since NumPy has no bfloat16.
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
         else:
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
         digest.update(b"|")

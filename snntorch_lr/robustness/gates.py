@@ -302,15 +302,13 @@ def direction(probe: Probe) -> Gate:
         return Gate(name, True, "the network has no spikes: its gradient is exact")
     few = probe.first(FEW_IMAGES)
     try:
-        found = alignment(probe.target, few.images, few.labels, seed=probe.seed)
+        cosine, repeatability = alignment(probe.target, few.images, few.labels, seed=probe.seed)
     except ValueError as error:
         return Gate(name, None, f"no likelihood-ratio gradient: {str(error).splitlines()[0]}")
-    if found.repeatability < RESOLVED:
-        return Gate(
-            name, None, f"the likelihood-ratio gradient is not resolved (repeatability {found.repeatability:.2f})"
-        )
-    detail = f"cosine {found.cosine:.2f} to the likelihood-ratio gradient (at least {COSINE_FLOOR:g})"
-    return Gate(name, found.cosine >= COSINE_FLOOR, detail)
+    if repeatability < RESOLVED:
+        return Gate(name, None, f"the likelihood-ratio gradient is not resolved (repeatability {repeatability:.2f})")
+    detail = f"cosine {cosine:.2f} to the likelihood-ratio gradient (at least {COSINE_FLOOR:g})"
+    return Gate(name, cosine >= COSINE_FLOOR, detail)
 
 
 def canary(probe: Probe) -> Gate:

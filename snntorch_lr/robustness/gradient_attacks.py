@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,10 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each sample, ``[batch]``."""
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross-entropy": cross_entropy, "margin": margin}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross-entropy": partial(F.cross_entropy, reduction="none"),
+    "margin": margin,
+}
 RULES = ("steepest", "sa-pgd")
 _LOOKS = 4
 _FRESH = 2**32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,21 +101,7 @@ def surrogate_input_gradient(
     return total / draws
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """Agreement of two gradients.
-
-    Attributes:
-        cosine: of the surrogate gradient to the likelihood-ratio gradient, over all images at once, with the noise of
-            the latter taken out; may exceed 1 by chance.
-        repeatability: cosine between two independent halves of the likelihood-ratio gradient; near 0 nothing is.
-    """
-
-    cosine: float
-    repeatability: float
-
-
-def alignment(target: Target, images: Tensor, labels: Tensor, copies: int = 256, seed: int = 0) -> Alignment:
+def alignment(target: Target, images: Tensor, labels: Tensor, copies: int = 256, seed: int = 0) -> tuple[float, float]:
     """Agreement of the gradient that attacks follow, through the network's own surrogate, with one that needs none.
 
     The likelihood-ratio gradient is that of the expected margin over the noise of the neurons; a copy of a network
@@ -128,6 +114,11 @@ def alignment(target: Target, images: Tensor, labels: Tensor, copies: int = 256,
         labels: ``[batch]``.
         copies: noise draws of each half.
         seed: of the noise.
+
+    Returns:
+        The cosine of the surrogate gradient to the likelihood-ratio gradient, over all images at once, with the noise
+        of the latter taken out, so that it may exceed 1 by chance; and the repeatability, the cosine between two
+        independent halves of the likelihood-ratio gradient: near 0, nothing can be said.
 
     Raises:
         ValueError: if the network has no likelihood-ratio gradient.
@@ -146,4 +137,4 @@ def alignment(target: Target, images: Tensor, labels: Tensor, copies: int = 256,
     overlap = (surrogate * (first + second) / 2).sum()
     cosine = overlap / (power.clamp(min=TINY).sqrt() * surrogate.norm()).clamp(min=TINY)
     repeatability = power / (first.norm() * second.norm()).clamp(min=TINY)
-    return Alignment(float(cosine), float(repeatability))
+    return float(cosine), float(repeatability)

@@ -92,8 +92,7 @@ class AutoPgd(_Run):
             target.view(draws=self.draws, seed=seed),
             norm=_NORM_NAMES[budget.norm], eps=budget.epsilon, steps=self.steps, loss=self.loss, seed=seed,
         )  # fmt: skip
-        _, adversarial = attack.perturb(x, y, best_loss=True)
-        images: Tensor = adversarial
+        images: Tensor = attack.perturb(x, y, best_loss=True)[1]
         return images
 
 
@@ -128,8 +127,7 @@ class SquareSearch(_Run):
             view, norm=_NORM_NAMES[budget.norm], eps=budget.epsilon, n_queries=self.queries, seed=seed
         )
         attack.init_hyperparam(x)
-        _, adversarial = attack.attack_single_run(x, y)
-        images: Tensor = adversarial
+        images: Tensor = attack.attack_single_run(x, y)[1]
         return images
 
 

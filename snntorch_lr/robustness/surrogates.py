@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..network import spiking_neurons
-from ..spike_functions import Derivative, spike_derivatives
+from ..spike_functions import Derivative, spike_derivatives, with_derivative
 
 Gain = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Slope of a neuron's rate from the neuron, its mean input and its mean output over time; element by element."""
@@ -142,12 +142,6 @@ def rga(neuron: nn.Module, current: Tensor, rate: Tensor, gamma: float = 0.2) ->
     With τ the leak and the current x̄ in units of the threshold: γ on [0, 1 − τ), where a constant current never fires;
     (1 − γ + γτ) / (1 + τ) on [1 − τ, 2], so that the integral is 1; 0 elsewhere.
 
-    Args:
-        neuron: with ``beta`` and ``threshold``.
-        current: mean input current over time.
-        rate: mean spikes over time; not used.
-        gamma: slope below the current that fires.
-
     Source: Bu, Ding, Hao & Yu (2023), "Rate Gradient Approximation Attack Threats Deep Spiking Neural Networks", CVPR.
     """
     threshold, beta = (torch.as_tensor(getattr(neuron, name)).detach() for name in ("threshold", "beta"))
@@ -159,11 +153,6 @@ def rga(neuron: nn.Module, current: Tensor, rate: Tensor, gamma: float = 0.2) ->
 
 def bptr(neuron: nn.Module, current: Tensor, rate: Tensor) -> Tensor:
     """Slope of backpropagation through rate (BPTR): 1 for a neuron that fired, 0 for one that did not.
-
-    Args:
-        neuron: not used.
-        current: mean input current over time; not used.
-        rate: mean spikes over time.
 
     Source: Ding, Bu, Yu, Huang & Liu (2022), "SNN-RAT: Robustness-enhanced Spiking Neural Network through Regularized
     Adversarial Training", NeurIPS.
@@ -214,7 +203,7 @@ class _Rates:
             self.steps += 1
             self.current = self.current + current
             self.spikes = self.spikes + spikes
-        rated: Tensor = _RateSpike.apply(current, spikes.detach(), self)
+        rated = with_derivative(current, spikes.detach(), self.slope_now)
         return (rated, *output[1:]) if isinstance(output, tuple) else rated
 
     def slope_now(self) -> Tensor:
@@ -222,17 +211,6 @@ class _Rates:
         if self.slope is None:
             self.slope = self.gain(self.neuron, self.current / self.steps, self.spikes / self.steps)
         return self.slope
-
-
-class _RateSpike(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, current: Tensor, spikes: Tensor, rates: _Rates) -> Tensor:
-        ctx.rates = rates
-        return spikes.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0] * ctx.rates.slope_now(), None, None
 
 
 SURROGATES: dict[str, Callable[..., Surrogate]] = {

@@ -308,6 +308,11 @@ def test_images_of_another_precision_are_the_same_images(precision: torch.dtype)
     assert run(net, loader=[(images.to(precision), labels)]).to_json() == run(net).to_json()
 
 
+def test_a_network_in_bfloat16_is_evaluated() -> None:
+    report = run(slr.add_noise(canaries.trained(), 0.3).bfloat16(), epsilons=0.3, noise="off")
+    assert report.worst_case[0.3].accuracy < report.rows[0].clean.double().mean()
+
+
 def test_one_budget_needs_no_list() -> None:
     net = canaries.trained()
     assert run(net, epsilons=0.1).to_json() == run(net, epsilons=[0.1]).to_json()
@@ -393,7 +398,7 @@ def test_every_suite_gives_a_report_that_json_can_hold() -> None:
 def test_fingerprints_tell_apart_what_differs() -> None:
     x = torch.arange(4.0)
     parts: list[tuple[Any, ...]] = [
-        (x,), (x.double(),), (x.view(2, 2),), (x, 1), (x, "1"), (x.flip(0),), ({"a": 1},), ({"a": 2},),
+        (x,), (x.double(),), (x.bfloat16(),), (x.view(2, 2),), (x, 1), (x, "1"), (x.flip(0),), ({"a": 1},), ({"a": 2},),
         ("a", "b"), ("ab",),
     ]  # fmt: skip
     assert len({fingerprint(*each) for each in parts}) == len(parts)

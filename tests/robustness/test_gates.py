@@ -105,6 +105,13 @@ def test_more_steps_that_break_more_mean_that_the_suite_had_not_converged() -> N
     assert gates.convergence(probe, ~survived, 0.3).passed is True
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_network_on_a_gpu_is_judged_like_one_on_the_cpu() -> None:
+    report = run(canaries.trained().cuda())
+    assert all(gate.passed is not False for gate in report.gates), report.table()
+
+
 def test_guarded_checks_fail_with_their_reason() -> None:
     def broken() -> Gate:
         raise RuntimeError("first line\nsecond line")
