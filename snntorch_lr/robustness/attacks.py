@@ -1,4 +1,4 @@
-"""An attack, its budget, and the one way to run it, which checks every image."""
+"""Attack and budget; ``perturb`` runs an attack and checks every image."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ class Budget:
 
     Raises:
         ValueError: if epsilon is not positive and finite, or the norm is unknown.
+
+    Example:
+        >>> Budget(0.1).project(torch.tensor([[0.2, 0.9]]), torch.tensor([[0.5, 0.95]]))
+        tensor([[0.4000, 0.9000]])
     """
 
     epsilon: float
@@ -78,19 +82,22 @@ ACCESS = ("white-box", "black-box", "transfer")
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack with its settings. A user's own attack is one such object.
+    """Attack with its settings. A user's own attack is one such object.
 
     Attributes:
         name: unique within a suite.
         run: from target, images in [0, 1], labels, budget and seed to adversarial images of the same shape.
-        settings: every hyper-parameter, for the report; what JSON can hold.
-        access: what it knows of the network: ``"white-box"``, ``"black-box"`` or ``"transfer"``.
+        settings: every hyper-parameter, for the report; numbers, text, lists and dicts, as JSON has them.
+        access: to the network: ``"white-box"``, ``"black-box"`` or ``"transfer"``.
         norms: of the budgets that it keeps to, ``"linf"``, ``"l2"``.
-        needs_torchattacks: whether it runs only with the extra ``attacks``.
-        needs_sources: whether it runs only on a target with ``sources``.
+        needs_torchattacks: True if it runs only with the extra ``attacks``.
+        needs_sources: True if it runs only on a target with ``sources``.
 
     Raises:
         ValueError: if access or a norm is unknown.
+
+    Example:
+        >>> darker = Attack("darker", lambda target, x, y, budget, seed: budget.project(0 * x, x), {}, "black-box")
     """
 
     name: str
@@ -108,15 +115,6 @@ class Attack:
             raise ValueError(f"{self.name}: norms must be among {', '.join(NORMS)}, got {self.norms}")
 
 
-def unfit(attack: Attack, target: Target, budget: Budget) -> str | None:
-    """Reason for which an attack cannot run on a target within a budget, or None if it can."""
-    if budget.norm not in attack.norms:
-        return f"{attack.name} has no {budget.norm} version"
-    if attack.needs_sources and not target.sources:
-        return f"{attack.name} needs other networks to start from (baselines)"
-    return None
-
-
 def perturb(
     attack: Attack, target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int, rows: int = 2048
 ) -> Tensor:
@@ -126,8 +124,8 @@ def perturb(
     attacked too: leave them out to save time.
 
     Args:
-        attack: what to run.
-        target: on what.
+        attack: to run.
+        target: the network.
         x: images in [0, 1], ``[batch, channels, height, width]``, on the network's device.
         y: labels ``[batch]``.
         budget: how far.
@@ -140,9 +138,16 @@ def perturb(
     Raises:
         ValueError: if the attack cannot run on this target within this budget, or images and labels do not fit.
         RuntimeError: if it returned images that it must not.
+
+    Example:
+        >>> darker = Attack("darker", lambda target, x, y, budget, seed: budget.project(0 * x, x), {}, "black-box")
+        >>> perturb(darker, Target(torch.nn.Flatten()), torch.ones(1, 1, 1, 2), torch.tensor([0]), Budget(0.1), seed=0)
+        tensor([[[[0.9000, 0.9000]]]])
     """
-    if reason := unfit(attack, target, budget):
-        raise ValueError(reason)
+    if budget.norm not in attack.norms:
+        raise ValueError(f"{attack.name} has no {budget.norm} version")
+    if attack.needs_sources and not target.sources:
+        raise ValueError(f"{attack.name} needs other networks to start from (baselines)")
     if x.dim() != 4 or len(x) != len(y):
         raise ValueError(
             "images [batch, channels, height, width] and one label each are needed, got shapes "

@@ -1,4 +1,4 @@
-"""The evaluation of networks: clean accuracy, attacks, their worst case, transfers and gates, in a report."""
+"""Robustness evaluation of networks: clean accuracy, attacks, their worst case, transfers and gates, in a report."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def evaluate(
     progress: Progress = lambda what, done, total: None,
     **outdated: Any,
 ) -> RobustnessReport:
-    """Attacks a network and its baselines, and reports the per-example worst case beside the gates that it has to pass.
+    """Robustness of a network and its baselines: the per-example worst case over attacks, beside gates that must pass.
 
     1. Every network is scored clean with its noise off and on: by the majority of fresh noise draws, and by a single
        draw.
@@ -90,8 +90,10 @@ def evaluate(
         ImportError: if an attack needs a package that is not installed.
 
     Example:
-        >>> report = evaluate(net, test_loader, epsilons=[0.05, 0.1], baselines={"surrogate": other})
-        >>> print(report)
+        >>> images = torch.tensor([[[[0.9, 0.2]]], [[[0.4, 0.5]]]])  # of two pixels, which are the logits
+        >>> report = evaluate(nn.Flatten(), [(images, torch.tensor([0, 1]))], epsilons=[0.1, 0.2], attacks=["FGSM"])
+        >>> print(report.worst_case[0.2])
+        50.0 ± 40.5 % (masking not ruled out (G5 not run))
     """
     chosen = suite(attacks)
     protocol = _protocol(protocol, outdated)
@@ -166,7 +168,7 @@ def _models(
 
 
 def _check_network(name: str, target: Target, images: Tensor, labels: Tensor, seed: int, rows: int) -> None:
-    """Refuses a network whose answers are none, and would count as wrong ones."""
+    """Error for a network whose answers are not finite or no logits: they must not count as wrong ones."""
     reset(target.net)
     if broken := not_finite(target.net):
         # Logits do not show it: a membrane potential that is NaN never spikes.
@@ -368,7 +370,7 @@ class _Evaluation:
         return score(subject.target, images, labels, self.protocol.votes, mix(self.seed, *seeds), self.protocol.rows)
 
     def _mark(self, subject: Subject) -> str:
-        """Fingerprint of a network, of how it is read, and of what it and its gradient do on a few images."""
+        """Fingerprint of a network and its target's settings, with its logits and their gradient on a few images."""
         target = subject.target
         state = [part for item in target.net.state_dict().items() for part in item]
         few = self.images[:FINGERPRINT_IMAGES].to(device_of(target.net))
@@ -392,7 +394,7 @@ class _Evaluation:
 
 
 def _is_source(other: Subject, victim: Subject) -> bool:
-    """Without noise a source gives its gradient at less cost; the victim itself is one with its noise switched over."""
+    """True for other networks without noise, whose gradient costs less, and the victim with its noise switched over."""
     if other.network == victim.network:
         return other.noise != victim.noise
     return other.noise != "on"

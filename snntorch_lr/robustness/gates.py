@@ -48,12 +48,16 @@ RESOLVED = 0.2
 
 @dataclass(frozen=True)
 class Gate:
-    """One check.
+    """Check of an evaluation, with its measurement.
 
     Attributes:
         name: ``"G1 gradients"`` and so on.
-        passed: None if the suite has not what the check needs.
-        detail: what was measured, and against what.
+        passed: None if the check could not be run, or was left out.
+        detail: the measurement, and its bound.
+
+    Example:
+        >>> print(Gate("G3 ladder", True, "1: 0.0 %"))
+        PASS    G3 ladder: 1: 0.0 %
     """
 
     name: str
@@ -70,7 +74,12 @@ class Gate:
 
 
 def verdict(gates: Sequence[Gate]) -> str:
-    """Verdict of the gates on a headline, in a few words; without gates no claim passes."""
+    """Verdict of the gates on a headline, in a few words; without gates no claim passes.
+
+    Example:
+        >>> verdict([Gate("G1 gradients", True, ""), Gate("G6 surrogates", None, "")])
+        'masking not ruled out (G6 not run)'
+    """
     failed = [gate.name for gate in gates if gate.passed is False]
     missing = [gate.name for gate in gates if gate.passed is None]
     if failed:
@@ -114,16 +123,9 @@ class FrozenTarget(Target):
 
 @dataclass(frozen=True)
 class Probe:
-    """Images that a network has right, and how it is asked about them.
+    """Images that a network has right, ``[n, channels, height, width]``, for attacks of the gates.
 
-    Attributes:
-        target: the network and how it is read.
-        images: ``[n, channels, height, width]`` that are right clean.
-        labels: ``[n]``.
-        norm: ``"linf"`` or ``"l2"``.
-        votes: noise draws for each score.
-        seed: of the noise.
-        rows: images times draws that the network sees at once.
+    The other attributes are as in ``score`` and ``Protocol``.
     """
 
     target: Target
@@ -168,7 +170,7 @@ class Probe:
         return torch.cat(right)
 
     def curve(self, runs: Sequence[tuple[float, Descent]]) -> list[float]:
-        """Fraction still right after attacks of growing budget or length, each on what the last one left right."""
+        """Fractions of right images after attacks of growing budget or length, each on those that are still right."""
         still = torch.ones(len(self.images), dtype=torch.bool)
         shares = []
         for epsilon, descent in runs:
@@ -211,12 +213,7 @@ def forward_pass(target: Target, images: Tensor) -> Gate:
 
 
 def gradients(probe: Probe, unchanged: Mapping[str, float]) -> Gate:
-    """G1: few inputs at which the network's own gradient is zero, or that an attack by gradients leaves as they are.
-
-    Args:
-        probe: images that are right.
-        unchanged: fraction of the images that each white-box attack gave back unchanged.
-    """
+    """G1: the network's own gradient is zero at few images, and each white-box attack leaves few of them unchanged."""
     found = {f"zero gradient of the {loss}": probe.vanishing(loss) for loss in ("margin", "cross-entropy")}
     found |= {f"unchanged by {name}": share for name, share in unchanged.items()}
     worst = max(found, key=lambda key: found[key])
@@ -233,24 +230,14 @@ def frozen_noise(probe: Probe, ascent: Descent = ASCENT) -> Gate:
 
 
 def ladder(shares: Mapping[float, float]) -> Gate:
-    """G3: accuracy under ascent from the image falls to zero where every image is within the budget.
-
-    Args:
-        shares: fraction still right by budget, the largest of which holds every image.
-    """
+    """G3: the accuracy under ascent, given by budget, falls to zero at the largest, which holds every image."""
     largest = max(shares)
     listed = ", ".join(f"{epsilon:g}: {100 * share:.1f} %" for epsilon, share in sorted(shares.items()))
     return Gate("G3 ladder", shares[largest] <= FEW, f"{listed} (at most {100 * FEW:g} % at ε = {largest:g})")
 
 
 def convergence(probe: Probe, survived: Tensor, epsilon: float) -> Gate:
-    """G4: twice the steps and twice the draws break no more of the survivors than the interval allows.
-
-    Args:
-        probe: images that are right.
-        survived: those of them that no attack of the suite broke, Boolean, ``[n]``.
-        epsilon: budget.
-    """
+    """G4: twice the steps and twice the draws break no more of the survivors of the suite than the interval allows."""
     longer = replace(ASCENT, steps=LONGER, length=2.5 / LONGER, draws=2 * probe.target.draws, random_start=True)
     after = survived.clone()
     after[survived] = probe.only(survived).right_after(epsilon, longer)
@@ -266,8 +253,8 @@ def black_box(white: Mapping[float, Tensor], black: Mapping[float, Tensor]) -> G
     """G5: attacks without the gradient break no more images that the white-box attacks miss than the interval allows.
 
     Args:
-        white: what all white-box attacks together leave right, by budget.
-        black: the same for all others: black-box and transfer attacks.
+        white: images that are right under all white-box attacks together, by budget, Boolean, ``[images]``.
+        black: the same for black-box and transfer attacks.
     """
     name = "G5 black box"
     if not white or not black:
@@ -279,17 +266,11 @@ def black_box(white: Mapping[float, Tensor], black: Mapping[float, Tensor]) -> G
 
 
 def sweep(net: nn.Module, right: Mapping[str, Tensor]) -> Gate:
-    """G6: the suite differentiates through the spikes in every way that there is, and the worst is kept.
-
-    Args:
-        net: the network.
-        right: what is right under the attacks through each surrogate, by its name, Boolean, ``[images]``.
-    """
+    """G6: the suite has an attack through every surrogate; the images that are right under it are given by its name."""
     name = "G6 surrogates"
     if not any(True for _ in spiking_neurons(net)):
         return Gate(name, True, "the network has no spikes to differentiate through")
-    missing = [surrogate for surrogate in SURROGATES if surrogate not in right]
-    if missing:
+    if missing := [surrogate for surrogate in SURROGATES if surrogate not in right]:
         return Gate(name, None, f"the suite has no attack through {', '.join(missing)}")
     listed = ", ".join(f"{surrogate} {100 * share_of(each).accuracy:.1f} %" for surrogate, each in right.items())
     return Gate(name, True, f"{listed}; the worst case has them all")
@@ -304,7 +285,7 @@ def direction(probe: Probe) -> Gate:
     try:
         cosine, repeatability = alignment(probe.target, few.images, few.labels, seed=probe.seed)
     except ValueError as error:
-        return Gate(name, None, f"no likelihood-ratio gradient: {str(error).splitlines()[0]}")
+        return Gate(name, None, f"no likelihood-ratio gradient: {first_line(error)}")
     if repeatability < RESOLVED:
         return Gate(name, None, f"the likelihood-ratio gradient is not resolved (repeatability {repeatability:.2f})")
     detail = f"cosine {cosine:.2f} to the likelihood-ratio gradient (at least {COSINE_FLOOR:g})"
@@ -333,11 +314,7 @@ def canary(probe: Probe) -> Gate:
 
 
 def assertions(failures: Mapping[str, str]) -> Gate:
-    """G9: every adversarial image was within its budget, in [0, 1] and finite; attacks that failed are named.
-
-    Args:
-        failures: messages of the attacks that failed, by name.
-    """
+    """G9: every adversarial image was within its budget, in [0, 1] and finite; failures are given by attack."""
     if failures:
         return Gate("G9 budget", False, "; ".join(f"{name}: {message}" for name, message in failures.items()))
     return Gate("G9 budget", True, "budget, range and finiteness asserted for every adversarial image")

@@ -99,7 +99,7 @@ class Descent:
         length: of a step, as a share of the budget's epsilon.
         rule: ``"steepest"``, along the sign of the gradient for l∞ and its direction for l2; or ``"sa-pgd"`` for
             ``StableAdaptiveSteps``, which sets its own length.
-        random_start: whether it starts at a random image within the budget, instead of the clean one.
+        random_start: start at a random image within the budget, instead of the clean one.
         targets: number of wrong classes to aim at, one after the other from the likeliest, with the margin of that
             class over the right one as the loss; 0 for any wrong class, with ``loss``.
 
@@ -108,6 +108,11 @@ class Descent:
 
     Source: Athalye, Carlini & Wagner (2018), "Obfuscated Gradients Give a False Sense of Security", for the expectation
     over draws; Gowal et al. (2019), "An Alternative Surrogate Loss for PGD-based Adversarial Testing", for targets.
+
+    Example:
+        >>> x, y = torch.tensor([[[[0.6, 0.4]]]]), torch.tensor([0])  # of two pixels, which are the logits
+        >>> Descent("training", steps=40)(Target(nn.Flatten()), x, y, Budget(0.2), seed=0)
+        tensor([[[[0.4000, 0.6000]]]])
     """
 
     surrogate: str = "training"
@@ -179,7 +184,12 @@ def _settled_margin(view: AttackableView, x: Tensor, y: Tensor) -> Tensor:
 
 
 def gradient_attack(name: str, descent: Descent) -> Attack:
-    """A white-box attack of this package under a name of its own."""
+    """White-box attack of this package under a name of its own.
+
+    Example:
+        >>> gradient_attack("steep", Descent("atan:8", steps=5)).settings["surrogate"]
+        'atan:8'
+    """
     norms = ("linf",) if descent.rule == "sa-pgd" else NORMS
     return Attack(name, descent, {"library": "snntorch_lr"} | asdict(descent), "white-box", norms)
 
@@ -202,6 +212,10 @@ def tune_sharpness(
 
     Returns:
         ω; the surrogate is then called ``f"assg:{omega}"``.
+
+    Example:
+        >>> x, y = torch.tensor([[[[0.6, 0.4]]]]), torch.tensor([0])
+        >>> omega = tune_sharpness(Target(nn.Flatten()), x, y, Budget(0.1), Descent(steps=2), rounds=1)
 
     Source: arXiv 2512.22522.
     """

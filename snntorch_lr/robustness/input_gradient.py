@@ -1,4 +1,4 @@
-"""Gradients of the expected loss with respect to the images: without a surrogate, as a yardstick, and through one."""
+"""Input gradients of the expected loss: without a surrogate, as a yardstick, and through one."""
 
 from __future__ import annotations
 
@@ -45,6 +45,12 @@ def likelihood_ratio_input_gradient(
 
     Raises:
         ValueError: if no neuron has noise, or the network cannot be trained by the likelihood ratio.
+
+    Example:
+        >>> import snntorch_lr as slr
+        >>> net = slr.Leaky(beta=0.9, init_hidden=True, noise=True)
+        >>> likelihood_ratio_input_gradient(Target(net), torch.rand(5, 3), torch.tensor([0, 1, 2, 0, 1])).shape
+        torch.Size([5, 3])
     """
     neurons = noisy_neurons(target.net)
     if not neurons:
@@ -90,6 +96,10 @@ def surrogate_input_gradient(
 
     Returns:
         Gradient of the loss of each image with respect to it, in the shape of x.
+
+    Example:
+        >>> surrogate_input_gradient(Target(torch.nn.Flatten()), torch.zeros(1, 2), torch.tensor([0]))
+        tensor([[-0.5000,  0.5000]])
     """
     view = target.view(draws=1, surrogate=surrogate, seed=seed)
     total = torch.zeros_like(x)

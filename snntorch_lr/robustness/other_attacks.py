@@ -30,7 +30,7 @@ def import_torchattacks() -> Any:
 
 
 class _Run:
-    """Facts about a kind of attack, for its ``Attack``."""
+    """Library, access and norms of a kind of attack, for its ``Attack``."""
 
     library: ClassVar[str] = "snntorch_lr"
     access: ClassVar[str] = "black-box"
@@ -66,7 +66,7 @@ class Library(_Run):
 
 @dataclass(frozen=True)
 class AutoPgd(_Run):
-    """APGD of torchattacks.
+    """Automatic projected gradient descent (APGD) of torchattacks.
 
     Called as usual it returns the clean image where it failed, and counts one lucky draw of the noise as success. Here
     it returns the iterate with the largest loss instead.
@@ -133,7 +133,7 @@ class SquareSearch(_Run):
 
 @dataclass(frozen=True)
 class RandomNoise(_Run):
-    """The worst of many random perturbations.
+    """Random perturbations, of which the worst counts.
 
     For l∞ every other one has all pixels moved by epsilon, up or down; the others are uniform in the ball.
 
@@ -144,7 +144,7 @@ class RandomNoise(_Run):
     samples: int = 64
 
     def __call__(self, target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
-        """Images in the shape of x."""
+        """Adversarial images, in the shape of x."""
         view, generator = target.view(seed=seed), torch.Generator(x.device).manual_seed(seed)
         best = Best(x)
         for sample in range(self.samples):

@@ -1,4 +1,4 @@
-"""The report of an evaluation: tables, JSON and figures, in which no worst case stands without its gates."""
+"""Report of an evaluation: tables, JSON and figures, in which no worst case stands without its gates."""
 
 from __future__ import annotations
 
@@ -175,10 +175,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Headline(Share):
-    """A worst-case accuracy with its interval and what the gates say of it.
+    """Worst-case accuracy with its interval and the verdict of the gates.
 
     Attributes:
         verdict: of the gates, in a few words.
+
+    Example:
+        >>> print(Headline(0.5, 0.4, 0.6, 96, "all gates passed"))
+        50.0 ± 10.0 % (all gates passed)
     """
 
     verdict: str = ""
@@ -230,7 +234,7 @@ class RobustnessReport:
 
     @property
     def worst_case(self) -> dict[float, Headline]:
-        """Worst-case accuracy of the headline row by budget; each says what the gates say."""
+        """Worst-case accuracy of the headline row by budget, each with the verdict of the gates."""
         said = verdict(self.gates)
         return {e: Headline(**asdict(share_of(self.headline.worst(e))), verdict=said) for e in self.epsilons}
 
@@ -409,8 +413,7 @@ def _row(row: Row, epsilons: Sequence[float]) -> dict[str, Any]:
         "clean": asdict(share_of(row.clean)),
         "single_draw": asdict(row.single),
         "attacks": {
-            name: {f"{epsilon:g}": asdict(share_of(right)) for epsilon, right in under.items()}
-            for name, under in row.right.items()
+            name: {f"{e:g}": asdict(share_of(right)) for e, right in under.items()} for name, under in row.right.items()
         },
         "worst_case": {f"{epsilon:g}": asdict(share_of(row.worst(epsilon))) for epsilon in epsilons},
         "verdict": verdict(row.findings.gates),

@@ -21,7 +21,7 @@ class Scores:
     """Correct predictions of a network, on the CPU.
 
     Attributes:
-        right: whether the majority of the votes is right, Boolean, ``[images]``.
+        right: True where the majority of the votes is right, ``[images]``.
         single: expected accuracy of a single noise draw: fraction of the draws that are right, ``[images]``.
     """
 
@@ -38,7 +38,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed: int = 0, rows: int = ROWS) -> Scores:
-    """Classifies images with fresh noise draws: by their majority, and by each draw alone.
+    """Accuracy of a network on images with fresh noise draws: of their majority, and of each draw alone.
 
     Each draw votes for its class; a tie goes to the class with the larger mean probability among those tied. A network
     that gives the same logits whatever the noise is run once.
@@ -52,7 +52,12 @@ def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed:
         rows: images times draws that the network sees at once.
 
     Raises:
-        ValueError: if a label is none of the network's classes, or what the network returns cannot be used.
+        ValueError: if a label is none of the network's classes, or its output is not finite or no logits.
+
+    Example:
+        >>> images = torch.tensor([[[[0.9, 0.2]]], [[[0.9, 0.2]]]])  # of two pixels, which are the logits
+        >>> score(Target(torch.nn.Flatten()), images, torch.tensor([0, 1])).right
+        tensor([ True, False])
     """
     if not len(images):
         return Scores(torch.zeros(0, dtype=torch.bool), torch.zeros(0))

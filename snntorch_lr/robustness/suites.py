@@ -1,4 +1,4 @@
-"""Attacks by name and in suites."""
+"""Suites of attacks, and attacks by name."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SUITES: dict[str, tuple[Attack, ...]] = {
 
 
 def suite(attacks: str | Sequence[str | Attack]) -> tuple[Attack, ...]:
-    """The attacks of a suite, or of a list of names and attacks.
+    """Attacks of a suite, or of a list of names and attacks.
 
     Args:
         attacks: name of a suite; or a list of names of attacks and suites and of ``Attack`` objects. Where suites have
@@ -61,6 +61,10 @@ def suite(attacks: str | Sequence[str | Attack]) -> tuple[Attack, ...]:
     Raises:
         ValueError: if a name is unknown, one occurs twice, or there is none.
         ImportError: if an attack needs torchattacks and that is not installed.
+
+    Example:
+        >>> [attack.name for attack in suite("quick")]
+        ['FGSM', 'PGD-20']
     """
     known: dict[str, Attack] = {}
     for attack in (attack for members in SUITES.values() for attack in members):

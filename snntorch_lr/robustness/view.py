@@ -31,7 +31,7 @@ class AttackableView(nn.Module):
         forward: called as ``forward(net, images)``; returns logits ``[batch, classes]``, or a record
             ``[time, batch, classes]`` of output spikes or membrane potentials. ``net(images)`` by default.
         draws: noise draws to average over, in one batch.
-        noise: whether neurons that have noise draw it; without noise one draw is made.
+        noise: neurons that have noise draw it; without noise one draw is made.
         seed: of the view's generator.
         scale: factor from a record's mean over time to logits. Spike counts of many steps would saturate the softmax
             and hide the gradient from the attack, rates alone would hardly move it.
@@ -40,7 +40,12 @@ class AttackableView(nn.Module):
 
     Raises:
         ValueError: if draws is below 1 or the surrogate is unknown; at a call, if images are not in [0, 1],
-            or what ``forward`` returns is no tensor, has another shape, or is not finite.
+            or the output of ``forward`` is no tensor, has another shape, or is not finite.
+
+    Example:
+        >>> view = AttackableView(nn.Flatten(), lambda net, images: net(images - 0.5), draws=8)
+        >>> view(torch.tensor([[[[0.9, 0.2]]]]))
+        tensor([[ 0.4000, -0.3000]])
     """
 
     def __init__(
@@ -101,12 +106,12 @@ class AttackableView(nn.Module):
         return logits.view(self.draws, len(images), -1).mean(0)
 
     def net_forward(self, net: nn.Module, images: Tensor) -> Any:
-        """What ``forward`` returns for images in the network's precision; attack libraries may pass them in another."""
+        """Output of ``forward`` for images in the network's precision; attack libraries may pass them in another."""
         weight = next((p for p in net.parameters() if p.is_floating_point()), images)
         return self._forward(net, images.to(weight.dtype))
 
     def read(self, output: Any) -> Tensor:
-        """Logits ``[batch, classes]`` of what ``forward`` returned; a tensor of another shape stays as it is.
+        """Logits ``[batch, classes]`` from an output of ``forward``; a tensor of another shape stays as it is.
 
         Raises:
             ValueError: if it is no tensor.
@@ -126,10 +131,14 @@ class Target:
     Attributes:
         net: the network.
         forward: as ``AttackableView``'s.
-        noise: whether neurons that have noise draw it at test time.
+        noise: neurons that have noise draw it at test time.
         draws: noise draws that the gradient of an attack averages over (expectation over transformations, EOT).
         scale: as ``AttackableView``'s.
         sources: other networks, by name, whose adversarial images may be tried on this one.
+
+    Example:
+        >>> Target(nn.Flatten(), draws=4).view(noise=False).draws
+        1
     """
 
     net: nn.Module
@@ -147,7 +156,7 @@ class Target:
         surrogate: str | Surrogate | None = None,
         seed: int = 0,
     ) -> AttackableView:
-        """The network as attacks see it; what is not given is as the target says."""
+        """The network as attacks see it; settings that are not given are those of the target."""
         return AttackableView(
             self.net,
             forward=self.forward,

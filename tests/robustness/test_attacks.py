@@ -9,7 +9,6 @@ from torch import Tensor
 
 import snntorch_lr as slr
 from snntorch_lr.robustness import SUITES, Attack, Budget, Descent, Target, gradient_attack, perturb, suite
-from snntorch_lr.robustness.attacks import unfit
 from snntorch_lr.robustness.other_attacks import AutoPgd
 
 from .networks import SmallNet, images, predictions
@@ -58,9 +57,11 @@ def test_every_attack_stays_within_its_budget_and_restores_no_image(
 
 
 def test_transfer_needs_sources(target: Target) -> None:
-    transfer = suite(["transfer"])[0]
-    assert unfit(transfer, target, Budget(0.1)) is None
-    assert "baselines" in str(unfit(transfer, Target(target.net), Budget(0.1)))
+    transfer, x, y = suite(["transfer"])[0], images(), torch.zeros(6, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"transfer needs other networks .*baselines"):
+        perturb(transfer, Target(target.net), x, y, Budget(0.1), seed=0)
+    with pytest.raises(ValueError, match="give the target sources"):
+        transfer.run(Target(target.net), x, y, Budget(0.1), 0)
 
 
 def spoiled(change: Any) -> Attack:
