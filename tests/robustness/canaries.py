@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import snntorch as snn
@@ -12,6 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from snntorch_lr.experiments import data
+from snntorch_lr.robustness import Descent, suite
+from snntorch_lr.robustness.other_attacks import Transfer
+
+QUICK = Descent(steps=2, length=0.5)
+TRANSFER = replace(suite(["transfer"])[0], run=Transfer(QUICK))
+"""Evaluations transfer images in any case: that of the suites takes 20 steps."""
 
 
 class Net(nn.Module):

@@ -23,27 +23,23 @@ from snntorch_lr.robustness import (
     Target,
     evaluate,
     gradient_attack,
-    suite,
     verdict,
 )
 from snntorch_lr.robustness.evaluate import cached, fingerprint
-from snntorch_lr.robustness.other_attacks import Transfer
 
 from . import canaries
 
-QUICK = Descent(steps=2, length=0.5)
-FAST = gradient_attack("fast", QUICK)
-TRANSFER = replace(suite(["transfer"])[0], run=Transfer(QUICK))
+FAST = gradient_attack("fast", canaries.QUICK)
 IMAGES = [canaries.digits(20)]
 
 
-def run(net: nn.Module | None = None, transfer: Attack = TRANSFER, **options: Any) -> RobustnessReport:
+def run(net: nn.Module | None = None, **options: Any) -> RobustnessReport:
     """A small evaluation, without the gates' own attacks, which take most of the time and have tests of their own."""
     net = slr.add_noise(canaries.trained(), 0.3) if net is None else net
     said = {each.name: options.pop(each.name) for each in fields(Protocol) if each.name in options}
     settings: dict[str, Any] = {"epsilons": [0.1, 0.3], "attacks": [FAST]} | options
     if isinstance(settings["attacks"], list):
-        settings["attacks"] = [*settings["attacks"], transfer]
+        settings["attacks"] = [*settings["attacks"], canaries.TRANSFER]
     protocol = Protocol(**({"draws": 2, "votes": 4, "gates": False} | said))
     return evaluate(net, settings.pop("loader", IMAGES), settings.pop("epsilons"), protocol=protocol, **settings)
 

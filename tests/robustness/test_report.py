@@ -42,7 +42,7 @@ def report() -> Iterator[RobustnessReport]:
 
 def made() -> RobustnessReport:
     return evaluate(
-        slr.add_noise(canaries.trained(), 0.3), [canaries.digits(20)], [0.1, 0.3], [PGD],
+        slr.add_noise(canaries.trained(), 0.3), [canaries.digits(20)], [0.1, 0.3], [PGD, canaries.TRANSFER],
         baselines={"blind": canaries.with_zero_gradient()},
         protocol=Protocol(draws=2, votes=4, gate_images=8, corruptions=["contrast"]),
     )  # fmt: skip
