@@ -22,7 +22,7 @@ TRANSFER = replace(suite(["transfer"])[0], run=Transfer(QUICK))
 
 
 class Net(nn.Module):
-    """64-32-10 with direct coding over 4 steps; logits are the mean membrane potential, or scaled spike rates."""
+    """64-32-10 with direct coding over 2 steps; logits are the mean membrane potential, or scaled spike rates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Net(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         current = self.first(self.encode(images))
-        return torch.stack([self.readout(self.hidden(current)) for _ in range(4)]).mean(0)
+        return torch.stack([self.readout(self.hidden(current)) for _ in range(2)]).mean(0)
 
     def encode(self, images: Tensor) -> Tensor:
         return images.flatten(1)
@@ -98,7 +98,7 @@ class Unreset(Net):
         if self.left is not None and self.left.shape == current.shape:
             current = current + 0.5 * self.left
         self.left = current.detach() if self.detached else current
-        return torch.stack([self.readout(self.hidden(current)) for _ in range(4)]).mean(0)
+        return torch.stack([self.readout(self.hidden(current)) for _ in range(2)]).mean(0)
 
     detached = True
 
