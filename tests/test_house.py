@@ -40,7 +40,7 @@ INNER = {
     "_files.load", "_files.replacing", "_files.save", "_messages.first_line", "_messages.listed", "_messages.markdown",
     "_messages.versions", "baselines.batch_mean", "baselines.leave_one_out", "estimators.ESTIMATORS",
     "estimators.vanilla.Storing", "estimators.vanilla.StoringStep", "network.noisy_neurons", "noise.KINDS",
-    "objectives.OBJECTIVES", "objectives.vote", "robustness.measure.Progress", "robustness.measure.Row",
+    "objectives.OBJECTIVES", "objectives.vote", "robustness.evaluate.Progress",
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ import torch
 
 from .. import __version__
 from ..distributed import RankError
-from ..robustness.measure import Progress as EvaluationProgress
+from ..robustness.evaluate import Progress as EvaluationProgress
 from . import benchmark, diagnose, evaluate, ranks, report, study_cli
 from .benchmark_report import to_markdown
 from .data import DataError

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..robustness import CORRUPTIONS, RobustnessReport, suite
+from ..robustness import CORRUPTIONS, Protocol, RobustnessReport, suite
 from ..robustness import evaluate as evaluate_networks
-from ..robustness.measure import Progress
+from ..robustness.evaluate import Progress
 from . import data, files, report
 from .recipe import Recipe, load_trained
 from .reproduce import arguments, machine, run_name
@@ -90,11 +90,13 @@ def evaluate(
             settings.suite,
             baselines=dict(baselines),
             seed=settings.seed,
+            protocol=Protocol(
+                norm=settings.norm,
+                draws=settings.draws,
+                votes=settings.votes,
+                corruptions=tuple(CORRUPTIONS) if settings.corruptions else (),
+            ),
             name=name,
-            norm=settings.norm,
-            draws=settings.draws,
-            votes=settings.votes,
-            corruptions=tuple(CORRUPTIONS) if settings.corruptions else (),
             cache=out / "attacks",
             progress=progress,
         )

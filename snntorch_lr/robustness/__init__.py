@@ -1,18 +1,17 @@
 """Robustness of spiking networks: an attackable view, attacks, corruptions, and an evaluation that checks itself."""
 
-from .attacks import SUITES, Attack, gradient_attack, perturb, suite
-from .budget import Budget
+from .attacks import Attack, Budget, perturb
 from .corruptions import CORRUPTIONS
-from .descent import Descent, tune_sharpness
 from .evaluate import evaluate
 from .gates import Gate, verdict
+from .gradient_attacks import Descent, gradient_attack, tune_sharpness
 from .input_gradient import likelihood_ratio_input_gradient, surrogate_input_gradient
-from .report import Headline, RobustnessReport
+from .report import Headline, Protocol, RobustnessReport, Row
 from .scoring import Scores, score
 from .statistics import McNemar, Share, clopper_pearson, mcnemar, share_of, wilson
+from .suites import SUITES, suite
 from .surrogates import SURROGATES
-from .target import Target
-from .view import AttackableView
+from .view import AttackableView, Target
 
 __all__ = [
     "CORRUPTIONS",
@@ -25,7 +24,9 @@ __all__ = [
     "Gate",
     "Headline",
     "McNemar",
+    "Protocol",
     "RobustnessReport",
+    "Row",
     "Scores",
     "Share",
     "Target",

@@ -1,25 +1,40 @@
-"""From networks and images to a report: clean accuracy, attacks, their worst case, transfers, and the gates."""
+"""Robustness evaluation of networks: clean accuracy, attacks, their worst case, transfers and gates, in a report."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
+from .. import _files as atomic
+from .._messages import first_line, versions
+from ..left_as_found import left_as_found
 from ..network import noisy_neurons, not_finite, reset
-from .attacks import Attack, suite
-from .cache import Cache
+from ..noise_stream import mix
+from . import gates
+from .attacks import Attack, Budget, perturb
 from .corruptions import CORRUPTIONS
-from .measure import Measurement, Progress, Protocol, Subject
-from .report import RobustnessReport
-from .scoring import ROWS, is_random, score
-from .target import Target
-from .untouched import untouched
-from .view import Forward
+from .report import PACKAGES, Findings, Protocol, RobustnessReport, Row, Subject
+from .scoring import Scores, batch_size, is_random, logits_of, pieces, score, seeded
+from .statistics import Share, share_of
+from .suites import SUITES, suite
+from .view import Forward, Target, device_of
+
+SEVERITIES = (1, 2, 3, 4, 5)
+FINGERPRINT_IMAGES = 8
+Progress = Callable[[str, int, int], None]
+"""Called with the name of the next piece, the number of pieces done, and their total."""
 
 
 def evaluate(
@@ -31,23 +46,17 @@ def evaluate(
     baselines: Mapping[str, nn.Module | Target] | None = None,
     seed: int = 0,
     *,
+    protocol: Protocol | None = None,
     sources: Mapping[str, nn.Module | Target] | None = None,
-    noise: str = "both",
     name: str = "network",
-    norm: str = "linf",
-    draws: int = 8,
-    votes: int = 32,
-    scale: float = 10.0,
-    corruptions: Sequence[str] = (),
-    gate_images: int = 128,
-    rows: int = ROWS,
     cache: str | Path | None = None,
     progress: Progress = lambda what, done, total: None,
+    **outdated: Any,
 ) -> RobustnessReport:
-    """Attacks a network and its baselines, and reports the per-example worst case beside the gates that it has to pass.
+    """Robustness of a network and its baselines: the per-example worst case over attacks, beside gates that must pass.
 
-    1. Every network is scored clean with its noise off and on: by the majority of ``votes`` fresh noise draws, and by a
-       single draw.
+    1. Every network is scored clean with its noise off and on: by the majority of fresh noise draws, and by a single
+       draw.
     2. Every attack runs at every budget, from the smallest, and is scored with noise draws that it has not seen. It
        attacks only what is right clean and under the same attack at smaller budgets: what is wrong within a budget is
        wrong within a larger one. An accuracy under attack is thus a fraction of all images.
@@ -55,8 +64,6 @@ def evaluate(
     4. An image counts as right in the worst case if it is right clean and under all of these. With noise, every attack
        has a fresh chance at an image near the decision boundary: the worst case errs on the attacker's side.
     5. The gates G0 to G9 look for signs of masked gradients. An attack that fails does not count, and fails G9.
-
-    Example: ``print(evaluate(net, test_loader, epsilons=[0.05, 0.1], baselines={"surrogate": other}))``
 
     The result is a function of the seed. Modes, states, gradients and torch's global random state are left as found.
 
@@ -69,53 +76,66 @@ def evaluate(
         forward: as ``AttackableView``'s, for the network and the baselines.
         baselines: other networks by name; a ``Target`` for one that needs another ``forward``.
         seed: of attacks and noise.
+        protocol: norm, noise draws and votes, corruptions, gates and so on; the defaults of ``Protocol`` if it is None.
         sources: networks by name that adversarial images are transferred from, and that are not evaluated themselves.
-        noise: ``"off"``, ``"on"`` or ``"both"``: how networks with noise are evaluated. With ``"on"``, adversarial
-            images of the network without noise are tried too; with ``"off"`` none of the network with noise.
         name: of the network in the report.
-        norm: ``"linf"`` or ``"l2"``.
-        draws: noise draws that the gradient of an attack averages over.
-        votes: noise draws for each prediction.
-        scale: as ``AttackableView``'s.
-        corruptions: names of natural corruptions to score too, see ``CORRUPTIONS``.
-        gate_images: images that are right, for the gates that run attacks of their own.
-        rows: images times draws that a network sees at once; bounds the memory.
         cache: folder for finished pieces; the same call goes on from there. An attack of yours is known by its name and
             settings, so change these with its code.
-        progress: called with what is done next, the number of pieces done, and their total.
+        progress: called with the name of the next piece, the number of pieces done, and their total.
+        **outdated: attributes of ``Protocol``, as in version 0.1; deprecated.
 
     Raises:
         ValueError: if an argument, the data or a network cannot be used, said before any attack.
         ImportError: if an attack needs a package that is not installed.
+
+    Example:
+        >>> images = torch.tensor([[[[0.9, 0.2]]], [[[0.4, 0.5]]]])  # of two pixels, which are the logits
+        >>> report = evaluate(nn.Flatten(), [(images, torch.tensor([0, 1]))], epsilons=[0.1, 0.2], attacks=["FGSM"])
+        >>> print(report.worst_case[0.2])
+        50.0 ± 40.5 % (masking not ruled out (G5 not run))
     """
     chosen = suite(attacks)
-    protocol = Protocol(
-        _budgets(epsilons, norm), norm, votes, seed, rows, _at_least_one("gate_images", gate_images), tuple(corruptions)
-    )  # fmt: skip
-    _check(protocol, draws, chosen, noise)
-    others = {**(baselines or {}), **(sources or {})}
-    if len(others) < len(baselines or {}) + len(sources or {}):
+    protocol = _protocol(protocol, outdated)
+    budgets = _budgets(epsilons, protocol.norm)
+    if not any(protocol.norm in attack.norms for attack in chosen):
+        raise ValueError(f"none of the attacks {', '.join(a.name for a in chosen)} has the norm {protocol.norm}")
+    sources, baselines = sources or {}, baselines or {}
+    if sources.keys() & baselines.keys():
         raise ValueError("a source is called like a baseline; rename it")
-    models = _models(net, name, others, forward, draws, scale)
+    models = _models(net, name, {**baselines, **sources}, forward, protocol)
     images, labels = _collect(loader)
-    kept = Cache(None if cache is None else Path(cache))
-    with untouched([model.net for model in models.values()]):
+    nets = [model.net for model in models.values()]
+    with left_as_found(*nets, gradients=True, modes=True, states=True, random=True):
         for key, model in models.items():
-            _check_network(key, model, images, labels, protocol)
-        uses = {key: _subjects(key, model, images) for key, model in models.items()}
-        attacked = {
-            key: [s for s in found if s.noise in (noise, "none") or noise == "both"] for key, found in uses.items()
-        }
-        subjects = [subject for key in models if key not in (sources or {}) for subject in attacked[key]]
-        lent = [use for key in sources or {} for use in uses[key]]
-        if noise == "on":
-            # What is found without noise sees through it.
-            lent += [
-                use for key, found in uses.items() if key not in (sources or {}) for use in found if use.noise == "off"
-            ]
-        measurement = Measurement(protocol, chosen, subjects, images, labels, kept, progress, lent)
-        measured = [measurement.measure(subject) for subject in subjects]
-    return RobustnessReport(protocol, chosen, tuple(measured))
+            _check_network(key, model, images, labels, seed, protocol.rows)
+        uses = [use for key, model in models.items() for use in _subjects(key, model, images)]
+        attacked = ("off", "on", "none") if protocol.noise == "both" else (protocol.noise, "none")
+        subjects = [use for use in uses if use.network not in sources and use.noise in attacked]
+        transfer_sources = [use for use in uses if use.network in sources]
+        if protocol.noise == "on":
+            # Adversarial images that are found without noise are tried on the network with noise too.
+            transfer_sources += [use for use in uses if use.network not in sources and use.noise == "off"]
+        evaluation = _Evaluation(
+            protocol, budgets, seed, chosen, subjects, transfer_sources, images, labels,
+            None if cache is None else Path(cache), progress,
+        )  # fmt: skip
+        rows = tuple(evaluation.row(subject) for subject in subjects)
+    return RobustnessReport(protocol, budgets, seed, chosen, rows)
+
+
+def _protocol(given: Protocol | None, outdated: Mapping[str, Any]) -> Protocol:
+    """Protocol with the keyword arguments of version 0.1, which a warning names."""
+    if unknown := outdated.keys() - {field.name for field in fields(Protocol)}:
+        raise TypeError(f"evaluate() got an unexpected keyword argument {min(unknown)!r}")
+    if outdated:
+        said = ", ".join(f"{name}={value!r}" for name, value in outdated.items())
+        warnings.warn(
+            f"evaluate(..., {said}) is deprecated and goes with version 0.3: write evaluate(..., "
+            f"protocol=Protocol({said})), with Protocol from snntorch_lr.robustness",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    return replace(given or Protocol(), **outdated)
 
 
 def _budgets(epsilons: float | Sequence[float], norm: str) -> tuple[float, ...]:
@@ -131,57 +151,33 @@ def _budgets(epsilons: float | Sequence[float], norm: str) -> tuple[float, ...]:
     return budgets
 
 
-def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
-
-
-def _check(protocol: Protocol, draws: int, attacks: Sequence[Attack], noise: str) -> None:
-    if noise not in ("off", "on", "both"):
-        raise ValueError(f"noise must be 'off', 'on' or 'both', got {noise!r}")
-    for name, value in ("draws", draws), ("votes", protocol.votes), ("rows", protocol.rows):
-        _at_least_one(name, value)
-    if protocol.norm not in ("linf", "l2"):
-        raise ValueError(f"unknown norm {protocol.norm!r}; choose one of linf, l2")
-    unknown = [name for name in protocol.corruptions if name not in CORRUPTIONS]
-    if unknown:
-        raise ValueError(f"unknown corruption {', '.join(unknown)}; choose from {', '.join(CORRUPTIONS)}")
-    if not any(protocol.norm in attack.norms for attack in attacks):
-        raise ValueError(f"none of the attacks {', '.join(a.name for a in attacks)} has the norm {protocol.norm}")
-
-
 def _models(
-    net: nn.Module,
-    name: str,
-    baselines: Mapping[str, nn.Module | Target],
-    forward: Forward | None,
-    draws: int,
-    scale: float,
+    net: nn.Module, name: str, others: Mapping[str, nn.Module | Target], forward: Forward | None, protocol: Protocol
 ) -> dict[str, Target]:
     """The networks by name, the first one first."""
-    if name in baselines:
+    if name in others:
         raise ValueError(f"a baseline or source is called {name!r}, like the network itself; rename it")
     models = {}
-    for key, value in {name: net, **baselines}.items():
+    for key, value in {name: net, **others}.items():
         if not isinstance(value, (nn.Module, Target)):
             raise ValueError(f"{key} must be a network or a Target, got {type(value).__name__}")
-        models[key] = value if isinstance(value, Target) else Target(value, forward, draws=draws, scale=scale)
+        if isinstance(value, nn.Module):
+            value = Target(value, forward, draws=protocol.draws, scale=protocol.scale)
+        models[key] = value
     return models
 
 
-def _check_network(name: str, target: Target, images: Tensor, labels: Tensor, protocol: Protocol) -> None:
-    """Refuses a network whose answers are none, and would count as wrong ones."""
+def _check_network(name: str, target: Target, images: Tensor, labels: Tensor, seed: int, rows: int) -> None:
+    """Error for a network whose answers are not finite or no logits: they must not count as wrong ones."""
     reset(target.net)
-    broken = not_finite(target.net)
-    if broken:
+    if broken := not_finite(target.net):
         # Logits do not show it: a membrane potential that is NaN never spikes.
         raise ValueError(
             f"{name}: NaN or infinite values in {', '.join(broken)}; training diverged, or the file is damaged: load "
             "earlier weights, or train again with a lower learning rate"
         )
     try:
-        score(replace(target, noise=False), images, labels, 1, protocol.seed, protocol.rows)
+        score(replace(target, noise=False), images, labels, 1, seed, rows)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -214,3 +210,241 @@ def _collect(loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
             f"images must be in [0, 1], got {images.min():.3g} to {images.max():.3g}; normalise inside forward="
         )
     return images, labels.long()
+
+
+class AttackFailedError(RuntimeError):
+    """An attack that raised an error, or whose images were refused."""
+
+
+@dataclass
+class _Evaluation:
+    """One run of ``evaluate``, piece by piece; all networks see the same images."""
+
+    protocol: Protocol
+    epsilons: tuple[float, ...]
+    seed: int
+    suite: tuple[Attack, ...]
+    subjects: Sequence[Subject]
+    transfer_sources: Sequence[Subject]
+    images: Tensor
+    labels: Tensor
+    cache: Path | None
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.sources = [*self.subjects, *self.transfer_sources]
+        self.attacks = {subject.label: self._attacks_on(subject) for subject in self.subjects}
+        # Transfers run on the networks that they come from.
+        self.size = min(batch_size(subject.target, self.protocol.rows) for subject in self.sources)
+        self.marks = {subject.label: self._mark(subject) for subject in self.sources}
+        each = 2 + len(self.protocol.corruptions)
+        self.total = sum(each + len(attacks) * len(self.epsilons) for attacks in self.attacks.values())
+        self.done = 0
+
+    def row(self, subject: Subject) -> Row:
+        """Clean accuracy, all attacks, corruptions and gates of one subject."""
+        clean = self._piece(subject, "clean", (), lambda: asdict(self._score(subject, self.images, self.labels)))
+        right: dict[str, dict[float, Tensor]] = {}
+        unchanged: dict[str, float] = {}
+        failures: dict[str, str] = {}
+        for attack in self.attacks[subject.label]:
+            try:
+                right[attack.name], unchanged[attack.name] = self._attacked(subject, attack, clean["right"])
+            except AttackFailedError as error:
+                # One attack that fails must not cost hours of the others; the gate G9 tells.
+                failures[attack.name] = str(error)
+        ran = tuple(attack for attack in self.attacks[subject.label] if attack.name in right)
+        corrupted = {name: self._corrupted(subject, name) for name in self.protocol.corruptions}
+        row = Row(subject, clean["right"], share_of(clean["single"]), ran, right, corrupted)
+        return replace(row, findings=self._findings(row, unchanged, failures))
+
+    def _attacks_on(self, subject: Subject) -> tuple[Attack, ...]:
+        """The attacks that have the norm; transfers are always among them, one for each source."""
+        usable = [attack for attack in self.suite if self.protocol.norm in attack.norms]
+        transfers = [attack for attack in usable if attack.needs_sources] or [
+            attack for attack in SUITES["standard"] if attack.needs_sources and self.protocol.norm in attack.norms
+        ]
+        sources = [other for other in self.sources if _is_source(other, subject)]
+        return (
+            *(attack for attack in usable if not attack.needs_sources),
+            *(_from_source(attack, source) for attack in transfers for source in sources),
+        )
+
+    def _attacked(self, subject: Subject, attack: Attack, still: Tensor) -> tuple[dict[float, Tensor], float]:
+        """Images that are right by budget, each attacked where smaller ones failed, and the fraction left unchanged."""
+        under: dict[float, Tensor] = {}
+        unchanged, attacked = 0, 0
+        depends = [attack.name, dict(attack.settings)]
+        source = self.marks.get(str(attack.settings.get("source")))
+        for epsilon in self.epsilons:
+            compute = partial(self._attack, subject, attack, epsilon, still)
+            found = self._piece(subject, f"{attack.name} {epsilon:g}", [*depends, epsilon, source], compute, still)
+            attacked += int(still.sum())
+            unchanged += found["unchanged"]
+            under[epsilon] = still = found["right"]
+        return under, unchanged / max(1, attacked)
+
+    def _attack(self, subject: Subject, attack: Attack, epsilon: float, still: Tensor) -> dict[str, Any]:
+        right, unchanged = [], 0
+        seed = mix(self.seed, crc32(f"{attack.name} {epsilon:g}".encode()))
+        budget = Budget(epsilon, self.protocol.norm)
+        for index, (x, y) in enumerate(pieces(subject.target, self.images[still], self.labels[still], self.size)):
+            try:
+                adversarial = perturb(attack, subject.target, x, y, budget, mix(seed, index), self.protocol.rows)
+            except (RuntimeError, ValueError) as error:
+                raise AttackFailedError(first_line(error)) from error
+            right.append(self._score(subject, adversarial, y, seed, index, 1).right)
+            unchanged += int((adversarial == x).flatten(1).all(1).sum())
+        after = still.clone()
+        after[still] = torch.cat([*right, still[:0]])
+        return {"right": after, "unchanged": unchanged}
+
+    def _corrupted(self, subject: Subject, name: str) -> dict[int, Share]:
+        """Accuracy by severity; the corrupted images are the same for all subjects."""
+
+        def scores() -> dict[str, Any]:
+            right = {}
+            for severity in SEVERITIES:
+                seed = mix(self.seed, crc32(name.encode()), severity)
+                images = CORRUPTIONS[name](self.images, severity, torch.Generator().manual_seed(seed))
+                right[str(severity)] = self._score(subject, images, self.labels, seed, 1).right
+            return right
+
+        found = self._piece(subject, name, (), scores)
+        return {int(severity): share_of(right) for severity, right in found.items()}
+
+    def _findings(self, row: Row, unchanged: Mapping[str, float], failures: Mapping[str, str]) -> Findings:
+        attacks = [(attack.name, attack.access, dict(attack.settings)) for attack in row.attacks]
+        depends = [attacks, unchanged, failures, self.protocol.gate_images, self.protocol.gates]
+        tensors = [right for under in row.right.values() for right in under.values()]
+        compute = partial(self._judged, row, unchanged, failures)
+        found = self._piece(row.subject, "gates", depends, compute, row.clean, *tensors)
+        return Findings(**found | {"gates": tuple(gates.Gate(**gate) for gate in found["gates"])})
+
+    def _judged(self, row: Row, unchanged: Mapping[str, float], failures: Mapping[str, str]) -> dict[str, Any]:
+        """Gates of one subject and the curves that they are read from, as plain values."""
+        chosen = row.clean.nonzero()[: self.protocol.gate_images, 0]
+        if not len(chosen):
+            gate = gates.Gate("G0 forward pass", None, "no image is right clean: there is nothing to attack")
+            return asdict(Findings((gate,)))
+        target, protocol = row.subject.target, self.protocol
+        probe = gates.Probe(
+            target, self.images[chosen], self.labels[chosen], protocol.norm, protocol.votes, self.seed, protocol.rows
+        )
+        middle = min(self.epsilons, key=lambda e: abs(float(row.worst(e).double().mean()) - 0.5))
+        white = [attack.name for attack in row.attacks if attack.access == "white-box"]
+        others = [attack.name for attack in row.attacks if attack.access != "white-box"]
+        under = [{e: row.under(names, e) for e in self.epsilons if names} for names in (white, others)]
+        ladder: dict[float, float] = {}
+        steps: dict[int, float] = {}
+
+        def climb() -> gates.Gate:
+            rungs = sorted({*self.epsilons, *(share * probe.span for share in gates.LADDER)})
+            ladder.update(zip(rungs, probe.curve([(rung, gates.ASCENT) for rung in rungs]), strict=True))
+            return gates.ladder(ladder)
+
+        def converge() -> gates.Gate:
+            counts = gates.CURVE_STEPS
+            runs = [(middle, replace(gates.ASCENT, steps=n, length=2.5 / max(n, 2.5))) for n in counts]
+            steps.update(zip(counts, probe.curve(runs), strict=True))
+            return gates.convergence(probe, row.worst(middle)[chosen], middle)
+
+        def attacked(name: str, check: Callable[[], gates.Gate]) -> gates.Gate:
+            return gates.guarded(name, check) if protocol.gates else gates.Gate(name, None, "left out by gates=False")
+
+        judged = (
+            attacked("G0 forward pass", lambda: gates.forward_pass(target, probe.images)),
+            attacked("G1 gradients", lambda: gates.gradients(probe, {name: unchanged[name] for name in white})),
+            attacked("G2 frozen noise", lambda: gates.frozen_noise(probe)),
+            attacked("G3 ladder", climb),
+            attacked("G4 convergence", converge),
+            gates.black_box(*under),
+            gates.sweep(target.net, {name: right[middle] for name, right in row.by_surrogate().items()}),
+            attacked("G7 direction", lambda: gates.direction(probe)),
+            attacked("G8 canary", lambda: gates.canary(probe)),
+            gates.assertions(failures),
+        )
+        return asdict(Findings(judged, middle, ladder, steps))
+
+    def _score(self, subject: Subject, images: Tensor, labels: Tensor, *seeds: int) -> Scores:
+        return score(subject.target, images, labels, self.protocol.votes, mix(self.seed, *seeds), self.protocol.rows)
+
+    def _mark(self, subject: Subject) -> str:
+        """Fingerprint of a network and its target's settings, with its logits and their gradient on a few images."""
+        target = subject.target
+        state = [part for item in target.net.state_dict().items() for part in item]
+        few = self.images[:FINGERPRINT_IMAGES].to(device_of(target.net))
+        logits = logits_of(target, few, 0)
+        with seeded(0):
+            x = few.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(target.view(draws=1)(x).square().sum(), x)
+        return fingerprint(*state, logits, gradient, target.noise, target.draws, target.scale)
+
+    def _piece(
+        self, subject: Subject, what: str, depends: Any, compute: Callable[[], dict[str, Any]], *tensors: Tensor
+    ) -> dict[str, Any]:
+        """A piece of the evaluation of a subject, from the cache if it is there."""
+        self.progress(f"{subject.label}: {what}", self.done, self.total)
+        self.done += 1
+        mark = fingerprint(
+            self.marks[subject.label], self.images, self.labels, self.protocol.norm, self.protocol.votes, self.seed,
+            self.protocol.rows, versions(*PACKAGES), what, depends, *tensors,
+        )  # fmt: skip
+        return compute() if self.cache is None else cached(self.cache, f"{subject.label} {what}", mark, compute)
+
+
+def _is_source(other: Subject, victim: Subject) -> bool:
+    """True for other networks without noise, whose gradient costs less, and the victim with its noise switched over."""
+    if other.network == victim.network:
+        return other.noise != victim.noise
+    return other.noise != "on"
+
+
+def _from_source(attack: Attack, source: Subject) -> Attack:
+    def run(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
+        return attack.run(replace(target, sources={source.label: source.target}), x, y, budget, seed)
+
+    name = f"{attack.name} from {source.label}"
+    return replace(
+        attack, name=name, run=run, settings={**attack.settings, "source": source.label}, needs_sources=False
+    )
+
+
+def fingerprint(*parts: Any) -> str:
+    """Hash of tensors, and of what JSON can hold; other objects count by their ``str``."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            values = part.detach().cpu().contiguous()
+            digest.update(f"{values.dtype} {tuple(values.shape)}".encode())
+            # As bytes, since NumPy has no bfloat16.
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def cached(folder: Path, name: str, mark: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Tensors and plain values that an earlier run computed, or else those of ``compute``, which are then kept.
+
+    The fingerprint of everything that they depend on is part of the file's name and is checked again when it is read,
+    so that nothing stale is used; files of other settings stay beside it, and a damaged one is written anew.
+
+    Args:
+        folder: of the files, made if it is absent.
+        name: for people who look at the folder.
+        mark: the fingerprint.
+        compute: called if there is no such file.
+    """
+    path = folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{mark[:16]}.pt"
+    try:
+        found = atomic.load(path)
+        if found["fingerprint"] == mark:
+            value: dict[str, Any] = found["value"]
+            return value
+    except Exception:  # Absent, damaged, or of another program.
+        pass
+    value = compute()
+    atomic.save(path, {"fingerprint": mark, "value": value})
+    return value

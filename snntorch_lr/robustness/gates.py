@@ -9,21 +9,24 @@ Source: Athalye, Carlini & Wagner (2018), "Obfuscated Gradients Give a False Sen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._messages import first_line
 from ..network import spiking_neurons
-from .descent import Descent
-from .probes import Probe
-from .scoring import logits_of, seeded
+from ..noise_stream import mix
+from .attacks import Budget
+from .gradient_attacks import LOSSES, Descent
+from .input_gradient import alignment
+from .scoring import ROWS, batch_size, logits_of, pieces, score, seeded
 from .statistics import share_of
 from .surrogates import SURROGATES
-from .target import Target
-from .yardstick import alignment
+from .view import AttackableView, Target, device_of
 
 FEW = 0.01
 """Fraction of images that a gate lets pass as exceptions."""
@@ -33,6 +36,8 @@ LADDER = (0.25, 0.5, 1.0)
 """Budgets, as fractions of the one that holds every image, where robustness has to end."""
 ASCENT = Descent(loss="margin", steps=20, length=0.125, random_start=False)
 """From the image itself: a network without gradient stays there, while a random start could break it by chance."""
+CURVE_STEPS = (1, 2, 5, 10, 20, 40)
+"""Steps of plain ascent, for the curve of the report."""
 LONGER = 80
 """Twice the steps of the longest attack that averages over noise."""
 FEW_IMAGES = 16
@@ -43,12 +48,16 @@ RESOLVED = 0.2
 
 @dataclass(frozen=True)
 class Gate:
-    """One check.
+    """Check of an evaluation, with its measurement.
 
     Attributes:
         name: ``"G1 gradients"`` and so on.
-        passed: None if the suite has not what the check needs.
-        detail: what was measured, and against what.
+        passed: None if the check could not be run, or was left out.
+        detail: the measurement, and its bound.
+
+    Example:
+        >>> print(Gate("G3 ladder", True, "1: 0.0 %"))
+        PASS    G3 ladder: 1: 0.0 %
     """
 
     name: str
@@ -65,19 +74,24 @@ class Gate:
 
 
 def verdict(gates: Sequence[Gate]) -> str:
-    """What the gates say of a headline, in a few words."""
+    """Verdict of the gates on a headline, in a few words; without gates no claim passes.
+
+    Example:
+        >>> verdict([Gate("G1 gradients", True, ""), Gate("G6 surrogates", None, "")])
+        'masking not ruled out (G6 not run)'
+    """
     failed = [gate.name for gate in gates if gate.passed is False]
     missing = [gate.name for gate in gates if gate.passed is None]
     if failed:
         return f"MASKING SUSPECTED ({', '.join(name.split()[0] for name in failed)} failed)"
-    if missing:
-        return f"masking not ruled out ({', '.join(name.split()[0] for name in missing)} not run)"
+    if missing or not gates:
+        return f"masking not ruled out ({', '.join(name.split()[0] for name in missing) or 'gates'} not run)"
     return "all gates passed"
 
 
 def mark(gates: Sequence[Gate]) -> str:
-    """What goes behind a worst case: `` !`` if a gate failed, `` ?`` if one was not run, else nothing."""
-    passed = {gate.passed for gate in gates}
+    """Sign behind a worst case: `` !`` if a gate failed, `` ?`` if one was not run, else nothing."""
+    passed = {gate.passed for gate in gates} or {None}
     return " !" if False in passed else " ?" if None in passed else ""
 
 
@@ -89,9 +103,101 @@ def guarded(name: str, check: Callable[[], Gate]) -> Gate:
         return Gate(name, False, f"could not be checked: {type(error).__name__}: {first_line(error)}")
 
 
+class _FrozenView(AttackableView):
+    """A view whose noise is the same in each call."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self._generator.manual_seed(self._generator.initial_seed())
+        with seeded(self._generator.initial_seed()):
+            return super().forward(images)
+
+
+@dataclass(frozen=True)
+class FrozenTarget(Target):
+    """A target whose views make the same single noise draw in each call."""
+
+    def view(self, *, seed: int = 0, **_: Any) -> AttackableView:
+        """The network with its noise frozen by the seed."""
+        return _FrozenView(self.net, self.forward, 1, self.noise, seed, self.scale)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Images that a network has right, ``[n, channels, height, width]``, for attacks of the gates.
+
+    The other attributes are as in ``score`` and ``Protocol``.
+    """
+
+    target: Target
+    images: Tensor
+    labels: Tensor
+    norm: str = "linf"
+    votes: int = 32
+    seed: int = 0
+    rows: int = ROWS
+
+    @property
+    def span(self) -> float:
+        """Size of the smallest budget that holds every image: there, nothing can be robust."""
+        return 1.0 if self.norm == "linf" else math.sqrt(self.images[0].numel())
+
+    def only(self, chosen: Tensor) -> Probe:
+        """The same with some of the images."""
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
+    def first(self, count: int) -> Probe:
+        """The same with the first images only, on the network's device."""
+        device = device_of(self.target.net)
+        return replace(self, images=self.images[:count].to(device), labels=self.labels[:count].to(device))
+
+    def right_after(self, epsilon: float, descent: Descent) -> Tensor:
+        """Correct predictions after an attack with fresh noise, Boolean, ``[n]``."""
+        right = [torch.zeros(0, dtype=torch.bool)]
+        for seed, x, y in self._pieces(descent.draws):
+            with seeded(seed):
+                adversarial = descent(self.target, x, y, Budget(epsilon, self.norm), seed)
+            right.append(score(self.target, adversarial, y, self.votes, mix(seed, 1), self.rows).right)
+        return torch.cat(right)
+
+    def right_after_frozen(self, epsilon: float, descent: Descent) -> Tensor:
+        """Correct predictions after an attack on a single noise draw, which is also the draw that judges it."""
+        right = [torch.zeros(0, dtype=torch.bool)]
+        target = FrozenTarget(self.target.net, self.target.forward, self.target.noise, scale=self.target.scale)
+        for x, y in pieces(self.target, self.images, self.labels, self.rows):
+            adversarial = descent(target, x, y, Budget(epsilon, self.norm), self.seed)
+            with torch.no_grad():
+                right.append((target.view(seed=self.seed)(adversarial).argmax(1) == y).cpu())
+        return torch.cat(right)
+
+    def curve(self, runs: Sequence[tuple[float, Descent]]) -> list[float]:
+        """Fractions of right images after attacks of growing budget or length, each on those that are still right."""
+        still = torch.ones(len(self.images), dtype=torch.bool)
+        shares = []
+        for epsilon, descent in runs:
+            still[still.clone()] = self.only(still).right_after(epsilon, descent)
+            shares.append(float(still.double().mean()))
+        return shares
+
+    def vanishing(self, loss: str) -> float:
+        """Fraction of the images at which the gradient of a loss, ``"margin"`` or ``"cross-entropy"``, is zero."""
+        zeros = 0
+        for seed, x, y in self._pieces():
+            x = x.clone().requires_grad_()
+            with seeded(seed):
+                total = LOSSES[loss](self.target.view(seed=seed)(x), y).sum()
+            gradient = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
+            zeros += len(x) if gradient is None else int((gradient.flatten(1) == 0).all(1).sum())
+        return zeros / len(self.images)
+
+    def _pieces(self, draws: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        size = batch_size(self.target, self.rows, draws)
+        for index, (x, y) in enumerate(pieces(self.target, self.images, self.labels, size)):
+            yield mix(self.seed, index), x, y
+
+
 def forward_pass(target: Target, images: Tensor) -> Gate:
     """G0: logits are a function of images and noise alone, and torch's global random state is left to the caller."""
-    name = "G0 forward pass"
+    name, images = "G0 forward pass", images.to(device_of(target.net))
     first = logits_of(target, images, 1)
     logits_of(target, images.flip(0), 2)
     if not torch.equal(logits_of(target, images, 1), first):
@@ -107,12 +213,7 @@ def forward_pass(target: Target, images: Tensor) -> Gate:
 
 
 def gradients(probe: Probe, unchanged: Mapping[str, float]) -> Gate:
-    """G1: few inputs at which the network's own gradient is zero, or that an attack by gradients leaves as they are.
-
-    Args:
-        probe: images that are right.
-        unchanged: fraction of the images that each white-box attack gave back unchanged.
-    """
+    """G1: the network's own gradient is zero at few images, and each white-box attack leaves few of them unchanged."""
     found = {f"zero gradient of the {loss}": probe.vanishing(loss) for loss in ("margin", "cross-entropy")}
     found |= {f"unchanged by {name}": share for name, share in unchanged.items()}
     worst = max(found, key=lambda key: found[key])
@@ -129,24 +230,14 @@ def frozen_noise(probe: Probe, ascent: Descent = ASCENT) -> Gate:
 
 
 def ladder(shares: Mapping[float, float]) -> Gate:
-    """G3: accuracy under ascent from the image falls to zero where every image is within the budget.
-
-    Args:
-        shares: fraction still right by budget, the largest of which holds every image.
-    """
+    """G3: the accuracy under ascent, given by budget, falls to zero at the largest, which holds every image."""
     largest = max(shares)
     listed = ", ".join(f"{epsilon:g}: {100 * share:.1f} %" for epsilon, share in sorted(shares.items()))
     return Gate("G3 ladder", shares[largest] <= FEW, f"{listed} (at most {100 * FEW:g} % at ε = {largest:g})")
 
 
 def convergence(probe: Probe, survived: Tensor, epsilon: float) -> Gate:
-    """G4: twice the steps and twice the draws break no more of the survivors than the interval allows.
-
-    Args:
-        probe: images that are right.
-        survived: those of them that no attack of the suite broke, Boolean, ``[n]``.
-        epsilon: budget.
-    """
+    """G4: twice the steps and twice the draws break no more of the survivors of the suite than the interval allows."""
     longer = replace(ASCENT, steps=LONGER, length=2.5 / LONGER, draws=2 * probe.target.draws, random_start=True)
     after = survived.clone()
     after[survived] = probe.only(survived).right_after(epsilon, longer)
@@ -162,8 +253,8 @@ def black_box(white: Mapping[float, Tensor], black: Mapping[float, Tensor]) -> G
     """G5: attacks without the gradient break no more images that the white-box attacks miss than the interval allows.
 
     Args:
-        white: what all white-box attacks together leave right, by budget.
-        black: the same for all others: black-box and transfer attacks.
+        white: images that are right under all white-box attacks together, by budget, Boolean, ``[images]``.
+        black: the same for black-box and transfer attacks.
     """
     name = "G5 black box"
     if not white or not black:
@@ -175,17 +266,11 @@ def black_box(white: Mapping[float, Tensor], black: Mapping[float, Tensor]) -> G
 
 
 def sweep(net: nn.Module, right: Mapping[str, Tensor]) -> Gate:
-    """G6: the suite differentiates through the spikes in every way that there is, and the worst is kept.
-
-    Args:
-        net: the network.
-        right: what is right under the attacks through each surrogate, by its name, Boolean, ``[images]``.
-    """
+    """G6: the suite has an attack through every surrogate; the images that are right under it are given by its name."""
     name = "G6 surrogates"
     if not any(True for _ in spiking_neurons(net)):
         return Gate(name, True, "the network has no spikes to differentiate through")
-    missing = [surrogate for surrogate in SURROGATES if surrogate not in right]
-    if missing:
+    if missing := [surrogate for surrogate in SURROGATES if surrogate not in right]:
         return Gate(name, None, f"the suite has no attack through {', '.join(missing)}")
     listed = ", ".join(f"{surrogate} {100 * share_of(each).accuracy:.1f} %" for surrogate, each in right.items())
     return Gate(name, True, f"{listed}; the worst case has them all")
@@ -198,15 +283,13 @@ def direction(probe: Probe) -> Gate:
         return Gate(name, True, "the network has no spikes: its gradient is exact")
     few = probe.first(FEW_IMAGES)
     try:
-        found = alignment(probe.target, few.images, few.labels, seed=probe.seed)
+        cosine, repeatability = alignment(probe.target, few.images, few.labels, seed=probe.seed)
     except ValueError as error:
-        return Gate(name, None, f"no likelihood-ratio gradient: {str(error).splitlines()[0]}")
-    if found.repeatability < RESOLVED:
-        return Gate(
-            name, None, f"the likelihood-ratio gradient is not resolved (repeatability {found.repeatability:.2f})"
-        )
-    detail = f"cosine {found.cosine:.2f} to the likelihood-ratio gradient (at least {COSINE_FLOOR:g})"
-    return Gate(name, found.cosine >= COSINE_FLOOR, detail)
+        return Gate(name, None, f"no likelihood-ratio gradient: {first_line(error)}")
+    if repeatability < RESOLVED:
+        return Gate(name, None, f"the likelihood-ratio gradient is not resolved (repeatability {repeatability:.2f})")
+    detail = f"cosine {cosine:.2f} to the likelihood-ratio gradient (at least {COSINE_FLOOR:g})"
+    return Gate(name, cosine >= COSINE_FLOOR, detail)
 
 
 def canary(probe: Probe) -> Gate:
@@ -231,11 +314,7 @@ def canary(probe: Probe) -> Gate:
 
 
 def assertions(failures: Mapping[str, str]) -> Gate:
-    """G9: every adversarial image was within its budget, in [0, 1] and finite; attacks that failed are named.
-
-    Args:
-        failures: messages of the attacks that failed, by name.
-    """
+    """G9: every adversarial image was within its budget, in [0, 1] and finite; failures are given by attack."""
     if failures:
         return Gate("G9 budget", False, "; ".join(f"{name}: {message}" for name, message in failures.items()))
     return Gate("G9 budget", True, "budget, range and finiteness asserted for every adversarial image")

@@ -1,19 +1,26 @@
-"""Gradients of the expected loss with respect to the images: without a surrogate, as a yardstick, and through one."""
+"""Input gradients of the expected loss: without a surrogate, as a yardstick, and through one."""
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..convert import noise_on
+from ..convert import add_noise, noise_on
 from ..estimators.input_gradient import input_gradient
 from ..network import noisy_neurons, reset
-from .descent import LOSSES
+from ..noise_stream import mix
+from .gradient_attacks import LOSSES, margin
+from .scoring import seeded
 from .surrogates import Surrogate
-from .target import Target
-from .view import evaluating
+from .view import Target, evaluating
+
+TINY = 1e-30
+UNMATCHED_SIGMA = 0.5
+"""Noise level at which a network without noise is measured."""
 
 
 def likelihood_ratio_input_gradient(
@@ -38,6 +45,12 @@ def likelihood_ratio_input_gradient(
 
     Raises:
         ValueError: if no neuron has noise, or the network cannot be trained by the likelihood ratio.
+
+    Example:
+        >>> import snntorch_lr as slr
+        >>> net = slr.Leaky(beta=0.9, init_hidden=True, noise=True)
+        >>> likelihood_ratio_input_gradient(Target(net), torch.rand(5, 3), torch.tensor([0, 1, 2, 0, 1])).shape
+        torch.Size([5, 3])
     """
     neurons = noisy_neurons(target.net)
     if not neurons:
@@ -83,6 +96,10 @@ def surrogate_input_gradient(
 
     Returns:
         Gradient of the loss of each image with respect to it, in the shape of x.
+
+    Example:
+        >>> surrogate_input_gradient(Target(torch.nn.Flatten()), torch.zeros(1, 2), torch.tensor([0]))
+        tensor([[-0.5000,  0.5000]])
     """
     view = target.view(draws=1, surrogate=surrogate, seed=seed)
     total = torch.zeros_like(x)
@@ -92,3 +109,42 @@ def surrogate_input_gradient(
         (gradient,) = torch.autograd.grad(LOSSES[loss](view(rows), y.repeat(copies)).sum(), rows)
         total += gradient.view(copies, *x.shape).sum(0)
     return total / draws
+
+
+def alignment(target: Target, images: Tensor, labels: Tensor, copies: int = 256, seed: int = 0) -> tuple[float, float]:
+    """Agreement of the gradient that attacks follow, through the network's own surrogate, with one that needs none.
+
+    The likelihood-ratio gradient is that of the expected margin over the noise of the neurons; a copy of a network
+    without noise is given some. It is made twice, independently: the product of the halves is its squared norm without
+    the part that is noise.
+
+    Args:
+        target: the network and how it is read.
+        images: ``[batch, channels, height, width]``, on the network's device.
+        labels: ``[batch]``.
+        copies: noise draws of each half.
+        seed: of the noise.
+
+    Returns:
+        The cosine of the surrogate gradient to the likelihood-ratio gradient, over all images at once, with the noise
+        of the latter taken out, so that it may exceed 1 by chance; and the repeatability, the cosine between two
+        independent halves of the likelihood-ratio gradient: near 0, nothing can be said.
+
+    Raises:
+        ValueError: if the network has no likelihood-ratio gradient.
+    """
+    noisy = target
+    if not noisy_neurons(target.net):
+        reset(target.net)
+        noisy = replace(target, net=add_noise(deepcopy(target.net), UNMATCHED_SIGMA))
+    first, second = (
+        likelihood_ratio_input_gradient(noisy, images, labels, copies, "margin", mix(seed, half)) for half in (1, 2)
+    )
+    x = images.detach().clone().requires_grad_()
+    with seeded(seed):
+        (surrogate,) = torch.autograd.grad(margin(target.view(seed=seed)(x), labels).sum(), x)
+    power = (first * second).sum()
+    overlap = (surrogate * (first + second) / 2).sum()
+    cosine = overlap / (power.clamp(min=TINY).sqrt() * surrogate.norm()).clamp(min=TINY)
+    repeatability = power / (first.norm() * second.norm()).clamp(min=TINY)
+    return float(cosine), float(repeatability)

@@ -1,23 +1,30 @@
-"""The report of ``evaluate``: tables, JSON and pictures, in which no worst case stands without its gates."""
+"""Report of an evaluation: tables, JSON and figures, in which no worst case stands without its gates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from .._messages import listed, markdown, versions
-from . import figures
-from .attacks import Attack
+from ..network import noisy_neurons
+from .attacks import NORMS, Attack
+from .corruptions import CORRUPTIONS
 from .gates import Gate, mark, verdict
-from .measure import PACKAGES, Protocol, Row
+from .scoring import ROWS
 from .statistics import McNemar, Share, mcnemar, share_of
+from .view import Target
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Table = tuple[str, list[str], list[list[str]]]
 """Title, header and lines."""
+PACKAGES = ("snntorch-lr", "snntorch", "torch", "torchattacks")
 
 _NOTE = (
     "Accuracy in percent of all images, with the half-width of its 95 % Wilson interval. An image is right under an "
@@ -26,14 +33,155 @@ _NOTE = (
     "their own. A worst case with '!' has a failed gate: masking suspected, no robustness claim. One with '?' has a "
     "gate that the suite could not run: masking not ruled out."
 )
+_WITHOUT_GATES = " The attacks of the gates were left out (gates=False): no claim of robustness is possible."
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Settings of an evaluation, for ``evaluate(protocol=...)``.
+
+    Attributes:
+        norm: of the budgets, ``"linf"`` or ``"l2"``.
+        noise: ``"off"``, ``"on"`` or ``"both"``: how networks with noise are evaluated. With ``"on"``, adversarial
+            images of the network without noise are tried too; with ``"off"`` none of the network with noise.
+        draws: noise draws that the gradient of an attack averages over.
+        votes: noise draws for each prediction.
+        scale: as ``AttackableView``'s.
+        corruptions: names of natural corruptions to score too, see ``CORRUPTIONS``.
+        gates: False leaves out the attacks that the gates make themselves, for a quick look. Without them no claim of
+            robustness is possible, and the report says so.
+        gate_images: images that are right, for these attacks.
+        rows: images times draws that a network sees at once; bounds the memory.
+
+    Raises:
+        ValueError: if a number is below 1, or a norm, noise or corruption is unknown.
+
+    Example:
+        >>> Protocol(norm="l2", corruptions=["contrast"]).votes
+        32
+    """
+
+    norm: str = "linf"
+    noise: str = "both"
+    draws: int = 8
+    votes: int = 32
+    scale: float = 10.0
+    corruptions: Sequence[str] = ()
+    gates: bool = True
+    gate_images: int = 128
+    rows: int = ROWS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "corruptions", tuple(self.corruptions))
+        if self.noise not in ("off", "on", "both"):
+            raise ValueError(f"noise must be 'off', 'on' or 'both', got {self.noise!r}")
+        for name in "draws", "votes", "gate_images", "rows":
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.norm not in NORMS:
+            raise ValueError(f"unknown norm {self.norm!r}; choose one of {', '.join(NORMS)}")
+        if unknown := [name for name in self.corruptions if name not in CORRUPTIONS]:
+            raise ValueError(f"unknown corruption {', '.join(unknown)}; choose from {', '.join(CORRUPTIONS)}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network with its noise on or off.
+
+    Attributes:
+        network: its name.
+        noise: ``"on"``, ``"off"``, or ``"none"`` for a network that has none.
+        target: the network and how it is read.
+    """
+
+    network: str
+    noise: str
+    target: Target
+
+    @property
+    def label(self) -> str:
+        """Name for tables."""
+        return self.network if self.noise == "none" else f"{self.network}, noise {self.noise}"
+
+    @property
+    def noisy_in_evaluation(self) -> bool:
+        """True if the network draws noise after ``net.eval()``."""
+        noises = [neuron.noise for neuron in noisy_neurons(self.target.net).values()]
+        return any(noise is not None and noise.at_eval for noise in noises)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Gates of one network, and the curves that they are read from.
+
+    Attributes:
+        gates: G0 to G9.
+        epsilon: the budget of the curve of steps and of G4: where the worst case is nearest to half.
+        ladder: fraction of the probed images that is right after ascent from the image, by budget.
+        steps: the same by number of steps.
+    """
+
+    gates: tuple[Gate, ...] = ()
+    epsilon: float = 0.0
+    ladder: Mapping[float, float] = field(default_factory=dict)
+    steps: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Measurements of one network with its noise on or off.
+
+    Attributes:
+        subject: the network.
+        clean: images that the majority of the votes has right, Boolean, ``[images]``.
+        single: expected accuracy of a single noise draw.
+        attacks: the attacks that ran, transfers included.
+        right: images that are right under an attack, by its name and budget, Boolean, ``[images]``.
+        corruptions: accuracy by corruption and severity.
+        findings: gates and curves.
+    """
+
+    subject: Subject
+    clean: Tensor
+    single: Share
+    attacks: tuple[Attack, ...]
+    right: Mapping[str, Mapping[float, Tensor]]
+    corruptions: Mapping[str, Mapping[int, Share]]
+    findings: Findings = Findings()
+
+    @property
+    def marked(self) -> str:
+        """Name for figures, with the sign of its gates."""
+        return f"{self.subject.label}{mark(self.findings.gates)}"
+
+    def under(self, attacks: Iterable[str], epsilon: float) -> Tensor:
+        """Images that are right clean and under all of these attacks at a budget, Boolean, ``[images]``."""
+        return torch.stack([self.clean, *(self.right[name][epsilon] for name in attacks)]).all(0)
+
+    def by_surrogate(self) -> dict[str, dict[float, Tensor]]:
+        """Images that are right clean and under all attacks through each surrogate, by surrogate and budget."""
+        names: dict[str, list[str]] = {}
+        for attack in self.attacks:
+            if "surrogate" in attack.settings and attack.access == "white-box":
+                names.setdefault(str(attack.settings["surrogate"]), []).append(attack.name)
+        budgets = list(next(iter(self.right.values()), {}))
+        return {key: {epsilon: self.under(found, epsilon) for epsilon in budgets} for key, found in names.items()}
+
+    def worst(self, epsilon: float) -> Tensor:
+        """Images that are right clean and under every attack at a budget, Boolean, ``[images]``."""
+        return self.under(self.right, epsilon)
 
 
 @dataclass(frozen=True)
 class Headline(Share):
-    """A worst-case accuracy with its interval and what the gates say of it.
+    """Worst-case accuracy with its interval and the verdict of the gates.
 
     Attributes:
         verdict: of the gates, in a few words.
+
+    Example:
+        >>> print(Headline(0.5, 0.4, 0.6, 96, "all gates passed"))
+        50.0 ± 10.0 % (all gates passed)
     """
 
     verdict: str = ""
@@ -61,15 +209,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class RobustnessReport:
-    """What ``evaluate`` measured; prints as a table.
+    """Result of ``evaluate``; prints as a table.
 
     Attributes:
         protocol: how it was measured.
+        epsilons: budgets, from the smallest.
+        seed: of attacks and noise.
         attacks: of the suite.
         rows: one for each network with its noise off and on, the network itself first.
     """
 
     protocol: Protocol
+    epsilons: tuple[float, ...]
+    seed: int
     attacks: tuple[Attack, ...]
     rows: tuple[Row, ...]
 
@@ -81,12 +233,9 @@ class RobustnessReport:
 
     @property
     def worst_case(self) -> dict[float, Headline]:
-        """Worst-case accuracy of the headline row by budget; each says what the gates say."""
-        row = self.headline
-        return {
-            epsilon: Headline(**asdict(share_of(row.worst(epsilon))), verdict=verdict(self.gates))
-            for epsilon in self.protocol.epsilons
-        }
+        """Worst-case accuracy of the headline row by budget, each with the verdict of the gates."""
+        said = verdict(self.gates)
+        return {e: Headline(**asdict(share_of(self.headline.worst(e))), verdict=said) for e in self.epsilons}
 
     @property
     def gates(self) -> tuple[Gate, ...]:
@@ -102,7 +251,7 @@ class RobustnessReport:
                 row.subject.label,
                 other.subject.label,
                 mcnemar(row.clean, other.clean),
-                {e: mcnemar(row.worst(e), other.worst(e)) for e in self.protocol.epsilons},
+                {e: mcnemar(row.worst(e), other.worst(e)) for e in self.epsilons},
             )
             for row in self.rows
             for other in self.rows
@@ -123,20 +272,23 @@ class RobustnessReport:
         Args:
             level: of the headings.
         """
-        parts = [self._summary()]
-        for title, header, lines in (*self._tables(), self._settings()):
-            parts.append(f"{'#' * level} {title}\n\n{markdown(header, lines)}")
-        made = f"Seed {self.protocol.seed}. Versions: {listed(versions(*PACKAGES))}."
-        return "\n\n".join([*parts, self._note(), made]) + "\n"
+        settings = [
+            [attack.name, attack.access, ", ".join(f"{key} {value}" for key, value in attack.settings.items())]
+            for attack in self.attacks
+        ]
+        tables = [*self._tables(), ("Attacks", ["attack", "access", "settings"], settings)]
+        parts = [f"{'#' * level} {title}\n\n{markdown(header, lines)}" for title, header, lines in tables]
+        made = f"Seed {self.seed}. Versions: {listed(versions(*PACKAGES))}."
+        return "\n\n".join([self._summary(), *parts, self._note(), made]) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """All figures and settings as plain dicts and numbers, ready for ``json.dump``."""
         return {
-            "protocol": asdict(self.protocol) | {"epsilons": list(self.protocol.epsilons)},
+            "protocol": {"epsilons": list(self.epsilons), "seed": self.seed} | asdict(self.protocol),
             "versions": versions(*PACKAGES),
             "attacks": [{"name": a.name, "access": a.access, "settings": dict(a.settings)} for a in self.attacks],
             "headline": self.headline.subject.label,
-            "rows": [_row(row, self.protocol.epsilons) for row in self.rows],
+            "rows": [_row(row, self.epsilons) for row in self.rows],
             "comparisons": [
                 asdict(each) | {"worst": {f"{e:g}": asdict(test) for e, test in each.worst.items()}}
                 for each in self.comparisons
@@ -144,7 +296,7 @@ class RobustnessReport:
         }
 
     def plot_epsilon(self) -> Figure:
-        """Worst-case accuracy against the budget, and the ladder of plain ascent down to zero.
+        """Figure of the worst case against the budget, and of the ladder of plain ascent down to zero.
 
         Returns:
             A figure; ``figure.savefig(path)`` writes it.
@@ -152,49 +304,94 @@ class RobustnessReport:
         Raises:
             ImportError: if matplotlib is not installed.
         """
-        return figures.epsilon(self.rows, self.protocol)
+        figure, (axes,) = _figure()
+        for color, row in self._colored():
+            shares = [share_of(row.clean), *(share_of(row.worst(e)) for e in self.epsilons)]
+            budgets, middle = [0.0, *self.epsilons], [100 * share.accuracy for share in shares]
+            ends = [100 * share.low for share in shares], [100 * share.high for share in shares]
+            axes.plot(budgets, middle, marker="o", color=color, label=row.marked)
+            axes.fill_between(budgets, *ends, color=color, alpha=0.15, lw=0)
+            # The ladder is measured on images that are right clean.
+            heights = [middle[0] * share for share in (1.0, *row.findings.ladder.values())]
+            axes.plot([0.0, *row.findings.ladder], heights, color=color, ls=":", lw=1)
+        axes.set_xscale("symlog", linthresh=self.epsilons[0])
+        ticks = sorted({0.0, *self.epsilons, *(e for row in self.rows for e in row.findings.ladder)})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45)
+        axes.minorticks_off()
+        axes.set(xlabel=f"ε ({self.protocol.norm})", ylabel="accuracy (%)", ylim=(0, 103))
+        axes.set_title("worst case over all attacks (solid), plain ascent from the image (dotted)", fontsize="medium")
+        return _with_legend(figure)
 
     def plot_steps(self) -> Figure:
-        """Accuracy under plain ascent against its number of steps; flat at the end if the attack has converged."""
-        return figures.steps(self.rows)
+        """Figure of the accuracy under plain ascent against its steps; flat at the end if the attack has converged."""
+        figure, (axes,) = _figure()
+        for color, row in self._colored():
+            label, curve = f"{row.marked}, ε = {row.findings.epsilon:g}", row.findings.steps
+            axes.plot(list(curve), [100 * share for share in curve.values()], marker="o", color=color, label=label)
+        counts = sorted({count for row in self.rows for count in row.findings.steps})
+        axes.set_xscale("log")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.set(xlabel="steps", ylabel="accuracy on images that are right clean (%)", ylim=(0, 103))
+        return _with_legend(figure)
 
     def plot_surrogates(self) -> Figure:
-        """Accuracy under the attacks through each surrogate, beside the worst case over all attacks."""
-        return figures.surrogates(self.rows, self.protocol)
+        """Figure of the accuracy under the attacks through each surrogate, beside the worst case; a panel a budget."""
+        figure, panels = _figure(3 + 2.5 * len(self.epsilons), len(self.epsilons))
+        for axes, epsilon in zip(panels, self.epsilons, strict=True):
+            for index, (color, row) in enumerate(self._colored()):
+                found = {name: share_of(right[epsilon]) for name, right in row.by_surrogate().items()}
+                found["worst case"] = share_of(row.worst(epsilon))
+                places = [place + 0.6 * (index + 0.5) / len(self.rows) - 0.3 for place in range(len(found))]
+                # Rounding may put an end of the interval on the wrong side of its middle.
+                below = [100 * max(0.0, share.accuracy - share.low) for share in found.values()]
+                above = [100 * max(0.0, share.high - share.accuracy) for share in found.values()]
+                middle = [100 * share.accuracy for share in found.values()]
+                label = row.marked if axes is panels[0] else None
+                axes.errorbar(middle, places, xerr=[below, above], fmt="o", ms=4, lw=1, color=color, label=label)
+                axes.set_yticks(range(len(found)), list(found))
+            axes.set(title=f"ε = {epsilon:g}", xlabel="accuracy (%)", xlim=(-2, 103))
+            axes.grid(axis="x", alpha=0.3)
+        panels[0].invert_yaxis()
+        return _with_legend(figure)
+
+    def _colored(self) -> list[tuple[str, Row]]:
+        return [(f"C{index}", row) for index, row in enumerate(self.rows)]
 
     def _summary(self) -> str:
-        lines = [
-            f"{self.headline.subject.label}: worst case over {len(self.headline.attacks)} attacks, {self.protocol.norm}"
-        ]
-        lines += [f"  ε = {epsilon:g}: {share}" for epsilon, share in self.worst_case.items()]
-        return "\n".join(lines)
+        row = self.headline
+        first = f"{row.subject.label}: worst case over {len(row.attacks)} attacks, {self.protocol.norm}"
+        return "\n".join([first, *(f"  ε = {epsilon:g}: {share}" for epsilon, share in self.worst_case.items())])
 
     def _note(self) -> str:
-        return _NOTE.format(votes=self.protocol.votes)
+        return _NOTE.format(votes=self.protocol.votes) + ("" if self.protocol.gates else _WITHOUT_GATES)
 
     def _tables(self) -> list[Table]:
-        labels = [row.subject.label for row in self.rows]
+        header = ["", *(row.subject.label for row in self.rows)]
         clean = [
             ["majority vote", *(str(share_of(row.clean)) for row in self.rows)],
             ["single draw", *(str(row.single) for row in self.rows)],
         ]
-        attacked = [
-            (f"Accuracy, ε = {epsilon:g}", ["", *labels], self._attacked(epsilon)) for epsilon in self.protocol.epsilons
-        ]
-        tables = [("Clean accuracy", ["", *labels], clean), *attacked]
+        tables = [("Clean accuracy", header, clean)]
+        tables += [(f"Accuracy, ε = {epsilon:g}", header, self._attacked(epsilon)) for epsilon in self.epsilons]
         if self.protocol.corruptions:
-            tables.append(("Corruptions, by severity", ["", *labels], self._corrupted()))
-        tables += [
-            (
-                f"Gates: {row.subject.label}",
-                ["gate", "", "measured"],
-                [[g.name, g.verdict, g.detail] for g in row.findings.gates],
-            )
-            for row in self.rows
-        ]
+            corrupted = [
+                [f"{name} {severity}", *(str(row.corruptions[name][severity]) for row in self.rows)]
+                for name in self.protocol.corruptions
+                for severity in self.rows[0].corruptions[name]
+            ]
+            tables.append(("Corruptions, by severity", header, corrupted))
+        for row in self.rows:
+            lines = [[gate.name, gate.verdict, gate.detail] for gate in row.findings.gates]
+            tables.append((f"Gates: {row.subject.label}", ["gate", "", "measured"], lines))
         if self.comparisons:
-            header = ["", "images", "only the first", "only the second", "p"]
-            tables.append(("Paired McNemar tests", header, self._compared()))
+            lines = [
+                [f"{each.first} / {each.second}", what, str(test.only_first), str(test.only_second),
+                 f"{test.p_value:.2g}"]
+                for each in self.comparisons
+                for what, test in (("clean", each.clean), *((f"ε = {e:g}", test) for e, test in each.worst.items()))
+            ]  # fmt: skip
+            tables.append(("Paired McNemar tests", ["", "images", "only the first", "only the second", "p"], lines))
         return tables
 
     def _attacked(self, epsilon: float) -> list[list[str]]:
@@ -207,27 +404,6 @@ class RobustnessReport:
         worst = [f"{share_of(row.worst(epsilon))}{mark(each)}" for row, each in zip(self.rows, gates, strict=True)]
         return [*lines, ["worst case", *worst], ["gates", *map(verdict, gates)]]
 
-    def _corrupted(self) -> list[list[str]]:
-        return [
-            [f"{name} {severity}", *(str(row.corruptions[name][severity]) for row in self.rows)]
-            for name in self.protocol.corruptions
-            for severity in self.rows[0].corruptions[name]
-        ]
-
-    def _compared(self) -> list[list[str]]:
-        return [
-            [f"{each.first} / {each.second}", what, str(test.only_first), str(test.only_second), f"{test.p_value:.2g}"]
-            for each in self.comparisons
-            for what, test in (("clean", each.clean), *((f"ε = {e:g}", test) for e, test in each.worst.items()))
-        ]
-
-    def _settings(self) -> Table:
-        lines = [
-            [attack.name, attack.access, ", ".join(f"{key} {value}" for key, value in attack.settings.items())]
-            for attack in self.attacks
-        ]
-        return "Attacks", ["attack", "access", "settings"], lines
-
 
 def _row(row: Row, epsilons: Sequence[float]) -> dict[str, Any]:
     return {
@@ -236,8 +412,7 @@ def _row(row: Row, epsilons: Sequence[float]) -> dict[str, Any]:
         "clean": asdict(share_of(row.clean)),
         "single_draw": asdict(row.single),
         "attacks": {
-            name: {f"{epsilon:g}": asdict(share_of(right)) for epsilon, right in under.items()}
-            for name, under in row.right.items()
+            name: {f"{e:g}": asdict(share_of(right)) for e, right in under.items()} for name, under in row.right.items()
         },
         "worst_case": {f"{epsilon:g}": asdict(share_of(row.worst(epsilon))) for epsilon in epsilons},
         "verdict": verdict(row.findings.gates),
@@ -257,3 +432,17 @@ def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in (header, ["-" * width for width in widths], *lines)
     )
+
+
+def _figure(width: float = 7.0, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("matplotlib is missing: pip install 'snntorch-lr[experiments]'") from error
+    figure = Figure(figsize=(width, 4.5), layout="constrained")
+    return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+
+
+def _with_legend(figure: Figure) -> Figure:
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    return figure

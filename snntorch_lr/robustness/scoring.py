@@ -1,4 +1,4 @@
-"""How often a network is right on images, clean or attacked, with noise draws that no attack has seen."""
+"""Accuracy of a network on images, clean or attacked, with noise draws that no attack has seen."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..left_as_found import RandomState
+from ..left_as_found import left_as_found
 from ..noise_stream import mix
-from .target import Target
+from .view import Target, device_of
 
 ROWS = 4000
 """Images times draws that a network sees at once, by default; bounds the memory."""
@@ -19,10 +19,10 @@ ROWS = 4000
 
 @dataclass(frozen=True)
 class Scores:
-    """What a network has right, on the CPU.
+    """Correct predictions of a network, on the CPU.
 
     Attributes:
-        right: by the majority of the votes, Boolean, ``[images]``.
+        right: True where the majority of the votes is right, ``[images]``.
         single: expected accuracy of a single noise draw: fraction of the draws that are right, ``[images]``.
     """
 
@@ -33,16 +33,13 @@ class Scores:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Context with torch's global generators seeded, for networks that draw from them; their state comes back."""
-    state = RandomState.capture()
-    torch.manual_seed(seed)
-    try:
+    with left_as_found(random=True):
+        torch.manual_seed(seed)
         yield
-    finally:
-        state.restore()
 
 
 def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed: int = 0, rows: int = ROWS) -> Scores:
-    """Classifies images with fresh noise draws: by their majority, and by each draw alone.
+    """Accuracy of a network on images with fresh noise draws: of their majority, and of each draw alone.
 
     Each draw votes for its class; a tie goes to the class with the larger mean probability among those tied. A network
     that gives the same logits whatever the noise is run once.
@@ -56,7 +53,12 @@ def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed:
         rows: images times draws that the network sees at once.
 
     Raises:
-        ValueError: if a label is none of the network's classes, or what the network returns cannot be used.
+        ValueError: if a label is none of the network's classes, or its output is not finite or no logits.
+
+    Example:
+        >>> images = torch.tensor([[[[0.9, 0.2]]], [[[0.9, 0.2]]]])  # of two pixels, which are the logits
+        >>> score(Target(torch.nn.Flatten()), images, torch.tensor([0, 1])).right
+        tensor([ True, False])
     """
     if not len(images):
         return Scores(torch.zeros(0, dtype=torch.bool), torch.zeros(0))
@@ -82,9 +84,9 @@ def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed:
     return Scores(torch.cat(right), torch.cat(single))
 
 
-def is_random(target: Target, images: Tensor, count: int = 8) -> bool:
-    """Whether another seed gives other logits: noise is on, or the network draws random numbers itself."""
-    x = images[:count].to(device_of(target))
+def is_random(target: Target, images: Tensor) -> bool:
+    """True if another seed gives other logits: noise is on, or the network draws random numbers itself."""
+    x = images[:8].to(device_of(target.net))
     return not torch.equal(logits_of(target, x, 1), logits_of(target, x, 2))
 
 
@@ -97,7 +99,7 @@ def logits_of(target: Target, images: Tensor, seed: int) -> Tensor:
 
 def pieces(target: Target, images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Parts of at most ``size`` images, on the network's device; none of no images."""
-    device = device_of(target)
+    device = device_of(target.net)
     if not len(images):
         return
     for x, y in zip(torch.split(images, size), torch.split(labels, size), strict=True):
@@ -105,10 +107,5 @@ def pieces(target: Target, images: Tensor, labels: Tensor, size: int) -> Iterato
 
 
 def batch_size(target: Target, rows: int, draws: int | None = None) -> int:
-    """How many images, each with its noise draws (the target's by default), make that many rows; at least one."""
+    """Number of images, each with its noise draws (the target's by default), that make that many rows; at least one."""
     return max(1, rows // ((draws or target.draws) if target.noise else 1))
-
-
-def device_of(target: Target) -> torch.device:
-    """Where the network is."""
-    return next((parameter.device for parameter in target.net.parameters()), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Intervals of accuracies, and paired tests between networks on the same images, through scipy."""
+"""Confidence intervals of accuracies, and paired tests between networks on the same images, through scipy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Share:
-    """An accuracy with its confidence interval.
+    """Accuracy with its confidence interval.
 
     Attributes:
         accuracy: in [0, 1].
@@ -46,6 +46,10 @@ def wilson(right: int, total: int, confidence: float = 0.95) -> Share:
 
     Source: Wilson (1927); recommended over other intervals by Newcombe (1998), "Two-sided confidence intervals for
     the single proportion: comparison of seven methods".
+
+    Example:
+        >>> print(wilson(81, 263))
+        30.8 ± 5.5
     """
     return _interval(right, total, confidence, "wilson")
 
@@ -62,14 +66,23 @@ def clopper_pearson(right: int, total: int, confidence: float = 0.95) -> Share:
         ValueError: if ``right`` is not in [0, total], or total is 0.
 
     Source: Clopper & Pearson (1934).
+
+    Example:
+        >>> print(clopper_pearson(81, 263))
+        30.8 ± 5.7
     """
     return _interval(right, total, confidence, "exact")
 
 
 def share_of(right: Tensor) -> Share:
-    """Wilson share of a tensor ``[images]`` of what is right: Boolean, or for each image the fraction of noise draws.
+    """Accuracy with its Wilson interval from a tensor ``[images]``: Boolean, or the fraction of right noise draws.
 
     The interval is that of one draw for each image, hence conservative for fractions, which vary less.
+
+    Example:
+        >>> import torch
+        >>> print(share_of(torch.tensor([True, True, False, True])))
+        75.0 ± 32.7
     """
     mean = float(right.double().mean())
     interval = wilson(round(mean * len(right)), len(right))
@@ -78,7 +91,7 @@ def share_of(right: Tensor) -> Share:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Exact McNemar test of two networks on the same images.
+    """Result of an exact McNemar test of two networks on the same images.
 
     Attributes:
         only_first: images that only the first network has right.
@@ -92,16 +105,21 @@ class McNemar:
 
 
 def mcnemar(first: Tensor, second: Tensor) -> McNemar:
-    """Tests whether two networks are right equally often, on the images that only one of them has right.
+    """Exact McNemar test that two networks are right equally often, on the images that only one of them has right.
 
     Args:
-        first: what the first network has right, Boolean, ``[images]``.
-        second: what the second has right of the same images.
+        first: images that the first network has right, Boolean, ``[images]``.
+        second: the same for the second network.
 
     Raises:
         ValueError: if the shapes differ.
 
     Source: McNemar (1947); in its exact form a binomial test of the discordant pairs.
+
+    Example:
+        >>> import torch
+        >>> mcnemar(torch.tensor([True, True, True]), torch.tensor([True, False, False]))
+        McNemar(only_first=2, only_second=0, p_value=0.5)
     """
     if first.shape != second.shape:
         raise ValueError(f"a paired test needs the same images; got {tuple(first.shape)} and {tuple(second.shape)}")

@@ -1,7 +1,7 @@
-"""Derivatives that stand in for that of the spike, and contexts in which every neuron of a network has another one.
+"""Surrogate gradients of a spiking network for attacks: derivatives of the spike, and gradients through firing rates.
 
-A spiking network looks robust when the gradient that attacks it is bad, and the surrogate derivative decides how bad it
-is. An evaluation therefore attacks through several and keeps the worst case. The forward pass stays as it is.
+A spiking network looks robust when the gradient that attacks it is bad, and the surrogate decides how bad it is. An
+evaluation therefore attacks through several and keeps the worst case. The forward pass stays as it is.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..network import spiking_neurons
-from .rate_gradient import RateGradient, bptr, rga
+from ..network import Derivative, spike_derivatives, spiking_neurons, with_derivative
 
-Derivative = Callable[[Tensor], Tensor]
-"""Derivative of the spike at the margin (membrane potential − threshold), element by element."""
+Gain = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""Slope of a neuron's rate from the neuron, its mean input and its mean output over time; element by element."""
 
 UNMATCHED_WIDTH = 0.5
 _STANDARD_DEVIATIONS = {"gaussian": 1.0, "laplace": math.sqrt(2), "logistic": math.pi / math.sqrt(3)}
@@ -40,8 +39,8 @@ class Training:
         return nullcontext()
 
 
-class Shape:
-    """The same derivative of the margin at every time step.
+class OfMargin:
+    """Surrogate with a derivative of the margin that stays the same at every time step.
 
     Args:
         of: from a neuron to its derivative.
@@ -50,13 +49,45 @@ class Shape:
     def __init__(self, of: Callable[[nn.Module], Derivative]) -> None:
         self.of = of
 
-    @contextmanager
-    def applied_to(self, net: nn.Module) -> Iterator[None]:
+    def applied_to(self, net: nn.Module) -> AbstractContextManager[None]:
         """Context in which every snnTorch neuron has its derivative."""
-        with ExitStack() as stack:
-            for _, neuron in spiking_neurons(net):
-                stack.enter_context(differentiated(neuron, self.of(neuron)))
-            yield
+        return spike_derivatives(net, self.of)
+
+
+def arctangent(alpha: float = 2.0) -> OfMargin:
+    """Derivative (α/2) / (1 + (παu/2)²), the default of snnTorch and SpikingJelly at α = 2; more is steeper."""
+    return OfMargin(lambda neuron: lambda margin: _arctangent(torch.as_tensor(alpha), margin))
+
+
+def straight_through() -> OfMargin:
+    """Derivative 1 everywhere: nothing vanishes, and nothing knows how far a neuron is from its threshold."""
+    return OfMargin(lambda neuron: torch.ones_like)
+
+
+def gaussian(width: float | None = None) -> OfMargin:
+    """Derivative of Φ(u/w): that of the probability to fire, if w is the standard deviation of a neuron's noise.
+
+    Args:
+        width: w; by default that of the noise of each neuron, on or off, and 0.5 for a neuron that has none.
+    """
+
+    def of(neuron: nn.Module) -> Derivative:
+        noise = getattr(neuron, "noise", None)
+        w = torch.as_tensor(UNMATCHED_WIDTH if width is None else width)
+        if width is None and noise is not None:
+            w = noise.sigma.detach() * _STANDARD_DEVIATIONS[noise.distribution]
+
+        def derivative(margin: Tensor) -> Tensor:
+            scale = w.to(margin)
+            return torch.exp(-((margin / scale) ** 2) / 2) / (scale * math.sqrt(2 * math.pi))
+
+        return derivative
+
+    return OfMargin(of)
+
+
+def _arctangent(alpha: Tensor, margin: Tensor) -> Tensor:
+    return alpha / 2 / (1 + (math.pi / 2 * alpha * margin) ** 2)
 
 
 class AdaptiveSharpness:
@@ -82,13 +113,9 @@ class AdaptiveSharpness:
         self.sharpness = 2 / math.pi * math.tan(math.pi * omega)
         self._averages: dict[tuple[nn.Module, int], tuple[Tensor, Tensor]] = {}
 
-    @contextmanager
-    def applied_to(self, net: nn.Module) -> Iterator[None]:
+    def applied_to(self, net: nn.Module) -> AbstractContextManager[None]:
         """Context for one iteration of an attack."""
-        with ExitStack() as stack:
-            for _, neuron in spiking_neurons(net):
-                stack.enter_context(differentiated(neuron, self._derivative(neuron)))
-            yield
+        return spike_derivatives(net, self._derivative)
 
     def _derivative(self, neuron: nn.Module) -> Derivative:
         step = -1
@@ -108,102 +135,81 @@ class AdaptiveSharpness:
         return derivative
 
 
-@contextmanager
-def differentiated(neuron: nn.Module, derivative: Derivative) -> Iterator[None]:
-    """Context in which the spikes of a neuron have another derivative, and the same values.
+def rga(neuron: nn.Module, current: Tensor, rate: Tensor, gamma: float = 0.2) -> Tensor:
+    """Slope of the rate gradient approximation.
 
-    The derivative is asked once for each spike that is emitted: snnTorch calls ``spike_grad`` for the reset too, but
-    detaches that.
+    With τ the leak and the current x̄ in units of the threshold: γ on [0, 1 − τ), where a constant current never fires;
+    (1 − γ + γτ) / (1 + τ) on [1 − τ, 2], so that the integral is 1; 0 elsewhere.
+
+    Source: Bu, Ding, Hao & Yu (2023), "Rate Gradient Approximation Attack Threats Deep Spiking Neural Networks", CVPR.
     """
-    spike_grad: Callable[[Tensor], Tensor] = getattr(neuron, "spike_grad")  # noqa: B009
-    mem_reset: Callable[[Tensor], Tensor] | None = getattr(neuron, "mem_reset", None)
-    resetting = False
-
-    def swapped(margin: Tensor) -> Tensor:
-        with torch.no_grad():
-            spikes = spike_grad(margin)
-        if resetting or not (torch.is_grad_enabled() and margin.requires_grad):
-            return spikes
-        return spike(margin, spikes, derivative(margin.detach()))
-
-    def reset(mem: Tensor) -> Tensor:
-        nonlocal resetting
-        assert mem_reset is not None
-        resetting = True
-        try:
-            return mem_reset(mem)
-        finally:
-            resetting = False
-
-    replaced: dict[str, Any] = {"spike_grad": swapped} | ({"mem_reset": reset} if mem_reset is not None else {})
-    held = {name: vars(neuron)[name] for name in replaced if name in vars(neuron)}
-    # Found before a method of the class, and before a module that is registered under this name.
-    vars(neuron).update(replaced)
-    try:
-        yield
-    finally:
-        for name in replaced:
-            del vars(neuron)[name]
-        vars(neuron).update(held)
+    threshold, beta = (torch.as_tensor(getattr(neuron, name)).detach() for name in ("threshold", "beta"))
+    tau = beta.clamp(0, 1)
+    drive = current / threshold
+    slope = torch.where(drive < 1 - tau, torch.as_tensor(gamma).to(drive), (1 - gamma + gamma * tau) / (1 + tau))
+    return slope * ((drive >= 0) & (drive <= 2)) / threshold
 
 
-class _Spike(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, margin: Tensor, spikes: Tensor, derivative: Tensor) -> Tensor:
-        ctx.save_for_backward(derivative)
-        return spikes.clone()
+def bptr(neuron: nn.Module, current: Tensor, rate: Tensor) -> Tensor:
+    """Slope of backpropagation through rate (BPTR): 1 for a neuron that fired, 0 for one that did not.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (derivative,) = ctx.saved_tensors
-        return grads[0].to(derivative.dtype) * derivative, None, None
+    Source: Ding, Bu, Yu, Huang & Liu (2022), "SNN-RAT: Robustness-enhanced Spiking Neural Network through Regularized
+    Adversarial Training", NeurIPS.
+    """
+    return (rate > 0).to(rate.dtype)
 
 
-def spike(margin: Tensor, spikes: Tensor, derivative: Tensor) -> Tensor:
-    """The spikes, differentiated with respect to the margin by the given derivative; all of the same shape."""
-    result: Tensor = _Spike.apply(margin, spikes, derivative)
-    return result
+class RateGradient:
+    """Surrogate that passes the gradient of spikes at a time step on to the input at that step, times the slope.
 
-
-def arctangent(alpha: float = 2.0) -> Shape:
-    """Derivative (α/2) / (1 + (παu/2)²), the default of snnTorch and SpikingJelly at α = 2; more is steeper."""
-    return Shape(lambda neuron: lambda margin: _arctangent(torch.as_tensor(alpha), margin))
-
-
-def straight_through() -> Shape:
-    """Derivative 1 everywhere: nothing vanishes, and nothing knows how far a neuron is from its threshold."""
-    return Shape(lambda neuron: torch.ones_like)
-
-
-def gaussian(width: float | None = None) -> Shape:
-    """Derivative of Φ(u/w): that of the probability to fire, if w is the standard deviation of a neuron's noise.
+    Applies to neurons with a leak ``beta`` whose spikes have the shape of their input; others (LSTM cells, pooling
+    inside the neuron) keep their own gradient, and so does a membrane potential that the network reads.
 
     Args:
-        width: w; by default that of the noise of each neuron, on or off, and 0.5 for a neuron that has none.
+        gain: slope of the firing rate, ``rga`` or ``bptr``.
     """
 
-    def of(neuron: nn.Module) -> Derivative:
-        w = _noise_level(neuron) if width is None else torch.as_tensor(width)
+    def __init__(self, gain: Gain) -> None:
+        self.gain = gain
 
-        def derivative(margin: Tensor) -> Tensor:
-            scale = w.to(margin)
-            return torch.exp(-((margin / scale) ** 2) / 2) / (scale * math.sqrt(2 * math.pi))
-
-        return derivative
-
-    return Shape(of)
-
-
-def _arctangent(alpha: Tensor, margin: Tensor) -> Tensor:
-    return alpha / 2 / (1 + (math.pi / 2 * alpha * margin) ** 2)
+    @contextmanager
+    def applied_to(self, net: nn.Module) -> Iterator[None]:
+        """Context for one forward pass."""
+        with ExitStack() as stack:
+            for _, neuron in spiking_neurons(net):
+                if isinstance(getattr(neuron, "beta", None), Tensor):
+                    hook = neuron.register_forward_hook(_Rates(self.gain), with_kwargs=True)
+                    stack.callback(hook.remove)
+            yield
 
 
-def _noise_level(neuron: nn.Module) -> Tensor:
-    noise = getattr(neuron, "noise", None)
-    if noise is None:
-        return torch.tensor(UNMATCHED_WIDTH)
-    level: Tensor = noise.sigma.detach() * _STANDARD_DEVIATIONS[noise.distribution]
-    return level
+class _Rates:
+    """Forward hook of one neuron in one forward pass: keeps its mean input and output for the backward pass."""
+
+    def __init__(self, gain: Gain) -> None:
+        self.gain = gain
+        self.steps = 0
+        self.slope: Tensor | None = None
+
+    def __call__(self, neuron: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        current = args[0] if args else kwargs["input_"]
+        spikes = output[0] if isinstance(output, tuple) else output
+        if current.shape != spikes.shape or not torch.is_grad_enabled():
+            return output
+        if self.steps == 0:
+            self.neuron, self.current, self.spikes = neuron, torch.zeros_like(current), torch.zeros_like(spikes)
+        with torch.no_grad():
+            self.steps += 1
+            self.current = self.current + current
+            self.spikes = self.spikes + spikes
+        rated = with_derivative(current, spikes.detach(), self.slope_now)
+        return (rated, *output[1:]) if isinstance(output, tuple) else rated
+
+    def slope_now(self) -> Tensor:
+        """Slope of the rates of the whole forward pass; for the backward pass, when it is over."""
+        if self.slope is None:
+            self.slope = self.gain(self.neuron, self.current / self.steps, self.spikes / self.steps)
+        return self.slope
 
 
 SURROGATES: dict[str, Callable[..., Surrogate]] = {

@@ -1,15 +1,17 @@
-"""A spiking network as attack libraries expect it: images in, logits out, no state, no surprises."""
+"""The network under attack: a module from images to logits, without state, and the ways to read it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..convert import noise_off, noise_on
+from ..left_as_found import left_as_found
 from ..network import reset
 from .surrogates import Surrogate, make_surrogate
 
@@ -29,7 +31,7 @@ class AttackableView(nn.Module):
         forward: called as ``forward(net, images)``; returns logits ``[batch, classes]``, or a record
             ``[time, batch, classes]`` of output spikes or membrane potentials. ``net(images)`` by default.
         draws: noise draws to average over, in one batch.
-        noise: whether neurons that have noise draw it; without noise one draw is made.
+        noise: neurons that have noise draw it; without noise one draw is made.
         seed: of the view's generator.
         scale: factor from a record's mean over time to logits. Spike counts of many steps would saturate the softmax
             and hide the gradient from the attack, rates alone would hardly move it.
@@ -38,7 +40,12 @@ class AttackableView(nn.Module):
 
     Raises:
         ValueError: if draws is below 1 or the surrogate is unknown; at a call, if images are not in [0, 1],
-            or what ``forward`` returns is no tensor, has another shape, or is not finite.
+            or the output of ``forward`` is no tensor, has another shape, or is not finite.
+
+    Example:
+        >>> view = AttackableView(nn.Flatten(), lambda net, images: net(images - 0.5), draws=8)
+        >>> view(torch.tensor([[[[0.9, 0.2]]]]))
+        tensor([[ 0.4000, -0.3000]])
     """
 
     def __init__(
@@ -60,8 +67,7 @@ class AttackableView(nn.Module):
         self.noise = noise
         self.scale = scale
         self.surrogate = make_surrogate(surrogate)
-        device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator = torch.Generator(device_of(net)).manual_seed(seed)
 
     def train(self, mode: bool = True) -> AttackableView:
         """Sets the view's own mode; the network's stays."""
@@ -100,12 +106,12 @@ class AttackableView(nn.Module):
         return logits.view(self.draws, len(images), -1).mean(0)
 
     def net_forward(self, net: nn.Module, images: Tensor) -> Any:
-        """What ``forward`` returns for images in the network's precision; attack libraries may pass them in another."""
+        """Output of ``forward`` for images in the network's precision; attack libraries may pass them in another."""
         weight = next((p for p in net.parameters() if p.is_floating_point()), images)
         return self._forward(net, images.to(weight.dtype))
 
     def read(self, output: Any) -> Tensor:
-        """Logits ``[batch, classes]`` of what ``forward`` returned; a tensor of another shape stays as it is.
+        """Logits ``[batch, classes]`` from an output of ``forward``; a tensor of another shape stays as it is.
 
         Raises:
             ValueError: if it is no tensor.
@@ -118,13 +124,58 @@ class AttackableView(nn.Module):
         return self.scale * output.mean(0) if output.dim() == 3 else output
 
 
+@dataclass(frozen=True)
+class Target:
+    """The network under attack and how it is read.
+
+    Attributes:
+        net: the network.
+        forward: as ``AttackableView``'s.
+        noise: neurons that have noise draw it at test time.
+        draws: noise draws that the gradient of an attack averages over (expectation over transformations, EOT).
+        scale: as ``AttackableView``'s.
+        sources: other networks, by name, whose adversarial images may be tried on this one.
+
+    Example:
+        >>> Target(nn.Flatten(), draws=4).view(noise=False).draws
+        1
+    """
+
+    net: nn.Module
+    forward: Forward | None = None
+    noise: bool = True
+    draws: int = 8
+    scale: float = 10.0
+    sources: Mapping[str, Target] = field(default_factory=dict)
+
+    def view(
+        self,
+        *,
+        draws: int | None = None,
+        noise: bool | None = None,
+        surrogate: str | Surrogate | None = None,
+        seed: int = 0,
+    ) -> AttackableView:
+        """The network as attacks see it; settings that are not given are those of the target."""
+        return AttackableView(
+            self.net,
+            forward=self.forward,
+            draws=self.draws if draws is None else draws,
+            noise=self.noise if noise is None else noise,
+            seed=seed,
+            scale=self.scale,
+            surrogate=surrogate or "training",
+        )
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """Device of a network; the CPU for one without parameters."""
+    return next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
+
+
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
     """Context in which every module of the network is in evaluation mode; each gets its own mode back."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
+    with left_as_found(net, modes=True):
+        net.eval()
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import snntorch_lr
 from snntorch_lr.experiments import cli, data
 from snntorch_lr.experiments.recipe import Recipe, load_trained
 from snntorch_lr.experiments.train import validation_accuracy
-from snntorch_lr.robustness.judge import Findings
+from snntorch_lr.robustness import Protocol
 
 SMALL = ["--epochs", "1", "--copies", "2", "--attack-images", "20", "--draws", "2", "--epsilon", "0.1"]
 
@@ -68,7 +69,7 @@ def test_stopped_baseline_stops_where_the_likelihood_ratio_network_is_on_validat
 
 def test_same_seed_gives_the_same_numbers(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The gates change no figure, and have tests of their own.
-    monkeypatch.setattr("snntorch_lr.robustness.measure.judge", lambda *_: Findings())
+    monkeypatch.setattr("snntorch_lr.experiments.reproduce.Protocol", partial(Protocol, gates=False))
     assert run("reproduce", *SMALL, "--out", str(tmp_path)).exit_code == 0
     first, again = (json.loads((path / "results.json").read_text()) for path in (out, tmp_path))
     for one, other in zip(first["rows"], again["rows"], strict=True):

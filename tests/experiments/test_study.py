@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,7 @@ from snntorch_lr.experiments import study_report
 from snntorch_lr.experiments.plans import PLANS, Entry, Evaluation, plan
 from snntorch_lr.experiments.recipe import check_recipe
 from snntorch_lr.experiments.study import finished, result_file, study, work
-from snntorch_lr.robustness import Gate
-from snntorch_lr.robustness.judge import Findings
+from snntorch_lr.robustness import Protocol
 
 DIGITS = PLANS["digits"]
 
@@ -35,8 +35,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     entries = small()
     with pytest.MonkeyPatch.context() as patch:
         # The gates take most of the time, and have tests of their own.
-        found = Findings((Gate("G1 gradients", True, "measured"),))
-        patch.setattr("snntorch_lr.robustness.measure.judge", lambda *_: found)
+        patch.setattr("snntorch_lr.experiments.study.Protocol", partial(Protocol, gates=False))
         for entry in entries:
             work(entry, entries, out, None)
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import snntorch as snn
@@ -12,10 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from snntorch_lr.experiments import data
+from snntorch_lr.robustness import Descent, suite
+from snntorch_lr.robustness.other_attacks import Transfer
+
+QUICK = Descent(steps=2, length=0.5)
+TRANSFER = replace(suite(["transfer"])[0], run=Transfer(QUICK))
+"""Evaluations transfer images in any case: that of the suites takes 20 steps."""
 
 
 class Net(nn.Module):
-    """64-32-10 with direct coding over 4 steps; logits are the mean membrane potential, or scaled spike rates."""
+    """64-32-10 with direct coding over 2 steps; logits are the mean membrane potential, or scaled spike rates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +32,7 @@ class Net(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         current = self.first(self.encode(images))
-        return torch.stack([self.readout(self.hidden(current)) for _ in range(4)]).mean(0)
+        return torch.stack([self.readout(self.hidden(current)) for _ in range(2)]).mean(0)
 
     def encode(self, images: Tensor) -> Tensor:
         return images.flatten(1)
@@ -91,7 +98,7 @@ class Unreset(Net):
         if self.left is not None and self.left.shape == current.shape:
             current = current + 0.5 * self.left
         self.left = current.detach() if self.detached else current
-        return torch.stack([self.readout(self.hidden(current)) for _ in range(4)]).mean(0)
+        return torch.stack([self.readout(self.hidden(current)) for _ in range(2)]).mean(0)
 
     detached = True
 

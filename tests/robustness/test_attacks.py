@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import builtins
-import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +9,7 @@ from torch import Tensor
 
 import snntorch_lr as slr
 from snntorch_lr.robustness import SUITES, Attack, Budget, Descent, Target, gradient_attack, perturb, suite
-from snntorch_lr.robustness.attacks import unfit
-from snntorch_lr.robustness.torchattacks_runs import AutoPgd
+from snntorch_lr.robustness.other_attacks import AutoPgd
 
 from .networks import SmallNet, images, predictions
 
@@ -24,10 +22,12 @@ def quicker(attack: Attack) -> Attack:
     run: Any = attack.run
     for name, few in (("steps", 3), ("samples", 4), ("queries", 5)):
         if hasattr(run, name):
-            run = type(run)(**{**vars(run), name: few})
+            run = replace(run, **{name: few})
     if "steps" in getattr(run, "options", {}):
-        run = type(run)(**{**vars(run), "options": {**run.options, "steps": 3}})
-    return Attack(**{**vars(attack), "run": run})
+        run = replace(run, options={**run.options, "steps": 3})
+    if hasattr(run, "descent"):
+        run = replace(run, descent=Descent(steps=3))
+    return replace(attack, run=run)
 
 
 @pytest.fixture
@@ -56,48 +56,12 @@ def test_every_attack_stays_within_its_budget_and_restores_no_image(
     torch.testing.assert_close(again, adversarial, rtol=0, atol=0)
 
 
-def test_settings_are_complete_and_json() -> None:
-    for attack in EVERY.values():
-        settings = json.loads(json.dumps(dict(attack.settings)))
-        assert {"library"} | set(vars(attack.run)) == set(settings)
-
-
-def test_suites_are_what_the_documentation_says() -> None:
-    assert [attack.name for attack in suite("quick")] == ["FGSM", "PGD-20"]
-    assert [attack.name for attack in suite("paper")] == ["FGSM", "RFGSM", "PGD", "MIFGSM"]
-    assert not any(attack.needs_torchattacks for attack in suite("quick"))
-    assert all(attack.needs_torchattacks for attack in suite("paper"))
-    own = gradient_attack("mine", Descent(steps=2))
-    assert suite(["FGSM", own]) == (SUITES["quick"][0], own)
-    assert suite(["quick", "Square"])[-1].name == "Square"
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"), [(["PGDD"], "unknown attack"), ([], "no attack"), (["FGSM"] * 2, "FGSM")]
-)
-def test_refuses_lists_that_mean_nothing(wrong: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        suite(wrong)
-
-
-def test_says_what_to_install_without_torchattacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "torchattacks":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install 'snntorch-lr\[attacks\]'"):
-        suite("paper")
-    assert suite("quick")
-
-
 def test_transfer_needs_sources(target: Target) -> None:
-    transfer = suite(["transfer"])[0]
-    assert unfit(transfer, target, Budget(0.1)) is None
-    assert "baselines" in str(unfit(transfer, Target(target.net), Budget(0.1)))
+    transfer, x, y = suite(["transfer"])[0], images(), torch.zeros(6, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"transfer needs other networks .*baselines"):
+        perturb(transfer, Target(target.net), x, y, Budget(0.1), seed=0)
+    with pytest.raises(ValueError, match="give the target sources"):
+        transfer.run(Target(target.net), x, y, Budget(0.1), 0)
 
 
 def spoiled(change: Any) -> Attack:
@@ -156,3 +120,50 @@ def test_apgd_returns_its_best_iterate_where_it_fails(target: Target) -> None:
     adversarial = perturb(Attack("APGD", AutoPgd(steps=3), {}, "white-box"), target, x, y, tiny, seed=0)
     assert torch.equal(predictions(target.net, adversarial), y)
     assert (tiny.size(adversarial, x) > 0).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_and_projected_images_are_within(norm: str) -> None:
+    budget, generator = Budget(0.3, norm), torch.Generator().manual_seed(0)
+    clean = torch.rand(50, 1, 3, 3, generator=generator)
+    for moved in (
+        budget.random(clean, generator),
+        budget.project(clean + torch.randn(clean.shape, generator=generator), clean),
+    ):
+        sizes = budget.size(moved, clean)
+        assert (sizes <= 0.3 + 1e-6).all()
+        assert (sizes > 0.1).any()
+        assert 0 <= moved.min() <= moved.max() <= 1
+
+
+def test_what_is_within_stays() -> None:
+    clean = torch.full((1, 1, 1, 2), 0.5)
+    near = clean + torch.tensor([0.03, -0.04]).view_as(clean)
+    for norm in ("linf", "l2"):
+        torch.testing.assert_close(Budget(0.1, norm).project(near, clean), near)
+        torch.testing.assert_close(Budget(0.1, norm).project(clean, clean), clean)
+    far = clean + torch.tensor([0.3, -0.4]).view_as(clean)
+    torch.testing.assert_close(Budget(0.1, "l2").project(far, clean).flatten(), torch.tensor([0.56, 0.42]))
+    torch.testing.assert_close(Budget(0.1).project(far, clean).flatten(), torch.tensor([0.6, 0.4]))
+
+
+def test_random_directions_fill_the_ball() -> None:
+    """In two dimensions a quarter of the points lies within half the radius."""
+    clean = torch.full((4000, 1, 1, 2), 0.5)
+    sizes = Budget(0.2, "l2").size(
+        Budget(0.2, "l2").random(clean, torch.Generator().manual_seed(0)), clean
+    )  # fmt: skip
+    assert (sizes < 0.1).float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize(("epsilon", "norm"), [(0.0, "linf"), (-1.0, "l2"), (float("nan"), "l2"), (0.1, "l1")])
+def test_refuses_what_is_no_budget(epsilon: float, norm: str) -> None:
+    with pytest.raises(ValueError, match=r"epsilon|norm"):
+        Budget(epsilon, norm)
+
+
+def test_steepest_directions_by_hand() -> None:
+    gradient = torch.tensor([[3.0, 0.0, -4.0]])
+    assert Budget(0.4).steepest(gradient).tolist() == [[1, 0, -1]]
+    assert Budget(2.0, "l2").steepest(gradient).tolist() == [pytest.approx([0.6, 0, -0.8])]
+    assert Budget(2.0, "l2").steepest(torch.zeros(1, 3)).tolist() == [[0, 0, 0]]

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,41 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.robustness import SUITES, Attack, Budget, Descent, RobustnessReport, Target, evaluate, gradient_attack
-from snntorch_lr.robustness import judge as judging
+from snntorch_lr.robustness import (
+    SUITES,
+    Attack,
+    Budget,
+    Descent,
+    Protocol,
+    RobustnessReport,
+    Target,
+    evaluate,
+    gradient_attack,
+    verdict,
+)
+from snntorch_lr.robustness.evaluate import cached, fingerprint
 
 from . import canaries
 
-FAST = gradient_attack("fast", Descent(steps=2, length=0.5))
-RIGHT_WAY = [canaries.digits(20)]
-
-
-@pytest.fixture(autouse=True)
-def _no_gates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gates take most of the time, and have tests of their own."""
-    monkeypatch.setattr("snntorch_lr.robustness.measure.judge", lambda *_: judging.Findings())
+FAST = gradient_attack("fast", canaries.QUICK)
+IMAGES = [canaries.digits(20)]
 
 
 def run(net: nn.Module | None = None, **options: Any) -> RobustnessReport:
+    """A small evaluation, without the gates' own attacks, which take most of the time and have tests of their own."""
     net = slr.add_noise(canaries.trained(), 0.3) if net is None else net
-    settings: dict[str, Any] = {"epsilons": [0.1, 0.3], "attacks": [FAST], "draws": 2, "votes": 4} | options
-    return evaluate(net, settings.pop("loader", RIGHT_WAY), settings.pop("epsilons"), **settings)
+    said = {each.name: options.pop(each.name) for each in fields(Protocol) if each.name in options}
+    settings: dict[str, Any] = {"epsilons": [0.1, 0.3], "attacks": [FAST]} | options
+    if isinstance(settings["attacks"], list):
+        settings["attacks"] = [*settings["attacks"], canaries.TRANSFER]
+    protocol = Protocol(**({"draws": 2, "votes": 4, "gates": False} | said))
+    return evaluate(net, settings.pop("loader", IMAGES), settings.pop("epsilons"), protocol=protocol, **settings)
 
 
 def test_worst_case_is_what_is_right_under_everything() -> None:
     report = run(attacks=["FGSM", FAST])
     for row in report.rows:
-        for epsilon in report.protocol.epsilons:
+        for epsilon in report.epsilons:
             worst = row.worst(epsilon)
             assert torch.equal(worst, torch.stack([row.clean, *(r[epsilon] for r in row.right.values())]).all(0))
             assert not (worst & ~row.clean).any()
@@ -46,20 +57,20 @@ def test_worst_case_is_what_is_right_under_everything() -> None:
 
 
 def test_noise_is_off_and_on_and_the_headline_is_the_network_in_evaluation_mode() -> None:
-    report = run()
+    report = run(epsilons=0.3)
     assert [row.subject.noise for row in report.rows] == ["off", "on"]
     assert report.headline.subject.noise == "off"
     assert report.rows[0].single.accuracy == report.rows[0].clean.double().mean()
     kept = canaries.trained()
     slr.add_noise(kept, 0.3)
     kept.hidden.noise.at_eval = True
-    assert run(kept).headline.subject.noise == "on"
-    assert [row.subject.noise for row in run(canaries.trained()).rows] == ["none"]
+    assert run(kept, epsilons=0.3).headline.subject.noise == "on"
+    assert [row.subject.noise for row in run(canaries.trained(), epsilons=0.3).rows] == ["none"]
 
 
 @pytest.mark.parametrize("noise", ["off", "on"])
 def test_noise_may_be_evaluated_one_way_only(noise: str) -> None:
-    both, one = run(), run(noise=noise)
+    both, one = run(epsilons=0.1), run(epsilons=0.1, noise=noise)
     assert [row.subject.noise for row in one.rows] == [noise]
     index = ["off", "on"].index(noise)
     assert torch.equal(one.rows[0].clean, both.rows[index].clean)
@@ -68,15 +79,15 @@ def test_noise_may_be_evaluated_one_way_only(noise: str) -> None:
     switched = [name for name in one.rows[0].right if name.startswith("transfer from network")]
     assert len(switched) == (noise == "on")
     assert all(torch.equal(one.rows[0].right[name][0.1], both.rows[index].right[name][0.1]) for name in switched)
-    assert [row.subject.noise for row in run(canaries.trained(), noise=noise).rows] == ["none"]
+    assert [row.subject.noise for row in run(canaries.trained(), epsilons=0.1, noise=noise).rows] == ["none"]
 
 
-def test_sources_lend_their_images_and_are_not_attacked() -> None:
+def test_sources_give_their_images_and_are_not_attacked() -> None:
     other = canaries.trained()
-    beside, lent = run(baselines={"other": other}), run(sources={"other": other})
-    assert [row.subject.network for row in lent.rows] == ["network", "network"]
+    beside, given = (run(epsilons=0.3, **{said: {"other": other}}) for said in ("baselines", "sources"))
+    assert [row.subject.network for row in given.rows] == ["network", "network"]
     name = "transfer from other"
-    for row, same in zip(lent.rows, beside.rows, strict=False):
+    for row, same in zip(given.rows, beside.rows, strict=False):
         assert torch.equal(row.right[name][0.3], same.right[name][0.3])
 
 
@@ -102,7 +113,7 @@ def test_a_seed_decides_everything_and_nothing_is_touched() -> None:
     net.first.weight.grad = torch.ones_like(net.first.weight)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = run(net, attacks=[RESEEDING, FAST])
+    first = run(net, epsilons=0.3, attacks=[RESEEDING, FAST])
     assert torch.equal(torch.get_rng_state(), before)
     assert net.training
     assert net.hidden.training
@@ -110,9 +121,9 @@ def test_a_seed_decides_everything_and_nothing_is_touched() -> None:
     assert torch.equal(net.first.weight.grad, torch.ones_like(net.first.weight))
     assert net.readout.weight.grad is None
     torch.manual_seed(6)
-    again = run(net, attacks=[RESEEDING, FAST])
+    again = run(net, epsilons=0.3, attacks=[RESEEDING, FAST])
     assert again.to_json() == first.to_json()
-    assert run(net, seed=1).rows[1].single != first.rows[1].single
+    assert run(net, epsilons=0.3, attacks=[RESEEDING, FAST], seed=1).to_json()["rows"] != first.to_json()["rows"]
 
 
 def counting(calls: list[float], name: str = "counting", **settings: Any) -> Attack:
@@ -150,7 +161,8 @@ def test_nothing_stale_is_read_from_the_cache(change: str, tmp_path: Path) -> No
     calls: list[float] = []
     net = slr.add_noise(canaries.trained(), 0.3)
     (images, labels), options = canaries.digits(20), {}
-    run(net, attacks=[counting(calls)], cache=tmp_path, loader=[(images, labels)])
+    noise = "on" if change == "noise level" else "off"
+    run(net, attacks=[counting(calls)], noise=noise, cache=tmp_path, loader=[(images, labels)])
     calls.clear()
     if change == "weights":
         net.readout.bias.data[0] += 1e-3
@@ -166,7 +178,7 @@ def test_nothing_stale_is_read_from_the_cache(change: str, tmp_path: Path) -> No
             change, {}
         )
     attack = counting(calls, steps=3) if change == "settings" else counting(calls)
-    run(net, attacks=[attack], cache=tmp_path, loader=[(images, labels)], **options)
+    run(net, attacks=[attack], noise=noise, cache=tmp_path, loader=[(images, labels)], **options)
     assert 0.3 in calls
 
 
@@ -200,21 +212,38 @@ def test_an_attack_that_cheats_or_breaks_is_named_and_does_not_count() -> None:
     def crash(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
         raise RuntimeError("out of luck")
 
-    failures: dict[str, str] = {}
-    original = judging.Evidence
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "snntorch_lr.robustness.measure.Evidence",
-            lambda **parts: failures.update(parts["failures"]) or original(**parts),
-        )
-        report = run(
-            canaries.trained(),
-            attacks=[Attack("cheat", cheat, {}, "white-box"), Attack("crash", crash, {}, "white-box"), FAST],
-        )
+    cheating, crashing = Attack("cheat", cheat, {}, "white-box"), Attack("crash", crash, {}, "white-box")
+    report = run(canaries.trained(), attacks=[cheating, crashing, FAST])
     assert [attack.name for attack in report.rows[0].attacks] == ["fast"]
-    assert "left its budget" in failures["cheat"]
-    assert "out of luck" in failures["crash"]
-    assert report.to_json() | {"attacks": []} == run(canaries.trained()).to_json() | {"attacks": []}
+    failed = report.gates[-1]
+    assert failed.passed is False
+    assert re.fullmatch("cheat: cheat left its budget.*; crash: out of luck", failed.detail)
+    assert verdict(report.gates) == "MASKING SUSPECTED (G9 failed)"
+    (row,), (alone,) = report.to_json()["rows"], run(canaries.trained()).to_json()["rows"]
+    assert row | {"gates": [], "verdict": ""} == alone | {"gates": [], "verdict": ""}
+
+
+def test_without_the_attacks_of_the_gates_there_is_no_claim() -> None:
+    report = run(epsilons=0.1)
+    not_run = [gate.name[:2] for gate in report.gates if gate.passed is None]
+    assert not_run == ["G0", "G1", "G2", "G3", "G4", "G6", "G7", "G8"]
+    assert verdict(report.gates) == "masking not ruled out (G0, G1, G2, G3, G4, G6, G7, G8 not run)"
+    for text in str(report), report.to_markdown():
+        assert "(gates=False): no claim of robustness is possible." in text
+    for plot in report.plot_epsilon, report.plot_steps, report.plot_surrogates:
+        assert plot().axes
+
+
+def test_outdated_arguments_are_the_protocol_and_a_warning_says_so() -> None:
+    net, (images, labels) = canaries.trained(), canaries.digits(4)
+    with pytest.warns(
+        DeprecationWarning, match=r"write evaluate\(\.\.\., protocol=Protocol\(norm='l2', votes=3\)\)"
+    ) as said:
+        report = evaluate(net, [(images, labels)], 0.1, [FAST], norm="l2", votes=3, protocol=Protocol(gates=False))
+    assert [warning.filename for warning in said] == [__file__]
+    assert report.protocol == Protocol(norm="l2", votes=3, gates=False)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'vote'"):
+        evaluate(net, [(images, labels)], 0.1, [FAST], vote=3)
 
 
 def test_every_network_is_a_source_for_the_others() -> None:
@@ -222,7 +251,7 @@ def test_every_network_is_a_source_for_the_others() -> None:
         return net(images).expand(3, -1, -1)
 
     other = canaries.with_steep_surrogate()
-    report = run(baselines={"other": Target(other, record, draws=2)})
+    report = run(attacks=(FAST,), baselines={"other": Target(other, record, draws=2)})
     names = {row.subject.label: [attack.name for attack in row.attacks] for row in report.rows}
     assert names == {
         "network, noise off": ["fast", "transfer from network, noise on", "transfer from other"],
@@ -249,7 +278,7 @@ def test_memory_is_bounded() -> None:
         sizes.append(len(images))
         return net(images)
 
-    run(forward=forward, rows=10)
+    run(epsilons=0.1, forward=forward, rows=10)
     assert max(sizes) == 10
 
 
@@ -271,11 +300,18 @@ def test_without_torchattacks_the_suites_that_need_it_say_so(monkeypatch: pytest
 @pytest.mark.parametrize("precision", [torch.float64, torch.float16])
 def test_images_of_another_precision_are_the_same_images(precision: torch.dtype) -> None:
     images, labels = canaries.digits(20)
-    assert run(loader=[(images.to(precision), labels)]).to_json() == run().to_json()
+    net = canaries.trained()
+    assert run(net, loader=[(images.to(precision), labels)]).to_json() == run(net).to_json()
+
+
+def test_a_network_in_bfloat16_is_evaluated() -> None:
+    report = run(slr.add_noise(canaries.trained(), 0.3).bfloat16(), epsilons=0.3, noise="off")
+    assert report.worst_case[0.3].accuracy < report.rows[0].clean.double().mean()
 
 
 def test_one_budget_needs_no_list() -> None:
-    assert run(epsilons=0.1).to_json() == run(epsilons=[0.1]).to_json()
+    net = canaries.trained()
+    assert run(net, epsilons=0.1).to_json() == run(net, epsilons=[0.1]).to_json()
 
 
 def refused(message: str, **options: Any) -> None:
@@ -326,7 +362,7 @@ def images_of(value: float) -> Iterable[tuple[Tensor, Tensor]]:
         ({"epsilons": [0.1, -1]}, "epsilons must be positive"),
         ({"attacks": "mild"}, "quick, paper, standard"),
         ({"norm": "l3"}, "linf, l2"),
-        ({"attacks": ["SA-PGD"], "norm": "l2"}, "none of the attacks SA-PGD has the norm l2"),
+        ({"attacks": ("SA-PGD",), "norm": "l2"}, "none of the attacks SA-PGD has the norm l2"),
         ({"draws": 0}, "draws must be at least 1"),
         ({"votes": 0}, "votes must be at least 1"),
         ({"gate_images": 0}, "gate_images must be at least 1"),
@@ -353,3 +389,40 @@ def test_every_suite_gives_a_report_that_json_can_hold() -> None:
     )
     text = json.dumps(run(attacks=small).to_json(), allow_nan=False)
     assert json.loads(text)["rows"][1]["worst_case"]["0.3"]["images"] == 20
+
+
+def test_fingerprints_tell_apart_what_differs() -> None:
+    x = torch.arange(4.0)
+    parts: list[tuple[Any, ...]] = [
+        (x,), (x.double(),), (x.bfloat16(),), (x.view(2, 2),), (x, 1), (x, "1"), (x.flip(0),), ({"a": 1},), ({"a": 2},),
+        ("a", "b"), ("ab",),
+    ]  # fmt: skip
+    assert len({fingerprint(*each) for each in parts}) == len(parts)
+    assert fingerprint(x.clone(), {"a": 1, "b": 2}) == fingerprint(x, {"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file of torch"])
+def test_a_file_that_cannot_be_read_is_made_again(tmp_path: Path, content: bytes) -> None:
+    cached(tmp_path, "A/b, 0.1", "mark", lambda: {"right": torch.tensor([True])})
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(content)
+    assert cached(tmp_path, "A/b, 0.1", "mark", lambda: {"right": 2}) == {"right": 2}
+    assert cached(tmp_path, "A/b, 0.1", "mark", lambda: {"right": 3}) == {"right": 2}
+
+
+def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
+    cached(tmp_path, "a", "mark", lambda: {"right": torch.ones(100)})
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.ones(9).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    assert cached(tmp_path, "a", "mark", lambda: {"right": 2}) == {"right": 2}
+
+
+def test_an_error_leaves_no_file(tmp_path: Path) -> None:
+    def fail() -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path, "a", "mark", fail)
+    assert not list(tmp_path.iterdir())

@@ -1,12 +1,29 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
+import torch
 
 import snntorch_lr as slr
-from snntorch_lr.robustness import Descent, Headline, RobustnessReport, evaluate, gradient_attack, share_of, verdict
-from snntorch_lr.robustness.gates import Gate
+from snntorch_lr.robustness import (
+    Descent,
+    Gate,
+    Headline,
+    Protocol,
+    RobustnessReport,
+    Row,
+    Target,
+    evaluate,
+    gates,
+    gradient_attack,
+    share_of,
+    suite,
+    verdict,
+)
+from snntorch_lr.robustness.report import Subject
 
 from . import canaries
 
@@ -14,10 +31,20 @@ PGD = gradient_attack("PGD", Descent(steps=3, length=0.5))
 
 
 @pytest.fixture(scope="module")
-def report() -> RobustnessReport:
+def report() -> Iterator[RobustnessReport]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Short attacks of the gates, which have tests of their own.
+        patch.setattr(gates, "ASCENT", replace(gates.ASCENT, steps=5, length=0.5))
+        patch.setattr(gates, "CURVE_STEPS", (1, 5))
+        patch.setattr(gates, "LONGER", 8)
+        yield made()
+
+
+def made() -> RobustnessReport:
     return evaluate(
-        slr.add_noise(canaries.trained(), 0.3), [canaries.digits(20)], [0.1, 0.3], [PGD],
-        baselines={"blind": canaries.with_zero_gradient()}, draws=2, votes=4, gate_images=8, corruptions=["contrast"],
+        slr.add_noise(canaries.trained(), 0.3), [canaries.digits(20)], [0.1, 0.3], [PGD, canaries.TRANSFER],
+        baselines={"blind": canaries.with_zero_gradient()},
+        protocol=Protocol(draws=2, votes=4, gate_images=8, corruptions=["contrast"]),
     )  # fmt: skip
 
 
@@ -37,12 +64,28 @@ def test_no_worst_case_stands_without_its_gates(report: RobustnessReport) -> Non
     assert report.to_json()["rows"][2]["verdict"] == verdict(blind.findings.gates)
 
 
+def test_a_row_is_right_where_it_is_right_under_everything() -> None:
+    clean, *right = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 1, 1]]).bool()
+    attacks = *(gradient_attack(name, Descent(name)) for name in ("atan", "ste")), suite(["random noise"])[0]
+    found = {attack.name: {0.1: each} for attack, each in zip(attacks, right, strict=True)}
+    subject = Subject("net", "on", Target(torch.nn.Flatten()))
+    row = Row(subject, clean, share_of(clean), attacks, found, {})
+    assert row.under([], 0.1).tolist() == clean.tolist()
+    assert row.under(["atan"], 0.1).tolist() == [True, True, False, False]
+    assert row.worst(0.1).tolist() == [False] * 4
+    assert {name: each[0.1].tolist() for name, each in row.by_surrogate().items()} == {
+        "atan": [True, True, False, False], "ste": [False, True, True, False],
+    }  # fmt: skip
+    assert row.marked == "net, noise on ?"
+
+
 def test_a_headline_prints_what_the_gates_say() -> None:
     assert str(Headline(0.5, 0.4, 0.6, 96, "all gates passed")) == "50.0 ± 10.0 % (all gates passed)"
 
 
 def test_verdict_names_what_failed_before_what_is_missing() -> None:
     passed, missing, failed = (Gate(f"G{i} x", state, "") for i, state in enumerate((True, None, False)))
+    assert verdict([]) == "masking not ruled out (gates not run)"
     assert verdict([passed]) == "all gates passed"
     assert verdict([passed, missing]) == "masking not ruled out (G1 not run)"
     assert verdict([passed, missing, failed]) == "MASKING SUSPECTED (G2 failed)"

@@ -1,19 +1,18 @@
-"""White-box attacks by gradient that no library has: through a chosen surrogate, with the noise averaged out."""
+"""White-box attacks by projected gradient: through a chosen surrogate, with the noise averaged out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .budget import Budget, per_image
+from .attacks import NORMS, Attack, Budget, per_image
 from .surrogates import make_surrogate
-from .target import Target
-from .view import AttackableView
+from .view import AttackableView, Target
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -25,38 +24,13 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each sample, ``[batch]``."""
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross-entropy": cross_entropy, "margin": margin}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross-entropy": partial(F.cross_entropy, reduction="none"),
+    "margin": margin,
+}
 RULES = ("steepest", "sa-pgd")
 _LOOKS = 4
 _FRESH = 2**32
-
-
-class Steps(Protocol):
-    """How the iterates of one attack on one batch move."""
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """The next step, in the shape of the gradient."""
-
-
-class SteepestSteps:
-    """Steps of one length along the steepest direction: the sign of the gradient for l∞, its direction for l2.
-
-    Args:
-        budget: of the attack.
-        length: of a step, as a share of the budget's epsilon.
-    """
-
-    def __init__(self, budget: Budget, length: float) -> None:
-        self.budget, self.length = budget, length
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """The next step, in the shape of the gradient."""
-        return self.length * self.budget.epsilon * self.budget.steepest(gradient)
 
 
 class StableAdaptiveSteps:
@@ -95,7 +69,7 @@ class StableAdaptiveSteps:
 
 
 class Best:
-    """Of several perturbed versions of each image, the one with the largest margin."""
+    """The perturbed version of each image with the largest margin."""
 
     def __init__(self, clean: Tensor) -> None:
         self.images = clean.clone()
@@ -123,8 +97,9 @@ class Descent:
         steps: number of steps.
         draws: noise draws of each step; None for the target's.
         length: of a step, as a share of the budget's epsilon.
-        rule: ``"steepest"``, or ``"sa-pgd"`` for ``StableAdaptiveSteps``, which sets its own length.
-        random_start: whether it starts at a random image within the budget, instead of the clean one.
+        rule: ``"steepest"``, along the sign of the gradient for l∞ and its direction for l2; or ``"sa-pgd"`` for
+            ``StableAdaptiveSteps``, which sets its own length.
+        random_start: start at a random image within the budget, instead of the clean one.
         targets: number of wrong classes to aim at, one after the other from the likeliest, with the margin of that
             class over the right one as the loss; 0 for any wrong class, with ``loss``.
 
@@ -133,6 +108,11 @@ class Descent:
 
     Source: Athalye, Carlini & Wagner (2018), "Obfuscated Gradients Give a False Sense of Security", for the expectation
     over draws; Gowal et al. (2019), "An Alternative Surrogate Loss for PGD-based Adversarial Testing", for targets.
+
+    Example:
+        >>> x, y = torch.tensor([[[[0.6, 0.4]]]]), torch.tensor([0])  # of two pixels, which are the logits
+        >>> Descent("training", steps=40)(Target(nn.Flatten()), x, y, Budget(0.2), seed=0)
+        tensor([[[[0.4000, 0.6000]]]])
     """
 
     surrogate: str = "training"
@@ -190,16 +170,28 @@ class Descent:
         (gradient,) = torch.autograd.grad(losses.sum(), z)
         return gradient, margin(logits, y)
 
-    def _steps(self, budget: Budget) -> Steps:
+    def _steps(self, budget: Budget) -> Callable[[Tensor], Tensor]:
+        """From the gradient to the next step, in its shape."""
         if self.rule == "sa-pgd":
             return StableAdaptiveSteps(budget.epsilon, self.steps)
-        return SteepestSteps(budget, self.length)
+        return lambda gradient: self.length * budget.epsilon * budget.steepest(gradient)
 
 
 @torch.no_grad()
 def _settled_margin(view: AttackableView, x: Tensor, y: Tensor) -> Tensor:
     looks = _LOOKS if view.noise else 1
     return margin(torch.stack([view(x) for _ in range(looks)]).mean(0), y)
+
+
+def gradient_attack(name: str, descent: Descent) -> Attack:
+    """White-box attack of this package under a name of its own.
+
+    Example:
+        >>> gradient_attack("steep", Descent("atan:8", steps=5)).settings["surrogate"]
+        'atan:8'
+    """
+    norms = ("linf",) if descent.rule == "sa-pgd" else NORMS
+    return Attack(name, descent, {"library": "snntorch_lr"} | asdict(descent), "white-box", norms)
 
 
 def tune_sharpness(
@@ -220,6 +212,10 @@ def tune_sharpness(
 
     Returns:
         ω; the surrogate is then called ``f"assg:{omega}"``.
+
+    Example:
+        >>> x, y = torch.tensor([[[[0.6, 0.4]]]]), torch.tensor([0])
+        >>> omega = tune_sharpness(Target(nn.Flatten()), x, y, Budget(0.1), Descent(steps=2), rounds=1)
 
     Source: arXiv 2512.22522.
     """

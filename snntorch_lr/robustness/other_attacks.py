@@ -1,15 +1,17 @@
-"""Attacks of torchattacks, with the settings and the care that noisy spiking networks need."""
+"""Attacks of torchattacks with the care that noisy networks need, and attacks that need no gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from .budget import Budget
-from .target import Target
+from .attacks import NORMS, Budget
+from .gradient_attacks import Best, Descent, margin
+from .view import Target
 
 _NORM_NAMES = {"linf": "Linf", "l2": "L2"}
 
@@ -27,8 +29,16 @@ def import_torchattacks() -> Any:
     return torchattacks
 
 
+class _Run:
+    """Library, access and norms of a kind of attack, for its ``Attack``."""
+
+    library: ClassVar[str] = "snntorch_lr"
+    access: ClassVar[str] = "black-box"
+    norms: ClassVar[tuple[str, ...]] = NORMS
+
+
 @dataclass(frozen=True)
-class Library:
+class Library(_Run):
     """An attack of torchattacks with an l∞ budget, as it comes.
 
     Attributes:
@@ -37,6 +47,8 @@ class Library:
         shares: its arguments that are lengths, as shares of the budget's epsilon.
         draws: noise draws of each forward pass; None for the target's.
     """
+
+    library, access, norms = "torchattacks", "white-box", ("linf",)
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -53,8 +65,8 @@ class Library:
 
 
 @dataclass(frozen=True)
-class AutoPgd:
-    """APGD of torchattacks.
+class AutoPgd(_Run):
+    """Automatic projected gradient descent (APGD) of torchattacks.
 
     Called as usual it returns the clean image where it failed, and counts one lucky draw of the noise as success. Here
     it returns the iterate with the largest loss instead.
@@ -68,6 +80,8 @@ class AutoPgd:
     Parameter-free Attacks".
     """
 
+    library, access = "torchattacks", "white-box"
+
     loss: str = "ce"
     steps: int = 100
     draws: int | None = None
@@ -78,13 +92,12 @@ class AutoPgd:
             target.view(draws=self.draws, seed=seed),
             norm=_NORM_NAMES[budget.norm], eps=budget.epsilon, steps=self.steps, loss=self.loss, seed=seed,
         )  # fmt: skip
-        _, adversarial = attack.perturb(x, y, best_loss=True)
-        images: Tensor = adversarial
+        images: Tensor = attack.perturb(x, y, best_loss=True)[1]
         return images
 
 
 @dataclass(frozen=True)
-class SquareSearch:
+class SquareSearch(_Run):
     """Square attack of torchattacks.
 
     Called as usual it returns the clean image where it failed; here it returns its last candidate. It searches the
@@ -96,6 +109,8 @@ class SquareSearch:
     Source: Andriushchenko, Croce, Flammarion & Hein (2020), "Square Attack: a Query-efficient Black-box Adversarial
     Attack via Random Search".
     """
+
+    library = "torchattacks"
 
     queries: int = 5000
 
@@ -112,6 +127,59 @@ class SquareSearch:
             view, norm=_NORM_NAMES[budget.norm], eps=budget.epsilon, n_queries=self.queries, seed=seed
         )
         attack.init_hyperparam(x)
-        _, adversarial = attack.attack_single_run(x, y)
-        images: Tensor = adversarial
+        images: Tensor = attack.attack_single_run(x, y)[1]
         return images
+
+
+@dataclass(frozen=True)
+class RandomNoise(_Run):
+    """Random perturbations, of which the worst counts.
+
+    For l∞ every other one has all pixels moved by epsilon, up or down; the others are uniform in the ball.
+
+    Attributes:
+        samples: number of perturbations of each image.
+    """
+
+    samples: int = 64
+
+    def __call__(self, target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
+        """Adversarial images, in the shape of x."""
+        view, generator = target.view(seed=seed), torch.Generator(x.device).manual_seed(seed)
+        best = Best(x)
+        for sample in range(self.samples):
+            z = budget.random(x, generator)
+            if budget.norm == "linf" and sample % 2:
+                signs = torch.empty_like(x).uniform_(-1, 1, generator=generator).sign()
+                z = budget.project(x + budget.epsilon * signs, x)
+            with torch.no_grad():
+                best.offer(z, margin(view(z), y))
+        return best.images
+
+
+@dataclass(frozen=True)
+class Transfer(_Run):
+    """Adversarial images of the target's sources, of which the target is shown one each and the worst counts.
+
+    Attributes:
+        descent: the attack on each source.
+    """
+
+    access = "transfer"
+
+    descent: Descent = field(default_factory=Descent)
+
+    def __call__(self, target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
+        """Adversarial images, in the shape of x.
+
+        Raises:
+            ValueError: if the target has no sources.
+        """
+        if not target.sources:
+            raise ValueError("a transfer attack needs other networks: give the target sources, evaluate baselines=")
+        view, best = target.view(seed=seed), Best(x)
+        for source in target.sources.values():
+            z = self.descent(source, x, y, budget, seed)
+            with torch.no_grad():
+                best.offer(z, margin(view(z), y))
+        return best.images

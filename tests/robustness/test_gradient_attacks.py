@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import snntorch_lr as slr
 from snntorch_lr.robustness import Budget, Descent, Target, tune_sharpness
-from snntorch_lr.robustness.descent import Best, StableAdaptiveSteps, SteepestSteps, margin
+from snntorch_lr.robustness.gradient_attacks import Best, StableAdaptiveSteps, margin
 
 from .networks import SmallNet, images, predictions
 
@@ -17,13 +17,6 @@ from .networks import SmallNet, images, predictions
 def test_margin_is_positive_where_the_prediction_is_wrong() -> None:
     logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, -1.0, 5.0]])
     assert margin(logits, torch.tensor([0, 1])).tolist() == [-1.0, 6.0]
-
-
-def test_steepest_steps_by_hand() -> None:
-    gradient = torch.tensor([[3.0, 0.0, -4.0]])
-    assert SteepestSteps(Budget(0.4), 0.25)(gradient).tolist() == [pytest.approx([0.1, 0, -0.1])]
-    assert SteepestSteps(Budget(2.0, "l2"), 0.5)(gradient).tolist() == [pytest.approx([0.6, 0, -0.8])]
-    assert SteepestSteps(Budget(2.0, "l2"), 0.5)(torch.zeros(1, 3)).tolist() == [[0, 0, 0]]
 
 
 def test_sa_pgd_by_hand() -> None:
