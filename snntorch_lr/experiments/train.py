@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..atomic import save
 from ..distributed import share
 from ..estimators import Estimator
 from ..objectives import OBJECTIVES, vote
 from ..optim import ESTIMATORS, attach, closure
-from ..robustness.attacks import gradient_attack, perturb
-from ..robustness.budget import Budget
-from ..robustness.descent import Descent
-from ..robustness.target import Target
+from ..robustness import Budget, Descent, Target, gradient_attack, perturb
 from . import files
 from .data import Images
 from .ranks import ALONE, Ranks
@@ -30,7 +28,7 @@ _ADVERSARY = gradient_attack("PGD-7", Descent(steps=7, length=0.25))
 CHECKS = 20
 """Times in an epoch at which a run with ``stop_at`` looks at its validation accuracy."""
 Step = Callable[[Tensor, Tensor], float]
-Progress = Callable[[int, float], None]
+AfterStep = Callable[[int, float], None]
 """Called after each step with the number of steps done, resumed ones included, and the loss."""
 
 
@@ -94,7 +92,7 @@ def train(
     checkpoint: Path,
     device: torch.device,
     resume: bool = False,
-    progress: Progress = lambda done, loss: None,
+    after_step: AfterStep = lambda done, loss: None,
     ranks: Ranks = ALONE,
 ) -> Trained:
     """Trains a network, or goes on from its checkpoint.
@@ -109,7 +107,7 @@ def train(
         checkpoint: file to write after each epoch.
         device: where to train.
         resume: go on from the checkpoint if it exists.
-        progress: called after each step.
+        after_step: called after each step.
         ranks: the processes that call this together and divide the copies of the likelihood ratio. The first alone
             reads and writes the checkpoint, and tests.
 
@@ -140,11 +138,11 @@ def train(
             raise ValueError(f"{checkpoint} is not a checkpoint of reproduce ({type(error).__name__})") from error
     take_step = stepper(recipe, net, optimizer, estimators)
 
-    def save() -> None:
+    def save_state() -> None:
         state: dict[str, Any] = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"schedule": schedule.state_dict(), "estimators": [each.state_dict() for each in estimators]}
         about = {"recipe": asdict(recipe), "shape": list(images.shape), "history": history, "stopped": stopped}
-        files.save_checkpoint(checkpoint, about | state)
+        save(checkpoint, about | state)
 
     while len(history) < recipe.epochs and not stopped:
         epoch = len(history)
@@ -154,7 +152,7 @@ def train(
         for step, batch in enumerate(torch.split(order, recipe.batch_size), start=1):
             losses.append(take_step(images.train[batch], images.train_labels[batch]) * len(batch))
             schedule.step()
-            progress(epoch * steps + step, losses[-1] / len(batch))
+            after_step(epoch * steps + step, losses[-1] / len(batch))
             stopped = _is_check(step, steps) and _reached(recipe, net, images)
             if stopped:
                 break
@@ -167,7 +165,7 @@ def train(
                 "seconds": seconds,
             }
         )
-        ranks.from_first(save)
+        ranks.from_first(save_state)
     return Trained(net, history)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from snntorch_lr.experiments.measure import peak_megabytes, slope
 from typer.testing import CliRunner
 
 from snntorch_lr.experiments import benchmark, cli
-from snntorch_lr.experiments.measure import peak_megabytes, slope
 from snntorch_lr.experiments.workloads import ESTIMATORS, NOISES, Workload, make_step
 
 CPU = torch.device("cpu")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from snntorch_lr.experiments.fronts import Point, beside, difference, front
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from snntorch_lr.experiments.plans import PLANS, Entry, Evaluation, plan
 
 from snntorch_lr.experiments import study_report
-from snntorch_lr.experiments.plans import PLANS, Entry, Evaluation, plan
 from snntorch_lr.experiments.recipe import check_recipe
 from snntorch_lr.experiments.study import finished, result_file, study, work
 from snntorch_lr.robustness import Gate

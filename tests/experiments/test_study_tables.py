@@ -6,9 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+from snntorch_lr.experiments.plans import Entry, plan
 
 from snntorch_lr.experiments import study_tables as tables
-from snntorch_lr.experiments.plans import Entry, plan
 from snntorch_lr.robustness.statistics import wilson
 
 MNIST = {entry.name: entry for entry in plan("mnist")}
