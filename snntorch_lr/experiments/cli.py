@@ -31,14 +31,8 @@ from .train import AfterStep
 
 console = Console()
 # Of the extra "experiments", beside what this module imports: some are needed only after hours.
-_NEEDED = [
-    "matplotlib",
-    "psutil",
-    "scipy",
-    "sklearn",
-    "torchvision",
-    *(["tomli"] if sys.version_info < (3, 11) else []),
-]
+_TOML = "tomllib" if sys.version_info >= (3, 11) else "tomli"
+_NEEDED = ("matplotlib", "psutil", "scipy", "sklearn", _TOML, "torchvision")
 
 
 class Parser(ArgumentParser):

@@ -52,8 +52,8 @@ class PlainScore(Vanilla):
 class Diagnose(Place, NoiseOptions):
     """Options of the command ``snntorch-lr diagnose``, which has those of the noise."""
 
-    dataset: str | None = option(None, "data; that of the checkpoint, or digits", choices=data.NAMES)
-    model: str | None = option(None, "network; that of the checkpoint, or mlp", choices=models.NAMES)
+    dataset: str | None = option(None, "data set, by default of the checkpoint, or digits", choices=data.NAMES)
+    model: str | None = option(None, "network, by default of the checkpoint, or mlp", choices=models.NAMES)
     checkpoint: Path | None = option(None, "network to measure, from reproduce; a fresh one by default")
     sigma: float = option(0.5, "noise level where the checkpoint has none")
     copies: int = option(16, "noise copies of each sample", least=1)

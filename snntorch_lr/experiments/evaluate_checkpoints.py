@@ -25,7 +25,7 @@ class Evaluate(Place):
         help="checkpoints of reproduce: the network, then its baselines", positional=True
     )
     suite: str = option("standard", "attacks", choices=SUITES)
-    dataset: str | None = option(None, "whose test images; those of the checkpoints", choices=data.NAMES)
+    dataset: str | None = option(None, "data set of the test images, by default of the checkpoints", choices=data.NAMES)
     images: int = option(1000, "test images to attack, from the first", least=1)
     epsilons: tuple[float, ...] = option((0.05, 0.1, 0.2), "attack budget", flag="--epsilon")
     norm: str = option("linf", "linf or l2")

@@ -80,17 +80,20 @@ def add_options(parser: ArgumentParser, kind: type) -> None:
     for each in fields(kind):
         about, (hint, *_) = each.metadata, _kinds(hints[each.name])
         several = get_origin(hint) is tuple
-        parts = [about["help"], ", ".join(about["choices"]), "may be given again" if several else ""]
-        words: dict[str, Any] = {"help": "; ".join(part for part in parts if part) + _default(each)}
+        choices = f": {', '.join(about['choices'])}" if about["choices"] else ""
+        again = "; may be given again" if several and not about["positional"] else ""
+        words: dict[str, Any] = {"help": f"{about['help']}{choices}{again}{_default(each)}"}
         if hint is bool:
             words |= {"action": "store_true"}
         else:
             words |= {"type": get_args(hint)[0] if several else hint}
             words |= {"metavar": each.name.upper() if about["positional"] else words["type"].__name__.upper()}
+        if several:
+            words |= {"nargs": "+"} if about["positional"] else {"action": "append"}
         if about["positional"]:
-            parser.add_argument(each.name, **words, **({"nargs": "+"} if several else {}))
+            parser.add_argument(each.name, **words)
         else:
-            parser.add_argument(flag_of(each), dest=each.name, **words, **({"action": "append"} if several else {}))
+            parser.add_argument(flag_of(each), dest=each.name, **words)
 
 
 def _default(each: Field[Any]) -> str:
@@ -125,9 +128,8 @@ def from_table(kind: type, table: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
     """The types that a value may have, but for None."""
-    return tuple(
-        kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if kind is not type(None)
-    )
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return tuple(kind for kind in kinds if kind is not type(None))
 
 
 def _typed(value: Any, hint: Any) -> Any:

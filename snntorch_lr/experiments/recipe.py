@@ -45,12 +45,12 @@ class NoiseOptions:
 class TrainingOptions(NoiseOptions):
     """Options of a training run that the command line offers too."""
 
-    dataset: str = option("digits", "data; digits need no download", choices=data.NAMES)
+    dataset: str = option("digits", "data set, digits without a download", choices=data.NAMES)
     model: str = option("mlp", "network", choices=models.NAMES)
     epochs: int = option(None, "passes over the data; 30 for digits, 4 otherwise", least=1)
     copies: int = option(None, "noise copies of each sample; 2 for counterfactual, else 16", least=1)
     seed: int = option(0, "of everything random")
-    estimator: str = option("counterfactual", "of the likelihood ratio", choices=ESTIMATORS)
+    estimator: str = option("counterfactual", "estimator of the likelihood ratio", choices=ESTIMATORS)
     learning_rate: float = option(1e-3, "of Adam, for all networks; falls to 0 along a cosine", above=0)
 
     def __post_init__(self) -> None:

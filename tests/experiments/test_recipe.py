@@ -13,7 +13,7 @@ from snntorch_lr.experiments.recipe import Recipe, make_network, make_optimizer,
 from snntorch_lr.experiments.train import train
 
 CPU = torch.device("cpu")
-RECIPE = Recipe("likelihood ratio", "digits", "mlp", epochs=2, copies=4, seed=0, batch_size=32, learning_rate=5e-3)
+RECIPE = Recipe(method="likelihood ratio", epochs=2, copies=4, batch_size=32, learning_rate=5e-3)
 VANILLA = replace(RECIPE, estimator="vanilla")
 
 
@@ -107,6 +107,9 @@ def test_training_images_are_disturbed(method: str, images: data.Images, tmp_pat
         ({"objective": "vote"}, "no derivative by a spike: use the estimator vanilla"),
         ({"objective": "zero-one"}, "no derivative by a spike: use the estimator vanilla"),
         ({"votes": 3}, "votes"),
+        ({"votes": 0}, "votes must be at least 1"),
+        ({"model": "rnn"}, "unknown model"),
+        ({"sigma": 0.0}, "sigma must be positive"),
         ({"late_copies": -1}, "late_copies"),
         ({"late_copies": 8, "method": "surrogate"}, "late_copies"),
         ({"decay": -1.0}, "decay"),

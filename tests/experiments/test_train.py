@@ -12,7 +12,7 @@ from snntorch_lr.experiments.train import split, train, validation_accuracy
 from snntorch_lr.optim import ESTIMATORS
 
 CPU = torch.device("cpu")
-RECIPE = Recipe("likelihood ratio", "digits", "mlp", epochs=3, copies=2, seed=0, num_steps=8, batch_size=16)
+RECIPE = Recipe(method="likelihood ratio", epochs=3, copies=2, num_steps=8, batch_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,12 @@ def test_killed_and_resumed_gives_the_same_weights(method: str, images: data.Ima
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, images, tmp_path / "cut.pt", CPU, progress=kill)
+        train(recipe, images, tmp_path / "cut.pt", CPU, after_step=kill)
     torch.rand(5)  # whatever else used the global generator
     steps: list[int] = []
-    resumed = train(recipe, images, tmp_path / "cut.pt", CPU, resume=True, progress=lambda done, _: steps.append(done))
+    resumed = train(
+        recipe, images, tmp_path / "cut.pt", CPU, resume=True, after_step=lambda done, _: steps.append(done)
+    )
     assert steps[0] == 17
     assert len(resumed.history) == 3
     for name, value in resumed.net.state_dict().items():
@@ -74,8 +76,8 @@ def test_training_stops_where_the_held_out_images_are_right_often_enough(images:
     assert 0 < run.history[-1]["epoch"] < recipe.epochs
     losses: list[float] = []
     stopped: list[float] = []
-    train(replace(recipe, stop_at=None), images, tmp_path / "whole.pt", CPU, progress=lambda _, x: losses.append(x))
-    train(recipe, images, tmp_path / "again.pt", CPU, progress=lambda _, x: stopped.append(x))
+    train(replace(recipe, stop_at=None), images, tmp_path / "whole.pt", CPU, after_step=lambda _, x: losses.append(x))
+    train(recipe, images, tmp_path / "again.pt", CPU, after_step=lambda _, x: stopped.append(x))
     assert stopped == losses[: len(stopped)]
     assert len(stopped) == round(12 * run.history[-1]["epoch"])
 

@@ -11,10 +11,10 @@ from snntorch_lr.experiments import data
 from snntorch_lr.experiments.recipe import Recipe
 from snntorch_lr.experiments.train import train
 
-from .test_reproduce import run
+from .commands import run
 
 SMALL = ["--suite", "quick", "--images", "12", "--draws", "2", "--votes", "4", "--epsilon", "0.1"]
-RECIPE = Recipe("likelihood ratio", "digits", "mlp", 1, 2, 0, learning_rate=5e-3)
+RECIPE = Recipe(method="likelihood ratio", epochs=1, copies=2, learning_rate=5e-3)
 
 
 @pytest.fixture(scope="module")
