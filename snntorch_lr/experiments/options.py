@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -108,12 +108,14 @@ def from_arguments(kind: Callable[..., T], given: Namespace) -> T:
     return kind(**{name: value for name, value in found.items() if value is not None})
 
 
-def from_table(kind: type, table: Mapping[str, Any]) -> dict[str, Any]:
+def from_table(kind: type, table: Any) -> dict[str, Any]:
     """Values of fields from a table of a TOML file, lists as tuples.
 
     Raises:
         ValueError: if a key is unknown, or a value has another type.
     """
+    if not isinstance(table, dict):
+        raise ValueError(f"expected a table, got {table!r}")
     hints, found = get_type_hints(kind), {}
     for key, value in table.items():
         if key not in hints:
@@ -126,6 +128,20 @@ def from_table(kind: type, table: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def made(kind: Callable[..., T], values: Mapping[str, Any]) -> T:
+    """A checked instance of a dataclass of options.
+
+    Raises:
+        ValueError: if a value is missing or wrong.
+    """
+    missing = [each.name for each in fields(cast("Any", kind)) if each.default is MISSING and each.name not in values]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing")
+    options = kind(**values)
+    check(options, flags=False)
+    return options
+
+
 def _kinds(hint: Any) -> tuple[Any, ...]:
     """The types that a value may have, but for None."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
@@ -134,12 +150,18 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 def _typed(value: Any, hint: Any) -> Any:
     for kind in _kinds(hint):
-        if get_origin(kind) is tuple and isinstance(value, list):
+        plain = get_origin(kind) or kind
+        if plain is tuple and isinstance(value, list):
             return tuple(_typed(each, get_args(kind)[0]) for each in value)
-        if type(value) is kind or (kind is float and type(value) is int):
-            return kind(value)
-    names = [f"a list of {get_args(kind)[0].__name__}" if get_args(kind) else kind.__name__ for kind in _kinds(hint)]
-    raise TypeError(" or ".join(names))
+        if type(value) is plain or (plain is float and type(value) is int):
+            return plain(value)
+    raise TypeError(" or ".join(map(_words, _kinds(hint))))
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"a list, each {_words(get_args(kind)[0])}"
+    return {str: "a string", int: "an integer", float: "a number", bool: "true or false"}.get(kind, "a table")
 
 
 def recorded(options: Any) -> dict[str, Any]:

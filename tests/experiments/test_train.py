@@ -27,7 +27,7 @@ def images() -> data.Images:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", models.NAMES)
 def test_loss_falls(method: str, model: str, images: data.Images, tmp_path: Path) -> None:
-    recipe = replace(RECIPE, method=method, model=model, copies=8, learning_rate=1e-2)
+    recipe = replace(RECIPE, method=method, model=model, epochs=2, copies=4, learning_rate=1e-2)
     history = train(recipe, images, tmp_path / "c.pt", CPU).history
     assert history[-1]["train_loss"] < 0.98 * history[0]["train_loss"]
 
@@ -35,7 +35,7 @@ def test_loss_falls(method: str, model: str, images: data.Images, tmp_path: Path
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("noise", ["membrane", "escape"])
 def test_every_estimator_and_noise_trains(estimator: str, noise: str, images: data.Images, tmp_path: Path) -> None:
-    recipe = replace(RECIPE, model="deep-mlp", copies=8, learning_rate=5e-3, estimator=estimator, noise=noise)
+    recipe = replace(RECIPE, model="deep-mlp", copies=4, learning_rate=1e-2, estimator=estimator, noise=noise)
     history = train(recipe, images, tmp_path / "c.pt", CPU).history
     assert history[-1]["train_loss"] < 0.95 * history[0]["train_loss"]
 

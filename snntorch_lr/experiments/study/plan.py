@@ -8,14 +8,15 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from ...robustness import SUITES
-from ..options import check, from_table, option
+from ..options import from_table, made, option
 from ..recipe import Recipe, check_recipe
 
+T = TypeVar("T")
 REDUCED = ("EOT-PGD training", "EOT-PGD gaussian", "margin EOT-PGD-40x8", "targeted EOT-PGD", "transfer")
 """The attacks that find the most on these networks, where all of ``"standard"`` would take too long."""
 SOURCES = ("surrogate", "ann")
@@ -88,27 +89,31 @@ class Entry:
         return training
 
 
-@dataclass(frozen=True)
-class _Row:
-    """Keys of a network in a file, beside those of its recipe."""
+class _File:
+    """Tables of a file; hints only."""
 
-    family: str
-    recipe: str = "surrogate"
+    recipes: dict[str, Any]
+    usual: dict[str, Any]
+    seed: dict[str, Any]
+    front: dict[str, Any]
+    tune: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Keys of a group."""
+
+    evaluations: tuple[dict[str, Any], ...] = option()
+    networks: tuple[dict[str, Any], ...] = option()
+
+
+@dataclass(frozen=True)
+class _Network:
+    """Keys of a network, beside those of its recipe."""
+
+    family: str = option()
     label: str = ""
     matches: str | None = None
-
-
-@dataclass
-class _Plan:
-    """A plan while it is read.
-
-    Attributes:
-        recipes: tables of the file, by name, with what they are like filled in.
-        entries: the networks so far.
-    """
-
-    recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    entries: list[Entry] = field(default_factory=list)
 
 
 def plan_path(plan: str) -> Path:
@@ -142,109 +147,90 @@ def read_plan(plan: str) -> list[Entry]:
         import tomllib
     else:
         import tomli as tomllib
+    recipes: dict[str, dict[str, Any]] = {}
+    entries: list[Entry] = []
     with _within(str(path)):
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        found = _Plan()
-        for name, table in _tables(tables.pop("recipes", {})).items():
+        tables = from_table(_File, tomllib.loads(path.read_text(encoding="utf-8")))
+        for name, table in tables.pop("recipes", {}).items():
             with _within(f"recipes.{name}"):
-                start = _pick(table, "like", found.recipes)
-                found.recipes[name] = start | from_table(Recipe, {k: v for k, v in table.items() if k != "like"})
-        if "surrogate" not in found.recipes:
-            raise ValueError("a recipe 'surrogate' is missing: every study trains it, to transfer attacks from")
-        for name, changes in (("surrogate", {}), ("ann", {"model": "ann"})):
-            with _within("recipes.surrogate"):
-                recipe = _recipe(found.recipes["surrogate"] | changes)
-                found.entries.append(Entry(name, name, "source", recipe, ()))
+                recipes[name] = _fields(table, recipes)
+        for name, change in (("surrogate", {}), ("ann", {"model": "ann"})):
+            with _within("recipes.surrogate, which attacks are transferred from"):
+                recipe = _recipe(recipes.get("surrogate", {}) | change)
+                entries.append(Entry(name, name, "source", recipe, ()))
         for group, table in tables.items():
             with _within(group):
-                _add_group(found, group, table)
-        if len(found.entries) == len(SOURCES):
-            raise ValueError(f"there is no network: add a table of the groups {', '.join(GROUPS[1:])}")
-    return found.entries
+                rows = made(_Group, from_table(_Group, table))
+            evaluations = []
+            for number, row in enumerate(rows.evaluations, start=1):
+                with _within(f"{group}, evaluation {number}"):
+                    evaluations.append(_evaluation(row))
+            for number, row in enumerate(rows.networks, start=1):
+                with _within(f"{group}, network {number}"):
+                    entries.append(_entry(group, row, evaluations, recipes, entries))
+        if not tables:
+            raise ValueError(f"no network: add one of the tables {', '.join(GROUPS[1:])}")
+    return entries
 
 
-def _add_group(found: _Plan, group: str, table: Any) -> None:
-    if group not in GROUPS[1:]:
-        raise ValueError(f"unknown group; use one of {', '.join(GROUPS[1:])}")
-    lists = {"evaluations": [], "networks": []} | _tables({group: table})[group]
-    if unknown := lists.keys() - {"evaluations", "networks"}:
-        raise ValueError(f"unknown key {unknown.pop()!r}; a group has evaluations and networks")
-    for key, rows in lists.items():
-        if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{key} must be a list of tables, such as {key} = [{{ ... }}]")
-    evaluations = []
-    for number, row in enumerate(lists["evaluations"], start=1):
-        with _within(f"evaluations, row {number}"):
-            evaluations.append(_evaluation(row))
-    for number, row in enumerate(lists["networks"], start=1):
-        with _within(f"networks, row {number}"):
-            _add_network(found, group, row, evaluations)
+def _fields(table: Any, recipes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Fields of a recipe: those of the one that it is like, and its own."""
+    if not isinstance(table, dict) or "like" not in table:
+        return from_table(Recipe, table)
+    own = {key: value for key, value in table.items() if key != "like"}
+    return _named(table["like"], recipes) | from_table(Recipe, own)
+
+
+def _named(name: Any, known: Mapping[str, T]) -> T:
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{name!r} is not among what stands above: {', '.join(known)}")
+    return known[name]
 
 
 def _evaluation(table: Mapping[str, Any]) -> Evaluation:
     found = from_table(Evaluation, table)
-    if missing := [name for name in ("attacks", "images", "epsilons") if name not in found]:
-        raise ValueError(f"{missing[0]} is missing")
-    if found["attacks"] == "reduced":
+    if found.get("attacks") == "reduced":
         found["attacks"] = REDUCED
-    evaluation = Evaluation(**found)
-    check(evaluation, flags=False)
-    attacks = evaluation.attacks
-    known = {attack.name for suite in SUITES.values() for attack in suite}
-    for name in {attacks} - {*SUITES} if isinstance(attacks, str) else {*attacks} - {*SUITES} - known:
-        raise ValueError(f"unknown attacks {name!r}; use reduced, {', '.join(SUITES)}, or a list of attacks of these")
-    names = {attack.name for attack in SUITES[attacks]} if isinstance(attacks, str) else {*attacks}
-    if "standard" not in names and not names & {*REDUCED[:-1]}:
+    evaluation = made(Evaluation, found)
+    members = {name: {attack.name for attack in attacks} for name, attacks in SUITES.items()}
+    given = {evaluation.attacks} if isinstance(evaluation.attacks, str) else {*evaluation.attacks}
+    if unknown := sorted(given - members.keys() - set().union(*members.values())):
+        raise ValueError(
+            f"unknown attack {unknown[0]!r}; use reduced, {', '.join(members)}, or a list of their attacks"
+        )
+    if not given.union(*(members[name] for name in given & members.keys())) & {*REDUCED[:-1]}:
         raise ValueError(f"attacks must have one of the reduced suite, which tables count: {', '.join(REDUCED[:-1])}")
     return evaluation
 
 
-def _add_network(found: _Plan, group: str, table: Mapping[str, Any], evaluations: list[Evaluation]) -> None:
-    own = {"family", "recipe", "label", "matches"}
-    row = from_table(_Row, {key: value for key, value in table.items() if key in own})
-    if not row.get("family"):
-        raise ValueError("family is missing: the name under which tables show the network")
-    about = _Row(**row)
-    start = _pick({"recipe": about.recipe}, "recipe", found.recipes)
-    recipe = _recipe(start | from_table(Recipe, {key: value for key, value in table.items() if key not in own}))
-    if recipe.dataset != (dataset := found.entries[0].recipe.dataset):
-        raise ValueError(f"dataset must be {dataset}, that of the recipe 'surrogate', got {recipe.dataset}")
+def _entry(
+    group: str, table: dict[str, Any], evaluations: list[Evaluation], recipes: Mapping[str, dict[str, Any]],
+    above: list[Entry],
+) -> Entry:  # fmt: skip
+    keys = get_type_hints(_Network)
+    about = made(_Network, from_table(_Network, {key: value for key, value in table.items() if key in keys}))
+    recipe = _recipe(_fields({key: value for key, value in table.items() if key not in keys}, recipes))
+    if recipe.dataset != above[0].recipe.dataset:
+        raise ValueError(f"dataset must be that of recipes.surrogate, {above[0].recipe.dataset}")
     if any(each.held_out and each.images > recipe.validation for each in evaluations):
-        raise ValueError(f"there are {recipe.validation} held-out images: raise validation, or attack fewer images")
+        raise ValueError(f"there are {recipe.validation} held-out images: raise validation, or attack fewer")
     # A network without noise has no row with its noise on.
     attacked = tuple(each for each in evaluations if each.noise == "off" or recipe.method != "surrogate")
     name = f"{group}: {about.family}{f', {about.label}' if about.label else ''}"
     entry = Entry(name, about.family, group, recipe, attacked, about.matches)
-    if entry.slug in {other.slug for other in found.entries}:
-        raise ValueError(f"there is a network {name!r} already: give this one another label")
+    if entry.slug in {other.slug for other in above}:
+        raise ValueError(f"there is a network {name!r} above: give this one another label")
     if about.matches is not None:
-        _pick({"matches": about.matches}, "matches", {other.name: {} for other in found.entries})
-    found.entries.append(entry)
+        _named(about.matches, {other.name: other for other in above})
+    return entry
 
 
 def _recipe(fields: Mapping[str, Any]) -> Recipe:
-    if "method" not in fields:
-        raise ValueError("method is missing")
-    recipe = Recipe(**fields)
+    recipe = made(Recipe, fields)
     check_recipe(recipe)
     if not recipe.validation:
-        raise ValueError("validation must be at least 1: a study reports the accuracy on held-out training images")
+        raise ValueError("validation must be at least 1: studies report the accuracy on held-out training images")
     return recipe
-
-
-def _pick(table: Mapping[str, Any], key: str, known: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The table that a key names; an empty one if the key is not there."""
-    if key not in table:
-        return {}
-    if not isinstance(table[key], str) or table[key] not in known:
-        raise ValueError(f"{key} names {table[key]!r}, which stands nowhere above; there are {', '.join(known)}")
-    return known[table[key]]
-
-
-def _tables(value: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(value, dict) or not all(isinstance(each, dict) for each in value.values()):
-        raise ValueError(f"expected tables, got {value!r}")
-    return value
 
 
 @contextmanager
