@@ -42,6 +42,7 @@ _FIGURES = (
     ("memory", "num_steps", "megabytes", "time steps T", "peak memory of a step (MB)"),
 )
 Rows = list[dict[str, Any]]
+Table = tuple[list[str], list[list[str]]]
 Tell = Callable[[str], None]
 """Told what is measured next."""
 
@@ -235,26 +236,29 @@ def to_markdown(results: dict[str, Any]) -> str:
     return f"# Benchmark: {size}\n\n" + "\n\n".join(sections) + f"\n\n{files.origin_note(results)}"
 
 
-def _steps_table(rows: Rows, settings: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """One line for each method, one column for each K."""
+def _steps_table(rows: Rows, settings: dict[str, Any]) -> Table:
+    def cell(row: dict[str, Any]) -> str:
+        return f"{row['milliseconds']:.1f} ({row['ratio']:.2f} ×)"
+
     header = ["median of turns; ms (ratio)", *(f"K = {copies}" for copies in settings["copies"])]
+    return header, _by_method(rows, "copies", settings["copies"], cell)
+
+
+def _memory_table(rows: Rows, settings: dict[str, Any]) -> Table:
+    header = ["MB above the start", *(f"T = {steps}" for steps in settings["memory_steps"])]
+    return header, _by_method(rows, "num_steps", settings["memory_steps"], lambda row: f"{row['megabytes']:.1f}")
+
+
+def _by_method(rows: Rows, key: str, columns: list[int], cell: Callable[[dict[str, Any]], str]) -> list[list[str]]:
+    """One line for each method, one column for each value of a key."""
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        by_copies = {row["copies"]: row for row in rows if row["method"] == method}
-        cells = [by_copies.get(copies) for copies in settings["copies"]]
-        lines.append([method, *(f"{c['milliseconds']:.1f} ({c['ratio']:.2f} ×)" if c else "" for c in cells)])
-    return header, lines
+        found = {row[key]: cell(row) for row in rows if row["method"] == method}
+        lines.append([method, *(found.get(column, "") for column in columns)])
+    return lines
 
 
-def _memory_table(rows: Rows, settings: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    header = ["MB above the start", *(f"T = {steps}" for steps in settings["memory_steps"])]
-    return header, [
-        [method, *(f"{row['megabytes']:.1f}" for row in rows if row["method"] == method)]
-        for method in dict.fromkeys(row["method"] for row in rows)
-    ]
-
-
-def _growth_table(rows: Rows, settings: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _growth_table(rows: Rows, settings: dict[str, Any]) -> Table:
     header = ["method", "over", "ms at 1 ×, 2 ×, 4 ×", "exponent"]
     return header, [
         [row["method"], row["axis"], ", ".join(f"{t:.1f}" for t in row["milliseconds"]), f"{row['exponent']:.2f}"]
@@ -262,7 +266,7 @@ def _growth_table(rows: Rows, settings: dict[str, Any]) -> tuple[list[str], list
     ]
 
 
-def _accuracy_table(rows: Rows, settings: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _accuracy_table(rows: Rows, settings: dict[str, Any]) -> Table:
     header = [f"{settings['dataset']}, test accuracy", "target", "seconds", "steps", "best seen"]
     return header, [
         [

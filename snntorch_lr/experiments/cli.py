@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from inspect import cleandoc
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 try:
     from rich.console import Console
@@ -22,12 +22,14 @@ except ImportError as error:
 
 from .. import __version__
 from ..distributed import RankError
-from ..robustness.measure import Progress as AttackProgress
 from . import benchmark, diagnose, evaluate_checkpoints, ranks, reproduce
 from .data import DataError
 from .options import add_options, from_arguments
 from .study import page, run
-from .train import AfterStep
+
+if TYPE_CHECKING:
+    from ..robustness.measure import Progress as AttackProgress
+    from .train import AfterStep
 
 console = Console()
 # Of the extra "experiments", beside what this module imports: some are needed only after hours.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,16 +13,19 @@ from torch.nn import functional as F
 from ..convert import add_noise
 from ..counterfactual import Counterfactual
 from ..diagnostics import gradient_report
-from ..estimators import Estimator, Vanilla
+from ..estimators import Vanilla
 from ..network import noisy_neurons
 from ..noise import KINDS, EscapeNoise, MembraneNoise
-from ..noisy import NoisyNeuron
 from ..optim import ESTIMATORS
 from ..quality import GradientReport
 from ..storing import Storing
 from . import data, files, models
 from .options import Place, check, command_line, option, recorded
 from .recipe import NoiseOptions, Recipe, load_trained, make_network
+
+if TYPE_CHECKING:
+    from ..estimators import Estimator
+    from ..noisy import NoisyNeuron
 
 
 class _PlainScores(Storing):

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..robustness import CORRUPTIONS, SUITES, RobustnessReport, evaluate
-from ..robustness.measure import Progress
 from . import data, files
 from .options import Place, check, command_line, option
 from .recipe import Recipe, load_trained
 from .reproduce import check_suite, write_evaluation
+
+if TYPE_CHECKING:
+    from ..robustness.measure import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

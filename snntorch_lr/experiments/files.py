@@ -142,6 +142,13 @@ def origin_note(results: Mapping[str, Any]) -> str:
     )
 
 
+def share_text(share: Mapping[str, float] | None) -> str:
+    """An accuracy in percent with the half-width of its interval, for tables; "-" if there is none."""
+    if share is None:
+        return "-"
+    return f"{100 * share['accuracy']:.1f} ± {50 * (share['high'] - share['low']):.1f}"
+
+
 def run_name(dataset: str, model: str, seed: int) -> str:
     """Name of the folder of a run whose user gives none; another run has another."""
     return f"{dataset}-{model}-seed{seed}"

@@ -82,7 +82,9 @@ def add_options(parser: ArgumentParser, kind: type) -> None:
         several = get_origin(hint) is tuple
         choices = f": {', '.join(about['choices'])}" if about["choices"] else ""
         again = "; may be given again" if several and not about["positional"] else ""
-        words: dict[str, Any] = {"help": f"{about['help']}{choices}{again}{_default(each)}"}
+        # A percent sign is an instruction to argparse.
+        text = f"{about['help']}{choices}{again}{_default(each)}".replace("%", "%%")
+        words: dict[str, Any] = {"help": text}
         if hint is bool:
             words |= {"action": "store_true"}
         else:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..robustness import SUITES, RobustnessReport, evaluate, score, share_of, suite, verdict
-from ..robustness.measure import Progress, Row
 from ..text import markdown
 from . import data, files
 from .options import Place, check, command_line, option, recorded
@@ -19,6 +18,8 @@ from .train import AfterStep, Trained, split, train, validation_accuracy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from ..robustness.measure import Progress, Row
 
 LIKELIHOOD_RATIO = "likelihood ratio"
 STOPPED = "surrogate, stopped"
@@ -187,10 +188,10 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     seconds = [results["training"][row["network"]]["seconds_per_epoch"] for row in rows]
     epochs = [results["training"][row["network"]]["history"][-1]["epoch"] for row in rows]
     lines = [["epochs", *(f"{value:.3g}" for value in epochs)], ["s/epoch", *(f"{value:.2g}" for value in seconds)]]
-    lines += [["clean", *(_percent(row["clean"]) for row in rows)]]
-    lines.append(["single draw", *(_percent(row["single draw"]) for row in rows)])
+    lines += [["clean", *(files.share_text(row["clean"]) for row in rows)]]
+    lines.append(["single draw", *(files.share_text(row["single draw"]) for row in rows)])
     attacks = dict.fromkeys(attack for row in rows for attack in row["attacks"])
-    lines += [[attack, *(_percent(row["attacks"].get(attack)) for row in rows)] for attack in attacks]
+    lines += [[attack, *(files.share_text(row["attacks"].get(attack)) for row in rows)] for attack in attacks]
     lines.append(["gates", *(row["verdict"] for row in rows)])
     return header, lines
 
@@ -224,12 +225,6 @@ def write_evaluation(evaluation: RobustnessReport, out: Path, note: str) -> None
 
 def _noise(row: dict[str, Any]) -> str:
     return "" if row["noise"] == "none" else f" (noise {row['noise']} at test)"
-
-
-def _percent(share: dict[str, float] | None) -> str:
-    if share is None:
-        return "-"
-    return f"{100 * share['accuracy']:.1f} ± {50 * (share['high'] - share['low']):.1f}"
 
 
 def _training_figure(results: dict[str, Any]) -> Figure:

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..atomic import save
 from ..distributed import share
-from ..estimators import Estimator
 from ..objectives import OBJECTIVES, vote
 from ..optim import ESTIMATORS, attach, closure
 from ..robustness import Budget, Descent, Target, gradient_attack, perturb
@@ -23,6 +22,9 @@ from . import files
 from .data import Images
 from .ranks import ALONE, Ranks
 from .recipe import INCOMPLETE, Recipe, check_recipe, make_network, make_optimizer
+
+if TYPE_CHECKING:
+    from ..estimators import Estimator
 
 _ADVERSARY = gradient_attack("PGD-7", Descent(steps=7, length=0.25))
 CHECKS = 20

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..baselines import batch_mean, leave_one_out
 from ..convert import add_noise, reset
 from ..optim import ESTIMATORS, attach, closure
 from .cost import TrainingStep
@@ -178,8 +177,10 @@ def _textbook_step(workload: Workload, net: Classifier, x: Tensor, y: Tensor) ->
         optimizer.zero_grad()
         losses.mean().backward()  # type: ignore[no-untyped-call]
         table = losses.detach().view(workload.copies, -1)
-        baseline = leave_one_out if workload.copies > 1 else batch_mean
-        advantages = baseline(table).reshape(-1, 1) / table.numel()
+        # The loss minus the mean of the other copies of the sample; of one copy, minus that of the batch.
+        others = workload.copies - 1
+        baseline = (table.sum(0) - table) / others if others else table.mean()
+        advantages = (table - baseline).reshape(-1, 1) / table.numel()
         with torch.no_grad():
             scores = [advantages * epsilon / log_sigma.exp() for epsilon in noise]
             first.weight.grad = sum((score.T @ rows for score in scores), torch.zeros_like(first.weight))

@@ -143,12 +143,16 @@ _NOTE_TUNE = (
 
 
 def _note_a(usual: Sequence[Result]) -> str:
-    suite = usual[0]["entry"]["evaluations"][0]["attacks"]
+    attacks = usual[0]["entry"]["evaluations"][0]["attacks"]
+    if attacks == [*REDUCED]:
+        suite = "the reduced suite"
+    else:
+        suite = f"the suite {attacks!r}" if isinstance(attacks, str) else ", ".join(attacks)
     return (
         "Same network, same data, same number of epochs, no tuning for robustness. 'worst' is the worst case over "
-        f"{f'the suite {suite!r}' if isinstance(suite, str) else 'the reduced suite'} and transfers; the reduced suite "
-        f"is {', '.join(REDUCED)}. Noise off and on were attacked on different numbers of images: compare them on the "
-        "first ones. Without 'all gates passed' a line is no claim of robustness."
+        f"{suite} and transfers; the reduced suite is {', '.join(REDUCED)}. Noise off and on were attacked on "
+        "different numbers of images: compare them on the first ones. Without 'all gates passed' a line is no claim "
+        "of robustness."
     )
 
 

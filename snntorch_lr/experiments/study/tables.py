@@ -13,6 +13,7 @@ from scipy import stats
 
 from ...robustness import Gate, mcnemar
 from ...text import markdown
+from ..files import share_text
 
 Result = dict[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -136,9 +137,9 @@ def usual(results: Sequence[Result], epsilon: str) -> Table:
     for label, result, row in columns:
         clean, right = result["clean"][row["noise"]], row["right"]
         if epsilon in right["worst"]:
-            cells = [_share(clean["majority vote"]), _share(clean["single draw"])]
-            cells += [_share(row["attacks"].get(name, {}).get(epsilon)) for name in PAPER]
-            cells += [_right(right["reduced"][epsilon]), f"**{_share(row['worst_case'][epsilon])}**"]
+            cells = [share_text(clean["majority vote"]), share_text(clean["single draw"])]
+            cells += [share_text(row["attacks"].get(name, {}).get(epsilon)) for name in PAPER]
+            cells += [_right(right["reduced"][epsilon]), f"**{share_text(row['worst_case'][epsilon])}**"]
             cells += [_right(right["worst"][epsilon][:fewest]), str(len(right["clean"])), row["verdict"]]
             lines.append([label, *cells])
     header = ["", "clean", "clean, single draw", *PAPER, "worst, reduced suite", "worst"]
@@ -152,7 +153,7 @@ def short(results: Sequence[Result]) -> Table:
     lines = []
     for label, result, row in _columns(results):
         if row["noise"] != "on":
-            cells = [_share(result["clean"][row["noise"]]["majority vote"]), _share(row["worst_case"][epsilon])]
+            cells = [share_text(result["clean"][row["noise"]]["majority vote"]), share_text(row["worst_case"][epsilon])]
             own = result["entry"]["family"] == "surrogate"
             cells += ["-" if own else _against(row["right"]["worst"][epsilon], reference)]
             cells += [_seconds(result), row["verdict"]]
@@ -235,8 +236,8 @@ def costs(results: Sequence[Result]) -> Table:
     both = pair(results)
     rows = [r["rows"][0] for r in both.values()]
     lines = [
-        ["clean", *(_share(r["clean"]["off"]["majority vote"]) for r in both.values())],
-        *([f"worst, ε = {e}", *(_share(row["worst_case"][e]) for row in rows)] for e in budgets_of(results)),
+        ["clean", *(share_text(r["clean"]["off"]["majority vote"]) for r in both.values())],
+        *([f"worst, ε = {e}", *(share_text(row["worst_case"][e]) for row in rows)] for e in budgets_of(results)),
         ["training, s", *map(_seconds, both.values())],
         ["memory of a step, MB", *(f"{r['step_megabytes']:.0f}" for r in both.values())],
     ]
@@ -292,6 +293,7 @@ def seeds(results: Sequence[Result]) -> Table:
     """Clean accuracy and worst case by family, over its seeds; table A's networks are the first seed."""
     both = [*of_group(results, "usual"), *of_group(results, "seed")]
     budgets = budgets_of(of_group(results, "seed"))
+    budgets = [e for e in budgets if all(e in r["rows"][0]["right"]["reduced"] for r in both)]
     lines = []
     for family in dict.fromkeys(r["entry"]["family"] for r in both):
         runs = [r for r in both if r["entry"]["family"] == family]
@@ -375,10 +377,6 @@ def _percent(value: Any) -> str:
 
 def _right(bits: str) -> str:
     return _percent(_array(bits).mean())
-
-
-def _share(share: dict[str, float] | None) -> str:
-    return "-" if share is None else f"{100 * share['accuracy']:.1f} ± {50 * (share['high'] - share['low']):.1f}"
 
 
 def _seconds(result: Result) -> str:
