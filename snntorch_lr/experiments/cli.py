@@ -50,9 +50,9 @@ class Command:
     """One of the commands.
 
     Attributes:
-        run: what it does with its options; the docstring is its help.
+        run: does it with its options; the docstring is its help.
         options: dataclass that its options are made from.
-        kept: what Ctrl-C leaves.
+        kept: said after Ctrl-C: the results that are left.
     """
 
     run: Callable[[Any], None]

@@ -155,7 +155,9 @@ def train(
             losses.append(take_step(images.train[batch], images.train_labels[batch]) * len(batch))
             schedule.step()
             after_step(epoch * steps + step, losses[-1] / len(batch))
-            stopped = _is_check(step, steps) and _reached(recipe, net, images)
+            looks = step == steps or step % max(1, steps // CHECKS) == 0
+            if recipe.stop_at is not None and looks:
+                stopped = validation_accuracy(net, recipe, images) >= recipe.stop_at
             if stopped:
                 break
         seconds = time.perf_counter() - started
@@ -169,15 +171,6 @@ def train(
         )
         ranks.from_first(save_state)
     return Trained(net, history)
-
-
-def _is_check(step: int, steps: int) -> bool:
-    """Whether training may stop after this step of an epoch: at a few evenly spaced ones, and at its end."""
-    return step == steps or step % max(1, steps // CHECKS) == 0
-
-
-def _reached(recipe: Recipe, net: nn.Module, images: Images) -> bool:
-    return recipe.stop_at is not None and validation_accuracy(net, recipe, images) >= recipe.stop_at
 
 
 def make_estimators(recipe: Recipe, net: nn.Module, ranks: Ranks = ALONE) -> list[Estimator]:

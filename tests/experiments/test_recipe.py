@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from snntorch_lr.experiments import data
 from snntorch_lr.experiments.recipe import Recipe, make_network, make_optimizer, noise_levels
 from snntorch_lr.experiments.train import train
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 CPU = torch.device("cpu")
 RECIPE = Recipe(method="likelihood ratio", epochs=2, copies=4, batch_size=32, learning_rate=5e-3)
 VANILLA = replace(RECIPE, estimator="vanilla")
@@ -88,6 +90,21 @@ def test_decay_shrinks_the_first_weights_only() -> None:
     optimizer.step()
     for name, value in net.named_parameters():
         torch.testing.assert_close(value.detach(), before[name] * (0.8 if name == "blocks.0.1.weight" else 1))
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("study-*/results.json")), ids=lambda path: path.parent.name)
+def test_recipes_of_earlier_versions_are_read(path: Path) -> None:
+    for each in json.loads(path.read_text(encoding="utf-8")):
+        saved = each["entry"]["recipe"]
+        recipe = asdict(Recipe(**saved))
+        assert {name: recipe[name] for name in saved} == saved
+
+
+def test_defaults_depend_on_the_data_and_the_estimator() -> None:
+    assert (Recipe(method="surrogate").epochs, Recipe(method="surrogate").copies) == (30, 2)
+    other = Recipe(method="surrogate", dataset="mnist", estimator="vanilla")
+    assert (other.epochs, other.copies) == (4, 16)
+    assert (replace(other, dataset="digits", estimator="counterfactual").copies) == 16
 
 
 @pytest.mark.parametrize("method", ["surrogate", "likelihood ratio"])
