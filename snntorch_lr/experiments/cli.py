@@ -59,18 +59,14 @@ class Command:
     options: type
     kept: str
 
-    def parser(self, name: str) -> Parser:
-        """The parser of its options."""
+    def parse(self, name: str, words: Sequence[str]) -> Any:
+        """Options from the words of a command line that follow the name of the command."""
         parser = Parser(
             prog=f"snntorch-lr {name}", description=cleandoc(self.run.__doc__ or ""),
             formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False,
         )  # fmt: skip
         add_options(parser, self.options)
-        return parser
-
-    def parse(self, name: str, words: Sequence[str]) -> Any:
-        """Its options from the words of a command line."""
-        return from_arguments(self.options, self.parser(name).parse_intermixed_args(words))
+        return from_arguments(self.options, parser.parse_intermixed_args(words))
 
 
 def _reproduce(options: reproduce.Reproduce) -> None:

@@ -34,6 +34,13 @@ def run(*words: str) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def is_one_line(result: Result, status: int, *words: str) -> None:
+    assert result.exit_code == status, result.output
+    assert result.stderr.startswith("snntorch-lr: ")
+    assert result.stderr.count("\n") == 1
+    assert not [word for word in words if word not in result.stderr], result.stderr
+
+
 # The gates take most of the time, and have tests of their own.
 QUICK_GATES = partial(
     mock.patch, "snntorch_lr.robustness.measure.judge", lambda *_: Findings((Gate("G9 budget", True, "not measured"),))

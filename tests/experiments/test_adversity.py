@@ -22,7 +22,7 @@ from torchvision import datasets
 from snntorch_lr.atomic import save
 from snntorch_lr.experiments import benchmark, data, diagnose, evaluate_checkpoints, files, train
 
-from .commands import QUICK_GATES, Result, run
+from .commands import QUICK_GATES, Result, is_one_line, run
 from .test_data import write_idx
 
 PATIENCE = 120  # seconds, on a busy machine
@@ -84,13 +84,6 @@ def call(net: Path) -> Callable[..., Result]:
         )
 
     return call
-
-
-def is_one_line(result: Result, status: int, *words: str) -> None:
-    assert result.exit_code == status, result.output
-    assert result.stderr.startswith("snntorch-lr: ")
-    assert result.stderr.count("\n") == 1
-    assert not [word for word in words if word not in result.stderr], result.stderr
 
 
 def contents(folder: Path) -> dict[str, bytes]:

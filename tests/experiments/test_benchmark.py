@@ -11,7 +11,7 @@ from snntorch_lr.experiments import benchmark
 from snntorch_lr.experiments.benchmark import Benchmark
 from snntorch_lr.experiments.workloads import METHODS, NOISES, Workload, make_step
 
-from .commands import run
+from .commands import is_one_line, run
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {"num_steps": 4, "width": 20, "batch": 8}
@@ -100,6 +100,5 @@ def test_the_command_runs_chosen_parts(tmp_path: Path) -> None:
 )
 def test_wrong_arguments_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
     result = run("benchmark", *arguments, "--out", str(tmp_path))
-    assert result.exit_code == 2
-    assert message in result.stderr
+    is_one_line(result, 2, message)
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import snntorch_lr
 from snntorch_lr.experiments import cli
 from snntorch_lr.experiments.options import check, command_line
 
-from .commands import run
+from .commands import is_one_line, run
 
 COMMANDS = ("benchmark", "diagnose", "evaluate", "report", "reproduce", "study")
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -70,11 +70,7 @@ def test_commands_of_committed_results_still_work(line: str) -> None:
     ],
 )
 def test_command_lines_that_make_no_sense_are_one_line(words: list[str], message: str) -> None:
-    result = run(*words)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert result.stderr.startswith("snntorch-lr: ")
-    assert result.stderr.count("\n") == 1
+    is_one_line(run(*words), 2, message)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

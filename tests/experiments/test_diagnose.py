@@ -10,7 +10,7 @@ from snntorch_lr.experiments import data, diagnose
 from snntorch_lr.experiments.recipe import Recipe
 from snntorch_lr.experiments.train import train
 
-from .commands import run
+from .commands import is_one_line, run
 
 SMALL = ["--copies", "2", "--batch", "4", "--repeats", "2", "--reference", "3"]
 
@@ -87,7 +87,5 @@ def test_wrong_arguments_are_one_line(
     torch.save({"net": {}}, other)
     places = {"NET": str(checkpoint), "OTHER": str(other)}
     result = run("diagnose", *(places.get(word, word) for word in arguments), "--out", str(tmp_path / "x"))
-    assert result.exit_code == status
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
+    is_one_line(result, status, message)
     assert not (tmp_path / "x").exists()

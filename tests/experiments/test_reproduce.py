@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from snntorch_lr.experiments import data
 from snntorch_lr.experiments.recipe import Recipe, load_trained
 from snntorch_lr.experiments.train import validation_accuracy
 
-from .commands import QUICK_GATES, run
+from .commands import QUICK_GATES, is_one_line, run
 
 SMALL = ["--epochs", "1", "--copies", "2", "--attack-images", "10", "--draws", "2", "--epsilon", "0.1"]
 
@@ -103,7 +102,5 @@ def test_finished_runs_are_kept_and_resumed(out: Path) -> None:
 )
 def test_wrong_arguments_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
     result = run("reproduce", *arguments, "--out", str(tmp_path / "x"))
-    assert result.exit_code == 2
-    assert re.search(message, result.stderr)
-    assert result.stderr.count("\n") == 1
+    is_one_line(result, 2, message)
     assert not (tmp_path / "x").exists()
