@@ -15,12 +15,12 @@ from unittest import mock
 
 import pytest
 import torch
-import typer
 from torch import nn
 
 import snntorch_lr as slr
 from snntorch_lr import noise, optim, robustness
-from snntorch_lr.experiments import cli, study_report
+from snntorch_lr.experiments import cli
+from snntorch_lr.experiments.study import page as study_page
 
 from . import pages
 
@@ -110,9 +110,8 @@ def test_commands_exist(page: str, line: str) -> None:
         assert arguments[module] == "snntorch_lr.experiments.cli"
         program, arguments = "snntorch-lr", arguments[module + 1 :]
     if program == "snntorch-lr":
-        root: Any = typer.main.get_command(cli.app)
         if not arguments[0].startswith("-"):
-            root.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+            cli.COMMANDS[arguments[0]].parse(arguments[0], arguments[1:])
     elif program == "make":
         makefile = (pages.ROOT / "Makefile").read_text(encoding="utf-8")
         assert all(re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE) for target in arguments)
@@ -139,7 +138,7 @@ def test_figures_of_a_table_are_in_the_files_that_its_rows_name(page: Path) -> N
     "folder", sorted((pages.ROOT / "docs" / "results").glob("study-*")), ids=lambda path: path.name
 )
 def test_the_page_of_a_study_is_what_its_results_say(folder: Path, tmp_path: Path) -> None:
-    study_report.write(folder, tmp_path)
+    study_page.write(folder, tmp_path)
     # Pixels depend on the version of matplotlib.
     for name in ("index.md", "results.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), f"run snntorch-lr report {folder.name}"

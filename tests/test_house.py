@@ -38,9 +38,8 @@ TOUCH_SNNTORCH = {
 # What the experiments take from inside the package, beside public names: make it public rather than add to this.
 INNER = {
     "_files.load", "_files.replacing", "_files.save", "_messages.first_line", "_messages.listed", "_messages.markdown",
-    "_messages.versions", "baselines.batch_mean", "baselines.leave_one_out", "estimators.ESTIMATORS",
-    "estimators.vanilla.Storing", "estimators.vanilla.StoringStep", "network.noisy_neurons", "noise.KINDS",
-    "objectives.OBJECTIVES", "objectives.vote", "robustness.evaluate.Progress",
+    "_messages.versions", "estimators.ESTIMATORS", "estimators.vanilla.Storing", "estimators.vanilla.StoringStep",
+    "network.noisy_neurons", "noise.KINDS", "objectives.OBJECTIVES", "objectives.vote",
 }  # fmt: skip
 
 

@@ -6,92 +6,101 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._messages import versions
+from .._messages import markdown
 from . import data, files
-from .benchmark_report import to_markdown, write_figures
-from .measure import Progress, median_milliseconds, peak_megabytes, slope
-from .recipe import Recipe
-from .recipe import make_network as make_classifier
-from .reproduce import arguments, machine
+from .cost import median_milliseconds, peak_megabytes, slope
+from .options import Place, check, command_line, option, recorded
+from .recipe import Recipe, make_network
 from .train import accuracy, make_estimators, stepper
-from .workloads import ESTIMATORS, NOISES, Workload
+from .workloads import METHODS, NOISES, Workload, make_step
 
-PARTS = ("steps", "memory", "growth", "accuracy")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PARTS = {
+    "steps": "Training step",
+    "memory": "Peak memory of a training step, K = 1",
+    "growth": "Growth of the time of a training step",
+    "accuracy": "Training time to an accuracy",
+}
+"""Parts of the benchmark, and their headings."""
 TARGETS = {"mnist": 0.95, "fashion-mnist": 0.84, "digits": 0.93}
 # The network trains for so many steps between two looks at the test images, whose time is not counted.
 _LOOK_EVERY = 25
 # Peaks vary from process to process, with what the allocator of the C library makes of the same requests.
 _PROCESSES = 3
+# Part, what is drawn over what, and the names of the axes.
+_FIGURES = (
+    ("steps", "copies", "ratio", "noise copies K", "time of a step / surrogate's"),
+    ("memory", "num_steps", "megabytes", "time steps T", "peak memory of a step (MB)"),
+)
+Rows = list[dict[str, Any]]
+Table = tuple[list[str], list[list[str]]]
+Tell = Callable[[str], None]
+"""Told what is measured next."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Arguments of the command ``snntorch-lr benchmark``.
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Place):
+    """Options of the command ``snntorch-lr benchmark``."""
 
-    Attributes:
-        parts: some of ``PARTS``.
-        repeats: timed rounds.
-        copies: values of K.
-        num_steps: T of the timed steps.
-        width: hidden neurons of the timed steps.
-        batch: images in a step.
-        memory_steps: values of T at which memory is measured.
-        dataset: of the time to an accuracy.
-        limit: seconds of training after which an accuracy is given up.
-        threads: of torch.
-    """
+    parts: tuple[str, ...] = option(tuple(PARTS), "what to measure", choices=PARTS, flag="--part")
+    repeats: int = option(7, "timed rounds; the median counts", least=1)
+    copies: tuple[int, ...] = option((1, 4, 16, 64), "noise copies K", least=1)
+    num_steps: int = option(25, "time steps of the timed steps", least=1)
+    width: int = option(1000, "hidden neurons", least=1)
+    batch: int = option(128, "images in a step", least=1)
+    memory_steps: tuple[int, ...] = option((25, 100, 400), "time steps at which memory is measured", least=1)
+    dataset: str = option("mnist", "of the time to an accuracy", choices=TARGETS)
+    limit: float = option(600.0, "seconds of training after which an accuracy is given up", above=0)
+    threads: int = option(2, "threads of torch", least=1)
+    out: Path | None = option(None, "folder for the results; runs/benchmark", recorded=False)
 
-    parts: tuple[str, ...] = PARTS
-    repeats: int = 7
-    copies: tuple[int, ...] = (1, 4, 16, 64)
-    num_steps: int = 25
-    width: int = 1000
-    batch: int = 128
-    memory_steps: tuple[int, ...] = (25, 100, 400)
-    dataset: str = "mnist"
-    limit: float = 600.0
-    threads: int = 2
+    @property
+    def folder(self) -> Path:
+        """Folder for the results."""
+        return self.out or Path("runs/benchmark")
 
 
-def benchmark(
-    settings: Settings,
-    out: Path,
-    data_root: Path | None = None,
-    device: torch.device | None = None,
-    progress: Progress = lambda what: None,
-) -> dict[str, Any]:
+def benchmark(options: Benchmark, tell: Tell = lambda what: None) -> dict[str, Any]:
     """Runs the parts, and writes ``benchmark.json``, ``benchmark.md`` and figures.
 
     Args:
-        settings: what to measure.
-        out: directory for the files.
-        data_root: torchvision root, for the time to an accuracy.
-        device: where to compute; the CPU by default.
-        progress: told what is measured next.
+        options: what to measure, and where.
+        tell: told what is measured next.
 
     Returns:
         What ``benchmark.json`` holds.
 
     Raises:
-        ValueError: if a setting is wrong, or another process works in ``out``.
+        ValueError: if an option is wrong, or another process works in the folder.
         DataError: if the data cannot be had.
     """
-    _check(settings)
-    files.check_writable(out)
-    device = torch.device("cpu") if device is None else device
-    images = data.load(settings.dataset, data_root) if "accuracy" in settings.parts else None
-    with files.locked(out, f"snntorch-lr benchmark {_arguments(settings)}"):
-        with _threads(settings.threads):
-            results = _measured(settings, images, device, progress)
-        files.write_json(out / "benchmark.json", results)
-        files.write_text(out / "benchmark.md", to_markdown(results))
-        write_figures(results, out)
+    check(options)
+    device = options.torch_device()
+    files.check_writable(options.folder)
+    images = data.load(options.dataset, options.data_root).to(device) if "accuracy" in options.parts else None
+    command = command_line("benchmark", options)
+    with files.locked(options.folder, command):
+        with _threads(options.threads):
+            results = files.origin(command, device) | {"settings": recorded(options)}
+            for part, measure in (("steps", _steps), ("memory", _memory), ("growth", _growth)):
+                if part in options.parts:
+                    results[part] = measure(options, device, tell)
+            if images is not None:
+                results["accuracy"] = _accuracy(options, images, device, tell)
+        files.write_json(options.folder / "benchmark.json", results)
+        files.write_text(options.folder / "benchmark.md", to_markdown(results))
+        for part, x, y, *labels in _FIGURES:
+            if part in results:
+                files.save_figure(options.folder / f"{part}.png", _figure(results[part], x, y, labels))
     return results
 
 
@@ -106,56 +115,19 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _measured(
-    settings: Settings, images: data.Images | None, device: torch.device, progress: Progress
-) -> dict[str, Any]:
-    """What each of the parts found, and with what."""
-    results: dict[str, Any] = {
-        "command": f"snntorch-lr benchmark {_arguments(settings)}",
-        "versions": versions("snntorch-lr", "snntorch", "torch", "numpy"),
-        "machine": machine(device),
-        "settings": asdict(settings),
-    }
-    if "steps" in settings.parts:
-        results["steps"] = _steps(settings, device, progress)
-    if "memory" in settings.parts:
-        results["memory"] = _memory(settings, device, progress)
-    if "growth" in settings.parts:
-        results["growth"] = _growth(settings, device, progress)
-    if images is not None:
-        results["accuracy"] = _accuracy(settings, images.to(device), device, progress)
-    return results
+def _base(options: Benchmark, method: str, noise: str = "membrane", copies: int = 1) -> Workload:
+    return Workload(method, noise, copies, options.num_steps, options.width, batch=options.batch)
 
 
-def _check(settings: Settings) -> None:
-    unknown = [part for part in settings.parts if part not in PARTS]
-    if unknown or not settings.parts:
-        raise ValueError(f"unknown part {', '.join(unknown)!r}; choose some of {', '.join(PARTS)}")
-    if settings.dataset not in TARGETS:
-        raise ValueError(f"unknown data set {settings.dataset!r}; choose one of {', '.join(TARGETS)}")
-    for name in ("repeats", "num_steps", "width", "batch", "threads", "limit"):
-        if getattr(settings, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(settings, name)}")
-    for name in ("copies", "memory_steps"):
-        values = getattr(settings, name)
-        if not values or min(values) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive integers, got {list(values)}")
-
-
-def _base(settings: Settings, method: str, noise: str = "membrane", copies: int = 1) -> Workload:
-    return Workload(
-        method, noise, copies, num_steps=settings.num_steps, width=settings.width, batch=settings.batch
-    )  # fmt: skip
-
-
-def _steps(settings: Settings, device: torch.device, progress: Progress) -> list[dict[str, Any]]:
+def _steps(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
     """Median milliseconds of all methods in turn, and their ratio to the surrogate's."""
-    workloads = [_base(settings, "surrogate"), _base(settings, "surrogate, hoisted")]
-    for copies in settings.copies:
-        workloads += [_base(settings, method, noise, copies) for method in ESTIMATORS for noise in NOISES]
-        workloads.append(_base(settings, "textbook", copies=copies))
+    workloads = [_base(options, "surrogate"), _base(options, "surrogate, hoisted")]
+    for copies in options.copies:
+        workloads += [_base(options, method, noise, copies) for method in METHODS for noise in NOISES]
+        workloads.append(_base(options, "textbook", copies=copies))
     named = {f"{workload.name}, K = {workload.copies}": workload for workload in workloads}
-    times = median_milliseconds(named, device, settings.repeats, lambda what: progress(f"steps: {what}"))
+    steps = {name: make_step(workload, device) for name, workload in named.items()}
+    times = median_milliseconds(steps, device, options.repeats, lambda what: tell(f"steps: {what}"))
     reference = next(iter(times.values()))
     return [
         {
@@ -166,20 +138,20 @@ def _steps(settings: Settings, device: torch.device, progress: Progress) -> list
     ]  # fmt: skip
 
 
-def _memory(settings: Settings, device: torch.device, progress: Progress) -> list[dict[str, Any]]:
+def _memory(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
     """Peak memory of one copy; the output neurons have noise too, and their spike counts are the logits."""
     rows = []
-    pairs = [("surrogate", "membrane"), *((method, noise) for method in ESTIMATORS for noise in NOISES)]
+    pairs = [("surrogate", "membrane"), *((method, noise) for method in METHODS for noise in NOISES)]
     for method, noise in pairs:
-        for num_steps in settings.memory_steps:
-            workload = replace(_base(settings, method, noise), num_steps=num_steps, rate=True)
-            progress(f"memory: {workload.name}, T = {num_steps}")
-            peaks = [peak_megabytes(workload, device) for _ in range(_PROCESSES)]
+        for num_steps in options.memory_steps:
+            workload = replace(_base(options, method, noise), num_steps=num_steps, rate=True)
+            tell(f"memory: {workload.name}, T = {num_steps}")
+            peaks = [peak_megabytes(partial(make_step, workload, device), device) for _ in range(_PROCESSES)]
             rows.append({"method": workload.name, "num_steps": num_steps, "megabytes": statistics.median(peaks)})
     return rows
 
 
-def _growth(settings: Settings, device: torch.device, progress: Progress) -> list[dict[str, Any]]:
+def _growth(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
     """Exponents of time over T, K, width and depth; a width enters the cost as the product of two layers' widths."""
     rows = []
     scales: dict[str, Callable[[Workload, int], Workload]] = {
@@ -188,28 +160,19 @@ def _growth(settings: Settings, device: torch.device, progress: Progress) -> lis
         "width": lambda workload, factor: replace(workload, width=workload.width * factor // 2),
         "depth": lambda workload, factor: replace(workload, depth=workload.depth * factor),
     }
-    for method in ESTIMATORS:
+    for method in METHODS:
         for axis, scale in scales.items():
-            start = replace(_base(settings, method), copies=4, depth=2 if axis == "width" else 1)
-            named = {str(factor): scale(start, factor) for factor in (1, 2, 4)}
-            repeats = max(3, settings.repeats // 2)
-            progress(f"growth: {method}, {axis}")
-            times = median_milliseconds(named, device, repeats, lambda _: None)
-            factors = [float(factor) for factor in named]
-            rows.append(
-                {
-                    "method": method, "axis": axis, "milliseconds": list(times.values()),
-                    "exponent": slope(factors, list(times.values())),
-                }
-            )  # fmt: skip
+            start = replace(_base(options, method), copies=4, depth=2 if axis == "width" else 1)
+            steps = {str(factor): make_step(scale(start, factor), device) for factor in (1, 2, 4)}
+            tell(f"growth: {method}, {axis}")
+            times = [*median_milliseconds(steps, device, max(3, options.repeats // 2), lambda _: None).values()]
+            rows.append({"method": method, "axis": axis, "milliseconds": times, "exponent": slope((1, 2, 4), times)})
     return rows
 
 
-def _accuracy(
-    settings: Settings, images: data.Images, device: torch.device, progress: Progress
-) -> list[dict[str, Any]]:
+def _accuracy(options: Benchmark, images: data.Images, device: torch.device, tell: Tell) -> Rows:
     """Seconds of training until the test accuracy, noise off, reaches the target for the first time."""
-    surrogate = Recipe("surrogate", settings.dataset, "mlp", 1, 16, 0)
+    surrogate = Recipe(method="surrogate", dataset=options.dataset, copies=16)
     membrane = replace(surrogate, method="likelihood ratio", estimator="vanilla")
     escape = replace(membrane, noise="escape", distribution="logistic", sigma=0.3)
     recipes = {
@@ -226,11 +189,11 @@ def _accuracy(
             for rate in (1e-3, 3e-3)
         },
     }
-    target = TARGETS[settings.dataset]
+    target = TARGETS[options.dataset]
     rows = []
     for name, recipe in recipes.items():
-        progress(f"accuracy: {name}")
-        seconds, steps, best = _train_to(target, recipe, images, device, settings.limit)
+        tell(f"accuracy: {name}")
+        seconds, steps, best = _train_to(target, recipe, images, device, options.limit)
         rows.append({"method": name, "target": target, "seconds": seconds, "steps": steps, "best": best})
     return rows
 
@@ -240,7 +203,7 @@ def _train_to(
 ) -> tuple[float | None, int, float]:
     """Seconds, None if the limit came first; steps; and the best accuracy seen."""
     torch.manual_seed(recipe.seed)
-    net = make_classifier(recipe, images.shape).to(device)
+    net = make_network(recipe, images.shape).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=recipe.learning_rate)
     take_step = stepper(recipe, net, optimizer, make_estimators(recipe, net))
     spent, steps, best = 0.0, 0, 0.0
@@ -260,8 +223,73 @@ def _train_to(
     return None, steps, best
 
 
-def _arguments(settings: Settings) -> str:
-    lists = {"parts": "part", "copies": "copies", "memory_steps": "memory-steps"}
-    values = asdict(settings)
-    repeated = [f"--{option} {value}" for name, option in lists.items() for value in values.pop(name)]
-    return " ".join([arguments(values), *repeated])
+def to_markdown(results: dict[str, Any]) -> str:
+    """All tables as Markdown, with what is needed to read and repeat them."""
+    settings = results["settings"]
+    tables = {"steps": _steps_table, "memory": _memory_table, "growth": _growth_table, "accuracy": _accuracy_table}
+    sections = [
+        f"## {PARTS[part]}\n\n{markdown(*draw(results[part], settings))}"
+        for part, draw in tables.items()
+        if part in results
+    ]
+    size = f"784-{settings['width']}-10, batch {settings['batch']}"
+    return f"# Benchmark: {size}\n\n" + "\n\n".join(sections) + f"\n\n{files.origin_note(results)}"
+
+
+def _steps_table(rows: Rows, settings: dict[str, Any]) -> Table:
+    def cell(row: dict[str, Any]) -> str:
+        return f"{row['milliseconds']:.1f} ({row['ratio']:.2f} ×)"
+
+    header = ["median of turns; ms (ratio)", *(f"K = {copies}" for copies in settings["copies"])]
+    return header, _by_method(rows, "copies", settings["copies"], cell)
+
+
+def _memory_table(rows: Rows, settings: dict[str, Any]) -> Table:
+    header = ["MB above the start", *(f"T = {steps}" for steps in settings["memory_steps"])]
+    return header, _by_method(rows, "num_steps", settings["memory_steps"], lambda row: f"{row['megabytes']:.1f}")
+
+
+def _by_method(rows: Rows, key: str, columns: list[int], cell: Callable[[dict[str, Any]], str]) -> list[list[str]]:
+    """One line for each method, one column for each value of a key."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = {row[key]: cell(row) for row in rows if row["method"] == method}
+        lines.append([method, *(found.get(column, "") for column in columns)])
+    return lines
+
+
+def _growth_table(rows: Rows, settings: dict[str, Any]) -> Table:
+    header = ["method", "over", "ms at 1 ×, 2 ×, 4 ×", "exponent"]
+    return header, [
+        [row["method"], row["axis"], ", ".join(f"{t:.1f}" for t in row["milliseconds"]), f"{row['exponent']:.2f}"]
+        for row in rows
+    ]
+
+
+def _accuracy_table(rows: Rows, settings: dict[str, Any]) -> Table:
+    header = [f"{settings['dataset']}, test accuracy", "target", "seconds", "steps", "best seen"]
+    return header, [
+        [
+            row["method"], f"{row['target']:.0%}", "not reached" if row["seconds"] is None else f"{row['seconds']:.1f}",
+            str(row["steps"]), f"{row['best']:.1%}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+
+
+def _figure(rows: Rows, x: str, y: str, labels: list[str]) -> Figure:
+    """One line for each method; surrogates, which have no copies, are black."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = [(row[x], row[y]) for row in rows if row["method"] == method]
+        color = "black" if method.startswith("surrogate") else None
+        if color and x == "copies":
+            axes.axhline(points[0][1], color=color, linestyle="-" if method == "surrogate" else ":", label=method)
+        else:
+            axes.plot(*zip(*points, strict=True), marker="o", color=color, label=method)
+    axes.set(xscale="log", yscale="log", xlabel=labels[0], ylabel=labels[1])
+    axes.legend(fontsize="small")
+    return figure

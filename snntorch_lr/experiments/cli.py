@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Annotated, NoReturn
+from inspect import cleandoc
+from typing import TYPE_CHECKING, Any, NoReturn
 
 try:
-    import typer
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
@@ -20,70 +20,56 @@ except ImportError as error:
         f"snntorch-lr: not installed: {error.name}; pip install 'snntorch-lr[experiments,attacks]'"
     ) from error
 
-import torch
-
 from .. import __version__
 from ..distributed import RankError
-from ..robustness.evaluate import Progress as EvaluationProgress
-from . import benchmark, diagnose, evaluate, ranks, report, study_cli
-from .benchmark_report import to_markdown
+from . import benchmark, diagnose, evaluate_checkpoints, ranks, reproduce
 from .data import DataError
-from .reproduce import Settings, reproduce, run_name
-from .train import Progress as StepProgress
+from .options import add_options, from_arguments
+from .study import page, run
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+if TYPE_CHECKING:
+    from ..robustness.evaluate import Progress as AttackProgress
+    from .train import AfterStep
+
 console = Console()
-
-_DataRoot = Annotated[
-    Path | None, typer.Option(help="torchvision root of MNIST and Fashion-MNIST; downloaded there if absent.")
-]
-_Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 # Of the extra "experiments", beside what this module imports: some are needed only after hours.
-_NEEDED = ("matplotlib", "psutil", "scipy", "sklearn", "torchvision")
-_EPOCHS = {"digits": 30, "mnist": 4, "fashion-mnist": 4}
+_TOML = "tomllib" if sys.version_info >= (3, 11) else "tomli"
+_NEEDED = ("matplotlib", "psutil", "scipy", "sklearn", _TOML, "torchvision")
 
 
-def _version(value: bool) -> None:
-    if value:
-        console.print(f"snntorch-lr {__version__}")
-        raise typer.Exit
+class Parser(ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program."""
+        _fail(f"{message}; see {self.prog} --help", 2)
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-) -> None:
-    """Noise, likelihood-ratio training and robustness evaluation for snnTorch."""
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        _fail(f"not installed: {', '.join(missing)}; pip install 'snntorch-lr[experiments,attacks]'", 1)
+@dataclass(frozen=True)
+class Command:
+    """One of the commands.
+
+    Attributes:
+        run: does it with its options; the docstring is its help.
+        options: dataclass that its options are made from.
+        kept: said after Ctrl-C: the results that are left.
+    """
+
+    run: Callable[[Any], None]
+    options: type
+    kept: str
+
+    def parse(self, name: str, words: Sequence[str]) -> Any:
+        """Options from the words of a command line that follow the name of the command."""
+        parser = Parser(
+            prog=f"snntorch-lr {name}", description=cleandoc(self.run.__doc__ or ""),
+            formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False,
+        )  # fmt: skip
+        add_options(parser, self.options)
+        return from_arguments(self.options, parser.parse_intermixed_args(words))
 
 
-@app.command("reproduce")
-def reproduce_command(
-    dataset: Annotated[str, typer.Option(help="digits (no download), mnist or fashion-mnist.")] = "digits",
-    model: Annotated[str, typer.Option(help="mlp, deep-mlp or conv.")] = "mlp",
-    data_root: _DataRoot = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data; 30 for digits, 4 otherwise.")] = None,
-    copies: Annotated[
-        int | None, typer.Option(help="Noise copies of each sample; 2 for counterfactual, else 16.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    estimator: Annotated[str, typer.Option(help="counterfactual, vanilla or approximate.")] = "counterfactual",
-    noise: Annotated[str, typer.Option(help="membrane or escape.")] = "membrane",
-    distribution: Annotated[str, typer.Option(help="gaussian, logistic; membrane noise also laplace.")] = "gaussian",
-    sigma: Annotated[float, typer.Option(help="Initial noise level of the hidden neurons.")] = 0.5,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, for all networks; falls to 0 along a cosine.")] = 1e-3,
-    device: _Device = "cpu",
-    epsilon: Annotated[list[float] | None, typer.Option(help="Attack budget, l∞; may be given again.")] = None,
-    attack_images: Annotated[int, typer.Option(help="Test images to attack.")] = 1000,
-    draws: Annotated[int, typer.Option(help="Noise draws that attacks average over where the noise is on.")] = 8,
-    suite: Annotated[str, typer.Option(help="Attacks: quick, paper or standard.")] = "quick",
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for results and checkpoints; runs/DATASET-MODEL-seedSEED.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")] = False,
-) -> None:
+def _reproduce(options: reproduce.Reproduce) -> None:
     """Train surrogate baselines and the likelihood-ratio network, attack them, print and save a table.
 
     Example: snntorch-lr reproduce --dataset mnist --data-root data --out runs/mnist
@@ -91,173 +77,112 @@ def reproduce_command(
     Under torchrun the processes divide the copies; only the first reads and writes --data-root and --out:
     torchrun --nproc-per-node 4 -m snntorch_lr.experiments.cli reproduce --dataset mnist --copies 64
     """
-    with _plain_errors("finished epochs are kept: the same command with --resume goes on from there"):
-        _run(
-            Settings(
-                dataset=dataset,
-                model=model,
-                epochs=_EPOCHS.get(dataset, 4) if epochs is None else epochs,
-                copies=(2 if estimator == "counterfactual" else 16) if copies is None else copies,
-                seed=seed,
-                estimator=estimator,
-                noise=noise,
-                distribution=distribution,
-                sigma=sigma,
-                learning_rate=learning_rate,
-                epsilons=tuple(epsilon) if epsilon else Settings.epsilons,
-                attack_images=attack_images,
-                draws=draws,
-                suite=suite,
-            ),
-            out or Path("runs") / run_name(dataset, model, seed),
-            data_root,
-            device,
-            resume,
-        )
+    with ranks.joined(options.torch_device()) as team, _progress() as bars:
+        announce = lambda name, steps: _announce(bars, name, steps)  # noqa: E731
+        results = reproduce.reproduce(options, announce, _watch(bars), team)
+    if results is None:
+        return
+    header, lines = reproduce.table(results)
+    table = Table(*header, title=f"{options.dataset}, {options.model}", caption=reproduce.NOTE)
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    written = "results.json, table.md, robustness.md, training.png, attacks.png and other figures"
+    print(f"Written: {options.folder}/{written}")
 
 
-@app.command("benchmark")
-def benchmark_command(
-    part: Annotated[
-        list[str] | None, typer.Option(help="steps, memory, growth or accuracy; may be given again. All by default.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed rounds; the median counts.")] = 7,
-    copies: Annotated[list[int] | None, typer.Option(help="Values of K; may be given again. 1, 4, 16, 64.")] = None,
-    num_steps: Annotated[int, typer.Option(help="Time steps of the timed steps.")] = 25,
-    width: Annotated[int, typer.Option(help="Hidden neurons.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Images in a step.")] = 128,
-    memory_steps: Annotated[
-        list[int] | None, typer.Option(help="Time steps at which memory is measured; may be given again. 25, 100, 400.")
-    ] = None,
-    dataset: Annotated[str, typer.Option(help="Of the time to an accuracy: mnist, fashion-mnist or digits.")] = "mnist",
-    data_root: _DataRoot = None,
-    limit: Annotated[float, typer.Option(help="Seconds of training after which an accuracy is given up.")] = 600.0,
-    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
-    device: _Device = "cpu",
-    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("runs/benchmark"),
-) -> None:
+def _benchmark(options: benchmark.Benchmark) -> None:
     """Measure time and memory of a training step by every method, their growth, and the time to an accuracy.
 
     Example: snntorch-lr benchmark --part steps --part memory --out runs/benchmark
     """
-    with _plain_errors("nothing was written"):
-        chosen = benchmark.Settings(
-            parts=tuple(part) if part else benchmark.PARTS,
-            repeats=repeats,
-            copies=tuple(copies) if copies else benchmark.Settings.copies,
-            num_steps=num_steps,
-            width=width,
-            batch=batch,
-            memory_steps=tuple(memory_steps) if memory_steps else benchmark.Settings.memory_steps,
-            dataset=dataset,
-            limit=limit,
-            threads=threads,
-        )
-        with console.status("benchmark") as status:
-            show = status.update if console.is_terminal else console.print
-            results = benchmark.benchmark(chosen, out, data_root, _device(device), show)
-    typer.echo(to_markdown(results))
-    typer.echo(f"Written: {out}/benchmark.json, benchmark.md and figures")
+    with console.status("benchmark") as status:
+        results = benchmark.benchmark(options, status.update if console.is_terminal else console.print)
+    print(benchmark.to_markdown(results))
+    print(f"Written: {options.folder}/benchmark.json, benchmark.md and figures")
 
 
-@app.command("diagnose")
-def diagnose_command(
-    dataset: Annotated[
-        str | None, typer.Option(help="digits, mnist or fashion-mnist; that of the checkpoint, or digits.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="mlp or conv; that of the checkpoint, or mlp.")] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Network to measure: a checkpoint of reproduce; a fresh network by default.")
-    ] = None,
-    data_root: _DataRoot = None,
-    noise: Annotated[str, typer.Option(help="membrane or escape.")] = "membrane",
-    distribution: Annotated[str, typer.Option(help="gaussian, logistic; membrane noise also laplace.")] = "gaussian",
-    sigma: Annotated[float, typer.Option(help="Noise level where the checkpoint has none.")] = 0.5,
-    copies: Annotated[int, typer.Option(help="Noise copies of each sample.")] = 16,
-    batch: Annotated[int, typer.Option(help="Training images.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Calls of each estimator.")] = 16,
-    reference: Annotated[int, typer.Option(help="Calls that the reference gradient is the mean of.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of a fresh network, the batch and the noise.")] = 0,
-    device: _Device = "cpu",
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for the results; runs/gradients/DATASET-MODEL-seedSEED.")
-    ] = None,
-) -> None:
+def _diagnose(options: diagnose.Diagnose) -> None:
     """Measure the gradients of the estimators on one batch: cosine, signal-to-noise, bias, time, memory.
 
     Example: snntorch-lr diagnose --checkpoint runs/digits/likelihood-ratio.pt --out runs/gradients
     """
-    with _plain_errors("nothing was written"):
-        settings = diagnose.Settings(
-            dataset, model, checkpoint, noise, distribution, sigma, copies, batch, repeats, reference, seed
-        )
-        folder = out or Path("runs/gradients") / diagnose.default_name(settings)
-        typer.echo(diagnose.diagnose(settings, folder, data_root, _device(device)))
-    typer.echo(f"Written: {folder}/gradients.json, gradients.md, gradients.png")
+    print(diagnose.diagnose(options))
+    print(f"Written: {options.folder}/gradients.json, gradients.md, gradients.png")
 
 
-@app.command("evaluate")
-def evaluate_command(
-    checkpoints: Annotated[
-        list[Path], typer.Argument(help="Checkpoints of reproduce: the network, then its baselines.")
-    ],
-    suite: Annotated[str, typer.Option(help="Attacks: quick, paper or standard.")] = "standard",
-    dataset: Annotated[str | None, typer.Option(help="Whose test images; those of the checkpoints.")] = None,
-    data_root: _DataRoot = None,
-    images: Annotated[int, typer.Option(help="Test images to attack, from the first.")] = 1000,
-    epsilon: Annotated[list[float] | None, typer.Option(help="Attack budget; may be given again.")] = None,
-    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
-    draws: Annotated[int, typer.Option(help="Noise draws that attacks average over.")] = 8,
-    votes: Annotated[int, typer.Option(help="Noise draws for each prediction.")] = 32,
-    corruptions: Annotated[bool, typer.Option("--corruptions", help="Score natural corruptions too.")] = False,
-    seed: Annotated[int, typer.Option(help="Of attacks and noise.")] = 0,
-    device: _Device = "cpu",
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for the results; runs/robustness/DATASET-MODEL-seedSEED.")
-    ] = None,
-) -> None:
+def _evaluate(options: evaluate_checkpoints.Evaluate) -> None:
     """Attack trained networks: worst case over a suite, transfers between them, and the gates that it has to pass.
 
     Example: snntorch-lr evaluate runs/mnist/likelihood-ratio.pt runs/mnist/surrogate.pt --data-root data
     """
-    settings = evaluate.Settings(
-        tuple(checkpoints), suite, dataset, images, tuple(epsilon) if epsilon else evaluate.Settings.epsilons,
-        norm, draws, votes, corruptions, seed,
-    )  # fmt: skip
-    with _plain_errors("finished attacks are kept: the same command goes on from there"), _progress() as bars:
-        folder = out or Path("runs/robustness") / evaluate.default_name(settings)
-        found = evaluate.evaluate(settings, folder, data_root, _device(device), _watch(bars))
-    typer.echo(found)
-    typer.echo(f"Written: {folder}/robustness.md, robustness.json, epsilon.png, steps.png, surrogates.png")
+    with _progress() as bars:
+        print(evaluate_checkpoints.evaluate_checkpoints(options, _watch(bars)))
+    print(f"Written: {options.folder}/robustness.md, robustness.json, epsilon.png, steps.png, surrogates.png")
 
 
-def _run(settings: Settings, out: Path, data_root: Path | None, device: str, resume: bool) -> None:
-    place = _device(device)
-    with ranks.joined(place) as team, _progress() as bars:
-        results = reproduce(
-            settings, out, data_root, place, resume, lambda n, s: _announce(bars, n, s), _watch(bars), team
-        )
-    if results is None:
-        return
-    header, lines = report.table(results)
-    table = Table(*header, title=f"{settings.dataset}, {settings.model}", caption=report.NOTE)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
-    typer.echo(f"Written: {out}/results.json, table.md, robustness.md, training.png, attacks.png and other figures")
+def _study(options: run.Study) -> None:
+    """Train and attack all networks of a plan, or those that are not finished yet, and write its page.
 
+    Example: snntorch-lr study mnist --data-root data --jobs 2
 
-@contextmanager
-def _plain_errors(interrupted: str) -> Iterator[None]:
-    """What a user can mend is one line and an exit status, not a traceback.
-
-    Args:
-        interrupted: what Ctrl-C leaves.
+    Interrupted, it goes on with the same command. The large ones take hours; the remaining time is printed after each
+    network.
     """
+
+    def tell(what: str, done: int, total: int, left: float) -> None:
+        print(f"{done} of {total} finished, about {left / 60:.0f} minutes left: {what}", flush=True)
+
+    found = run.study(options, tell)
+    print(f"Written: {', '.join(map(str, page.write_page(found, options.folder, options.folder)))}")
+
+
+def _report(options: page.Report) -> None:
+    """Write the tables and figures of a study again, from its results alone.
+
+    Example: snntorch-lr report docs/results/study-mnist --out docs/results/study-mnist
+    """
+    print(f"Written: {', '.join(map(str, page.write(options.results, options.out or options.results)))}")
+
+
+_NOTHING = "nothing was written"
+COMMANDS = {
+    "reproduce": Command(
+        _reproduce, reproduce.Reproduce,
+        "finished epochs are kept: the same command with --resume goes on from there",
+    ),
+    "evaluate": Command(
+        _evaluate, evaluate_checkpoints.Evaluate,
+        "finished attacks are kept: the same command goes on from there",
+    ),
+    "diagnose": Command(_diagnose, diagnose.Diagnose, _NOTHING),
+    "benchmark": Command(_benchmark, benchmark.Benchmark, _NOTHING),
+    "study": Command(_study, run.Study, "finished networks, epochs and attacks are kept: start again"),
+    "report": Command(_report, page.Report, _NOTHING),
+}  # fmt: skip
+
+
+def call(words: Sequence[str]) -> None:
+    """Runs a command line; what a user can mend is one line and an exit status, not a traceback."""
+    root = Parser(
+        prog="snntorch-lr", allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter,
+        description="Noise, likelihood-ratio training and robustness evaluation for snnTorch.",
+        epilog="\n".join(f"{name:12}{(each.run.__doc__ or '').splitlines()[0]}" for name, each in COMMANDS.items()),
+    )  # fmt: skip
+    root.add_argument("--version", action="version", version=f"snntorch-lr {__version__}")
+    root.add_argument("command", choices=COMMANDS, help="each lists its options with --help")
+    root.add_argument("options", nargs=REMAINDER)
+    if not words:
+        root.print_help()
+        sys.exit(2)
+    given = root.parse_args(words)
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        _fail(f"not installed: {', '.join(missing)}; pip install 'snntorch-lr[experiments,attacks]'", 1)
+    command = COMMANDS[given.command]
     try:
-        yield
+        command.run(command.parse(given.command, given.options))
     except KeyboardInterrupt:
-        _fail(f"interrupted; {interrupted}", 130)
+        _fail(f"interrupted; {command.kept}", 130)
     except ValueError as error:
         _fail(str(error), 2)
     except OSError as error:
@@ -271,18 +196,6 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}; use cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name} is not supported; use cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"no CUDA device {device.index or 0} was found; use --device cpu")
-    return device
-
-
 def _progress() -> Progress:
     # Names of checkpoints are no markup.
     what, note = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]"))
@@ -291,7 +204,7 @@ def _progress() -> Progress:
     return Progress(*columns, console=console, disable=quiet)
 
 
-def _announce(bars: Progress, name: str, steps: int) -> StepProgress:
+def _announce(bars: Progress, name: str, steps: int) -> AfterStep:
     task = bars.add_task(name, total=steps, note="")
     if bars.disable:
         console.print(f"training: {name}")
@@ -302,7 +215,7 @@ def _announce(bars: Progress, name: str, steps: int) -> StepProgress:
     return update
 
 
-def _watch(bars: Progress) -> EvaluationProgress:
+def _watch(bars: Progress) -> AttackProgress:
     task = bars.add_task("attacks", start=False, note="", visible=False)
 
     def update(what: str, done: int, total: int) -> None:
@@ -315,16 +228,10 @@ def _watch(bars: Progress) -> EvaluationProgress:
     return update
 
 
-app.command("study")(
-    _plain_errors("finished networks, epochs and attacks are kept: start again")(study_cli.study_command)
-)
-app.command("report")(_plain_errors("nothing was written")(study_cli.report_command))
-
-
 def main() -> None:
-    """What ``snntorch-lr`` and ``torchrun -m snntorch_lr.experiments.cli`` run."""
+    """Entry point of ``snntorch-lr`` and ``torchrun -m snntorch_lr.experiments.cli``."""
     with ranks.first_prints():
-        app()
+        call(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -83,11 +83,7 @@ def _digits() -> Images:
     digits = load_digits()
     split = train_test_split(digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
     train, test, train_labels, test_labels = (torch.as_tensor(part) for part in split)
-
-    def scaled(images: Tensor) -> Tensor:
-        return (images.float() / 16).unsqueeze(1)
-
-    return Images("digits", scaled(train), train_labels.long(), scaled(test), test_labels.long())
+    return _images("digits", 16, train, train_labels, test, test_labels)
 
 
 def _torchvision(name: str, root: Path) -> Images:
@@ -95,17 +91,17 @@ def _torchvision(name: str, root: Path) -> Images:
 
     kind: Any = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}[name]
     try:
-        parts = [_read(kind, root, train) for train in (True, False)]
+        return _images(name, 255, *_read(kind, root, True), *_read(kind, root, False))
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             raise OSError(error.errno, error.strerror, str(root)) from error
         raise DataError(_unavailable(name, kind, root, first_line(error).rstrip(":"))) from error
 
-    def scaled(images: Tensor) -> Tensor:
-        return (images.float() / 255).unsqueeze(1)
 
-    (train, train_labels), (test, test_labels) = parts
-    return Images(name, scaled(train), train_labels.long(), scaled(test), test_labels.long())
+def _images(name: str, white: int, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Images:
+    """Images ``[n, 1, height, width]`` in [0, 1] from pixels ``[n, height, width]`` up to ``white``."""
+    train, test = ((pixels.float() / white).unsqueeze(1) for pixels in (train, test))
+    return Images(name, train, train_labels.long(), test, test_labels.long())
 
 
 def _read(kind: Any, root: Path, train: bool) -> tuple[Tensor, Tensor]:

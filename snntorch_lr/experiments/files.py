@@ -7,21 +7,27 @@ import os
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from .._files import load, replacing, save
+import torch
+
+from .._files import load, replacing
+from .._messages import listed, versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Windows has none.
 fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None
 
 
 def check_writable(directory: Path) -> None:
-    """Finds out before hours of work whether files can be written to a directory; makes none.
+    """Refuses, before hours of work, a directory that no files can be written to; makes none.
 
     Raises:
         OSError: if they cannot.
@@ -102,11 +108,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint atomically."""
-    save(path, state)
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint of tensors and plain values; code in the file is never run.
 
@@ -120,7 +121,33 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def save_figure(path: Path, draw: Callable[[Path], None]) -> None:
-    """Writes a figure atomically; ``draw`` saves it to the path it is given."""
+def save_figure(path: Path, figure: Figure, **options: Any) -> None:
+    """Writes a figure atomically, with what else ``savefig`` takes."""
     with replacing(path) as temporary:
-        draw(temporary)
+        figure.savefig(temporary, **{"dpi": 150} | options)
+
+
+def origin(command: str, device: torch.device) -> dict[str, Any]:
+    """The command that makes results, the versions of the packages that they depend on, and the machine."""
+    packages = ("snntorch-lr", "snntorch", "torch", "torchvision", "torchattacks", "numpy", "scikit-learn")
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"
+    return {"command": command, "versions": versions(*packages), "machine": machine}
+
+
+def origin_note(results: Mapping[str, Any]) -> str:
+    """The end of a page: where its results, which have the entries of ``origin``, come from."""
+    return (
+        f"Command: `{results['command']}`\n\nVersions: {listed(results['versions'])}. Machine: {results['machine']}.\n"
+    )
+
+
+def share_text(share: Mapping[str, float] | None) -> str:
+    """An accuracy in percent with the half-width of its interval, for tables; "-" if there is none."""
+    if share is None:
+        return "-"
+    return f"{100 * share['accuracy']:.1f} ± {50 * (share['high'] - share['low']):.1f}"
+
+
+def run_name(dataset: str, model: str, seed: int) -> str:
+    """Name of the folder of a run whose user gives none; another run has another."""
+    return f"{dataset}-{model}-seed{seed}"

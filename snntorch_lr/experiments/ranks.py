@@ -29,7 +29,7 @@ class Ranks:
     size: int
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What the first rank makes, on every rank; for files, which no other rank reads or writes.
+        """Result of the first rank, on every rank; for files, which no other rank reads or writes.
 
         Raises:
             RankError: on the other ranks, if the first failed; there, whatever it failed with.

@@ -1,8 +1,8 @@
-"""What decides a training run, and the network and optimizer that follow from it."""
+"""A recipe decides what a training run computes; from it follow the network and the optimizer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,38 +10,70 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import add_noise
+from ..estimators import ESTIMATORS
 from ..network import noisy_neurons
+from ..noise import KINDS
 from ..objectives import OBJECTIVES
-from . import files, models
+from . import data, files, models
+from .options import check, option
 
 FLAT = ("zero-one", "vote")
 """Objectives without a gradient."""
 METHODS = ("surrogate", "surrogate, noise", "likelihood ratio")
-
-
 INCOMPLETE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
-"""What is raised by a checkpoint that lacks something, or has something else in its place."""
+"""Errors of a checkpoint that lacks something, or has something else in its place."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides what a training run computes.
+@dataclass(frozen=True, kw_only=True)
+class NoiseOptions:
+    """Noise of the hidden neurons."""
+
+    noise: str = option("membrane", "kind of the noise of the hidden neurons", choices=KINDS)
+    distribution: str = option("gaussian", "gaussian, logistic; membrane noise also laplace")
+    sigma: float = option(0.5, "initial noise level of the hidden neurons")
+
+    def check_noise(self) -> None:
+        """Refuses noise that cannot be made.
+
+        Raises:
+            ValueError: if the distribution or the level is wrong.
+        """
+        KINDS[self.noise](self.sigma, distribution=self.distribution)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(NoiseOptions):
+    """Options of a training run that the command line offers too."""
+
+    dataset: str = option("digits", "data set, digits without a download", choices=data.NAMES)
+    model: str = option("mlp", "network", choices=models.NAMES)
+    epochs: int = option(None, "passes over the data; 30 for digits, 4 otherwise", least=1)
+    copies: int = option(None, "noise copies of each sample; 2 for counterfactual, else 16", least=1)
+    seed: int = option(0, "of everything random")
+    estimator: str = option("counterfactual", "estimator of the likelihood ratio", choices=ESTIMATORS)
+    learning_rate: float = option(1e-3, "of Adam, for all networks; falls to 0 along a cosine", above=0)
+
+    def __post_init__(self) -> None:
+        epochs, copies = 30 if self.dataset == "digits" else 4, 2 if self.estimator == "counterfactual" else 16
+        for name, value in (("epochs", epochs), ("copies", copies)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def shared(self) -> dict[str, Any]:
+        """Values of the fields of this class, for a recipe."""
+        return {each.name: getattr(self, each.name) for each in fields(TrainingOptions)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(TrainingOptions):
+    """Everything that decides what a training run computes: the options of ``TrainingOptions``, and these.
 
     Attributes:
-        method: one of ``METHODS``: surrogate-gradient backpropagation without noise, the same with the noise of the
-            likelihood-ratio network, and the likelihood ratio.
-        dataset: name of the data set.
-        model: name of the network.
-        epochs: passes over the training images.
-        copies: noise copies of each sample, for the likelihood ratio.
-        seed: of weights, order of the images, and noise.
+        method: surrogate-gradient backpropagation without noise, the same with the noise of the likelihood-ratio
+            network, or the likelihood ratio.
+        model: as above, or ``"ann"``.
         num_steps: time steps.
-        estimator: of the likelihood ratio, ``"counterfactual"``, ``"vanilla"`` or ``"approximate"``.
-        noise: kind of the noise of the hidden neurons, ``"membrane"`` or ``"escape"``.
-        distribution: of the noise.
-        sigma: initial noise level of the hidden neurons.
         batch_size: images per step.
-        learning_rate: of Adam, falling to zero along a cosine.
         validation: training images held out to choose by, drawn by the seed.
         stop_at: validation accuracy (noise off) at which training stops; None to train to the end.
         objective: loss per sample, one of ``OBJECTIVES``, or ``"vote"``: the 0-1 loss of a majority of noise draws.
@@ -50,35 +82,26 @@ class Recipe:
         input_noise: standard deviation of Gaussian noise on the training images.
         adversary: l∞ budget of the adversarial examples (PGD with seven steps, through the surrogate gradient) that
             take the place of the training images; 0 for none.
-        learn_sigma: whether noise levels are learned.
-        per_neuron: whether each neuron, or channel, has a noise level of its own.
+        learn_sigma: noise levels are learned.
+        per_neuron: each neuron, or channel, has a noise level of its own.
         late_copies: noise copies once the learning rate has fallen by half; 0 for as many as before.
         votes: noise draws of which ``"vote"`` counts the majority.
     """
 
-    method: str
-    dataset: str
-    model: str
-    epochs: int
-    copies: int
-    seed: int
-    estimator: str = "counterfactual"
-    noise: str = "membrane"
-    distribution: str = "gaussian"
-    num_steps: int = 8
-    sigma: float = 0.5
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    validation: int = 0
+    method: str = option(choices=METHODS)
+    model: str = option("mlp", choices=(*models.NAMES, "ann"))
+    num_steps: int = option(8, least=1)
+    batch_size: int = option(128, least=1)
+    validation: int = option(0, least=0)
     stop_at: float | None = None
-    objective: str = "cross-entropy"
-    decay: float = 0.0
-    input_noise: float = 0.0
-    adversary: float = 0.0
+    objective: str = option("cross-entropy", choices=(*OBJECTIVES, "vote"))
+    decay: float = option(0.0, least=0)
+    input_noise: float = option(0.0, least=0)
+    adversary: float = option(0.0, least=0)
     learn_sigma: bool = True
     per_neuron: bool = False
-    late_copies: int = 0
-    votes: int = 1
+    late_copies: int = option(0, least=0)
+    votes: int = option(1, least=1)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -87,23 +110,18 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         ValueError: if a name is unknown, a number is out of range, or there is nothing to stop by.
     """
-    if recipe.method not in METHODS:
-        raise ValueError(f"unknown method {recipe.method!r}; choose one of {', '.join(METHODS)}")
-    if recipe.objective not in (*OBJECTIVES, "vote"):
-        raise ValueError(f"unknown objective {recipe.objective!r}; choose one of {', '.join(OBJECTIVES)}, vote")
+    check(recipe, flags=False)
+    recipe.check_noise()
     if recipe.objective in FLAT and recipe.method != "likelihood ratio":
         raise ValueError(
             f"the objective {recipe.objective} has no gradient to backpropagate: use the method likelihood ratio"
         )
-    if recipe.votes < 1 or (recipe.votes > 1 and recipe.objective != "vote"):
-        raise ValueError(f"votes must be positive, and 1 unless the objective is vote, got {recipe.votes}")
+    if recipe.votes > 1 and recipe.objective != "vote":
+        raise ValueError(f"votes must be 1 unless the objective is vote, got {recipe.votes}")
     if recipe.late_copies and recipe.method != "likelihood ratio":
         raise ValueError(f"late_copies needs the method likelihood ratio, got {recipe.method}")
     if recipe.objective in FLAT and recipe.estimator == "counterfactual":
         raise ValueError(f"the objective {recipe.objective} has no derivative by a spike: use the estimator vanilla")
-    for name in ("decay", "input_noise", "adversary", "late_copies"):
-        if not getattr(recipe, name) >= 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(recipe, name)}")
     if recipe.input_noise and recipe.adversary:
         raise ValueError("input_noise and adversary cannot be combined: attacks refuse images outside [0, 1]")
     if recipe.model == "ann" and recipe.method != "surrogate":

@@ -1,124 +1,73 @@
-"""The main job: surrogate-gradient baselines beside the likelihood-ratio network, clean and under attack."""
+"""Surrogate-gradient baselines beside the likelihood-ratio network, clean and under attack: the main experiment."""
 
 from __future__ import annotations
 
-import platform
-import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from .._messages import versions
-from ..estimators import ESTIMATORS
-from ..noise import KINDS
-from ..robustness import RobustnessReport, evaluate, score, share_of, suite, verdict
-from ..robustness.measure import Progress as EvaluationProgress
-from ..robustness.measure import Row
-from . import data, files, models, report
+from .._messages import markdown
+from ..robustness import SUITES, Protocol, RobustnessReport, evaluate, score, share_of, suite, verdict
+from . import data, files
+from .options import Place, check, command_line, option, recorded
 from .ranks import ALONE, Ranks
-from .recipe import METHODS, Recipe
-from .train import Progress, Trained, split, train, validation_accuracy
+from .recipe import METHODS, Recipe, TrainingOptions
+from .train import AfterStep, Trained, split, train, validation_accuracy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..robustness import Row
+    from ..robustness.evaluate import Progress
 
 LIKELIHOOD_RATIO = "likelihood ratio"
 STOPPED = "surrogate, stopped"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Arguments of the command ``snntorch-lr reproduce``.
-
-    Attributes:
-        dataset: ``"digits"``, ``"mnist"`` or ``"fashion-mnist"``.
-        model: ``"mlp"`` or ``"conv"``.
-        epochs: passes over the training images.
-        copies: noise copies of each sample, for the likelihood ratio.
-        seed: of everything random.
-        estimator: of the likelihood ratio, ``"counterfactual"``, ``"vanilla"`` or ``"approximate"``.
-        noise: kind of noise, ``"membrane"`` or ``"escape"``.
-        distribution: of the noise.
-        sigma: initial noise level.
-        learning_rate: of Adam, for all networks.
-        epsilons: budgets of the attacks, l∞, for pixels in [0, 1].
-        attack_images: number of test images to attack, from the first.
-        draws: noise draws that attacks average over where the noise is on.
-        suite: attacks: ``"quick"``, ``"paper"`` or ``"standard"``.
-    """
-
-    dataset: str = "digits"
-    model: str = "mlp"
-    epochs: int = 30
-    copies: int = 2
-    seed: int = 0
-    estimator: str = "counterfactual"
-    noise: str = "membrane"
-    distribution: str = "gaussian"
-    sigma: float = 0.5
-    learning_rate: float = 1e-3
-    epsilons: tuple[float, ...] = (0.05, 0.1, 0.2)
-    attack_images: int = 1000
-    draws: int = 8
-    suite: str = "quick"
-
-
-Announce = Callable[[str, int], Progress]
+NOT_RUN = {"accuracy": float("nan"), "low": float("nan"), "high": float("nan")}
+NOTE = (
+    "Accuracy in percent, with the half-width of its 95 % Wilson interval: clean of all test images, the rest of those "
+    "attacked. Noise on: majority of 32 draws. 'worst' counts an image as right only if it is right clean and under "
+    "every attack of that size, transfers from the other networks included. Unless all gates passed these figures "
+    "compare training methods and are no robustness claim."
+)
+Announce = Callable[[str, int], AfterStep]
 """Called before a network is trained, with its name and number of steps; returns what to call after each step."""
 
 
-def check_settings(settings: Settings) -> None:
-    """Refuses settings that would only fail after hours of training.
+@dataclass(frozen=True, kw_only=True)
+class Reproduce(Place, TrainingOptions):
+    """Options of the command ``snntorch-lr reproduce``, which has those of the training."""
+
+    epsilons: tuple[float, ...] = option((0.05, 0.1, 0.2), "attack budget, l∞", above=0, most=1, flag="--epsilon")
+    attack_images: int = option(1000, "test images to attack", least=1)
+    draws: int = option(8, "noise draws that attacks average over where the noise is on", least=1)
+    suite: str = option("quick", "attacks", choices=SUITES)
+    resume: bool = option(False, "go on from the checkpoints in --out", recorded=False)
+    out: Path | None = option(None, "folder for results and checkpoints; runs/DATASET-MODEL-seedSEED", recorded=False)
+
+    @property
+    def folder(self) -> Path:
+        """Folder for results and checkpoints."""
+        return self.out or Path("runs") / files.run_name(self.dataset, self.model, self.seed)
+
+
+def check_suite(name: str) -> None:
+    """Refuses attacks that would only be missed after hours of training.
 
     Raises:
-        ValueError: if a number is out of range, or torchattacks is not installed.
+        ValueError: if the suite needs torchattacks, and that is not installed.
     """
-    check_names(settings.dataset, settings.model)
-    if settings.estimator not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {settings.estimator!r}; choose one of {', '.join(ESTIMATORS)}")
-    if settings.noise not in KINDS:
-        raise ValueError(f"unknown noise {settings.noise!r}; choose one of {', '.join(KINDS)}")
-    KINDS[settings.noise](settings.sigma, distribution=settings.distribution)
-    for name, value, least in (
-        ("epochs", settings.epochs, 1),
-        ("copies", settings.copies, 1),
-        ("attack-images", settings.attack_images, 1),
-        ("draws", settings.draws, 1),
-    ):
-        if value < least:
-            raise ValueError(f"--{name} must be at least {least}, got {value}")
-    if not settings.learning_rate > 0:
-        raise ValueError(f"--learning-rate must be positive, got {settings.learning_rate}")
-    if not settings.epsilons or any(not 0 < epsilon <= 1 for epsilon in settings.epsilons):
-        raise ValueError(f"--epsilon must be in (0, 1], got {', '.join(map(str, settings.epsilons))}")
     try:
-        suite(settings.suite)
+        suite(name)
     except ImportError as error:
         raise ValueError(str(error)) from error
 
 
-def check_names(dataset: str, model: str) -> None:
-    """Refuses a data set or model that is unknown.
-
-    Raises:
-        ValueError: if one is.
-    """
-    if model not in models.NAMES:
-        raise ValueError(f"unknown model {model!r}; choose one of {', '.join(models.NAMES)}")
-    if dataset not in data.NAMES:
-        raise ValueError(f"unknown data set {dataset!r}; choose one of {', '.join(data.NAMES)}")
-
-
 def reproduce(
-    settings: Settings,
-    out: Path,
-    data_root: Path | None = None,
-    device: torch.device | None = None,
-    resume: bool = False,
+    options: Reproduce,
     announce: Announce = lambda name, steps: lambda done, loss: None,
-    watch: EvaluationProgress = lambda what, done, total: None,
+    watch: Progress = lambda what, done, total: None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any] | None:
     """Trains the networks, attacks them, and writes ``results.json``, ``table.md``, ``robustness.md`` and figures.
@@ -128,48 +77,50 @@ def reproduce(
     robustness falls while accuracy rises, and is to be compared where accuracy is equal.
 
     Args:
-        settings: what to run.
-        out: directory for results and checkpoints.
-        data_root: torchvision root.
-        device: where to compute; the CPU by default.
-        resume: go on from the checkpoints in ``out``.
+        options: what to run, and where.
         announce: progress of each training.
         watch: progress of the evaluation.
         ranks: the processes that call this together. The first does everything; the others take part in the
-            likelihood-ratio training, and need neither ``data_root`` nor ``out``.
+            likelihood-ratio training, and need neither data nor a folder.
 
     Returns:
         What ``results.json`` holds; None on other ranks than the first.
 
     Raises:
-        ValueError: if a setting is wrong, another process works in ``out``, or it has checkpoints and ``resume`` is
+        ValueError: if an option is wrong, another process works in the folder, or it has checkpoints and ``resume`` is
             False.
         DataError: if the data cannot be had.
         RankError: if another rank failed.
     """
-    device = torch.device("cpu") if device is None else device
-    command = f"snntorch-lr reproduce {_arguments(settings)}"
+    out, command, device = options.folder, command_line("reproduce", options), options.torch_device()
     checkpoints = {name: out / f"{name.replace(', ', '-').replace(' ', '-')}.pt" for name in (*METHODS, STOPPED)}
 
     def prepare() -> data.Images:
-        check_settings(settings)
-        if settings.copies < ranks.size:
-            raise ValueError(f"{ranks.size} ranks cannot divide {settings.copies} copies: give more --copies")
+        check(options)
+        options.check_noise()
+        check_suite(options.suite)
+        if options.copies < ranks.size:
+            raise ValueError(f"{ranks.size} ranks cannot divide {options.copies} copies: give more --copies")
         files.check_writable(out)
         held.enter_context(files.locked(out, command))
         there = [path.name for path in checkpoints.values() if path.exists()]
-        if there and not resume:
+        if there and not options.resume:
             raise ValueError(f"{out} holds {', '.join(there)} already: add --resume to go on, or choose another --out")
-        return data.load(settings.dataset, data_root)
+        return data.load(options.dataset, options.data_root)
 
     with ExitStack() as held:
         images = ranks.from_first(prepare).to(device)
-        recipes = _recipes(settings, images)
-        steps = -(-len(split(recipes[LIKELIHOOD_RATIO], images)[0]) // recipes[LIKELIHOOD_RATIO].batch_size)
+        # The stopping point of one more is known after the likelihood ratio has been trained.
+        batch_size, validation = 32 if options.dataset == "digits" else 128, len(images.train) // 10
+        recipes = {
+            method: Recipe(method=method, batch_size=batch_size, validation=validation, **options.shared())
+            for method in METHODS
+        }
+        steps = -(-len(split(recipes[LIKELIHOOD_RATIO], images)[0]) // batch_size)
 
         def run(name: str, ranks: Ranks = ALONE) -> Trained:
-            progress = announce(name, settings.epochs * steps)
-            return train(recipes[name], images, checkpoints[name], device, resume, progress, ranks)
+            tell = announce(name, options.epochs * steps)
+            return train(recipes[name], images, checkpoints[name], device, options.resume, tell, ranks)
 
         # What the ranks do together comes first, so that none of them waits while the first goes on alone.
         together = run(LIKELIHOOD_RATIO, ranks)
@@ -179,23 +130,28 @@ def reproduce(
         reached = validation_accuracy(together.net, recipes[LIKELIHOOD_RATIO], images)
         recipes[STOPPED] = replace(recipes["surrogate"], stop_at=reached)
         trained = {name: together if name == LIKELIHOOD_RATIO else run(name) for name in checkpoints}
-        nets = {name: run.net for name, run in trained.items()}
-        evaluation = _evaluate(settings, nets, images, out / "attacks", watch)
-        results = {
-            "command": command,
-            "versions": versions(
-                "snntorch-lr", "snntorch", "torch", "torchvision", "torchattacks", "numpy", "scikit-learn"
-            ),
-            "machine": machine(device),
+        evaluation = evaluate(
+            together.net,
+            [(images.test[: options.attack_images], images.test_labels[: options.attack_images])],
+            options.epsilons,
+            options.suite,
+            baselines={name: run.net for name, run in trained.items() if name != LIKELIHOOD_RATIO},
+            seed=options.seed,
+            name=LIKELIHOOD_RATIO,
+            protocol=Protocol(draws=options.draws),
+            cache=out / "attacks",
+            progress=watch,
+        )
+        results = files.origin(command, device) | {
             "ranks": ranks.size,
-            "settings": asdict(settings) | {"epsilons": list(settings.epsilons)},
+            "settings": recorded(options),
             "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
             "training": {
                 name: {"seconds_per_epoch": run.seconds_per_epoch, "history": run.history}
                 for name, run in trained.items()
             },
             "rows": [
-                _row(row, settings, images)
+                _row(row, options, images)
                 for name in checkpoints
                 for row in evaluation.rows
                 if row.subject.network == name
@@ -203,61 +159,19 @@ def reproduce(
             "evaluation": evaluation.to_json(),
         }
         files.write_json(out / "results.json", results)
-        report.write(results, evaluation, out)
+        files.write_text(out / "table.md", to_markdown(results))
+        write_evaluation(evaluation, out, f"Command: `{command}`\n")
+        files.save_figure(out / "training.png", _training_figure(results))
+        files.save_figure(out / "attacks.png", _attacks_figure(results))
     return results
 
 
-def _recipes(settings: Settings, images: data.Images) -> dict[str, Recipe]:
-    """What to train, by name; the stopping point of the last is known after the likelihood ratio has been trained."""
-    return {
-        method: Recipe(
-            method=method,
-            dataset=settings.dataset,
-            model=settings.model,
-            epochs=settings.epochs,
-            copies=settings.copies,
-            seed=settings.seed,
-            estimator=settings.estimator,
-            noise=settings.noise,
-            distribution=settings.distribution,
-            sigma=settings.sigma,
-            learning_rate=settings.learning_rate,
-            batch_size=32 if settings.dataset == "digits" else 128,
-            validation=len(images.train) // 10,
-        )
-        for method in METHODS
-    }
-
-
-def _evaluate(
-    settings: Settings,
-    nets: Mapping[str, nn.Module],
-    images: data.Images,
-    cache: Path,
-    progress: EvaluationProgress,
-) -> RobustnessReport:
-    baselines = {name: net for name, net in nets.items() if name != LIKELIHOOD_RATIO}
-    attacked = images.test[: settings.attack_images], images.test_labels[: settings.attack_images]
-    return evaluate(
-        nets[LIKELIHOOD_RATIO],
-        [attacked],
-        settings.epsilons,
-        settings.suite,
-        baselines=baselines,
-        seed=settings.seed,
-        name=LIKELIHOOD_RATIO,
-        draws=settings.draws,
-        cache=cache,
-        progress=progress,
-    )
-
-
-def _row(row: Row, settings: Settings, images: data.Images) -> dict[str, Any]:
+def _row(row: Row, options: Reproduce, images: data.Images) -> dict[str, Any]:
     """Figures of one network with its noise off or on; the clean ones are of all test images."""
-    scores = score(row.subject.target, images.test, images.test_labels, seed=settings.seed)
-    names = [attack.name for attack in suite(settings.suite) if attack.name in row.right]
-    shares = {f"{name} {e:g}": share_of(row.right[name][e]) for e in sorted(settings.epsilons) for name in names}
-    shares |= {f"worst {e:g}": share_of(row.worst(e)) for e in sorted(settings.epsilons)}
+    scores = score(row.subject.target, images.test, images.test_labels, seed=options.seed)
+    names = [attack.name for attack in suite(options.suite) if attack.name in row.right]
+    shares = {f"{name} {e:g}": share_of(row.right[name][e]) for e in sorted(options.epsilons) for name in names}
+    shares |= {f"worst {e:g}": share_of(row.worst(e)) for e in sorted(options.epsilons)}
     return {
         "network": row.subject.network,
         "noise": row.subject.noise,
@@ -268,22 +182,89 @@ def _row(row: Row, settings: Settings, images: data.Images) -> dict[str, Any]:
     }
 
 
-def _arguments(settings: Settings) -> str:
-    values = {key: value for key, value in asdict(settings).items() if key != "epsilons"}
-    return " ".join([arguments(values), *(f"--epsilon {epsilon:g}" for epsilon in settings.epsilons)])
+def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the results, as text: one column for each network and each use of its noise."""
+    rows = results["rows"]
+    header = ["", *(f"{row['network']}{_noise(row)}" for row in rows)]
+    seconds = [results["training"][row["network"]]["seconds_per_epoch"] for row in rows]
+    epochs = [results["training"][row["network"]]["history"][-1]["epoch"] for row in rows]
+    lines = [["epochs", *(f"{value:.3g}" for value in epochs)], ["s/epoch", *(f"{value:.2g}" for value in seconds)]]
+    lines += [["clean", *(files.share_text(row["clean"]) for row in rows)]]
+    lines.append(["single draw", *(files.share_text(row["single draw"]) for row in rows)])
+    attacks = dict.fromkeys(attack for row in rows for attack in row["attacks"])
+    lines += [[attack, *(files.share_text(row["attacks"].get(attack)) for row in rows)] for attack in attacks]
+    lines.append(["gates", *(row["verdict"] for row in rows)])
+    return header, lines
 
 
-def arguments(values: Mapping[str, object]) -> str:
-    """Options of the command line from the settings that are not None."""
-    given = {key: value for key, value in values.items() if value is not None}
-    return " ".join(f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in given.items())
+def to_markdown(results: dict[str, Any]) -> str:
+    """The table as Markdown, with what is needed to read and repeat it."""
+    settings = results["settings"]
+    return (
+        f"# {settings['dataset']}, {settings['model']}, seed {settings['seed']}\n\n{markdown(*table(results))}\n\n"
+        f"{NOTE}\n\nRanks: {results['ranks']}. {files.origin_note(results)}"
+    )
 
 
-def run_name(dataset: str, model: str, seed: int) -> str:
-    """Name of the folder of a run whose user gives none; another run has another."""
-    return f"{dataset}-{model}-seed{seed}"
+def write_evaluation(evaluation: RobustnessReport, out: Path, note: str) -> None:
+    """Writes ``robustness.md``, ``robustness.json`` and figures of an evaluation.
+
+    Args:
+        evaluation: the report.
+        out: directory for the files.
+        note: what made it, for the end of the Markdown file.
+    """
+    files.write_text(out / "robustness.md", f"# Robustness\n\n{evaluation.to_markdown()}\n{note}")
+    files.write_json(out / "robustness.json", evaluation.to_json())
+    for name, figure in (
+        ("epsilon", evaluation.plot_epsilon()),
+        ("steps", evaluation.plot_steps()),
+        ("surrogates", evaluation.plot_surrogates()),
+    ):
+        files.save_figure(out / f"{name}.png", figure)
 
 
-def machine(device: torch.device) -> str:
-    """What the results were computed on."""
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"
+def _noise(row: dict[str, Any]) -> str:
+    return "" if row["noise"] == "none" else f" (noise {row['noise']} at test)"
+
+
+def _training_figure(results: dict[str, Any]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for method, run in results["training"].items():
+        epochs = [entry["epoch"] for entry in run["history"]]
+        left.plot(epochs, [entry["train_loss"] for entry in run["history"]], label=method)
+        right.plot(epochs, [100 * entry["test_accuracy"] for entry in run["history"]], label=method)
+    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    right.set(xlabel="epoch", ylabel="test accuracy, noise off (%)")
+    right.legend()
+    figure.suptitle(_title(results))
+    return figure
+
+
+def _attacks_figure(results: dict[str, Any]) -> Figure:
+    from matplotlib.figure import Figure
+
+    groups = ["clean", *dict.fromkeys(attack for row in results["rows"] for attack in row["attacks"])]
+    figure = Figure(figsize=(1.1 * len(groups) + 2, 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(results["rows"])
+    for index, row in enumerate(results["rows"]):
+        shares = [row["clean"], *(row["attacks"].get(attack, NOT_RUN) for attack in groups[1:])]
+        heights = [100 * share["accuracy"] for share in shares]
+        below = [max(0.0, 100 * (share["accuracy"] - share["low"])) for share in shares]
+        above = [max(0.0, 100 * (share["high"] - share["accuracy"])) for share in shares]
+        places = [place + (index - (len(results["rows"]) - 1) / 2) * width for place in range(len(groups))]
+        axes.bar(places, heights, width, yerr=[below, above], label=row["network"] + _noise(row), error_kw={"lw": 0.8})
+    axes.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
+    axes.set(ylabel="accuracy (%)", ylim=(0, 105))
+    axes.set_title(_title(results))
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    return figure
+
+
+def _title(results: dict[str, Any]) -> str:
+    settings = results["settings"]
+    return f"{settings['dataset']}, {settings['model']}, {settings['epochs']} epochs, K = {settings['copies']}"

@@ -8,30 +8,30 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .._files import save
 from ..distributed import share
 from ..estimators import ESTIMATORS
-from ..estimators.base import Estimator
 from ..objectives import OBJECTIVES, vote
 from ..optim import attach, closure
-from ..robustness.attacks import gradient_attack, perturb
-from ..robustness.budget import Budget
-from ..robustness.descent import Descent
-from ..robustness.target import Target
+from ..robustness import Budget, Descent, Target, gradient_attack, perturb
 from . import files
 from .data import Images
 from .ranks import ALONE, Ranks
 from .recipe import INCOMPLETE, Recipe, check_recipe, make_network, make_optimizer
 
+if TYPE_CHECKING:
+    from ..estimators.base import Estimator
+
 _ADVERSARY = gradient_attack("PGD-7", Descent(steps=7, length=0.25))
 CHECKS = 20
 """Times in an epoch at which a run with ``stop_at`` looks at its validation accuracy."""
 Step = Callable[[Tensor, Tensor], float]
-Progress = Callable[[int, float], None]
+AfterStep = Callable[[int, float], None]
 """Called after each step with the number of steps done, resumed ones included, and the loss."""
 
 
@@ -95,7 +95,7 @@ def train(
     checkpoint: Path,
     device: torch.device,
     resume: bool = False,
-    progress: Progress = lambda done, loss: None,
+    after_step: AfterStep = lambda done, loss: None,
     ranks: Ranks = ALONE,
 ) -> Trained:
     """Trains a network, or goes on from its checkpoint.
@@ -110,7 +110,7 @@ def train(
         checkpoint: file to write after each epoch.
         device: where to train.
         resume: go on from the checkpoint if it exists.
-        progress: called after each step.
+        after_step: called after each step.
         ranks: the processes that call this together and divide the copies of the likelihood ratio. The first alone
             reads and writes the checkpoint, and tests.
 
@@ -141,11 +141,11 @@ def train(
             raise ValueError(f"{checkpoint} is not a checkpoint of reproduce ({type(error).__name__})") from error
     take_step = stepper(recipe, net, optimizer, estimators)
 
-    def save() -> None:
+    def save_state() -> None:
         state: dict[str, Any] = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"schedule": schedule.state_dict(), "estimators": [each.state_dict() for each in estimators]}
         about = {"recipe": asdict(recipe), "shape": list(images.shape), "history": history, "stopped": stopped}
-        files.save_checkpoint(checkpoint, about | state)
+        save(checkpoint, about | state)
 
     while len(history) < recipe.epochs and not stopped:
         epoch = len(history)
@@ -155,8 +155,10 @@ def train(
         for step, batch in enumerate(torch.split(order, recipe.batch_size), start=1):
             losses.append(take_step(images.train[batch], images.train_labels[batch]) * len(batch))
             schedule.step()
-            progress(epoch * steps + step, losses[-1] / len(batch))
-            stopped = _is_check(step, steps) and _reached(recipe, net, images)
+            after_step(epoch * steps + step, losses[-1] / len(batch))
+            looks = step == steps or step % max(1, steps // CHECKS) == 0
+            if recipe.stop_at is not None and looks:
+                stopped = validation_accuracy(net, recipe, images) >= recipe.stop_at
             if stopped:
                 break
         seconds = time.perf_counter() - started
@@ -168,17 +170,8 @@ def train(
                 "seconds": seconds,
             }
         )
-        ranks.from_first(save)
+        ranks.from_first(save_state)
     return Trained(net, history)
-
-
-def _is_check(step: int, steps: int) -> bool:
-    """Whether training may stop after this step of an epoch: at a few evenly spaced ones, and at its end."""
-    return step == steps or step % max(1, steps // CHECKS) == 0
-
-
-def _reached(recipe: Recipe, net: nn.Module, images: Images) -> bool:
-    return recipe.stop_at is not None and validation_accuracy(net, recipe, images) >= recipe.stop_at
 
 
 def make_estimators(recipe: Recipe, net: nn.Module, ranks: Ranks = ALONE) -> list[Estimator]:

@@ -1,4 +1,4 @@
-"""What the benchmark measures: one training step of the same network by each method."""
+"""Training steps of the benchmark: the same network by each method."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..baselines import batch_mean, leave_one_out
 from ..convert import add_noise
+from ..estimators import ESTIMATORS
 from ..network import reset
 from ..optim import attach, closure
+from .cost import TrainingStep
 
 FEATURES, CLASSES = 784, 10
 _SIGMA = 0.5
 # Those with two ways to handle time are measured in both.
-ESTIMATORS: dict[str, tuple[str, dict[str, str]]] = {
-    "vanilla, store": ("vanilla", {"memory": "store"}),
-    "vanilla, replay": ("vanilla", {"memory": "replay"}),
-    "approximate": ("approximate", {}),
-    "counterfactual, rates": ("counterfactual", {"over_time": "rates"}),
-    "counterfactual, exact": ("counterfactual", {"over_time": "exact"}),
-}
+_WAYS = {"vanilla": ("memory", ("store", "replay")), "counterfactual": ("over_time", ("rates", "exact"))}
+METHODS: dict[str, tuple[str, dict[str, str]]] = {}
+"""Estimators of the likelihood ratio and their options, by the names of tables."""
+for _name in ESTIMATORS:
+    _option, _values = _WAYS.get(_name, ("", ()))
+    METHODS |= {f"{_name}, {value}": (_name, {_option: value}) for value in _values} or {_name: (_name, {})}
 NOISES = {"membrane": ("membrane", "gaussian"), "escape": ("escape", "logistic")}
 
 
@@ -37,7 +37,7 @@ class Workload:
     Attributes:
         method: ``"surrogate"`` (backpropagation through time as snnTorch's tutorials write it),
             ``"surrogate, hoisted"`` (the current of the constant input computed once), ``"textbook"`` (see
-            ``_textbook_step``), or one of ``ESTIMATORS``.
+            ``_textbook_step``), or one of ``METHODS``.
         noise: ``"membrane"``, or ``"escape"`` for logistic escape noise.
         copies: K.
         num_steps: T.
@@ -59,7 +59,7 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """How tables call it, apart from sizes."""
+        """Name for tables, without sizes."""
         return self.method if self.method.startswith(("surrogate", "textbook")) else f"{self.method}, {self.noise}"
 
 
@@ -101,25 +101,8 @@ class Classifier(nn.Module):
         return F.cross_entropy(counts, y, reduction="none") if self.rate else total
 
 
-@dataclass(frozen=True)
-class Step:
-    """A training step with Adam on a fixed random batch; each call updates the weights and returns the loss.
-
-    Attributes:
-        net: the network; its ``num_steps`` may be changed between calls.
-        call: the step.
-    """
-
-    net: Classifier
-    call: Callable[[], Tensor]
-
-    def __call__(self) -> Tensor:
-        """Updates the weights once."""
-        return self.call()
-
-
-def make_step(workload: Workload, device: torch.device) -> Step:
-    """A network and one training step of it.
+def make_step(workload: Workload, device: torch.device) -> TrainingStep:
+    """A training step with Adam on a fixed random batch.
 
     Raises:
         ValueError: if the method is unknown.
@@ -130,20 +113,20 @@ def make_step(workload: Workload, device: torch.device) -> Step:
     torch.manual_seed(0)
     net = Classifier(workload).to(device)
     if workload.method.startswith("surrogate"):
-        return Step(net, _surrogate_step(net, x, y))
+        return TrainingStep(net, _surrogate_step(net, x, y))
     if workload.method == "textbook":
-        return Step(net, _textbook_step(workload, net, x, y))
-    if workload.method not in ESTIMATORS:
-        raise ValueError(f"unknown method {workload.method!r}; choose one of {', '.join(ESTIMATORS)}")
+        return TrainingStep(net, _textbook_step(workload, net, x, y))
+    if workload.method not in METHODS:
+        raise ValueError(f"unknown method {workload.method!r}; choose one of {', '.join(METHODS)}")
     kind, distribution = NOISES[workload.noise]
     add_noise(net, sigma=_SIGMA, only=net.noisy, kind=kind, distribution=distribution)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-    estimator, options = ESTIMATORS[workload.method]
+    estimator, options = METHODS[workload.method]
     if estimator != "counterfactual":
         options = options | {"baseline": "leave-one-out" if workload.copies > 1 else "batch-mean"}
     attach(optimizer, net, estimator, copies=workload.copies, **options)
     given = closure(net.losses, x, y)
-    return Step(net, lambda: optimizer.step(given))
+    return TrainingStep(net, lambda: optimizer.step(given))
 
 
 def _surrogate_step(net: Classifier, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
@@ -196,8 +179,10 @@ def _textbook_step(workload: Workload, net: Classifier, x: Tensor, y: Tensor) ->
         optimizer.zero_grad()
         losses.mean().backward()  # type: ignore[no-untyped-call]
         table = losses.detach().view(workload.copies, -1)
-        baseline = leave_one_out if workload.copies > 1 else batch_mean
-        advantages = baseline(table).reshape(-1, 1) / table.numel()
+        # The loss minus the mean of the other copies of the sample; of one copy, minus that of the batch.
+        others = workload.copies - 1
+        baseline = (table.sum(0) - table) / others if others else table.mean()
+        advantages = (table - baseline).reshape(-1, 1) / table.numel()
         with torch.no_grad():
             scores = [advantages * epsilon / log_sigma.exp() for epsilon in noise]
             first.weight.grad = sum((score.T @ rows for score in scores), torch.zeros_like(first.weight))

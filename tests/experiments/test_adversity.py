@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ import psutil
 import pytest
 import torch
 from torchvision import datasets
-from typer.testing import Result
 
-from snntorch_lr.experiments import benchmark, data, diagnose, evaluate, files, train
+from snntorch_lr._files import save
+from snntorch_lr.experiments import benchmark, data, diagnose, evaluate_checkpoints, files, train
 
+from .commands import Result, is_one_line, quick_gates, run
 from .test_data import write_idx
-from .test_reproduce import run
 
 PATIENCE = 120  # seconds, on a busy machine
 STEPS = ["--repeats", "1", "--copies", "2", "--num-steps", "1", "--width", "2", "--batch", "2"]
@@ -36,7 +36,7 @@ COMMANDS = {
 # Where each of them works longest.
 WORK = {
     "reproduce": (train, "stepper"),
-    "evaluate": (evaluate, "evaluate_networks"),
+    "evaluate": (evaluate_checkpoints, "evaluate"),
     "diagnose": (diagnose, "gradient_report"),
     "benchmark": (benchmark, "median_milliseconds"),
 }
@@ -63,15 +63,17 @@ def few() -> data.Images:
 def net(few: data.Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("nets") / "net.pt"
     # What "reproduce" trains, so that it would go on from this.
-    recipe = train.Recipe("likelihood ratio", "digits", "mlp", 1, 2, 0, batch_size=32, validation=4)
+    recipe = train.Recipe(method="likelihood ratio", epochs=1, copies=2, batch_size=32, validation=4)
     train.train(recipe, few, path, torch.device("cpu"))
     return path
 
 
 @pytest.fixture(autouse=True)
-def digits_are_few(few: data.Images, monkeypatch: pytest.MonkeyPatch) -> None:
+def digits_are_few_and_gates_quick(few: data.Images, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     load = data.load
     monkeypatch.setattr(data, "load", lambda name, root=None: few if name == "digits" else load(name, root))
+    with quick_gates():
+        yield
 
 
 @pytest.fixture
@@ -82,13 +84,6 @@ def call(net: Path) -> Callable[..., Result]:
         )
 
     return call
-
-
-def is_one_line(result: Result, status: int, *words: str) -> None:
-    assert result.exit_code == status, result.output
-    assert result.stderr.startswith("snntorch-lr: ")
-    assert result.stderr.count("\n") == 1
-    assert not [word for word in words if word not in result.stderr], result.stderr
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -241,7 +236,7 @@ def test_a_checkpoint_of_a_training_that_diverged_is_refused(
 ) -> None:
     state, path = torch.load(net, weights_only=True), tmp_path / "diverged.pt"
     state["net"]["blocks.0.1.weight"].fill_(float("nan"))
-    files.save_checkpoint(path, state)
+    save(path, state)
     is_one_line(call("evaluate", tmp_path / "out", str(path)), 2, "diverged: NaN or", "in blocks.0.1.weight; ")
     assert not (tmp_path / "out").exists()
 
@@ -306,9 +301,9 @@ def started(command: str, out: Path) -> subprocess.Popen[str]:
 
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Its children, but for the one with which multiprocessing keeps its books."""
-    found = psutil.Process(process.pid).children()
-    return [child for child in found if "resource_tracker" not in " ".join(child.cmdline())]
+    """Its children that train or measure; others, short-lived ones, are started by imports."""
+    found = {child: " ".join(child.cmdline()) for child in psutil.Process(process.pid).children()}
+    return [child for child, words in found.items() if "spawn_main" in words or "experiments.cost" in words]
 
 
 @pytest.mark.parametrize("command", PROCESSES)

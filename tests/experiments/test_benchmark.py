@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from snntorch_lr.experiments import benchmark, cli
-from snntorch_lr.experiments.measure import peak_megabytes, slope
-from snntorch_lr.experiments.workloads import ESTIMATORS, NOISES, Workload, make_step
+from snntorch_lr.experiments import benchmark
+from snntorch_lr.experiments.benchmark import Benchmark
+from snntorch_lr.experiments.workloads import METHODS, NOISES, Workload, make_step
+
+from .commands import is_one_line, run
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {"num_steps": 4, "width": 20, "batch": 8}
@@ -18,7 +19,7 @@ TINY: dict[str, Any] = {"num_steps": 4, "width": 20, "batch": 8}
 
 @pytest.mark.parametrize("rate", [False, True])
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("method", ["surrogate", "surrogate, hoisted", "textbook", *ESTIMATORS])
+@pytest.mark.parametrize("method", ["surrogate", "surrogate, hoisted", "textbook", *METHODS])
 def test_every_workload_learns(method: str, noise: str, rate: bool) -> None:
     if method == "textbook" and (rate or noise == "escape"):
         pytest.skip("written for one case")
@@ -47,39 +48,24 @@ def test_hoisting_computes_the_first_current_once() -> None:
     assert len(calls) == TINY["num_steps"] + 1
 
 
-def test_memory_of_replay_does_not_grow_with_time_and_that_of_the_surrogate_does() -> None:
-    def peak(method: str, num_steps: int) -> float:
-        return peak_megabytes(Workload(method, num_steps=num_steps, rate=True, width=400), CPU)
-
-    assert peak("surrogate", 200) > 4 * peak("surrogate", 20)
-    assert peak("vanilla, replay", 200) < 1.5 * peak("vanilla, replay", 20) + 1
-
-
-def test_a_process_that_dies_is_an_error() -> None:
-    with pytest.raises(ChildProcessError, match="ended with status"):
-        peak_megabytes(Workload("no such method"), CPU)
-
-
-def test_slope_is_the_exponent() -> None:
-    assert slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("benchmark")
-    settings = benchmark.Settings(
-        repeats=1, copies=(1, 2), memory_steps=(2, 3), dataset="digits", limit=1.0, threads=1, **TINY
+    options = Benchmark(
+        repeats=1, copies=(1, 2), memory_steps=(2, 3), dataset="digits", limit=0.1, threads=1, out=out, **TINY
     )
     with pytest.MonkeyPatch.context() as patch:
         # A process for each figure takes minutes; one is measured above.
-        patch.setattr(benchmark, "peak_megabytes", lambda workload, device: float(workload.num_steps))
-        benchmark.benchmark(settings, out)
+        patch.setattr(benchmark, "peak_megabytes", lambda make, device: float(make.args[0].num_steps))
+        benchmark.benchmark(options)
     return out
 
 
 def test_threads_are_as_before(written: Path) -> None:
     before = torch.get_num_threads()
-    benchmark.benchmark(benchmark.Settings(("steps",), 1, (1,), threads=before + 1, **TINY), written / "again")
+    benchmark.benchmark(
+        Benchmark(parts=("steps",), repeats=1, copies=(1,), threads=before + 1, out=written / "again", **TINY)
+    )
     assert torch.get_num_threads() == before
 
 
@@ -88,7 +74,7 @@ def test_writes_every_part(written: Path) -> None:
     assert {part for part in benchmark.PARTS if results[part]} == set(benchmark.PARTS)
     assert results["steps"][0]["ratio"] == 1
     # Two numbers of copies.
-    assert len(results["steps"]) == 2 + 2 * (len(ESTIMATORS) * len(NOISES) + 1)
+    assert len(results["steps"]) == 2 + 2 * (len(METHODS) * len(NOISES) + 1)
     page = (written / "benchmark.md").read_text()
     assert results["command"] in page
     assert {path.name for path in written.glob("*.png")} == {"steps.png", "memory.png"}
@@ -96,7 +82,7 @@ def test_writes_every_part(written: Path) -> None:
 
 def test_the_command_runs_chosen_parts(tmp_path: Path) -> None:
     arguments = ["--part", "steps", "--repeats", "1", "--copies", "2", "--num-steps", "2", "--width", "5"]
-    result = CliRunner().invoke(cli.app, ["benchmark", *arguments, "--batch", "2", "--out", str(tmp_path)])
+    result = run("benchmark", *arguments, "--batch", "2", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert "textbook" in result.output
     assert "memory" not in json.loads((tmp_path / "benchmark.json").read_text())
@@ -107,15 +93,12 @@ def test_the_command_runs_chosen_parts(tmp_path: Path) -> None:
     [
         (["--part", "speed"], "steps, memory, growth, accuracy"),
         (["--dataset", "cifar"], "mnist, fashion-mnist, digits"),
-        (["--repeats", "0"], "--repeats must be positive"),
-        (["--copies", "0"], "--copies must be positive integers"),
+        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--copies", "0"], "--copies must be at least 1"),
         (["--device", "gpu"], "unknown device"),
     ],
 )
-def test_wrong_arguments_are_one_line(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    result = CliRunner().invoke(cli.app, ["benchmark", *arguments, "--out", str(tmp_path)])
-    assert result.exit_code == 2
-    assert message in result.output + capsys.readouterr().err
+def test_wrong_arguments_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = run("benchmark", *arguments, "--out", str(tmp_path))
+    is_one_line(result, 2, message)
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from snntorch_lr.experiments import data, diagnose
 from snntorch_lr.experiments.recipe import Recipe
 from snntorch_lr.experiments.train import train
 
-from .test_reproduce import run
+from .commands import is_one_line, run
 
 SMALL = ["--copies", "2", "--batch", "4", "--repeats", "2", "--reference", "3"]
 
@@ -20,7 +20,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "net.pt"
     images = data.load("digits")
     small = data.Images("digits", images.train[:32], images.train_labels[:32], images.test[:8], images.test_labels[:8])
-    train(Recipe("likelihood ratio", "digits", "conv", 1, 2, 3, sigma=0.4), small, path, torch.device("cpu"))
+    train(
+        Recipe(method="likelihood ratio", model="conv", epochs=1, copies=2, seed=3, sigma=0.4),
+        small,
+        path,
+        torch.device("cpu"),
+    )
     return path
 
 
@@ -82,7 +87,5 @@ def test_wrong_arguments_are_one_line(
     torch.save({"net": {}}, other)
     places = {"NET": str(checkpoint), "OTHER": str(other)}
     result = run("diagnose", *(places.get(word, word) for word in arguments), "--out", str(tmp_path / "x"))
-    assert result.exit_code == status
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
+    is_one_line(result, status, message)
     assert not (tmp_path / "x").exists()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from snntorch_lr._files import save
 from snntorch_lr.experiments import files
 
 
@@ -46,9 +47,9 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "net.pt"
-    files.save_checkpoint(path, {"a": torch.ones(3)})
+    save(path, {"a": torch.ones(3)})
     with files_of_at_most(10_000), pytest.raises(OSError, match="File too large") as caught:
-        files.save_checkpoint(path, {"a": torch.ones(100_000)})
+        save(path, {"a": torch.ones(100_000)})
     assert caught.value.filename == str(path)
     assert torch.equal(files.load_checkpoint(path)["a"], torch.ones(3))
     assert list(tmp_path.iterdir()) == [path]
@@ -58,7 +59,7 @@ def test_a_figure_that_does_not_fit_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "figure.png"
     path.write_text("old")
     with files_of_at_most(1000), pytest.raises(OSError, match="File too large") as caught:
-        files.save_figure(path, Figure().savefig)
+        files.save_figure(path, Figure())
     assert caught.value.filename == str(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -85,7 +86,7 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
 
 def test_a_flipped_bit_never_gives_another_checkpoint(tmp_path: Path) -> None:
     path, whole = tmp_path / "x.pt", {"net": {"weight": torch.arange(50.0)}, "epoch": 1}
-    files.save_checkpoint(path, whole)
+    save(path, whole)
     content, refused = path.read_bytes(), set()
     for place in range(len(content)):
         flipped = bytearray(content)
@@ -104,7 +105,7 @@ def test_a_flipped_bit_never_gives_another_checkpoint(tmp_path: Path) -> None:
 
 def test_the_flag_of_a_folder_does_not_hide_weights(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    files.save_checkpoint(path, {"weight": torch.ones(50)})
+    save(path, {"weight": torch.ones(50)})
     content = bytearray(path.read_bytes())
     # The attributes of a file in the list at the end of an archive stand eight bytes before its name.
     content[content.rindex(b"archive/data/0") - 8] ^= 0x10

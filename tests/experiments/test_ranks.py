@@ -14,16 +14,18 @@ from snntorch_lr.experiments import cli, data, ranks
 from snntorch_lr.experiments.recipe import Recipe
 from snntorch_lr.experiments.train import train
 
+from . import commands
+
 CPU = torch.device("cpu")
 PATIENCE = 120  # seconds, so that a deadlock fails instead of hanging
 SMALL = ["--epochs", "2", "--copies", "3", "--attack-images", "5", "--draws", "1", "--epsilon", "0.1"]
-RECIPE = Recipe("likelihood ratio", "digits", "mlp", epochs=2, copies=3, seed=0, batch_size=32, validation=143)
+RECIPE = Recipe(method="likelihood ratio", epochs=2, copies=3, batch_size=32, validation=143)
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*launcher, "-m", "snntorch_lr.experiments.cli", "reproduce", *arguments],
+        [*launcher, *words],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CI": "1"}, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 
@@ -38,7 +40,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if done == steps + 1:
             (directory / "whole.pt").rename(directory / "first.pt")
 
-    train(RECIPE, images, directory / "whole.pt", CPU, progress=keep_first)
+    train(RECIPE, images, directory / "whole.pt", CPU, after_step=keep_first)
     return directory
 
 
@@ -47,7 +49,7 @@ def shared(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """The second epoch by two ranks."""
     directory = tmp_path_factory.mktemp("ranks")
     copy(alone / "first.pt", directory / "likelihood-ratio.pt")
-    return directory, torchrun(*SMALL, "--out", str(directory), "--resume")
+    return directory, torchrun(commands.__file__, "reproduce", *SMALL, "--out", str(directory), "--resume")
 
 
 def test_two_ranks_go_on_like_one_process(shared: tuple[Path, subprocess.CompletedProcess[str]], alone: Path) -> None:
@@ -73,7 +75,7 @@ def test_the_first_rank_alone_prints_and_says_how_many_there_were(
 
 def test_an_error_of_the_first_rank_ends_all_with_one_line(alone: Path, tmp_path: Path) -> None:
     copy(alone / "first.pt", tmp_path / "likelihood-ratio.pt")
-    result = torchrun(*SMALL, "--out", str(tmp_path))
+    result = torchrun("-m", "snntorch_lr.experiments.cli", "reproduce", *SMALL, "--out", str(tmp_path))
     assert result.returncode != 0
     said = [line for line in result.stderr.splitlines() if line.startswith("snntorch-lr:")]
     assert len(said) == 1

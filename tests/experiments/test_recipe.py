@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from snntorch_lr.experiments import data
 from snntorch_lr.experiments.recipe import Recipe, make_network, make_optimizer, noise_levels
 from snntorch_lr.experiments.train import train
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 CPU = torch.device("cpu")
-RECIPE = Recipe("likelihood ratio", "digits", "mlp", epochs=2, copies=4, seed=0, batch_size=32, learning_rate=5e-3)
+RECIPE = Recipe(method="likelihood ratio", epochs=2, copies=4, batch_size=32, learning_rate=5e-3)
 VANILLA = replace(RECIPE, estimator="vanilla")
 
 
@@ -90,6 +92,21 @@ def test_decay_shrinks_the_first_weights_only() -> None:
         torch.testing.assert_close(value.detach(), before[name] * (0.8 if name == "blocks.0.1.weight" else 1))
 
 
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("study-*/results.json")), ids=lambda path: path.parent.name)
+def test_recipes_of_earlier_versions_are_read(path: Path) -> None:
+    for each in json.loads(path.read_text(encoding="utf-8")):
+        saved = each["entry"]["recipe"]
+        recipe = asdict(Recipe(**saved))
+        assert {name: recipe[name] for name in saved} == saved
+
+
+def test_defaults_depend_on_the_data_and_the_estimator() -> None:
+    assert (Recipe(method="surrogate").epochs, Recipe(method="surrogate").copies) == (30, 2)
+    other = Recipe(method="surrogate", dataset="mnist", estimator="vanilla")
+    assert (other.epochs, other.copies) == (4, 16)
+    assert (replace(other, dataset="digits", estimator="counterfactual").copies) == 16
+
+
 @pytest.mark.parametrize("method", ["surrogate", "likelihood ratio"])
 def test_training_images_are_disturbed(method: str, images: data.Images, tmp_path: Path) -> None:
     plain = losses(replace(RECIPE, method=method), images, tmp_path / "plain")[-1]
@@ -107,6 +124,9 @@ def test_training_images_are_disturbed(method: str, images: data.Images, tmp_pat
         ({"objective": "vote"}, "no derivative by a spike: use the estimator vanilla"),
         ({"objective": "zero-one"}, "no derivative by a spike: use the estimator vanilla"),
         ({"votes": 3}, "votes"),
+        ({"votes": 0}, "votes must be at least 1"),
+        ({"model": "rnn"}, "unknown model"),
+        ({"sigma": 0.0}, "sigma must be positive"),
         ({"late_copies": -1}, "late_copies"),
         ({"late_copies": 8, "method": "surrogate"}, "late_copies"),
         ({"decay": -1.0}, "decay"),

@@ -1,98 +1,107 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from snntorch_lr.experiments import study_report
-from snntorch_lr.experiments.plans import PLANS, Entry, Evaluation, plan
-from snntorch_lr.experiments.recipe import check_recipe
-from snntorch_lr.experiments.study import finished, result_file, study, work
-from snntorch_lr.robustness import Protocol
+from snntorch_lr.experiments.study import page, run
+from snntorch_lr.experiments.study.plan import PRESETS, Entry, read_plan
+from snntorch_lr.experiments.study.run import Study, finished, result_file, study, work
+from snntorch_lr.robustness import SUITES, Descent, gradient_attack
 
-DIGITS = PLANS["digits"]
+from .commands import quick_gates
 
 
-def small() -> list[Entry]:
-    evaluation = Evaluation(("FGSM", "EOT-PGD training", "EOT-PGD gaussian"), 12, (0.05, 0.1), corruptions=True)
-    return [
-        replace(
-            entry,
-            recipe=replace(entry.recipe, epochs=2, copies=4),
-            evaluations=tuple(replace(evaluation, noise=each.noise) for each in entry.evaluations),
-        )
-        for entry in DIGITS()
-    ]
+def small_plan(folder: Path) -> Path:
+    """The plan "digits" with less of everything."""
+    text = PRESETS["digits"].read_text()
+    for old, new in (
+        ("epochs = 20", "epochs = 1"),
+        ("copies = 8", "copies = 2"),
+        ('"reduced", images = 200', '["FGSM", "EOT-PGD training"], images = 8'),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    # Corruptions of a network without noise, and of one with it.
+    text = text.replace("epsilons = [0.05, 0.1] },", "epsilons = [0.05, 0.1], corruptions = true },")
+    path = folder / "small.toml"
+    path.write_text(text)
+    return path
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("study")
-    entries = small()
-    with pytest.MonkeyPatch.context() as patch:
-        # The gates take most of the time, and have tests of their own.
-        patch.setattr("snntorch_lr.experiments.study.Protocol", partial(Protocol, gates=False))
+def done(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    folder = tmp_path_factory.mktemp("study")
+    options = Study(plan=str(small_plan(folder)), out=folder / "out")
+    entries = read_plan(options.plan)
+    with pytest.MonkeyPatch.context() as patch, quick_gates():
+        # A process for each takes seconds; one is measured in test_cost.
+        patch.setattr(run, "peak_megabytes", lambda *_: 1.0)
+        short = gradient_attack("EOT-PGD training", Descent(steps=2, draws=2))
+        patch.setitem(SUITES, "quick", (SUITES["quick"][0], short))
         for entry in entries:
-            work(entry, entries, out, None)
-    return out
+            work(entry, entries, options)
+    return options
 
 
-def test_every_network_is_finished(done: Path) -> None:
-    assert all(finished(entry, done) for entry in small())
-    changed = replace(small()[2], family="another")
-    assert not finished(changed, done)
+@pytest.fixture(scope="module")
+def entries(done: Study) -> list[Entry]:
+    return read_plan(done.plan)
 
 
-def test_what_is_finished_is_not_done_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PLANS, "digits", small)
-    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
+def test_every_network_is_finished(done: Study, entries: list[Entry]) -> None:
+    assert all(finished(entry, done.folder) for entry in entries)
+    assert not finished(replace(entries[2], family="another"), done.folder)
+
+
+def test_finished_networks_are_not_done_again(done: Study, entries: list[Entry]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in done.folder.rglob("*") if path.is_file()}
     told: list[str] = []
-    study("digits", done, tell=lambda what, *_: told.append(what))
+    assert len(study(done, lambda what, *_: told.append(what))) == len(entries)
     assert told == []
-    assert {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in done.folder.rglob("*") if path.is_file()} == before
 
 
-def test_no_network_is_transferred_to_from_itself_and_every_other_is(done: Path) -> None:
+def test_no_network_is_transferred_to_from_itself_and_every_other_is(done: Study, entries: list[Entry]) -> None:
     """The stopped one begins like the source, and is another network."""
-    for entry in small():
-        for row in json.loads(result_file(entry, done).read_text()).get("rows", []):
+    for entry in entries:
+        for row in json.loads(result_file(entry, done.folder).read_text()).get("rows", []):
             lent = "transfer from surrogate" in row["attacks"]
             assert lent == (entry.name != "usual: surrogate"), entry.name
 
 
-def test_the_stopped_network_matches_the_accuracy(done: Path) -> None:
-    entry = next(entry for entry in small() if entry.matches)
-    matched = next(other for other in small() if other.name == entry.matches)
-    stopped, other = (json.loads(result_file(e, done).read_text()) for e in (entry, matched))
+def test_the_stopped_network_matches_the_accuracy(done: Study, entries: list[Entry]) -> None:
+    entry = next(entry for entry in entries if entry.matches)
+    matched = next(other for other in entries if other.name == entry.matches)
+    stopped, other = (json.loads(result_file(e, done.folder).read_text()) for e in (entry, matched))
     ended = stopped["history"][-1]["epoch"] < entry.recipe.epochs
     assert stopped["validation"] >= other["validation"] if ended else stopped["validation"] < other["validation"]
 
 
-def test_the_page_is_the_same_bytes_from_the_same_results(done: Path, tmp_path: Path) -> None:
-    first = {path.name: path.read_bytes() for path in study_report.write(done / "results", tmp_path / "one")}
-    again = {path.name: path.read_bytes() for path in study_report.write(done / "results", tmp_path / "two")}
+def test_the_page_is_the_same_bytes_from_the_same_results(done: Study, tmp_path: Path) -> None:
+    first = {path.name: path.read_bytes() for path in page.write(done.folder / "results", tmp_path / "one")}
+    again = {path.name: path.read_bytes() for path in page.write(done.folder / "results", tmp_path / "two")}
     assert first == again
     assert set(first) == {"index.md", "fronts.png", "results.json"}
-    study_report.write(tmp_path / "one", tmp_path / "three")
+    page.write(tmp_path / "one", tmp_path / "three")
     assert {path.name: path.read_bytes() for path in (tmp_path / "three").iterdir()} == first
 
 
-def test_each_way_of_attacking_has_a_row(done: Path) -> None:
-    for entry in small():
-        result = json.loads(result_file(entry, done).read_text())
+def test_each_way_of_attacking_has_a_row(done: Study, entries: list[Entry]) -> None:
+    for entry in entries:
+        result = json.loads(result_file(entry, done.folder).read_text())
         noise = [row["noise"] for row in result.get("rows", [])]
         silent = entry.recipe.method == "surrogate"
         assert noise == (["none"] if silent else ["off", "on"])[: len(entry.evaluations)]
         assert list(result.get("clean", {})) == noise
 
 
-def test_the_page_says_what_was_found(done: Path) -> None:
-    results = [json.loads(path.read_text()) for path in sorted((done / "results").glob("*.json"))]
-    page = study_report.to_markdown(results)
+def test_the_page_says_what_was_found(done: Study) -> None:
+    results = [json.loads(path.read_text()) for path in sorted((done.folder / "results").glob("*.json"))]
+    text = page.to_markdown(results)
     for part in (
         "Table A",
         "Approximate and vanilla",
@@ -101,50 +110,37 @@ def test_the_page_says_what_was_found(done: Path) -> None:
         "McNemar",
         "Noise levels",
         "corruptions",
-        "snntorch-lr study digits",
+        f"`snntorch-lr study {done.plan}`",
     ):
-        assert part in page
+        assert part in text
     ratio = next(r for r in results if r["entry"]["name"].startswith("usual: likelihood"))
     worst = ratio["rows"][0]["worst_case"]["0.05"]
     bits = ratio["rows"][0]["right"]["worst"]["0.05"]
     assert bits.count("1") / len(bits) == worst["accuracy"]
-    assert f"**{100 * worst['accuracy']:.1f}" in page
+    assert f"**{100 * worst['accuracy']:.1f}" in text
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no results"):
-        study_report.write(tmp_path, tmp_path)
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_plans_can_be_trained(name: str) -> None:
-    entries = plan(name)
-    assert len({entry.slug for entry in entries}) == len(entries)
-    before: set[str] = set()
-    for entry in entries:
-        check_recipe(entry.recipe)
-        assert entry.matches is None or entry.matches in before
-        before.add(entry.name)
+        page.write(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("change", "message"),
     [
-        (lambda out: study("chess", out), "unknown study"),
-        (lambda out: study("digits", out, groups=["best"]), "unknown group"),
-        (lambda out: study("digits", out, jobs=0), "--jobs"),
+        ({"plan": "chess"}, "unknown study 'chess'; choose one of digits, "),
+        ({"groups": ("best",)}, "unknown groups 'best'; choose one of source, "),
+        ({"jobs": 0}, "--jobs must be at least 1, got 0"),
     ],
 )
-def test_wrong_arguments_are_refused(call: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        call(tmp_path)
+        study(replace(Study(plan="digits", out=tmp_path), **change))
     assert not list(tmp_path.iterdir())
 
 
-def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PLANS, "digits", small)
+def test_processes_share_the_work(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    study(
-        "digits", tmp_path, groups=["source"], jobs=2, tell=lambda what, done, total, left: told.append((done, total))
-    )
+    options = Study(plan=str(small_plan(tmp_path)), groups=("source",), jobs=2, out=tmp_path / "out")
+    study(options, lambda what, done, total, left: told.append((done, total)))
     assert told == [(1, 2), (2, 2)]

@@ -12,7 +12,7 @@ from snntorch_lr.experiments.recipe import METHODS, Recipe, make_network
 from snntorch_lr.experiments.train import split, train, validation_accuracy
 
 CPU = torch.device("cpu")
-RECIPE = Recipe("likelihood ratio", "digits", "mlp", epochs=3, copies=2, seed=0, num_steps=8, batch_size=16)
+RECIPE = Recipe(method="likelihood ratio", epochs=3, copies=2, num_steps=8, batch_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def images() -> data.Images:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", models.NAMES)
 def test_loss_falls(method: str, model: str, images: data.Images, tmp_path: Path) -> None:
-    recipe = replace(RECIPE, method=method, model=model, copies=8, learning_rate=1e-2)
+    recipe = replace(RECIPE, method=method, model=model, epochs=2, copies=4, learning_rate=1e-2)
     history = train(recipe, images, tmp_path / "c.pt", CPU).history
     assert history[-1]["train_loss"] < 0.98 * history[0]["train_loss"]
 
@@ -35,7 +35,7 @@ def test_loss_falls(method: str, model: str, images: data.Images, tmp_path: Path
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("noise", ["membrane", "escape"])
 def test_every_estimator_and_noise_trains(estimator: str, noise: str, images: data.Images, tmp_path: Path) -> None:
-    recipe = replace(RECIPE, model="deep-mlp", copies=8, learning_rate=5e-3, estimator=estimator, noise=noise)
+    recipe = replace(RECIPE, model="deep-mlp", copies=4, learning_rate=1e-2, estimator=estimator, noise=noise)
     history = train(recipe, images, tmp_path / "c.pt", CPU).history
     assert history[-1]["train_loss"] < 0.95 * history[0]["train_loss"]
 
@@ -57,10 +57,12 @@ def test_killed_and_resumed_gives_the_same_weights(method: str, images: data.Ima
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, images, tmp_path / "cut.pt", CPU, progress=kill)
+        train(recipe, images, tmp_path / "cut.pt", CPU, after_step=kill)
     torch.rand(5)  # whatever else used the global generator
     steps: list[int] = []
-    resumed = train(recipe, images, tmp_path / "cut.pt", CPU, resume=True, progress=lambda done, _: steps.append(done))
+    resumed = train(
+        recipe, images, tmp_path / "cut.pt", CPU, resume=True, after_step=lambda done, _: steps.append(done)
+    )
     assert steps[0] == 17
     assert len(resumed.history) == 3
     for name, value in resumed.net.state_dict().items():
@@ -74,8 +76,8 @@ def test_training_stops_where_the_held_out_images_are_right_often_enough(images:
     assert 0 < run.history[-1]["epoch"] < recipe.epochs
     losses: list[float] = []
     stopped: list[float] = []
-    train(replace(recipe, stop_at=None), images, tmp_path / "whole.pt", CPU, progress=lambda _, x: losses.append(x))
-    train(recipe, images, tmp_path / "again.pt", CPU, progress=lambda _, x: stopped.append(x))
+    train(replace(recipe, stop_at=None), images, tmp_path / "whole.pt", CPU, after_step=lambda _, x: losses.append(x))
+    train(recipe, images, tmp_path / "again.pt", CPU, after_step=lambda _, x: stopped.append(x))
     assert stopped == losses[: len(stopped)]
     assert len(stopped) == round(12 * run.history[-1]["epoch"])
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import snntorch as snn
 import torch
-from snntorch_lr.network import spike_derivatives
 from torch import Tensor, nn
 
 import snntorch_lr as slr
+from snntorch_lr.network import spike_derivatives
 from snntorch_lr.robustness import SURROGATES, AttackableView
 from snntorch_lr.robustness.surrogates import (
     AdaptiveSharpness,

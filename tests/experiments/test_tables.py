@@ -1,17 +1,19 @@
-"""Tables of a study from results that are written by hand."""
+"""Tables of a study from results that are written by hand, and fronts."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 
-from snntorch_lr.experiments import study_tables as tables
-from snntorch_lr.experiments.plans import Entry, plan
-from snntorch_lr.robustness.statistics import wilson
+from snntorch_lr.experiments.study import tables
+from snntorch_lr.experiments.study.plan import Entry, read_plan
+from snntorch_lr.experiments.study.tables import Point, beside, difference, front
+from snntorch_lr.robustness import wilson
 
-MNIST = {entry.name: entry for entry in plan("mnist")}
+MNIST = {entry.name: entry for entry in read_plan("mnist")}
 ESCAPE = "usual: likelihood ratio, escape, vanilla"
 
 
@@ -84,18 +86,18 @@ def test_without_the_surrogate_nothing_takes_its_place(usual: list[dict[str, Any
 
 
 def test_the_front_leaves_the_pgd_trained_out(usual: list[dict[str, Any]]) -> None:
-    front = [
+    swept = [
         result(MNIST["front: surrogate, PGD-trained, 0.05"], 0.98, row(95, 100, "none")),
         result(MNIST["front: surrogate, decay 5"], 0.96, row(70, 100, "none")),
         result(MNIST["front: likelihood ratio, 8 epochs"], 0.99, row(40, 100)),
     ]
-    header, lines = tables.fronts([*usual, *front])
+    header, lines = tables.fronts([*usual, *swept])
     found = {", ".join(line[:2]): dict(zip(header, line, strict=True)) for line in lines}
     assert found["surrogate, decay 5"]["worst, ε = 0.05"] == "70.0 *"
     assert found["surrogate, PGD-trained, 0.05"]["worst, ε = 0.05"] == "95.0 *"
     assert found["likelihood ratio, escape, vanilla, "]["to the front"].startswith("-10.0 ")
     assert found["likelihood ratio, 8 epochs"]["to the front"] == "-"
-    _, said = tables.extremes([*usual, *front])
+    _, said = tables.extremes([*usual, *swept])
     assert "of 1 likelihood-ratio networks lies -10.0 to -10.0 points" in said
     assert "1 more are more accurate than all of these" in said
 
@@ -131,3 +133,38 @@ def test_settings_name_what_a_network_has_of_its_own() -> None:
     assert found["estimator, copies"] == "counterfactual, 4, late 32"
     assert found["noise"] == "escape, logistic, σ = 0.3"
     assert found["images attacked"] == "500 held out"
+
+
+def point(name: str, clean: float, right: int, images: int = 10) -> Point:
+    return Point(name, "", "", True, False, clean, np.array([1.0] * right + [0.0] * (images - right)))
+
+
+def test_the_front_leaves_out_what_another_beats() -> None:
+    points = [point("a", 0.9, 3), point("b", 0.8, 6), point("c", 0.85, 2), point("d", 0.8, 5), point("e", 0.9, 3)]
+    assert [p.name for p in front(points)] == ["b", "a"]
+
+
+def test_between_two_neighbours_robustness_is_interpolated() -> None:
+    others = [point("a", 0.9, 3), point("b", 0.8, 6)]
+    found = beside(point("x", 0.85, 7), others)
+    assert found is not None
+    assert found.mean == pytest.approx(0.7 - 0.45)
+    assert found.low < found.mean < found.high
+
+
+def test_below_the_front_its_least_accurate_network_counts() -> None:
+    found = beside(point("x", 0.5, 7), [point("a", 0.9, 3), point("b", 0.8, 6)])
+    assert found is not None
+    assert found.mean == pytest.approx(0.1)
+
+
+def test_above_the_front_there_is_nothing_to_compare_with() -> None:
+    assert beside(point("x", 0.95, 7), [point("a", 0.9, 3)]) is None
+
+
+def test_the_interval_is_students() -> None:
+    first, second = np.array([1.0, 1, 0, 1]), np.array([0.0, 1, 0, 1])
+    found = difference(first, second)
+    # Mean 1/4, standard error 1/4, quantile 3.182 for three degrees of freedom.
+    assert (found.low, found.high) == pytest.approx((0.25 - 3.182446 / 4, 0.25 + 3.182446 / 4))
+    assert str(difference(first, first)) == "+0.0 [+0.0, +0.0]"

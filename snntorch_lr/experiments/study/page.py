@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .._messages import listed, markdown
-from . import files, study_figures
-from . import study_tables as tables
-from .plans import REDUCED
-from .study_tables import Result
+from ..._messages import listed, markdown
+from ...robustness import wilson
+from .. import files
+from ..options import option
+from . import tables
+from .plan import REDUCED
+from .tables import Point, Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TOGETHER = "results.json"
+_MARKERS = "osD^v<>PX*"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Options of the command ``snntorch-lr report``."""
+
+    results: Path = option(help="folder of results of a study", positional=True)
+    out: Path | None = option(None, "folder for the page and its figures; that of the results")
 
 
 def write(results: Path, out: Path) -> list[Path]:
@@ -32,7 +49,7 @@ def write(results: Path, out: Path) -> list[Path]:
 
 
 def write_page(paths: Sequence[Path], out: Path, source: Path) -> list[Path]:
-    """What ``write`` does, with the files of a folder that are named."""
+    """Writes the page of some files of a folder, as ``write`` does of all."""
     found = [result for path in paths for result in _read(path)]
     if not found:
         raise ValueError(f"{source} holds no results of a study")
@@ -44,10 +61,10 @@ def write_page(paths: Sequence[Path], out: Path, source: Path) -> list[Path]:
     files.write_text(out / TOGETHER, f"[\n{lines}\n]\n")
     written = [out / TOGETHER]
     if tables.of_group(found, "front"):
-        figure = out / "fronts.png"
-        panels = [(epsilon, tables.points(found, epsilon)) for epsilon in ("0.05", "0.1")]
-        files.save_figure(figure, partial(study_figures.fronts, panels))
-        written.append(figure)
+        written.append(out / "fronts.png")
+        budgets = tables.budgets_of(tables.of_group(found, "front"))
+        figure = _fronts_figure([(epsilon, tables.points(found, epsilon)) for epsilon in budgets])
+        files.save_figure(written[-1], figure, dpi=120, metadata={"Software": None})
     page = out / "index.md"
     files.write_text(page, to_markdown(found))
     return [page, *written]
@@ -91,7 +108,6 @@ def to_markdown(results: Sequence[Result]) -> str:
     return "\n\n".join([*parts, "## Settings", markdown(*tables.settings(results)), _foot(results)]) + "\n"
 
 
-TOGETHER = "results.json"
 _HEAD = (
     "Accuracy in percent. Clean: all test images, noise off or by the majority of 32 noise draws. Under attack: the "
     "images attacked, per-example worst case. Intervals: 95 %."
@@ -127,12 +143,16 @@ _NOTE_TUNE = (
 
 
 def _note_a(usual: Sequence[Result]) -> str:
-    suite = usual[0]["entry"]["evaluations"][0]["attacks"]
+    attacks = usual[0]["entry"]["evaluations"][0]["attacks"]
+    if attacks == [*REDUCED]:
+        suite = "the reduced suite"
+    else:
+        suite = f"the suite {attacks!r}" if isinstance(attacks, str) else ", ".join(attacks)
     return (
         "Same network, same data, same number of epochs, no tuning for robustness. 'worst' is the worst case over "
-        f"{f'the suite {suite!r}' if isinstance(suite, str) else 'the reduced suite'} and transfers; the reduced suite "
-        f"is {', '.join(REDUCED)}. Noise off and on were attacked on different numbers of images: compare them on the "
-        "first ones. Without 'all gates passed' a line is no claim of robustness."
+        f"{suite} and transfers; the reduced suite is {', '.join(REDUCED)}. Noise off and on were attacked on "
+        "different numbers of images: compare them on the first ones. Without 'all gates passed' a line is no claim "
+        "of robustness."
     )
 
 
@@ -148,9 +168,53 @@ def _foot(results: Sequence[Result]) -> str:
     machines = dict.fromkeys(r["machine"] for r in results)
     minutes = sum(entry["seconds"] for r in results for entry in r["history"]) / 60
     dataset, model = _about(results)
-    name = f"{dataset}-conv" if model == "conv" else dataset
+    # Results of 0.1 do not have it.
+    command = results[0].get("command", f"snntorch-lr study {dataset}{'-conv' if model == 'conv' else ''}")
     return (
-        f"Command: `snntorch-lr study {name}`; this page again from its results: `snntorch-lr report DIR`, DIR the "
+        f"Command: `{command}`; this page again from its results: `snntorch-lr report DIR`, DIR the "
         f"folder of `{TOGETHER}`. {len(results)} networks, {minutes:.0f} minutes of training. Versions: "
         f"{'; '.join(versions)}. Machine: {'; '.join(machines)}."
     )
+
+
+def _fronts_figure(panels: Sequence[tuple[str, Sequence[Point]]]) -> Figure:
+    """Worst-case accuracy against clean error, a panel for each budget and a line for each family; surrogates hollow.
+
+    Args:
+        panels: budgets, and the networks.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    families = list(dict.fromkeys(point.family for _, points in panels for point in points))
+    for axis, (epsilon, points) in zip(axes, panels, strict=True):
+        for index, family in enumerate(families):
+            mine = sorted((p for p in points if p.family == family), key=lambda p: p.clean)
+            if not mine:
+                continue
+            shares = [wilson(int(point.right.sum()), len(point.right)) for point in mine]
+            axis.errorbar(
+                [100 * (1 - point.clean) for point in mine],
+                [100 * share.accuracy for share in shares],
+                yerr=[
+                    [max(0.0, 100 * (share.accuracy - share.low)) for share in shares],
+                    [max(0.0, 100 * (share.high - share.accuracy)) for share in shares],
+                ],
+                marker=_MARKERS[index % len(_MARKERS)],
+                linestyle="-" if len(mine) > 2 else "none",
+                elinewidth=0.7,
+                color=f"C{index % 10}",
+                markerfacecolor="white" if mine[0].surrogate else None,
+                label=family,
+            )
+        # Most networks differ by a point or two, and some by ten.
+        axis.set(xscale="log", xlabel="clean error (%)", ylabel="worst-case accuracy (%)", title=f"ε = {epsilon}")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.invert_xaxis()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+    return figure

@@ -11,10 +11,10 @@ from snntorch_lr.experiments import data
 from snntorch_lr.experiments.recipe import Recipe
 from snntorch_lr.experiments.train import train
 
-from .test_reproduce import run
+from .commands import is_one_line, run
 
 SMALL = ["--suite", "quick", "--images", "12", "--draws", "2", "--votes", "4", "--epsilon", "0.1"]
-RECIPE = Recipe("likelihood ratio", "digits", "mlp", 1, 2, 0, learning_rate=5e-3)
+RECIPE = Recipe(method="likelihood ratio", epochs=1, copies=2, learning_rate=5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,5 @@ def test_wrong_arguments_are_one_line(
 ) -> None:
     words = [str(checkpoints / word) if word.endswith(".pt") else word for word in arguments]
     result = run("evaluate", *words, "--out", str(tmp_path / "x"))
-    assert result.exit_code == status
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
+    is_one_line(result, status, message)
     assert not (tmp_path / "x").exists()

@@ -1,8 +1,9 @@
-"""Tables of the page of a study."""
+"""Tables of the page of a study, and fronts of accuracy and robustness."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,92 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from .._messages import markdown
-from ..robustness import Gate
-from ..robustness.statistics import mcnemar
-from .fronts import Point, beside, difference, front
+from ..._messages import markdown
+from ...robustness import Gate, mcnemar
+from ..files import share_text
 
 Result = dict[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 PAPER = ("FGSM", "RFGSM", "PGD", "MIFGSM")
-SHOWN = "0.05"
-"""Budget of the summary."""
-REFERENCE = "surrogate, PGD-trained"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference of accuracies with its 95 % interval (Student's t over the images)."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network on the plane of accuracy and robustness.
+
+    Attributes:
+        name: of the network.
+        family: of the network.
+        change: its label within the family.
+        surrogate: it was trained by surrogate gradients.
+        adversarial: it was trained on adversarial images.
+        clean: accuracy, in [0, 1].
+        right: what is right under attack, 0 or 1, ``[images]``.
+    """
+
+    name: str
+    family: str
+    change: str
+    surrogate: bool
+    adversarial: bool
+    clean: float
+    right: NDArray[np.float64]
+
+    @property
+    def worst(self) -> float:
+        """Worst-case accuracy."""
+        return float(self.right.mean())
+
+
+def difference(first: NDArray[np.float64], second: NDArray[np.float64]) -> Difference:
+    """Mean difference of two networks on the same images."""
+    each = first - second
+    if np.ptp(each) == 0:
+        return Difference(float(each[0]), float(each[0]), float(each[0]))
+    interval = stats.ttest_1samp(each, 0).confidence_interval(0.95)
+    return Difference(float(each.mean()), float(interval.low), float(interval.high))
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both accuracies, in the order of clean accuracy; of equal ones the first."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda p: (-p.clean, -p.worst)):
+        if not kept or point.worst > kept[-1].worst:
+            kept.append(point)
+    return kept[::-1]
+
+
+def beside(point: Point, others: Sequence[Point]) -> Difference | None:
+    """Distance of a network from the front of others at its clean accuracy.
+
+    Between two neighbours on the front, robustness is interpolated over clean accuracy; below the least accurate of
+    them it is that one's, which is more accurate and at least as robust as anything known there.
+
+    Returns:
+        The difference of robustness; None if no other network is as accurate.
+    """
+    line = front(others)
+    above = next((index for index, other in enumerate(line) if other.clean >= point.clean), None)
+    if above is None:
+        return None
+    right = line[above].right
+    if above > 0:
+        low, high = line[above - 1], line[above]
+        share = (point.clean - low.clean) / (high.clean - low.clean)
+        right = share * high.right + (1 - share) * low.right
+    return difference(point.right, right)
 
 
 def of_group(results: Iterable[Result], group: str) -> list[Result]:
@@ -33,9 +109,19 @@ def budgets_of(results: Sequence[Result]) -> list[str]:
     return list(results[0]["rows"][0]["worst_case"]) if results else []
 
 
+def shown(results: Sequence[Result]) -> str:
+    """Budget of the summary."""
+    budgets = budgets_of(of_group(results, "usual"))
+    return "0.05" if "0.05" in budgets else budgets[0]
+
+
+def _is_surrogate(result: Result) -> bool:
+    return bool(result["entry"]["recipe"]["method"] != "likelihood ratio")
+
+
 def _columns(results: Sequence[Result]) -> list[tuple[str, Result, dict[str, Any]]]:
     """Label, result and row of each network with its noise off and on; surrogates first."""
-    ordered = sorted(results, key=lambda r: (not r["entry"]["family"].startswith("surrogate"), r["entry"]["family"]))
+    ordered = sorted(results, key=lambda r: (not _is_surrogate(r), r["entry"]["family"]))
     return [
         (r["entry"]["family"] + ("" if row["noise"] == "none" else f" (noise {row['noise']})"), r, row)
         for r in ordered
@@ -51,9 +137,9 @@ def usual(results: Sequence[Result], epsilon: str) -> Table:
     for label, result, row in columns:
         clean, right = result["clean"][row["noise"]], row["right"]
         if epsilon in right["worst"]:
-            cells = [_share(clean["majority vote"]), _share(clean["single draw"])]
-            cells += [_share(row["attacks"].get(name, {}).get(epsilon)) for name in PAPER]
-            cells += [_right(right["reduced"][epsilon]), f"**{_share(row['worst_case'][epsilon])}**"]
+            cells = [share_text(clean["majority vote"]), share_text(clean["single draw"])]
+            cells += [share_text(row["attacks"].get(name, {}).get(epsilon)) for name in PAPER]
+            cells += [_right(right["reduced"][epsilon]), f"**{share_text(row['worst_case'][epsilon])}**"]
             cells += [_right(right["worst"][epsilon][:fewest]), str(len(right["clean"])), row["verdict"]]
             lines.append([label, *cells])
     header = ["", "clean", "clean, single draw", *PAPER, "worst, reduced suite", "worst"]
@@ -62,12 +148,12 @@ def usual(results: Sequence[Result], epsilon: str) -> Table:
 
 def short(results: Sequence[Result]) -> Table:
     """Table A at one budget, noise off."""
-    epsilon = SHOWN if SHOWN in budgets_of(results) else budgets_of(results)[0]
+    epsilon = shown(results)
     reference = _reference(results, epsilon)
     lines = []
     for label, result, row in _columns(results):
         if row["noise"] != "on":
-            cells = [_share(result["clean"][row["noise"]]["majority vote"]), _share(row["worst_case"][epsilon])]
+            cells = [share_text(result["clean"][row["noise"]]["majority vote"]), share_text(row["worst_case"][epsilon])]
             own = result["entry"]["family"] == "surrogate"
             cells += ["-" if own else _against(row["right"]["worst"][epsilon], reference)]
             cells += [_seconds(result), row["verdict"]]
@@ -77,23 +163,22 @@ def short(results: Sequence[Result]) -> Table:
 
 def extremes(results: Sequence[Result]) -> list[str]:
     """The most accurate networks, and how far those of the likelihood ratio are from the front, in words."""
-    found = points(results, SHOWN)
-    best = {
-        kind: max((p for f, _, p in found if f.startswith(kind)), key=lambda p: p.clean, default=None)
-        for kind in ("surrogate", "likelihood ratio")
-    }
-    said = [f"{_named(point)}, {_percent(point.clean)} %" for point in best.values() if point]
+    epsilon = shown(results)
+    found = points(results, epsilon)
+    kinds = [[p for p in found if p.surrogate is surrogate] for surrogate in (True, False)]
+    best = [max(kind, key=lambda p: p.clean) for kind in kinds if kind]
+    said = [f"{_named(point)}, {_percent(point.clean)} %" for point in best]
     parts = [f"Most accurate on all test images: {'; '.join(said)}."] if said else []
-    gaps = [(p, beside(p, _rivals(found, f))) for f, _, p in found if f.startswith("likelihood ratio")]
-    known = [(gap, point) for point, gap in gaps if gap is not None]
+    gaps = [(beside(p, _rivals(found, p)), p) for p in kinds[1]]
+    known = [(gap, point) for gap, point in gaps if gap is not None]
     ahead = len(gaps) - len(known)
     if known and of_group(results, "front"):
         gap, point = max(known, key=lambda item: item[0].mean)
         parts.append(
-            f"At equal clean accuracy (table B, ε = {SHOWN}) the worst case of {len(known)} likelihood-ratio networks "
-            f"lies {100 * min(g.mean for g, _ in known):+.1f} to {100 * gap.mean:+.1f} points from the front of the "
-            f"surrogate networks{f'; {ahead} more are more accurate than all of these' if ahead else ''}. The highest, "
-            f"with an interval that does not account for its being the highest, is {_named(point)}: {gap}."
+            f"At equal clean accuracy (table B, ε = {epsilon}) the worst case of {len(known)} likelihood-ratio "
+            f"networks lies {100 * min(g.mean for g, _ in known):+.1f} to {100 * gap.mean:+.1f} points from the front "
+            f"of the surrogate networks{f'; {ahead} more are more accurate than all of these' if ahead else ''}. The "
+            f"highest, with an interval that does not account for its being the highest, is {_named(point)}: {gap}."
         )
     return parts
 
@@ -103,7 +188,7 @@ def _named(point: Point) -> str:
 
 
 def _reference(results: Sequence[Result], epsilon: str) -> str | None:
-    """What the surrogate network of table A has right in the worst case."""
+    """Images that the surrogate network of table A has right in the worst case."""
     rows = [r["rows"][0] for r in results if r["entry"]["family"] == "surrogate"]
     return rows[0]["right"]["worst"].get(epsilon) if rows else None
 
@@ -151,8 +236,8 @@ def costs(results: Sequence[Result]) -> Table:
     both = pair(results)
     rows = [r["rows"][0] for r in both.values()]
     lines = [
-        ["clean", *(_share(r["clean"]["off"]["majority vote"]) for r in both.values())],
-        *([f"worst, ε = {e}", *(_share(row["worst_case"][e]) for row in rows)] for e in budgets_of(results)),
+        ["clean", *(share_text(r["clean"]["off"]["majority vote"]) for r in both.values())],
+        *([f"worst, ε = {e}", *(share_text(row["worst_case"][e]) for row in rows)] for e in budgets_of(results)),
         ["training, s", *map(_seconds, both.values())],
         ["memory of a step, MB", *(f"{r['step_megabytes']:.0f}" for r in both.values())],
     ]
@@ -171,7 +256,7 @@ def levels(results: Sequence[Result]) -> Table:
 
 
 def settings(results: Sequence[Result]) -> Table:
-    """What each network was trained with."""
+    """Options that each network was trained with."""
     lines = []
     for result in results:
         recipe, evaluations = result["entry"]["recipe"], result["entry"]["evaluations"]
@@ -195,7 +280,7 @@ def settings(results: Sequence[Result]) -> Table:
 
 
 def gates(result: Result) -> str:
-    """What the gates of a network measured."""
+    """Measurements of the gates of a network."""
     lines = [
         [row["noise"], gate.name, gate.verdict, gate.detail]
         for row in result["rows"]
@@ -208,6 +293,7 @@ def seeds(results: Sequence[Result]) -> Table:
     """Clean accuracy and worst case by family, over its seeds; table A's networks are the first seed."""
     both = [*of_group(results, "usual"), *of_group(results, "seed")]
     budgets = budgets_of(of_group(results, "seed"))
+    budgets = [e for e in budgets if all(e in r["rows"][0]["right"]["reduced"] for r in both)]
     lines = []
     for family in dict.fromkeys(r["entry"]["family"] for r in both):
         runs = [r for r in both if r["entry"]["family"] == family]
@@ -218,70 +304,67 @@ def seeds(results: Sequence[Result]) -> Table:
     return ["", "seeds", "clean", *(f"worst, ε = {epsilon}" for epsilon in budgets)], lines
 
 
-def points(results: Sequence[Result], epsilon: str) -> list[tuple[str, str, Point]]:
-    """Family, change and point of every network of tables A and B, noise off."""
+def points(results: Sequence[Result], epsilon: str) -> list[Point]:
+    """Every network of tables A and B, noise off."""
     found = []
     for result in [*of_group(results, "usual"), *of_group(results, "front")]:
         row = result["rows"][0]
         if epsilon in row["right"]["reduced"]:
-            entry = result["entry"]
             clean = result["clean"][row["noise"]]["majority vote"]["accuracy"]
-            change = entry["name"].partition(": ")[2].removeprefix(entry["family"]).removeprefix(", ")
-            found.append(
-                (entry["family"], change, Point(entry["name"], clean, _array(row["right"]["reduced"][epsilon])))
-            )
+            found.append(_point(result, clean, row["right"]["reduced"][epsilon]))
     return found
 
 
-def _rivals(points: Sequence[tuple[str, str, Point]], family: str) -> list[Point]:
-    """Surrogate networks that a family is compared with: the PGD-trained only with what is trained so too."""
-    with_reference = family.endswith("PGD-trained")
-    return [p for f, _, p in points if f.startswith("surrogate") and (with_reference or f != REFERENCE)]
+def _point(result: Result, clean: float, right: str) -> Point:
+    entry = result["entry"]
+    change = entry["name"].partition(": ")[2].removeprefix(entry["family"]).removeprefix(", ")
+    adversarial = bool(entry["recipe"]["adversary"])
+    return Point(
+        entry["name"], entry["family"], change, _is_surrogate(result), adversarial, clean, _array(right)
+    )  # fmt: skip
+
+
+def _rivals(points: Sequence[Point], own: Point) -> list[Point]:
+    """Surrogate networks that a network is compared with: the PGD-trained only if it is trained so too."""
+    return [p for p in points if p.surrogate and (own.adversarial or not p.adversarial)]
 
 
 def fronts(results: Sequence[Result]) -> Table:
     """Table B: every network, and its distance to the front of the surrogate networks."""
-    budgets = [e for e in ("0.05", "0.1") if points(results, e)]
-    by_budget = {epsilon: points(results, epsilon) for epsilon in budgets}
+    budgets = budgets_of(of_group(results, "front"))
+    by_budget = {epsilon: {p.name: p for p in points(results, epsilon)} for epsilon in budgets}
     named = {result["entry"]["name"]: result for result in results}
     lines = []
-    for family, change, point in sorted(by_budget[budgets[0]], key=lambda item: (item[0], -item[2].clean)):
+    for point in sorted(by_budget[budgets[0]].values(), key=lambda p: (p.family, -p.clean)):
         cells = []
         for epsilon in budgets:
-            rivals = _rivals(by_budget[epsilon], family)
-            own = next(p for _, _, p in by_budget[epsilon] if p.name == point.name)
-            on_front = any(p.name == own.name for p in front(rivals))
-            apart = None if any(p.name == own.name for p in rivals) else beside(own, rivals)
-            cells += [_percent(own.worst) + (" *" if on_front else ""), "-" if apart is None else str(apart)]
-        result = named[point.name]
-        lines.append([family, change, _percent(point.clean), *cells, _seconds(result)])
-    header = ["family", "change", "clean"]
-    for epsilon in budgets:
-        header += [f"worst, ε = {epsilon}", "to the front"]
-    return [*header, "training, s"], lines
+            if own := by_budget[epsilon].get(point.name):
+                rivals = _rivals([*by_budget[epsilon].values()], own)
+                on_front = any(p.name == own.name for p in front(rivals))
+                apart = None if any(p.name == own.name for p in rivals) else beside(own, rivals)
+                cells += [_percent(own.worst) + (" *" if on_front else ""), "-" if apart is None else str(apart)]
+            else:
+                cells += ["-", "-"]
+        lines.append([point.family, point.change, _percent(point.clean), *cells, _seconds(named[point.name])])
+    return ["family", "change", "clean", *_headings(budgets), "training, s"], lines
 
 
 def tuning(results: Sequence[Result]) -> Table:
-    """What was tried on held-out images, and its distance to the surrogate networks that were tried."""
+    """Settings that were tried on held-out images, and their distance to the surrogate networks that were tried."""
     tried = of_group(results, "tune")
     budgets = budgets_of(tried)
-    header, lines = ["", "clean"], [[r["entry"]["name"].partition(": ")[2], _percent(r["validation"])] for r in tried]
+    lines = [[r["entry"]["name"].partition(": ")[2], _percent(r["validation"])] for r in tried]
     for epsilon in budgets:
-        header += [f"worst, ε = {epsilon}", "to the front"]
-        held_out = [_held_out(result, epsilon) for result in tried]
-        for line, (family, _, point) in zip(lines, held_out, strict=True):
-            own = family.startswith("surrogate")
-            apart = None if own else beside(point, _rivals(held_out, family))
+        held_out = [_point(r, r["validation"], r["rows"][0]["right"]["worst"][epsilon]) for r in tried]
+        for line, point in zip(lines, held_out, strict=True):
+            apart = None if point.surrogate else beside(point, _rivals(held_out, point))
             line += [_percent(point.worst), "-" if apart is None else str(apart)]
-    return [*header, "training, s"], [[*line, _seconds(r)] for line, r in zip(lines, tried, strict=True)]
+    header = ["", "clean", *_headings(budgets), "training, s"]
+    return header, [[*line, _seconds(r)] for line, r in zip(lines, tried, strict=True)]
 
 
-def _held_out(result: Result, epsilon: str) -> tuple[str, str, Point]:
-    """A network on held-out images, as ``points`` gives those on test images."""
-    entry = result["entry"]
-    family = entry["family"] + (", PGD-trained" if entry["recipe"]["adversary"] else "")
-    right = _array(result["rows"][0]["right"]["worst"][epsilon])
-    return family, "", Point(entry["name"], result["validation"], right)
+def _headings(budgets: Sequence[str]) -> list[str]:
+    return [heading for epsilon in budgets for heading in (f"worst, ε = {epsilon}", "to the front")]
 
 
 def _array(bits: str) -> NDArray[np.float64]:
@@ -294,10 +377,6 @@ def _percent(value: Any) -> str:
 
 def _right(bits: str) -> str:
     return _percent(_array(bits).mean())
-
-
-def _share(share: dict[str, float] | None) -> str:
-    return "-" if share is None else f"{100 * share['accuracy']:.1f} ± {50 * (share['high'] - share['low']):.1f}"
 
 
 def _seconds(result: Result) -> str:

@@ -4,40 +4,52 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import math
+import pickle
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from .workloads import Workload, make_step
 
-Progress = Callable[[str], None]
-"""Called with what is measured next."""
+@dataclass(frozen=True)
+class TrainingStep:
+    """A training step on a fixed batch; each call updates the weights.
+
+    Attributes:
+        net: the network; if it has time steps, their number ``num_steps`` may be changed between calls.
+        call: the step.
+    """
+
+    net: nn.Module
+    call: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        """Updates the weights once, and returns the loss."""
+        return self.call()
 
 
 def median_milliseconds(
-    workloads: Mapping[str, Workload], device: torch.device, repeats: int, progress: Progress
+    steps: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, tell: Callable[[str], None]
 ) -> dict[str, float]:
-    """Median time of a training step of each workload; they take turns, so that a busy machine slows all of them.
+    """Median time of a training step of each kind; they take turns, so that a busy machine slows all of them.
 
     Args:
-        workloads: what to measure, by name.
-        device: where.
+        steps: by name.
+        device: where they compute.
         repeats: timed rounds, after one that warms up.
-        progress: told the rounds.
+        tell: told the rounds.
     """
-    steps = {name: make_step(workload, device) for name, workload in workloads.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(repeats + 1):
-        progress(f"round {round_} of {repeats}")
+        tell(f"round {round_} of {repeats}")
         for name, step in steps.items():
             taken = _milliseconds(step, device)
             if round_:
@@ -45,7 +57,7 @@ def median_milliseconds(
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def _milliseconds(step: Callable[[], Tensor], device: torch.device) -> float:
+def _milliseconds(step: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
@@ -58,48 +70,38 @@ def _milliseconds(step: Callable[[], Tensor], device: torch.device) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
-def peak_megabytes(workload: Workload, device: torch.device) -> float:
-    """Peak memory of one training step above what is there before it, in 10⁶ bytes.
+def peak_megabytes(make: Callable[[], TrainingStep], device: torch.device) -> float:
+    """Peak memory of one training step above weights, gradients and the optimizer's state, in 10⁶ bytes.
 
-    Weights, gradients and the optimizer's state are there before: a step with the same sizes and a single time step
-    warms up. On a CPU it is the memory of a fresh process, so that nothing that was freed earlier hides a part of it.
-    On a CUDA device it is what torch's allocator counts.
+    These are there before: a step with a single time step warms up. On a CPU it is the memory of a fresh process, so
+    that nothing that was freed earlier hides a part of it. On a CUDA device it is what torch's allocator counts.
 
-    Raises:
-        ChildProcessError: if the process dies, for want of memory for example.
-    """
-    return from_fresh_process(__spec__.name, [asdict(workload), str(device), torch.get_num_threads()])
-
-
-def from_fresh_process(module: str, given: object) -> float:
-    """What a module prints that is run as a program, and given JSON.
+    Args:
+        make: makes the step; ``pickle`` has to find it in a module.
+        device: where the step computes.
 
     Raises:
         ChildProcessError: if the process dies, for want of memory for example.
     """
+    given = pickle.dumps((make, str(device), torch.get_num_threads()))
     # In a session of its own: Ctrl-C is for this process, which ends the other one.
     process = subprocess.run(
-        [sys.executable, "-m", module], input=json.dumps(given), stdout=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-m", __spec__.name], input=given, stdout=subprocess.PIPE, start_new_session=True
+    )
     if process.returncode:
-        raise ChildProcessError(f"measuring the memory of {given} ended with status {process.returncode}")
+        raise ChildProcessError(f"measuring the memory of {make} ended with status {process.returncode}")
     return float(process.stdout)
 
 
-def _measure(workload: Workload, device: torch.device) -> float:
-    """What ``peak_megabytes`` returns, in the process that does nothing else."""
-    step = make_step(workload, device)
-    step.net.num_steps = 1
-    step()
-    step.net.num_steps = workload.num_steps
-    return peak_of(step, device)
-
-
-def peak_of(step: Callable[[], object], device: torch.device) -> float:
-    """Peak memory of a call above what is there before it, in 10⁶ bytes; on a CPU, of the whole process."""
+def _peak(step: TrainingStep, device: torch.device) -> float:
+    """``peak_megabytes``, in the process that does nothing else."""
     import psutil
 
+    net: Any = step.net
+    if num_steps := getattr(net, "num_steps", 0):
+        net.num_steps = 1
+        step()
+        net.num_steps = num_steps
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -138,7 +140,7 @@ def slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 # Nothing is given by a process that Ctrl-C ends while it starts this one.
-if __name__ == "__main__" and (_given := sys.stdin.read()):
-    _workload, _name, _threads = json.loads(_given)
+if __name__ == "__main__" and (_given := sys.stdin.buffer.read()):
+    _make, _device, _threads = pickle.loads(_given)
     torch.set_num_threads(_threads)
-    print(_measure(Workload(**_workload), torch.device(_name)))
+    print(_peak(_make(), torch.device(_device)))

@@ -1,4 +1,4 @@
-"""Trains and evaluates the networks of a plan, several at a time, and goes on after a kill."""
+"""Training and evaluation of the networks of a plan, several at a time; it goes on after a kill."""
 
 from __future__ import annotations
 
@@ -10,78 +10,79 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._messages import versions
-from ..robustness import CORRUPTIONS, RobustnessReport, score, share_of
-from ..robustness import evaluate as evaluate_networks
-from ..robustness.target import Target
-from . import data, files
-from .footprint import step_megabytes
-from .plans import GROUPS, REDUCED, SOURCES, Entry, Evaluation, plan
-from .recipe import load_trained, make_network, noise_levels
-from .reproduce import machine
-from .train import split, train, validation_accuracy
+from ...robustness import CORRUPTIONS, Protocol, RobustnessReport, Target, evaluate, score, share_of
+from .. import data, files
+from ..cost import TrainingStep, peak_megabytes
+from ..options import DataPlace, check, command_line, option
+from ..recipe import Recipe, load_trained, make_network, make_optimizer, noise_levels
+from ..train import make_estimators, split, stepper, train, validation_accuracy
+from .plan import GROUPS, PRESETS, REDUCED, SOURCES, Entry, Evaluation, plan_path, read_plan
 
+CPU = torch.device("cpu")
 Tell = Callable[[str, int, int, float], None]
 """Called with what was finished last, how many are finished, how many there are, and the seconds left, about."""
 
 
-def study(
-    name: str,
-    out: Path,
-    data_root: Path | None = None,
-    groups: Sequence[str] = (),
-    jobs: int = 1,
-    tell: Tell = lambda what, done, total, left: None,
-) -> None:
-    """Trains and evaluates what is not finished yet of a plan; one JSON file in ``out/results`` for each network.
+@dataclass(frozen=True, kw_only=True)
+class Study(DataPlace):
+    """Options of the command ``snntorch-lr study``."""
+
+    plan: str = option(help=f"{', '.join(PRESETS)}, or a file of your own that ends in .toml", positional=True)
+    groups: tuple[str, ...] = option((), "networks to train; all by default", choices=GROUPS, flag="--group")
+    jobs: int = option(1, "networks at a time, each with one thread", least=1, recorded=False)
+    out: Path | None = option(None, "folder of results and checkpoints; runs/study/PLAN", recorded=False)
+
+    @property
+    def folder(self) -> Path:
+        """Folder for results, checkpoints and finished attacks."""
+        return self.out or Path("runs/study") / plan_path(self.plan).stem
+
+
+def study(options: Study, tell: Tell = lambda what, done, total, left: None) -> list[Path]:
+    """Trains and evaluates what is not finished yet of a plan; one JSON file in ``results`` for each network.
 
     Every process computes with one thread. The same call goes on where an earlier one was interrupted: finished
     networks are not touched, and of others finished epochs and attacks are kept.
 
     Args:
-        name: of the plan, see ``PLANS``.
-        out: folder for results, checkpoints and finished attacks.
-        data_root: torchvision root.
-        groups: which groups of entries; all by default. Sources are always trained.
-        jobs: how many networks at a time.
+        options: the plan, and where to work.
         tell: told after each network.
 
+    Returns:
+        The files of all finished networks of the plan.
+
     Raises:
-        ValueError: if the plan or a group is unknown, ``jobs`` is not positive, or another process works in ``out``.
+        ValueError: if the plan or an option is wrong, or another process works in the folder.
         DataError: if the data cannot be had.
         ChildProcessError: if a process is killed from outside.
     """
-    entries = plan(name)
-    unknown = [group for group in groups if group not in GROUPS]
-    if unknown:
-        raise ValueError(f"unknown group {', '.join(unknown)}; choose from {', '.join(GROUPS)}")
-    if jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {jobs}")
+    check(options)
+    out, entries = options.folder, read_plan(options.plan)
     files.check_writable(out)
-    data.load(entries[0].recipe.dataset, data_root)
-    wanted = _with_needs(entries, [entry for entry in entries if not groups or entry.group in groups])
+    data.load(entries[0].recipe.dataset, options.data_root)
+    wanted = _with_needs(entries, [e for e in entries if not options.groups or e.group in options.groups])
     waiting = [entry for entry in wanted if not finished(entry, out)]
     done = {entry.name for entry in wanted} - {entry.name for entry in waiting}
     started, worked = time.perf_counter(), 0.0
     strangers = set(multiprocessing.active_children())
-    command = " ".join(["snntorch-lr study", name, *(f"--group {group}" for group in groups)])
     with (
-        files.locked(out, command),
-        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
+        files.locked(out, command_line("study", options)),
+        ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool,
     ):
         running: dict[Future[None], Entry] = {}
         try:
             while waiting or running:
-                for entry in [entry for entry in waiting if _needs(entry) <= done][: jobs - len(running)]:
+                for entry in [entry for entry in waiting if _needs(entry) <= done][: options.jobs - len(running)]:
                     with _interrupts_wait():
-                        running[pool.submit(work, entry, entries, out, data_root)] = entry
+                        running[pool.submit(work, entry, entries, options)] = entry
                     waiting.remove(entry)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     entry = running.pop(future)
@@ -97,6 +98,7 @@ def study(
             for process in set(multiprocessing.active_children()) - strangers:
                 process.terminate()
             raise
+    return sorted(result_file(entry, out) for entry in entries if finished(entry, out))
 
 
 @contextmanager
@@ -113,7 +115,7 @@ def _interrupts_wait() -> Iterator[None]:
 
 
 def finished(entry: Entry, out: Path) -> bool:
-    """Whether the result of exactly this entry is there."""
+    """True if the result of exactly this entry is there."""
     try:
         result = json.loads(result_file(entry, out).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -122,12 +124,12 @@ def finished(entry: Entry, out: Path) -> bool:
 
 
 def result_file(entry: Entry, out: Path) -> Path:
-    """Where the result of an entry is."""
+    """The file of the result of an entry."""
     return out / "results" / f"{entry.slug}.json"
 
 
 def checkpoint_file(entry: Entry, out: Path) -> Path:
-    """Where the network of an entry is; another recipe has another file."""
+    """The file of the network of an entry; another recipe has another file."""
     return out / "checkpoints" / f"{entry.slug}-{entry.mark}.pt"
 
 
@@ -142,28 +144,28 @@ def _with_needs(entries: Sequence[Entry], wanted: Collection[Entry]) -> list[Ent
     return [entry for entry in entries if entry.name in names]
 
 
-def work(entry: Entry, entries: Sequence[Entry], out: Path, data_root: Path | None) -> None:
+def work(entry: Entry, entries: Sequence[Entry], options: Study) -> None:
     """Trains and evaluates one network, in a process of its own, and writes its result."""
     torch.set_num_threads(1)
-    images = data.load(entry.recipe.dataset, data_root)
+    out = options.folder
+    images = data.load(entry.recipe.dataset, options.data_root)
     named = {other.name: other for other in entries}
     recipe = entry.recipe
     if entry.matches:
         matched, net = load_trained(checkpoint_file(named[entry.matches], out))
         recipe = replace(recipe, stop_at=validation_accuracy(net, matched, images))
-    run = train(recipe, images, checkpoint_file(entry, out), torch.device("cpu"), resume=True)
+    run = train(recipe, images, checkpoint_file(entry, out), CPU, resume=True)
     result: dict[str, Any] = {
         "mark": entry.mark,
         "entry": asdict(entry),
-        "versions": versions("snntorch-lr", "snntorch", "torch", "torchvision", "torchattacks", "numpy"),
-        "machine": machine(torch.device("cpu")),
+        **files.origin(f"snntorch-lr study {options.plan}", CPU),
         "seconds_per_epoch": run.seconds_per_epoch,
         "history": run.history,
         "validation": validation_accuracy(run.net, recipe, images),
         "sigma": {"before": noise_levels(make_network(recipe, images.shape)), "after": noise_levels(run.net)},
     }
     if entry.group == "usual":
-        result["step_megabytes"] = step_megabytes(recipe, images.shape)
+        result["step_megabytes"] = peak_megabytes(partial(training_step, recipe, images.shape), CPU)
     if entry.evaluations:
         sources = {name: load_trained(checkpoint_file(named[name], out))[1].eval() for name in SOURCES}
         if recipe == named["surrogate"].recipe:
@@ -171,6 +173,14 @@ def work(entry: Entry, entries: Sequence[Entry], out: Path, data_root: Path | No
         rows = [row for each in entry.evaluations for row in _attacked(entry, each, run.net, sources, images, out)]
         result |= {"clean": _clean(run.net, rows, images), "rows": rows}
     files.write_json(result_file(entry, out), result)
+
+
+def training_step(recipe: Recipe, shape: tuple[int, int, int]) -> TrainingStep:
+    """A training step of a recipe on random images of a shape: channels, height, width."""
+    net = make_network(recipe, shape)
+    take_step = stepper(recipe, net, make_optimizer(recipe, net), make_estimators(recipe, net))
+    x, y = torch.rand(recipe.batch_size, *shape), torch.randint(10, (recipe.batch_size,))
+    return TrainingStep(net, lambda: take_step(x, y))
 
 
 def _attacked(
@@ -186,15 +196,14 @@ def _attacked(
     if evaluation.held_out:
         _, rows = split(entry.recipe, images)
         x, y = images.train[rows], images.train_labels[rows]
-    report = evaluate_networks(
+    report = evaluate(
         net.eval(),
         [(x[: evaluation.images], y[: evaluation.images])],
         evaluation.epsilons,
         evaluation.attacks if isinstance(evaluation.attacks, str) else list(evaluation.attacks),
         sources=sources,
-        noise=evaluation.noise,
         name=entry.name,
-        corruptions=tuple(CORRUPTIONS) if evaluation.corruptions else (),
+        protocol=Protocol(noise=evaluation.noise, corruptions=tuple(CORRUPTIONS) if evaluation.corruptions else ()),
         cache=out / "attacks" / entry.slug,
     )
     return _rows(report)
@@ -219,8 +228,8 @@ def _rows(report: RobustnessReport) -> list[dict[str, Any]]:
         reduced = [name for name in measured.right if name.startswith(REDUCED)]
         row["right"] = {
             "clean": _bits(measured.clean),
-            "worst": {f"{e:g}": _bits(measured.worst(e)) for e in report.protocol.epsilons},
-            "reduced": {f"{e:g}": _bits(measured.under(reduced, e)) for e in report.protocol.epsilons},
+            "worst": {f"{e:g}": _bits(measured.worst(e)) for e in report.epsilons},
+            "reduced": {f"{e:g}": _bits(measured.under(reduced, e)) for e in report.epsilons},
         }
     return rows
 
