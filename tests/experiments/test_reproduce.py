@@ -17,7 +17,7 @@ SMALL = ["--epochs", "1", "--copies", "2", "--attack-images", "10", "--draws", "
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_gates() -> Iterator[None]:
+def no_attacks_of_gates() -> Iterator[None]:
     with quick_gates():
         yield
 
