@@ -13,7 +13,7 @@ from snntorch_lr.experiments.train import train
 
 from .commands import is_one_line, run
 
-SMALL = ["--suite", "quick", "--images", "12", "--draws", "2", "--votes", "4", "--epsilon", "0.1"]
+SMALL = ["--suite", "quick", "--images", "6", "--draws", "1", "--votes", "4", "--epsilon", "0.1"]
 RECIPE = Recipe(method="likelihood ratio", epochs=1, copies=2, learning_rate=5e-3)
 
 

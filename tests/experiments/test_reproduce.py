@@ -13,7 +13,7 @@ from snntorch_lr.experiments.train import validation_accuracy
 
 from .commands import is_one_line, quick_gates, run
 
-SMALL = ["--epochs", "1", "--copies", "2", "--attack-images", "10", "--draws", "2", "--epsilon", "0.1"]
+SMALL = ["--epochs", "1", "--copies", "2", "--attack-images", "5", "--draws", "1", "--epsilon", "0.1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +45,7 @@ def test_worst_case_is_no_better_than_any_attack_or_clean(out: Path) -> None:
     for row in json.loads((out / "results.json").read_text())["rows"]:
         shares = {name: share["accuracy"] for name, share in row["attacks"].items()}
         assert shares["worst 0.1"] <= min(shares["FGSM 0.1"], shares["PGD-20 0.1"])
-        assert row["attacks"]["FGSM 0.1"]["images"] == 10
+        assert row["attacks"]["FGSM 0.1"]["images"] == 5
         assert row["clean"]["images"] == 360
         assert row["clean"]["low"] <= row["clean"]["accuracy"] <= row["clean"]["high"]
 
