@@ -34,6 +34,7 @@ def test_a_network_that_is_well_has_no_findings_and_is_left_as_it_was() -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     mem, state = net[2].mem, torch.get_rng_state()
     findings = slr.check(net, net.loss, X, Y, optimizer=torch.optim.Adam(net.parameters()))
+    assert isinstance(findings, slr.Findings)
     assert findings
     assert not findings.found
     assert str(findings) == "nothing found"

@@ -17,8 +17,7 @@ from ..network import parameters
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
 from .base import Call, Estimator
-from .credit import Control, CreditSums, Rate
-from .pooling import SpikePooling
+from .credit import Control, CreditSums, Rate, SpikePooling
 from .recording import Copies
 from .shadows import Shadowed
 from .sums import RatePass, RatesCaptured, check_calls

@@ -215,7 +215,7 @@ def test_convolution_pooled_spikes_and_a_residual_branch_in_front_of_a_spiking_r
 def test_notices_pooled_spikes_whose_derivative_goes_to_one_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x, y = branches()
     expected = exact_gradient(net, net.losses, x, y, count=12)
-    monkeypatch.setattr("snntorch_lr.estimators.pooling._height", lambda x: 0.0)
+    monkeypatch.setattr("snntorch_lr.estimators.credit._height", lambda x: 0.0)
     assert Estimate(net, net.losses, x, y, copies=4000, control=0.0).bias(expected)[0] > 0.04
 
 
