@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from snntorch_lr.estimators.base import ESTIMATORS
+from snntorch_lr.estimators import ESTIMATORS
 from snntorch_lr.experiments import data, models
 from snntorch_lr.experiments.recipe import METHODS, Recipe, make_network
 from snntorch_lr.experiments.train import split, train, validation_accuracy
