@@ -267,7 +267,7 @@ class Estimator(ABC):
         self._seeds = torch.Generator() if seed is not None else None
         if self._seeds is not None and seed is not None:
             self._seeds.manual_seed(operator.index(seed))
-        self.inspected = self._half = False
+        self.inspected = self.half = False
         self._warned: set[str] = set()
 
     def backward(self, loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
@@ -305,7 +305,7 @@ class Estimator(ABC):
                 neuron.estimating = True
             try:
                 loss = self.estimate(call)
-                check_gradients(self.net, inputs, self._half)
+                check_gradients(self.net, inputs, self.half)
             except BaseException:
                 statistics.restore()
                 raise
@@ -376,7 +376,7 @@ class Estimator(ABC):
             except (RuntimeError, ValueError, IndexError) as error:
                 explain(error, recording)
                 raise
-        self._half |= recording.half
+        self.half |= recording.half
         if not recording.emits_bits:
             raise ValueError(
                 f"loss_fn ran none of {', '.join(recording.neurons)}, the noisy neurons of {type(self.net).__name__}: "

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..left_as_found import left_as_found
-from ..validate import check_optimizer, check_parameters, network_errors, warn_about_batch_norm
+from ..validate import check_gradients, check_optimizer, check_parameters, network_errors, warn_about_batch_norm
 from . import ESTIMATORS
 from .base import Call, Estimator, LossFn
 from .vanilla import Storing
@@ -151,16 +151,14 @@ def check(
 
 
 def _run(estimator: Estimator, loss_fn: LossFn, inputs: Any, targets: Any, collector: _Collector) -> None:
-    """The checks of a first ``backward``, each by itself, and then the whole of it."""
+    """The parts of a first ``backward``, each by itself: what one of them refuses hides nothing of the others."""
     net = estimator.net
     with left_as_found(net, gradients=True, modes=True, buffers=True, states=True, random=True), torch.enable_grad():
         call = Call.of(net, loss_fn, inputs, targets)
         with collector.collecting():
             estimator.check_rows(call)
-        before = len(collector.found)
         with collector.collecting():
             estimator.trial_run(Storing, call)
-        if len(collector.found) == before or not collector.has_errors:
-            estimator.inspected = True
-            with collector.collecting():
-                estimator.backward(loss_fn, inputs, targets)
+        with collector.collecting():
+            estimator.estimate(call)
+            check_gradients(net, inputs, estimator.half)
