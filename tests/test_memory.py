@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
+from snntorch_lr.estimators.base import Call
 from snntorch_lr.estimators.counterfactual import OVER_TIME
+from snntorch_lr.estimators.vanilla import Storing, Topology
 
 from .statistical.networks import NEURONS, RESETS, STEPS, TwoLayers, data
 
@@ -50,6 +52,32 @@ def test_same_gradient_as_storing_everything(neuron: str, reset: str, kind: str,
     net = with_noise(TwoLayers(neuron, reset), kind)
     expected = gradients(net, slr.Vanilla(net, 8, seed=1), *data())
     assert_same(gradients(net, slr.Vanilla(net, 8, seed=1, **mode), *data()), expected)
+
+
+def bytes_kept(recording_type: type[Storing], steps: int) -> int:
+    """What the graph of one trial run holds, beside what was there before."""
+    net = nn.Sequential(nn.Linear(4, 50), slr.Leaky(beta=0.9, init_hidden=True, noise="escape"), nn.Linear(50, 3))
+    x, kept = torch.rand(steps, 8, 4), 0
+
+    def loss_fn(_: Tensor, y: Tensor) -> Tensor:
+        nonlocal kept
+        losses = sum(nn.functional.cross_entropy(net(step), y, reduction="none") for step in x)
+        gc.collect()
+        found = {id(each): each for each in gc.get_objects() if isinstance(each, Tensor)}
+        kept = sum(each.numel() * each.element_size() for each in found.values())
+        return losses
+
+    slr.Vanilla(net, 4).trial_run(recording_type, Call.of(net, loss_fn, torch.zeros(8), torch.arange(8) % 3))
+    return kept
+
+
+def test_a_trial_run_keeps_no_tensors_of_a_time_step() -> None:
+    few, many = (bytes_kept(Topology, steps) for steps in (3, 30))
+    currents = 27 * 8 * 4 * 4
+    assert many - few <= 2 * currents
+    # A recording that is to go back holds spikes and distances of 2 copies.
+    few, many = (bytes_kept(Storing, steps) for steps in (3, 30))
+    assert many - few > 27 * 2 * 8 * 50
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

@@ -16,7 +16,7 @@ from ..left_as_found import Buffers, RandomState
 from ..noisy_neuron import NoisyNeuron
 from .base import Call, Estimator
 from .sums import RatePass, RatesCaptured, Summing, check_calls, roots
-from .vanilla import Storing
+from .vanilla import Topology
 
 
 class Approximate(Estimator):
@@ -88,7 +88,7 @@ class Approximate(Estimator):
             neuron.register_forward_pre_hook(compare(name), with_kwargs=True) for name, neuron in neurons.items()
         ]
         try:
-            losses, recording = self.trial_run(Storing, call)
+            losses, recording = self.trial_run(Topology, call)
         finally:
             for handle in handles:
                 handle.remove()

@@ -15,7 +15,7 @@ from ..left_as_found import left_as_found
 from ..validate import check_gradients, check_optimizer, check_parameters, network_errors, warn_about_batch_norm
 from . import ESTIMATORS
 from .base import Call, Estimator, LossFn
-from .vanilla import Storing
+from .vanilla import Topology
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _run(estimator: Estimator, loss_fn: LossFn, inputs: Any, targets: Any, colle
         with collector.collecting():
             estimator.check_rows(call)
         with collector.collecting():
-            estimator.trial_run(Storing, call)
+            estimator.trial_run(Topology, call)
         with collector.collecting():
             estimator.estimate(call)
             check_gradients(net, inputs, estimator.half)

@@ -18,7 +18,7 @@ from ..noisy_neuron import NoisyNeuron
 from ..validate import check_repeats
 from .base import Call, Estimator
 from .recording import Copies, Current, Recording, Step, over_copies, sigma_gradient, weighted
-from .spike_bits import pack, unpack
+from .spike_bits import PackedSpikes, pack, unpack
 
 Scores = Callable[[], tuple[Tensor, Tensor]]
 """Scores of the mean (times σ) and of log σ, ``[copies * batch, ...]`` each."""
@@ -259,6 +259,36 @@ class _Attach(torch.autograd.Function):
         return None, over_copies(gradient * ctx.gain, ctx.shape), None
 
 
+class _TopologyStep(StoringStep):
+    def file(self, noise: Noise, mean: Tensor, scores: Scores) -> None:
+        """Leaves a token that has no scores."""
+        self.recording.file(noise, mean, _no_scores)
+
+
+class Topology(Storing):
+    """A forward pass of whose graph only the nodes remain: to look at in constant memory, and never to go back."""
+
+    step_type = _TopologyStep
+
+    def __init__(self, copies: Copies) -> None:
+        super().__init__(copies)
+        self.spikes = _SaveNothing()
+
+
+class _SaveNothing(PackedSpikes):
+    """Context in which a graph saves no tensors."""
+
+    def __init__(self) -> None:
+        torch.autograd.graph.saved_tensors_hooks.__init__(self, lambda saved: None, lambda _: _no_scores())
+
+    def announce(self, spikes: Tensor) -> None:
+        """Nothing is packed."""
+
+
+def _no_scores() -> Any:
+    raise RuntimeError("the graph of a trial run keeps no tensors: it is there to be looked at")
+
+
 class ReplayingStep(StoringStep):
     """A time step whose scores are pushed back while the neuron fires."""
 
@@ -450,7 +480,7 @@ class Vanilla(Estimator):
             push(losses, everyone.numel(), recording)
             return everyone.mean()
         if not self.inspected:
-            self.trial_run(Storing, call)
+            self.trial_run(Topology, call)
         return self._run_twice(call, seed)
 
     def _run_twice(self, call: Call, seed: int) -> Tensor:
