@@ -42,6 +42,10 @@ def directions(net: Net, groups: dict[str, list[str]]) -> dict[str, dict[str, Te
     return result
 
 
+def single(values: Tensor) -> Tensor:
+    return values.float() if values.is_floating_point() else values
+
+
 def finite_difference(
     net: Net,
     loss_fn: LossFn,
@@ -60,7 +64,7 @@ def finite_difference(
     """
     parameters = dict(net.named_parameters())
     start = {n: value.clone() for n, value in net.state_dict().items()}
-    x, y = (v.float().repeat(draws, *[1] * (v.dim() - 1)) for v in (inputs, targets))
+    x, y = (single(v).repeat(draws, *[1] * (v.dim() - 1)) for v in (inputs, targets))
 
     def losses(shift: float) -> Tensor:
         """Of each draw of the noise, the mean over the samples."""
@@ -85,7 +89,7 @@ def estimates(
     for r in range(repeats):
         estimator.net.zero_grad()
         torch.manual_seed(10_000 + r)
-        estimator.backward(loss_fn, inputs.float(), targets.float())
+        estimator.backward(loss_fn, single(inputs), single(targets))
         results.append({n: p.grad.double() for n, p in estimator.net.named_parameters() if p.grad is not None})
     estimator.net.zero_grad()
     estimator.net.double()
