@@ -251,7 +251,7 @@ def test_nir_export_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     ("estimator", "noise", "options"),
     [
         (slr.Vanilla, "membrane", {}),
-        (slr.Counterfactual, "escape", {}),
+        # With escape noise, and with rates, behind a pooling layer below.
         (slr.Counterfactual, "membrane", {"over_time": "exact"}),
     ],
 )
