@@ -3,75 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.estimators.recording import Copies, Recording, Step
 from snntorch_lr.network import noisy_neurons
-from snntorch_lr.noise_stream import NoiseStream
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
-class ForcedStep(Step):
-    """A time step whose rows fire as they are told."""
+class Told:
+    """Neurons that fire as they are told in a plain forward pass, with the probability of what they were told.
 
-    recording: Forced
-
-    def fire(self, noise: slr.EscapeNoise, margin: Tensor) -> Tensor:
-        return self.recording.told(noise, margin)
-
-
-class Forced(Recording):
-    """A forward pass whose rows fire as they are told, with the probability of what they were told."""
-
-    step_type = ForcedStep
+    Outside any estimator: only the noise is replaced, by one that is beyond any margin.
+    """
 
     def __init__(self, net: nn.Module, bits: Tensor) -> None:
-        super().__init__(Copies(noisy_neurons(net), NoiseStream(0, 1, 0, 1), len(bits)))
+        self.neurons = list(noisy_neurons(net).values())
         self.bits = bits
         self.used = 0
         self.log_probability = torch.zeros(len(bits), dtype=torch.float64)
 
-    def told(self, noise: slr.EscapeNoise, margin: Tensor) -> Tensor:
-        count = margin[0].numel()
-        spikes = self.bits[:, self.used : self.used + count].reshape(margin.shape)
+    def __enter__(self) -> Told:
+        self._stack = ExitStack()
+        for neuron in self.neurons:
+            self._stack.enter_context(mock.patch.object(neuron.noise, "sample", partial(self._sample, neuron)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _sample(self, neuron: slr.Leaky, mem: Tensor) -> Tensor:
+        count = mem[0].numel()
+        signs = 2 * self.bits[:, self.used : self.used + count].reshape(mem.shape) - 1
         self.used += count
-        z = (2 * spikes - 1) * margin / noise.sigma
+        noise = neuron.noise
+        z = signs * (mem - neuron.threshold) / noise.sigma
         log_p = torch.special.log_ndtr(z) if noise.distribution == "gaussian" else nn.functional.logsigmoid(z)
         self.log_probability = self.log_probability + log_p.flatten(1).sum(1)
-        return spikes
+        return 1e9 * signs
 
 
+@torch.no_grad()
 def expected_loss(net: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, count: int) -> float:
-    """E[loss] of one sample, over all 2^count ways in which the neurons of a network can fire."""
+    """E[loss], the mean over samples, over all 2^count ways in which the neurons of a network can fire."""
     bits = (torch.arange(2**count).unsqueeze(1) >> torch.arange(count)).bitwise_and(1).double()
-    forced = Forced(net, bits)
-    with torch.no_grad(), forced:
-        losses = loss_fn(x.expand(len(bits), *x.shape[1:]), y.expand(len(bits), *y.shape[1:]))
-    assert forced.used == count
-    return float((forced.log_probability.exp() * losses).sum())
+    # One pass for all samples.
+    rows = (value.repeat_interleave(len(bits), 0) for value in (x, y))
+    with Told(net, bits.repeat(len(x), 1)) as told:
+        losses = loss_fn(*rows)
+    assert told.used == count
+    return float((told.log_probability.exp() * losses).sum()) / len(x)
 
 
-def exact_gradient(
-    net: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, count: int, step: float = 1e-5
-) -> dict[str, Tensor]:
-    """Central differences of the exact expectation, by parameter; the mean over the samples."""
+def exact_derivative(
+    net: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, count: int, direction: dict[str, Tensor], step: float = 1e-5
+) -> float:
+    """Central difference of the exact expectation along a direction."""
+    parameters = dict(net.named_parameters())
+    start = {name: parameters[name].detach().clone() for name in direction}
+    values = []
+    for shift in (step, -step):
+        for name, vector in direction.items():
+            parameters[name].data.copy_(start[name] + shift * vector)
+        values.append(expected_loss(net, loss_fn, x, y, count))
+    for name, value in start.items():
+        parameters[name].data.copy_(value)
+    return (values[0] - values[1]) / (2 * step)
+
+
+def exact_gradient(net: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, count: int) -> dict[str, Tensor]:
+    """Central differences of the exact expectation, by parameter."""
     found = {}
     for name, parameter in net.named_parameters():
-        gradient = torch.zeros_like(parameter)
-        flat = parameter.data.view(-1)
-        for index in range(flat.numel()):
-            before = float(flat[index])
-            values = []
-            for sign in (1, -1):
-                flat[index] = before + sign * step
-                values.append(
-                    sum(expected_loss(net, loss_fn, x[i : i + 1], y[i : i + 1], count) for i in range(len(x)))
-                )
-            flat[index] = before
-            gradient.view(-1)[index] = (values[0] - values[1]) / (2 * step * len(x))
-        found[name] = gradient
+        units = torch.eye(parameter.numel(), dtype=parameter.dtype).view(-1, *parameter.shape)
+        values = [exact_derivative(net, loss_fn, x, y, count, {name: unit}) for unit in units]
+        found[name] = torch.tensor(values, dtype=parameter.dtype).view_as(parameter)
     return found

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import snntorch_lr as slr
 
-STEPS, BATCH, INPUTS, HIDDEN = 4, 2, 3, 3
+STEPS, BATCH, INPUTS, HIDDEN = 4, 2, 3, 2
 
 NEURONS: dict[str, Any] = {
     "Leaky": lambda **k: slr.Leaky(beta=0.7, learn_beta=True, **k),
@@ -35,7 +35,7 @@ class TwoLayers(nn.Module):
         self.fc1 = nn.Linear(INPUTS, HIDDEN)
         self.lif1 = make(threshold=0.8, noise=slr.MembraneNoise(noise_level), **settings)
         self.fc2 = nn.Linear(HIDDEN, HIDDEN)
-        self.lif2 = make(threshold=0.7, noise=slr.MembraneNoise(torch.tensor([0.5, 0.6, 0.7])), **settings)
+        self.lif2 = make(threshold=0.7, noise=slr.MembraneNoise(torch.tensor([0.5, 0.7])), **settings)
         self.readout = nn.Linear(HIDDEN, 2)
         self.double()
         with torch.no_grad():
@@ -48,8 +48,8 @@ class TwoLayers(nn.Module):
         """From ``[batch, time, inputs]`` to ``[batch, 2]``."""
         slr.reset(self)
         out = torch.zeros(())
-        for t in range(STEPS):
-            out = out + self.readout(self.lif2(self.fc2(self.lif1(self.fc1(x[:, t])))))
+        for step in x.unbind(1):
+            out = out + self.readout(self.lif2(self.fc2(self.lif1(self.fc1(step)))))
         return out
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
