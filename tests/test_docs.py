@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import snntorch as snn
 import torch
 from torch import nn
 
@@ -70,6 +71,8 @@ def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyt
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": "__main__"}
     with ExitStack() as stack:
+        # snnTorch's utils.reset touches every neuron that any test has made.
+        stack.enter_context(mock.patch.object(snn.SpikingNeuron, "instances", []))
         # A page may enter what it adds under a name.
         for register in (noise.DISTRIBUTIONS, optim.ESTIMATORS, robustness.SUITES, robustness.SURROGATES):
             stack.enter_context(mock.patch.dict(register))
