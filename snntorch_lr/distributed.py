@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,6 @@ from .noise_stream import mix
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from .estimators import Estimator
 
 
 def apart(net: nn.Module, backward: Callable[[], Tensor]) -> tuple[Tensor, dict[nn.Parameter, Tensor | None]]:
@@ -75,7 +73,16 @@ class SingleProcess:
         return loss
 
 
-E = TypeVar("E", bound="Estimator")
+class Divisible(Protocol):
+    """An estimator, as the division of its work sees it."""
+
+    net: nn.Module
+    copies: int
+    antithetic: bool
+    division: SingleProcess
+
+
+E = TypeVar("E", bound=Divisible)
 
 
 class RankError(RuntimeError):
@@ -151,7 +158,7 @@ class _Ranks(SingleProcess):
         if self.rank < 0:
             raise ValueError("this process is not in the group that it is to share with")
 
-    def join(self, estimator: Estimator, split: str) -> None:
+    def join(self, estimator: Divisible, split: str) -> None:
         """Checks that all ranks have the same task, and gives them the same weights."""
         state = estimator.net.state_dict()
         shapes = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
