@@ -20,6 +20,7 @@ from .validate import noisy
 # A layer that resets does not answer to the scale of its weights in proportion: one division is not enough.
 _TRIES = 5
 _CLOSE = 0.05
+_STEP_UP = 1.25
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,15 @@ def calibrate(
     forward: Callable[[Any], Any] | None = None,
     sigma: float | Tensor = 0.25,
     scale_weights: bool = False,
+    min_rate: float = 0.02,
 ) -> Calibration:
     """Sets the noise level of each neuron by its membrane potentials on a batch; scales weights so that layers fire.
 
     Layer by layer, in the order in which data flows, with noise in the layers before: σ of a hidden layer becomes
-    ``sigma`` times the standard deviation of its membrane potentials, and σ of a spiking readout its threshold. It
-    needs that much, because silent outputs are a minimum of most losses, and without noise one with no way out.
+    ``sigma`` times the standard deviation of its membrane potentials, or as much more as it takes to fire at
+    ``min_rate``: the deeper layers of fresh networks often never fire, and then tell nothing. σ of a spiking readout
+    becomes its threshold. It needs that much, because silent outputs are a minimum of most losses, and without noise
+    one with no way out.
 
     Predict by what the loss reads. A loss of membrane potentials does not care for the spikes of the readout, which
     may fall silent: then a prediction by spike counts fails, however small the loss is. No one can see that from here.
@@ -99,20 +103,25 @@ def calibrate(
             run it as a loss does: ``lambda images: loss_fn(images, labels)``.
         sigma: noise level of hidden layers, in units of the standard deviation of their membrane potentials.
         scale_weights: multiply weight and bias of the module in front of each neuron with one number, so that the
-            standard deviation of the membrane potentials becomes the threshold. For fresh networks, whose deeper
-            layers often never fire; not for trained ones.
+            standard deviation of the membrane potentials becomes the threshold. For fresh networks that hardly fire
+            and train slowly without; not for trained ones.
+        min_rate: spikes per neuron and time step that a hidden layer fires at least, with noise; 0 to leave σ as
+            ``sigma`` says.
 
     Returns:
         What was measured and set, as a table to print.
 
     Raises:
-        ValueError: if the network has no noisy neuron, or ``forward`` does not run all of them.
+        ValueError: if the network has no noisy neuron, ``forward`` does not run all of them, or ``min_rate`` is not
+            in [0, 0.5).
 
     Example:
         >>> print(slr.calibrate(net, images, lambda x: slr.rollout(net, x, num_steps=5), scale_weights=True))
         | layer | rate, noise off | rate, noise on | spread | σ | gain |
         ...
     """
+    if not 0 <= min_rate < 0.5:
+        raise ValueError(f"min_rate is in spikes per neuron and time step, in [0, 0.5), got {min_rate!r}")
     neurons = noisy(net)
     run = _Run(net, neurons, lambda: (net if forward is None else forward)(sample))
     measured = []
@@ -128,10 +137,14 @@ def calibrate(
                 for parameter in stop.block:
                     parameter.mul_(threshold / spread)
                 spread = run.meters()[stop.name].spread
-            level = threshold if stop.readout else sigma * (spread or threshold)
+            level = torch.as_tensor(threshold if stop.readout else sigma * (spread or threshold))
             assert neuron.noise is not None
-            neuron.noise.log_sigma.copy_(torch.as_tensor(level).log())
+            neuron.noise.log_sigma.copy_(level.log())
             _force([neuron], True)
+            # At the threshold, noise alone makes a neuron fire in a quarter of the steps or so.
+            while not stop.readout and bool(level.max() < threshold) and run.meters()[stop.name].rate < min_rate:
+                level = (level * _STEP_UP).clamp(max=threshold)
+                neuron.noise.log_sigma.copy_(level.log())
             measured.append((stop.name, stop.readout, spread, float(neuron.noise.sigma.mean()), gain))
         on = run.meters()
         _force(neurons.values(), False)

@@ -49,7 +49,7 @@ def add_noise(
             potentials, and ``sigma`` is in units of their standard deviation, 0.25 by default: see ``calibrate``,
             which also shows what it did, and explains ``forward`` and ``scale_weights``.
         forward: runs the network on the sample; ``net(sample)`` by default.
-        scale_weights: also scale weights so that all layers fire; for fresh networks.
+        scale_weights: also scale weights; for fresh networks that hardly fire.
 
     Returns:
         The same network.

@@ -49,11 +49,25 @@ def test_scaled_weights_make_every_layer_of_a_fresh_network_fire(kind: str, thre
 def test_levels_are_relative_to_the_spread_of_membranes_and_that_of_a_readout_is_its_threshold() -> None:
     net = deep(threshold=2.0)
     with pytest.warns(UserWarning, match=r"^3 never fired on the sample.*scale_weights=True"):
-        found = slr.calibrate(slr.add_noise(net, kind="escape"), data(), over_time(net), sigma=0.3)
+        found = slr.calibrate(slr.add_noise(net, kind="escape"), data(), over_time(net), sigma=0.3, min_rate=0)
     assert [layer.name for layer in found.layers] == ["1", "3", "5"]
     assert [layer.readout for layer in found.layers] == [False, False, True]
     assert levels(net) == pytest.approx([0.3 * found.layers[0].spread, 0.3 * found.layers[1].spread, 2.0])
     assert [layer.gain for layer in found.layers] == [None] * 3
+
+
+@pytest.mark.parametrize("kind", ["membrane", "escape"])
+def test_a_layer_that_hardly_fires_gets_as_much_noise_as_it_takes(kind: str) -> None:
+    net = deep(threshold=2.0)
+    found = slr.calibrate(slr.add_noise(net, kind=kind), data(), over_time(net), sigma=0.3)
+    for layer in found.layers[:2]:
+        assert 0.3 * layer.spread < layer.sigma < 2
+        assert 0.02 <= layer.rate_on < 0.06
+    assert found.layers[2].sigma == pytest.approx(2)
+    more = slr.calibrate(net, data(), over_time(net), sigma=0.3, min_rate=0.1)
+    assert all(layer.rate_on > 0.09 for layer in more.layers)
+    with pytest.raises(ValueError, match=r"min_rate is in spikes per neuron and time step, in \[0, 0.5\), got 20"):
+        slr.calibrate(net, data(), over_time(net), min_rate=20)
 
 
 def test_spread_is_the_standard_deviation_of_the_membrane_potential() -> None:
