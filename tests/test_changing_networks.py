@@ -40,13 +40,19 @@ def test_frozen_parameters_get_no_gradient_and_do_not_change_the_others(estimato
     assert_same(estimate(estimator, net), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("noise_of_first", [True, False], ids=["noise on", "noise of the first layer off"])
 @pytest.mark.parametrize("kind", FROZEN)
 @with_credit
-def test_what_is_set_free_later_gets_the_gradient_of_a_new_estimator(estimator: str, kind: str) -> None:
+def test_what_is_set_free_or_switched_on_later_gets_the_gradient_of_a_new_estimator(
+    estimator: str, kind: str, noise_of_first: bool
+) -> None:
     net = Net()
     made = MAKERS[estimator](net, COPIES, control=0.5)
-    freeze(net, FROZEN[kind])
+    # What lies before a layer without noise has to be frozen.
+    freeze(net, FROZEN[kind] if noise_of_first else [*FROZEN[kind], *FROZEN["first layer"]])
+    net.lif1.train(noise_of_first)
     made.backward(net.loss, *data())
+    net.train()
     freeze(net, [])
     found = []
     for each in (made, MAKERS[estimator](net, COPIES, control=0.5)):
@@ -55,24 +61,6 @@ def test_what_is_set_free_later_gets_the_gradient_of_a_new_estimator(estimator: 
         each.backward(net.loss, *data())
         found.append(gradients(net))
     assert found[0].keys() == dict(net.named_parameters()).keys()
-    assert_same(*found)
-
-
-@with_credit
-def test_noise_that_is_switched_on_later_gets_the_gradient_of_a_new_estimator(estimator: str) -> None:
-    net = Net()
-    made = MAKERS[estimator](net, COPIES, control=0.5)
-    net.lif1.eval()
-    net.fc1.requires_grad_(False)
-    made.backward(net.loss, *data())
-    net.train()
-    net.fc1.requires_grad_(True)
-    found = []
-    for each in (made, MAKERS[estimator](net, COPIES, control=0.5)):
-        net.zero_grad()
-        torch.manual_seed(0)
-        each.backward(net.loss, *data())
-        found.append(gradients(net))
     assert_same(*found)
 
 

@@ -76,6 +76,8 @@ def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyt
         # A page may enter what it adds under a name.
         for register in (noise.DISTRIBUTIONS, optim.ESTIMATORS, robustness.SUITES, robustness.SURROGATES):
             stack.enter_context(mock.patch.dict(register))
+        # snnTorch's utils.reset resets all neurons that were ever made, those of other tests too.
+        stack.enter_context(mock.patch.object(snn.SpikingNeuron, "instances", []))
         for block in pages.blocks(page, "python"):
             pages.run(block, names)
 

@@ -43,31 +43,30 @@ APART = {
 }
 
 
+def regularised(net: Net, term: Any) -> Any:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        logits, spikes = spikes_of(net, x)
+        return F.cross_entropy(logits, y, reduction="none") + 0.1 * term(spikes)
+
+    return loss
+
+
 @every_estimator
 @pytest.mark.parametrize("noise", ["membrane", "escape"])
 @pytest.mark.parametrize("term", COUPLED.values(), ids=COUPLED)
 def test_losses_that_couple_rows_are_refused(make: Any, term: Any, noise: str) -> None:
     net = Net(noise=noise)
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        logits, spikes = spikes_of(net, x)
-        return F.cross_entropy(logits, y, reduction="none") + 0.1 * term(spikes)
-
     with nothing_changes(net), pytest.raises(ValueError, match=r"changes with the spikes of other rows.*rate_above"):
-        make(net).backward(loss, *data())
+        make(net).backward(regularised(net, term), *data())
 
 
 @every_estimator
 @pytest.mark.parametrize("noise", ["membrane", "escape"])
 @pytest.mark.parametrize("term", APART.values(), ids=APART)
-def test_regularisers_of_each_row_are_taken(make: Any, term: Any, noise: str) -> None:
+@pytest.mark.filterwarnings("error")
+def test_regularisers_of_each_row_are_taken_without_a_warning(make: Any, term: Any, noise: str) -> None:
     net = Net(noise=noise)
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        logits, spikes = spikes_of(net, x)
-        return F.cross_entropy(logits, y, reduction="none") + 0.1 * term(spikes)
-
-    assert make(net).backward(loss, *data()).isfinite()
+    assert make(net).backward(regularised(net, term), *data()).isfinite()
 
 
 def test_batch_norm_is_warned_of_and_a_loss_that_changes_by_itself_is_not_called_coupled() -> None:
@@ -180,14 +179,6 @@ def test_copies_with_equal_losses_are_said(make: Any) -> None:
     with torch.no_grad():
         net.readout.weight.zero_()
     with pytest.warns(UserWarning, match="all copies of a sample have the same loss"):
-        make(net).backward(net.loss, *data())
-
-
-@every_estimator
-def test_a_network_that_fires_is_not_warned_of(make: Any) -> None:
-    net = Net()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
         make(net).backward(net.loss, *data())
 
 
