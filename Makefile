@@ -11,7 +11,7 @@ TOUCH_SNNTORCH := $(patsubst %,tests/test_%.py,neurons convert switches escape e
 
 .PHONY: demo test test-newest test-oldest tutorials lint types docs compatibility wheel wheel-check check
 demo: $(VENV)/installed
-	$(BIN)/snntorch-lr reproduce --dataset digits --out runs/digits
+	$(BIN)/snntorch-lr reproduce --dataset digits --out runs/digits --resume
 
 test: $(VENV)/installed
 	$(PYTEST)
