@@ -19,7 +19,7 @@ import torch
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its class, if it says nothing."""
+    """First line of an error's message; its class, if it has none."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 

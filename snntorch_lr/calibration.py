@@ -25,7 +25,7 @@ _STEP_UP = 1.25
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """What ``calibrate`` measured and set at one noisy neuron.
+    """Measurements and settings of ``calibrate`` at one noisy neuron.
 
     Attributes:
         name: of the neuron, as in ``net.named_modules()``.
@@ -48,7 +48,7 @@ class CalibratedLayer:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What ``calibrate`` did, layer by layer in the order in which data flows; ``print`` shows a table.
+    """Result of ``calibrate``, layer by layer in the order in which data flows; ``print`` shows a table.
 
     Example:
         >>> calibration = slr.calibrate(net, images, lambda x: slr.rollout(net, x, num_steps=5))
@@ -219,7 +219,7 @@ class _Run:
         ]
 
     def meters(self) -> dict[str, _Meter]:
-        """What the noisy neurons do in one run."""
+        """Rates and spreads of the noisy neurons in one run."""
         meters: dict[nn.Module, _Meter] = {neuron: _Meter() for neuron in self._neurons.values()}
         self._watch(meters, lambda neuron, spikes: meters[neuron].add(neuron.mem, spikes))
         return {name: meters[neuron] for name, neuron in self._neurons.items()}

@@ -144,7 +144,7 @@ def _switched(net: nn.Module, forced: bool, generator: torch.Generator | None) -
 
 
 def _undo(neuron: nn.Module) -> Callable[[], None]:
-    """What brings a neuron without noise back to what it is now."""
+    """A function that takes the noise of a neuron away again."""
     if isinstance(neuron, NoisyNeuron):
         return lambda: setattr(neuron, "noise", None)
     return lambda: to_plain(neuron) if isinstance(neuron, NoisyNeuron) else None

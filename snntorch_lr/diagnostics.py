@@ -61,7 +61,7 @@ class GradientQuality:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call costs.
+    """Time and memory of one call.
 
     Attributes:
         milliseconds: median time of a call.
@@ -74,7 +74,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class GradientReport:
-    """What ``gradient_report`` measured; prints as a table.
+    """Result of ``gradient_report``; prints as a table.
 
     Attributes:
         quality: by name of the parameter, then of the estimator.
@@ -376,7 +376,7 @@ class _Calls:
         self._seeds = torch.Generator().manual_seed(seed)
 
     def why_zero(self, name: str, firing: Firing) -> str:
-        """What may explain a gradient that is exactly zero in all calls."""
+        """Likely cause of a gradient that is exactly zero in all calls."""
         if self.parameters[name].grad is None:
             return "the loss does not depend on it"
         return ", ".join(firing.dead().values()) or "all copies had the same loss"
@@ -479,7 +479,7 @@ def _cosine(first: Tensor, first_error: float, second: Tensor, second_error: flo
 
 
 def _resolved(square: float, error: float) -> bool:
-    """Whether the norm of a mean is more than two standard errors."""
+    """The norm of a mean is more than two standard errors."""
     return square > 4 * error
 
 

@@ -141,7 +141,7 @@ def share(estimator: E, split: str = "copies", group: ProcessGroup | None = None
 
 
 class _Ranks(SingleProcess):
-    """What both ways to divide the work have in common: how ranks meet, and how their gradients are put together.
+    """Base of both divisions of the work: meetings of the ranks, and the sum of their gradients.
 
     Attributes:
         samples: number of samples in this rank's batch.
@@ -185,7 +185,7 @@ class _Ranks(SingleProcess):
             state[name].copy_(value)
 
     def meet(self, fact: Any = None, error: Exception | None = None) -> list[Any]:
-        """What every rank has to say, in the order of ranks.
+        """Messages of all ranks, in their order.
 
         All that ranks exchange begins with this one call, so that a rank that failed can say so to others wherever
         they are.

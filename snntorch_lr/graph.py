@@ -29,7 +29,7 @@ def nodes_behind(start: Iterable[Node | None], stop: Container[Node] = ()) -> It
 
 
 def normalises(node: Node) -> bool:
-    """Whether this is a normalisation by statistics of its own input; that of BatchNorm in evaluation mode is not."""
+    """The node normalises by statistics of its own input; that of BatchNorm in evaluation mode does not."""
     return "NormBackward" in node.name() and bool(getattr(node, "_saved_training", True))
 
 
@@ -40,7 +40,7 @@ def leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def same_numbers(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are one, or one is the other detached or copied."""
+    """Two tensors are one, or one is the other detached or copied."""
     if first is second:
         return True
     if first.shape != second.shape or first.device != second.device:
@@ -49,5 +49,5 @@ def same_numbers(first: Tensor, second: Tensor) -> bool:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; 0 for tensors of inference mode, which are not counted."""
+    """Number of changes of a tensor in place; 0 for tensors of inference mode, which are not counted."""
     return 0 if tensor.is_inference() else tensor._version

@@ -64,7 +64,7 @@ DISTRIBUTIONS = {
 
 
 class Noise(Portable, nn.Module):
-    """What membrane and escape noise share: a learnable level, and when it is drawn.
+    """Base of membrane and escape noise: a learnable level, on or off.
 
     Args:
         sigma: noise level, in units of the membrane potential: a float, or a tensor that broadcasts against the
@@ -119,7 +119,7 @@ class Noise(Portable, nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether the neuron draws noise now."""
+        """The neuron draws noise now."""
         return (self.training or self.at_eval) if self.forced is None else self.forced
 
     def sample(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -230,11 +230,11 @@ class EscapeNoise(Noise):
     offered = ("gaussian", "logistic")
 
     def quantile(self, u: Tensor) -> Tensor:
-        """What ``fires`` decides by, of uniform numbers in (−1, 1), in place; odd, so that −u is antithetic."""
+        """Noise that ``fires`` decides by, from uniform numbers in (−1, 1), in place; odd, so that −u is antithetic."""
         return _gaussian(u) if self.distribution == "gaussian" else u
 
     def limit(self, z: Tensor) -> Tensor:
-        """What noise of ``quantile`` must exceed for a spike."""
+        """Limit that noise of ``quantile`` must exceed for a spike."""
         return -z if self.distribution == "gaussian" else (z / -2).tanh_()
 
     def fires(self, limit: Tensor, noise: Tensor) -> Tensor:

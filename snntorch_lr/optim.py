@@ -36,7 +36,7 @@ class Closure:
 
 
 def closure(loss_fn: LossFn, inputs: Any, targets: Any) -> Closure:
-    """What ``optimizer.step`` is called with: ``optimizer.step(closure(loss_fn, images, labels))``.
+    """Closure for ``optimizer.step``: ``optimizer.step(closure(loss_fn, images, labels))``.
 
     Args:
         loss_fn: forward pass and loss, called as ``loss_fn(inputs, targets)``; returns one loss per sample,

@@ -66,7 +66,7 @@ class Firing:
         self._least[name] = self._least[name] & least if name in self._least else least
 
     def dead(self) -> dict[str, str]:
-        """What is wrong with the spikes of each layer that tells nothing by them."""
+        """Layers whose spikes tell nothing, and why."""
         found = {}
         for name, neuron in self._neurons.items():
             place = name or type(neuron).__name__
@@ -318,7 +318,7 @@ class Estimator(ABC):
         return self.division.run(self.net, own_part)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run in a loop of one's own needs to go on with the same numbers.
+        """State of the estimator, to resume a training loop of one's own with the same numbers.
 
         With ``seed=None`` the noise comes from torch's global generator: save ``torch.get_rng_state()`` too.
         """

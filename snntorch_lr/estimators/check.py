@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Findings:
-    """What ``check`` found; true if there is no error, and ``print`` lists everything.
+    """Result of ``check``: true if there is no error; ``print`` lists everything.
 
     Example:
         >>> bool(slr.check(slr.remove_noise(net)))
@@ -54,12 +54,12 @@ class Findings:
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """What the first ``backward`` would raise."""
+        """Findings that the first ``backward`` would raise."""
         return tuple(each for each in self.found if each.is_error)
 
     @property
     def warnings(self) -> tuple[Finding, ...]:
-        """What it would warn of."""
+        """Findings that it would warn of."""
         return tuple(each for each in self.found if not each.is_error)
 
     def __str__(self) -> str:

@@ -110,7 +110,7 @@ class Counterfactual(Estimator):
         return list(self._timed)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run in a loop of one's own needs to go on with the same numbers."""
+        """State of the estimator, λ included, to resume a training loop of one's own with the same numbers."""
         controls = {name: control.sums.clone() for name, control in self._controls.items()}
         return super().state_dict() | {
             "control": controls,
@@ -313,7 +313,7 @@ class Wiring:
 
 
 def profiles_over_time(losses: Tensor, sequences: Sequence[Sequence[Tensor]], copies: int) -> list[list[float]]:
-    """How what spikes or currents do to the loss changes over time, one profile for all neurons and samples of a layer.
+    """Profiles over time of the effects of spikes or currents on the loss, one for all neurons and samples of a layer.
 
     That of one copy is regressed on the mean over time of the others, so that noise does not look like effect.
 

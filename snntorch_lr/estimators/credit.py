@@ -21,7 +21,7 @@ Rows = Tensor
 
 
 class Control:
-    """How much of the effect of a neuron's spikes is taken from their probability in place of pairs: λ of a layer.
+    """Control variate λ of a layer: the share of a spike's effect that its probability tells, in place of pairs.
 
     The estimate of a gradient is C₀ + λ C₁ with E C₁ = 0, for every neuron and row. Its variance is least at
     λ = −Σ C₀C₁ / Σ C₁². The sums are running ones over earlier steps, so that λ is independent of the noise that it is
@@ -52,7 +52,7 @@ class Control:
         self._found = self._found.to(found.device) + found
 
     def take(self) -> Tensor:
-        """What was added since the last time."""
+        """Sums since the last call."""
         found, self._found = self._found, torch.zeros_like(self._found)
         return found
 
@@ -66,7 +66,7 @@ class Control:
 
 @dataclass
 class Chain:
-    """What the time steps of one train hand back to each other, the last one first.
+    """Sums that the time steps of one train hand back to each other, the last one first.
 
     Attributes:
         control: how much of the effect of a spike is taken from its probability, λ.
@@ -99,7 +99,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Draw:
-    """What a neuron sampled in one time step, in all rows.
+    """Sample of a neuron in one time step, in all rows.
 
     Attributes:
         noise: its noise.
@@ -121,7 +121,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Kept:
-    """What one time step keeps for its backward pass; tensors are in all rows.
+    """Tensors that one time step keeps for its backward pass, in all rows.
 
     Attributes:
         noise: what was sampled.
@@ -247,7 +247,7 @@ def _pairs(weight: Tensor, values: Tensor) -> Tensor:
 
 
 def _spread(later: Tensor, scores: Tensor) -> Tensor:
-    """What the means get: the train its score for every shadow, each shadow its own, with the opposite sign."""
+    """Gradients of the means: the train's score for every shadow, and each shadow's own, negated."""
     shared = later / len(later)
     return torch.cat([(shared.sum(0) * scores[0]).unsqueeze(0), (-shared * scores[1:])])
 

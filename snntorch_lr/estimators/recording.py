@@ -1,4 +1,4 @@
-"""The contexts in which noisy neurons expand to copies, sample, and file their scores."""
+"""Forward passes of noise copies: recordings, and the time steps of their neurons."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Current:
         object.__setattr__(self, "count", version(self.raw))
 
     def still_is(self, x: Tensor) -> bool:
-        """Whether this is the very tensor, with the same numbers."""
+        """The tensor is this very one, with the same numbers."""
         return self.raw is x and version(x) == self.count
 
 
 @dataclass(frozen=True)
 class Copies:
-    """What a forward pass of noise copies is run with.
+    """Noise copies of a forward pass: who samples, by which noise.
 
     Attributes:
         neurons: the neurons that sample, by name.

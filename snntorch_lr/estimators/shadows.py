@@ -39,7 +39,7 @@ class Continuation:
     chain: Chain | None
 
     def holds(self, name: str, state: Any) -> bool:
-        """Whether a state is the one that was given out, unchanged."""
+        """A state is the one that was given out, unchanged."""
         given, count = self.visible[name]
         return isinstance(state, Tensor) and same_numbers(state, given) and version(given) == count
 
@@ -261,7 +261,7 @@ class Shadowed(Recording):
         return list(self.tokens.values())
 
     def is_timed(self, neuron: NoisyNeuron) -> bool:
-        """Whether every time step of a neuron is kept."""
+        """Every time step of the neuron is kept."""
         return self.timed is None or neuron in self.timed
 
     def _check_source(self, neuron: NoisyNeuron, x: Tensor) -> None:

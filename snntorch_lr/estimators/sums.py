@@ -17,7 +17,7 @@ from .recording import Copies, Current, Recording, Step, sigma_gradient, weighte
 
 @dataclass
 class Sums:
-    """What one neuron adds up over the time steps; tensors are ``[copies * batch, ...]``.
+    """Sums over the time steps of one neuron; tensors are ``[copies * batch, ...]``.
 
     Attributes:
         steps: number of time steps.
