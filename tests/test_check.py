@@ -9,6 +9,7 @@ import pytest
 import snntorch as snn
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import snntorch_lr as slr
 
@@ -93,6 +94,41 @@ def test_what_an_estimator_refuses_and_warns_of_is_found() -> None:
         findings = slr.check(net, net.loss, X, Y)
     assert findings
     assert any("never fired" in each.message for each in findings.warnings)
+
+
+def test_an_error_of_the_optimizer_hides_none_of_the_loss() -> None:
+    net = Net()
+    findings = slr.check(net, lambda x, y: net.loss(x, y).mean(), X, Y, optimizer=torch.optim.Adam(Net().parameters()))
+    assert ["optimizer holds none" in findings.errors[0].message, len(findings.errors)] == [True, 2]
+
+
+def test_checkpointing_around_a_noisy_neuron_is_found() -> None:
+    net = Net()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        slr.reset(net)
+        hidden = checkpoint(lambda z: net[2](net[1](net[0](z))), 3 * x, use_reentrant=False)
+        return nn.functional.cross_entropy(net[3](hidden), y, reduction="none")
+
+    errors = slr.check(net, loss, X, Y, estimator="vanilla").errors
+    assert any("gradient checkpointing" in error.message for error in errors)
+
+
+@pytest.mark.parametrize(("estimator", "options"), [("vanilla", {"memory": "replay"}), ("approximate", {})])
+def test_a_loss_that_goes_back_through_a_graph_of_its_own_is_well(estimator: str, options: dict[str, Any]) -> None:
+    """As one that makes adversarial images: a trial run that keeps no tensors is made again with them."""
+    net, teacher = Net(), nn.Linear(4, 3)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            near = x.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(teacher(near).square().sum(), near)
+        return net.loss(x + 0.1 * slope.sign(), y)
+
+    net[1].eval()
+    assert slr.check(net, loss, X, Y, estimator=estimator, **options)
+    attached = slr.attach(torch.optim.SGD(net.parameters(), 0.1), net, estimator, copies=4, **options)
+    attached.optimizer.step(slr.closure(loss, X, Y))
 
 
 def test_a_network_without_noise_and_an_unknown_estimator() -> None:

@@ -16,7 +16,7 @@ from ..left_as_found import Buffers, RandomState
 from ..noisy_neuron import NoisyNeuron
 from .base import Call, Estimator
 from .sums import RatePass, RatesCaptured, Summing, check_calls, roots
-from .vanilla import Topology
+from .vanilla import look
 
 
 class Approximate(Estimator):
@@ -88,7 +88,7 @@ class Approximate(Estimator):
             neuron.register_forward_pre_hook(compare(name), with_kwargs=True) for name, neuron in neurons.items()
         ]
         try:
-            losses, recording = self.trial_run(Topology, call)
+            losses, recording = look(self, call)
         finally:
             for handle in handles:
                 handle.remove()

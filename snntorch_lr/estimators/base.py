@@ -301,21 +301,27 @@ class Estimator(ABC):
             if not self.inspected:
                 self.check_rows(call)
             statistics = Buffers(self.net, statistics_only=True)
-            for neuron in call.neurons.values():
-                neuron.estimating = True
             try:
-                loss = self.estimate(call)
-                check_gradients(self.net, inputs, self.half)
+                loss = self.checked_estimate(call)
             except BaseException:
                 statistics.restore()
                 raise
-            finally:
-                for neuron in call.neurons.values():
-                    del neuron.estimating
             self.inspected = True
             return loss
 
         return self.division.run(self.net, own_part)
+
+    def checked_estimate(self, call: Call) -> Tensor:
+        """``estimate``, whose gradients are finite, and which runs no neuron in a backward pass."""
+        for neuron in call.neurons.values():
+            neuron.estimating = True
+        try:
+            loss = self.estimate(call)
+            check_gradients(self.net, call.inputs, self.half)
+        finally:
+            for neuron in call.neurons.values():
+                del neuron.estimating
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """State of the estimator, to resume a training loop of one's own with the same numbers.

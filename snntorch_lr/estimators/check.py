@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ..left_as_found import left_as_found
-from ..validate import check_gradients, check_optimizer, check_parameters, network_errors, warn_about_batch_norm
+from ..validate import check_optimizer, check_parameters, network_errors, warn_about_batch_norm
 from . import ESTIMATORS
 from .base import Call, Estimator, LossFn
-from .vanilla import Topology
+from .vanilla import look
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def check(
 ) -> Findings:
     """Finds all errors and warnings of a network, loss and optimizer at once, instead of the first one in training.
 
-    Weights, gradients, states, running statistics and random numbers stay as they are.
+    Weights, gradients, states, running statistics and random numbers of the network stay as they are. Gradients of
+    other tensors that ``loss_fn`` uses, such as inputs that require one, are added to as by ``backward``.
 
     Args:
         net: a network with noisy neurons.
@@ -137,6 +138,7 @@ def check(
         collector.add(True, message)
     with collector.collecting():
         check_parameters(net)
+    runs = not collector.has_errors
     if optimizer is not None:
         with collector.collecting():
             check_optimizer(net, optimizer)
@@ -145,7 +147,7 @@ def check(
         made = estimator(net, **options)
         if not made.takes_batch_norm:
             warn_about_batch_norm(net)
-    if loss_fn is not None and made is not None and not collector.has_errors:
+    if loss_fn is not None and made is not None and runs:
         _run(made, loss_fn, inputs, targets, collector)
     return Findings(tuple(collector.found))
 
@@ -158,7 +160,6 @@ def _run(estimator: Estimator, loss_fn: LossFn, inputs: Any, targets: Any, colle
         with collector.collecting():
             estimator.check_rows(call)
         with collector.collecting():
-            estimator.trial_run(Topology, call)
+            look(estimator, call)
         with collector.collecting():
-            estimator.estimate(call)
-            check_gradients(net, inputs, estimator.half)
+            estimator.checked_estimate(call)

@@ -285,8 +285,20 @@ class _SaveNothing(PackedSpikes):
         """Nothing is packed."""
 
 
+class NoTensorsError(RuntimeError):
+    """``loss_fn`` goes back through a graph of its own, of which ``Topology`` keeps no tensors."""
+
+
 def _no_scores() -> Any:
-    raise RuntimeError("the graph of a trial run keeps no tensors: it is there to be looked at")
+    raise NoTensorsError("the graph of a trial run keeps no tensors: it is there to be looked at")
+
+
+def look(estimator: Estimator, call: Call) -> tuple[Tensor, Storing]:
+    """A trial run in constant memory; with a whole graph if ``loss_fn`` differentiates something itself."""
+    try:
+        return estimator.trial_run(Topology, call)
+    except NoTensorsError:
+        return estimator.trial_run(Storing, call)
 
 
 class ReplayingStep(StoringStep):
@@ -480,7 +492,7 @@ class Vanilla(Estimator):
             push(losses, everyone.numel(), recording)
             return everyone.mean()
         if not self.inspected:
-            self.trial_run(Topology, call)
+            look(self, call)
         return self._run_twice(call, seed)
 
     def _run_twice(self, call: Call, seed: int) -> Tensor:

@@ -30,9 +30,9 @@ def import_torchattacks() -> Any:
 
 
 class _Run:
-    """Library, access and norms of a kind of attack, for its ``Attack``."""
+    """Package, access and norms of a kind of attack, for its ``Attack``."""
 
-    library: ClassVar[str] = "snntorch_lr"
+    package: ClassVar[str] = "snntorch_lr"
     access: ClassVar[str] = "black-box"
     norms: ClassVar[tuple[str, ...]] = NORMS
 
@@ -48,7 +48,7 @@ class Library(_Run):
         draws: noise draws of each forward pass; None for the target's.
     """
 
-    library, access, norms = "torchattacks", "white-box", ("linf",)
+    package, access, norms = "torchattacks", "white-box", ("linf",)
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class AutoPgd(_Run):
     Parameter-free Attacks".
     """
 
-    library, access = "torchattacks", "white-box"
+    package, access = "torchattacks", "white-box"
 
     loss: str = "ce"
     steps: int = 100
@@ -110,7 +110,7 @@ class SquareSearch(_Run):
     Attack via Random Search".
     """
 
-    library = "torchattacks"
+    package = "torchattacks"
 
     queries: int = 5000
 

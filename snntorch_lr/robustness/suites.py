@@ -11,9 +11,9 @@ from .other_attacks import AutoPgd, Library, RandomNoise, SquareSearch, Transfer
 
 
 def _other(name: str, run: Library | AutoPgd | SquareSearch | RandomNoise | Transfer) -> Attack:
-    settings = {"library": run.library} | asdict(run)
-    with_library, with_sources = run.library == "torchattacks", run.access == "transfer"
-    return Attack(name, run, settings, run.access, run.norms, with_library, with_sources)
+    settings = {"library": run.package} | asdict(run)
+    with_torchattacks, with_sources = run.package == "torchattacks", run.access == "transfer"
+    return Attack(name, run, settings, run.access, run.norms, with_torchattacks, with_sources)
 
 
 _PAPER = (
