@@ -17,7 +17,7 @@ def none(losses: Tensor, antithetic: bool = False) -> Tensor:
         losses: per-sample losses, shape ``[copies, batch]``.
         antithetic: whether copy k and copy k + copies/2 share their noise with opposite signs.
 
-    Example:
+    Examples:
         >>> none(torch.tensor([[1.0], [3.0]])).shape
         torch.Size([2, 1])
     """
@@ -38,7 +38,7 @@ def leave_one_out(losses: Tensor, antithetic: bool = False) -> Tensor:
     Raises:
         ValueError: if no copy remains to compare with.
 
-    Example:
+    Examples:
         >>> leave_one_out(torch.tensor([[1.0], [3.0]]))
         tensor([[-2.],
                 [ 2.]])
@@ -63,7 +63,7 @@ def batch_mean(losses: Tensor, antithetic: bool = False) -> Tensor:
     Raises:
         ValueError: if no other loss remains to compare with.
 
-    Example:
+    Examples:
         >>> batch_mean(torch.tensor([[0.0, 3.0]]))
         tensor([[-3.,  3.]])
     """

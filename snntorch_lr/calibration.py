@@ -50,7 +50,7 @@ class CalibratedLayer:
 class Calibration:
     """Result of ``calibrate``, layer by layer in the order in which data flows; ``print`` shows a table.
 
-    Example:
+    Examples:
         >>> calibration = slr.calibrate(net, images, lambda x: slr.rollout(net, x, num_steps=5))
         >>> [layer.name for layer in calibration.layers]
         ['1']
@@ -115,7 +115,7 @@ def calibrate(
         ValueError: if the network has no noisy neuron, ``forward`` does not run all of them, or ``min_rate`` is not
             in [0, 0.5).
 
-    Example:
+    Examples:
         >>> print(slr.calibrate(net, images, lambda x: slr.rollout(net, x, num_steps=5), scale_weights=True))
         | layer | rate, noise off | rate, noise on | spread | σ | gain |
         ...

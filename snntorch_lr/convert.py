@@ -58,7 +58,7 @@ def add_noise(
         ValueError: if there is no snnTorch neuron, a name in ``only`` is not one, the kind is unknown, or a neuron
             cannot have noise. The network is not changed then. As ``calibrate``, which leaves the noise in place.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(784, 100), snn.Leaky(beta=0.9, init_hidden=True), nn.Linear(100, 10))
         >>> slr.add_noise(net, sigma=0.5)[1]
         Leaky(
@@ -96,7 +96,7 @@ def remove_noise(net: Net) -> Net:
     Returns:
         The same network, which then runs without this package.
 
-    Example:
+    Examples:
         >>> type(slr.remove_noise(net)[1])
         <class 'snntorch._neurons.leaky.Leaky'>
     """
@@ -109,7 +109,7 @@ def remove_noise(net: Net) -> Net:
 def noise_off(net: nn.Module) -> AbstractContextManager[None]:
     """Context in which the network runs without noise, whatever its mode; the former state comes back afterwards.
 
-    Example:
+    Examples:
         >>> with slr.noise_off(net):
         ...     spikes = slr.rollout(net, images, num_steps=5)
     """
@@ -123,7 +123,7 @@ def noise_on(net: nn.Module, generator: torch.Generator | None = None) -> Abstra
         net: a network with noisy neurons.
         generator: where the noise is drawn from, instead of torch's global generator; on the network's device.
 
-    Example:
+    Examples:
         >>> with slr.noise_on(net.eval()):
         ...     spikes = slr.rollout(net, images, num_steps=5)
     """
@@ -173,7 +173,7 @@ def export_to_nir(net: nn.Module, sample_data: Tensor, **options: Any) -> Any:
     Raises:
         ImportError: if ``nir`` and ``nirtorch`` are not installed.
 
-    Example:
+    Examples:
         >>> graph = slr.export_to_nir(net, images)  # doctest: +SKIP
     """
     try:

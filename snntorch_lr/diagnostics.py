@@ -89,7 +89,7 @@ class GradientReport:
         control: λ at the end, by name of each ``Counterfactual``, then of the neuron.
         zero: by name of each parameter whose gradient was exactly zero in all calls of the reference, the likely cause.
 
-    Example:
+    Examples:
         >>> report = slr.gradient_report(net, loss_fn, images, labels, copies=2, repeats=2, reference=2)
         >>> print(report.table())
         2 copies, 2 calls of each estimator, 2 calls of the reference (vanilla), seed 0, cpu
@@ -247,7 +247,7 @@ def gradient_report(
     Raises:
         ValueError: if an argument is wrong, or the network or the losses would make a gradient wrong.
 
-    Example:
+    Examples:
         >>> report = slr.gradient_report(net, loss_fn, images, labels, copies=2, repeats=2, reference=2)
         >>> sorted(report.cost)
         ['approximate', 'counterfactual', 'surrogate, 1 draw', 'vanilla']

@@ -84,7 +84,7 @@ def left_as_found(
         states: states and other attributes of the neurons.
         random: the global generators of torch, NumPy and Python.
 
-    Example:
+    Examples:
         >>> with left_as_found(net, modes=True):
         ...     logits = net.eval()(images)
     """

@@ -97,7 +97,7 @@ def reset(net: nn.Module) -> None:
     Call it at the start of a forward pass, in place of ``snntorch.utils.reset``. States are also cut from the graph
     of the last forward pass, so that the network can be deep-copied.
 
-    Example:
+    Examples:
         >>> slr.reset(net)
         >>> bool(net[1].mem.any())
         False
@@ -126,7 +126,7 @@ def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) ->
         ValueError: if a neuron does not hold its state, a neuron in the middle returns it (``output=True``), or
             there is no time step.
 
-    Example:
+    Examples:
         >>> slr.rollout(net, images, num_steps=5).shape
         torch.Size([5, 4, 10])
     """
@@ -185,7 +185,7 @@ def spike_derivatives(net: nn.Module, of: Callable[[nn.Module], Derivative]) -> 
         net: the network.
         of: from a neuron to the derivative of its spikes.
 
-    Example:
+    Examples:
         >>> import torch, snntorch as snn
         >>> neuron, x = snn.Leaky(beta=0.9, init_hidden=True), torch.tensor([0.3, 7.0], requires_grad=True)
         >>> with spike_derivatives(neuron, lambda neuron: torch.ones_like):

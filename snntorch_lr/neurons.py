@@ -15,7 +15,7 @@ from .noisy_neuron import UNSUPPORTED, NoisyNeuron, check_defects
 class Leaky(NoisyNeuron, snn.Leaky):
     """``snntorch.Leaky`` with ``noise=``; arguments, shapes and return values are snnTorch's.
 
-    Example:
+    Examples:
         >>> lif = slr.Leaky(beta=0.9, noise=True)
         >>> spikes, mem = lif(torch.ones(2, 3), lif.reset_mem())
         >>> spikes.shape
@@ -32,7 +32,7 @@ class Leaky(NoisyNeuron, snn.Leaky):
 class Lapicque(NoisyNeuron, snn.Lapicque):
     """``snntorch.Lapicque`` with ``noise=``; arguments, shapes and return values are snnTorch's.
 
-    Example:
+    Examples:
         >>> lif = slr.Lapicque(R=2.0, C=3.0, noise=True)
         >>> spikes, mem = lif(torch.ones(2, 3), lif.reset_mem())
     """
@@ -41,7 +41,7 @@ class Lapicque(NoisyNeuron, snn.Lapicque):
 class Synaptic(NoisyNeuron, snn.Synaptic):
     """``snntorch.Synaptic`` with ``noise=``; arguments, shapes and return values are snnTorch's.
 
-    Example:
+    Examples:
         >>> lif = slr.Synaptic(alpha=0.8, beta=0.9, noise=True)
         >>> spikes, syn, mem = lif(torch.ones(2, 3), *lif.reset_mem())
     """
@@ -55,7 +55,7 @@ class Alpha(NoisyNeuron, snn.Alpha):
     snnTorch's Alpha computes its membrane from the synaptic currents alone, so noise acts on the spike and the reset
     of one time step and is not carried on.
 
-    Example:
+    Examples:
         >>> lif = slr.Alpha(alpha=0.8, beta=0.7, noise=True)
         >>> spikes, *states = lif(torch.ones(2, 3), *lif.reset_mem())
     """
@@ -66,7 +66,7 @@ class Alpha(NoisyNeuron, snn.Alpha):
 class RLeaky(NoisyNeuron, snn.RLeaky):
     """``snntorch.RLeaky`` with ``noise=``; arguments, shapes and return values are snnTorch's.
 
-    Example:
+    Examples:
         >>> lif = slr.RLeaky(beta=0.9, linear_features=3, noise=True)
         >>> spikes, mem = lif(torch.ones(2, 3), *lif.reset_mem())
     """
@@ -77,7 +77,7 @@ class RLeaky(NoisyNeuron, snn.RLeaky):
 class RSynaptic(NoisyNeuron, snn.RSynaptic):
     """``snntorch.RSynaptic`` with ``noise=``; arguments, shapes and return values are snnTorch's.
 
-    Example:
+    Examples:
         >>> lif = slr.RSynaptic(alpha=0.8, beta=0.9, linear_features=3, noise=True)
         >>> spikes, syn, mem = lif(torch.ones(2, 3), *lif.reset_mem())
     """
@@ -88,7 +88,7 @@ class RSynaptic(NoisyNeuron, snn.RSynaptic):
 class SLSTM(NoisyNeuron, snn.SLSTM):
     """``snntorch.SLSTM`` with ``noise=``; arguments, shapes and return values are snnTorch's.
 
-    Example:
+    Examples:
         >>> cell = slr.SLSTM(3, 3, noise=True)
         >>> spikes, syn, mem = cell(torch.ones(2, 3), *cell.reset_mem())
     """
@@ -103,7 +103,7 @@ class SLSTM(NoisyNeuron, snn.SLSTM):
 class SConv2dLSTM(NoisyNeuron, snn.SConv2dLSTM):
     """``snntorch.SConv2dLSTM`` with ``noise=``; arguments, shapes and return values are snnTorch's.
 
-    Example:
+    Examples:
         >>> cell = slr.SConv2dLSTM(1, 4, kernel_size=3, noise=True)
         >>> spikes, syn, mem = cell(torch.ones(2, 1, 8, 8), *cell.reset_mem())
     """

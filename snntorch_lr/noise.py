@@ -178,7 +178,7 @@ class MembraneNoise(Noise):
     Raises:
         ValueError: if sigma is not positive and finite, or the distribution is unknown.
 
-    Example:
+    Examples:
         >>> lif = slr.Leaky(beta=0.9, noise=slr.MembraneNoise(sigma=0.5, distribution="laplace"))
         >>> lif.noise
         MembraneNoise(sigma=0.5, learn=True, distribution='laplace')
@@ -219,7 +219,7 @@ class EscapeNoise(Noise):
     Raises:
         ValueError: if sigma is not positive and finite, or the distribution is unknown.
 
-    Example:
+    Examples:
         >>> lif = slr.Leaky(beta=0.9, noise=slr.EscapeNoise(sigma=0.3, distribution="logistic"))
         >>> round(float(lif.noise.sigma), 3)
         0.3

@@ -24,7 +24,7 @@ def true_class(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         In [0, 1], ``[batch]``.
 
-    Example:
+    Examples:
         >>> true_class(torch.zeros(1, 4), torch.tensor([2]))
         tensor([0.7500])
     """
@@ -43,7 +43,7 @@ def zero_one(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         0 or 1 in the dtype of the logits, ``[batch]``.
 
-    Example:
+    Examples:
         >>> zero_one(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1]))
         tensor([1., 0.])
     """
@@ -64,7 +64,7 @@ def clipped_margin(logits: Tensor, targets: Tensor, margin: float = 1.0) -> Tens
     Raises:
         ValueError: if the margin is not positive.
 
-    Example:
+    Examples:
         >>> clipped_margin(torch.tensor([[0.0, 0.5]]), torch.tensor([1]))
         tensor([0.2500])
     """
@@ -93,7 +93,7 @@ def vote(logits: Tensor, targets: Tensor, draws: int) -> Tensor:
     Raises:
         ValueError: if the rows are no multiple of the draws, or these are not positive.
 
-    Example:
+    Examples:
         >>> vote(torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 0]), draws=3)
         tensor([1., 1., 1.])
     """
@@ -116,7 +116,7 @@ def spike_rate(spikes: Tensor) -> Tensor:
     Raises:
         ValueError: if there is no dimension of neurons.
 
-    Example:
+    Examples:
         >>> spike_rate(torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[1.0, 1.0], [0.0, 1.0]]]))
         tensor([0.7500, 0.2500])
     """
@@ -137,7 +137,7 @@ def rate_above(spikes: Tensor, limit: float) -> Tensor:
     Returns:
         At least 0, ``[rows]``.
 
-    Example:
+    Examples:
         >>> rate_above(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), 0.2)
         tensor([0.3000, 0.0000])
     """
@@ -154,7 +154,7 @@ def rate_below(spikes: Tensor, limit: float) -> Tensor:
     Returns:
         At least 0, ``[rows]``.
 
-    Example:
+    Examples:
         >>> rate_below(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), 0.2)
         tensor([0.0000, 0.2000])
     """
@@ -164,7 +164,7 @@ def rate_below(spikes: Tensor, limit: float) -> Tensor:
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each sample, ``[batch]``.
 
-    Example:
+    Examples:
         >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
         tensor([0.6931])
     """

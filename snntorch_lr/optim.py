@@ -47,7 +47,7 @@ def closure(loss_fn: LossFn, inputs: Any, targets: Any) -> Closure:
     Raises:
         TypeError: if ``loss_fn`` cannot be called, as the losses themselves.
 
-    Example:
+    Examples:
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         >>> loss = optimizer.step(slr.closure(loss_fn, images, labels))  # without attach: backpropagation
     """
@@ -135,7 +135,7 @@ def attach(
         TypeError: if the optimizer or the estimator is something else.
         ValueError: if the network has no noisy neuron, the optimizer has a hook already, or an option is wrong.
 
-    Example:
+    Examples:
         >>> optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
         >>> hook = slr.attach(optimizer, net)
         >>> loss = optimizer.step(slr.closure(loss_fn, images, labels))

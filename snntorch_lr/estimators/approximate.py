@@ -47,7 +47,7 @@ class Approximate(Estimator):
     Raises:
         ValueError: if the network has no noisy neuron, or arguments do not go together.
 
-    Example:
+    Examples:
         >>> estimator = slr.Approximate(net, copies=16)
         >>> loss = estimator.backward(loss_fn, images, labels)
 

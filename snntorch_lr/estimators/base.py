@@ -227,7 +227,7 @@ class Estimator(ABC):
     Raises:
         ValueError: if the network has no noisy neuron, or copies, baseline and antithetic do not go together.
 
-    Example:
+    Examples:
         >>> estimator: slr.Estimator = slr.Counterfactual(net, copies=2)
         >>> loss = estimator.backward(loss_fn, images, labels)
     """

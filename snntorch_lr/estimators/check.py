@@ -26,7 +26,7 @@ class Finding:
         is_error: the first ``backward`` would raise it; otherwise it would warn.
         message: the cause, the module, and the remedy.
 
-    Example:
+    Examples:
         >>> slr.check(slr.remove_noise(net)).errors[0].is_error
         True
     """
@@ -42,7 +42,7 @@ class Finding:
 class Findings:
     """Result of ``check``: true if there is no error; ``print`` lists everything.
 
-    Example:
+    Examples:
         >>> bool(slr.check(slr.remove_noise(net)))
         False
     """
@@ -124,7 +124,7 @@ def check(
     Raises:
         ValueError: if the name of the estimator is unknown.
 
-    Example:
+    Examples:
         >>> findings = slr.check(net, loss_fn, images, labels)
         >>> print(findings)
         nothing found

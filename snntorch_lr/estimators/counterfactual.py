@@ -65,7 +65,7 @@ class Counterfactual(Estimator):
         ValueError: if the network has no noisy neuron, an argument is wrong, or a neuron's trains are not independent
             given its currents (LSTM cells, inhibition).
 
-    Example:
+    Examples:
         >>> estimator = slr.Counterfactual(net, copies=2)
         >>> loss = estimator.backward(loss_fn, images, labels)  # in place of loss.backward()
 

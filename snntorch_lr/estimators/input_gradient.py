@@ -47,7 +47,7 @@ def input_gradient(
         TypeError: if the inputs are not a floating-point tensor.
         ValueError: if the network or the losses would make the gradient wrong, or do not depend on the inputs.
 
-    Example:
+    Examples:
         >>> gradient = slr.input_gradient(net, loss_fn, images, labels)
         >>> adversarial = (images + 0.1 * gradient.sign()).clamp(0, 1)
     """

@@ -74,7 +74,7 @@ def per_copy(x: Tensor) -> Tensor:
     Raises:
         ValueError: if the first dimension is not the batch.
 
-    Example:
+    Examples:
         >>> spikes = lif(fc1(images))
         >>> current = fc2(torch.cat([spikes, slr.per_copy(images)], 1))
     """

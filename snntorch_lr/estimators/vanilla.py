@@ -454,7 +454,7 @@ class Vanilla(Estimator):
     Raises:
         ValueError: if the network has no noisy neuron, or arguments do not go together.
 
-    Example:
+    Examples:
         >>> estimator = slr.Vanilla(net, copies=16, memory="replay")
         >>> loss = estimator.backward(loss_fn, images, labels)
 

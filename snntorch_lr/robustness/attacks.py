@@ -27,7 +27,7 @@ class Budget:
     Raises:
         ValueError: if epsilon is not positive and finite, or the norm is unknown.
 
-    Example:
+    Examples:
         >>> Budget(0.1).project(torch.tensor([[0.2, 0.9]]), torch.tensor([[0.5, 0.95]]))
         tensor([[0.4000, 0.9000]])
     """
@@ -96,7 +96,7 @@ class Attack:
     Raises:
         ValueError: if access or a norm is unknown.
 
-    Example:
+    Examples:
         >>> darker = Attack("darker", lambda target, x, y, budget, seed: budget.project(0 * x, x), {}, "black-box")
     """
 
@@ -139,7 +139,7 @@ def perturb(
         ValueError: if the attack cannot run on this target within this budget, or images and labels do not fit.
         RuntimeError: if it returned images that it must not.
 
-    Example:
+    Examples:
         >>> darker = Attack("darker", lambda target, x, y, budget, seed: budget.project(0 * x, x), {}, "black-box")
         >>> perturb(darker, Target(torch.nn.Flatten()), torch.ones(1, 1, 1, 2), torch.tensor([0]), Budget(0.1), seed=0)
         tensor([[[[0.9000, 0.9000]]]])

@@ -88,7 +88,7 @@ def evaluate(
         ValueError: if an argument, the data or a network cannot be used, said before any attack.
         ImportError: if an attack needs a package that is not installed.
 
-    Example:
+    Examples:
         >>> images = torch.tensor([[[[0.9, 0.2]]], [[[0.4, 0.5]]]])  # of two pixels, which are the logits
         >>> report = evaluate(nn.Flatten(), [(images, torch.tensor([0, 1]))], epsilons=[0.1, 0.2], attacks=["FGSM"])
         >>> print(report.worst_case[0.2])

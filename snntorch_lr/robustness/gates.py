@@ -55,7 +55,7 @@ class Gate:
         passed: None if the check could not be run, or was left out.
         detail: the measurement, and its bound.
 
-    Example:
+    Examples:
         >>> print(Gate("G3 ladder", True, "1: 0.0 %"))
         PASS    G3 ladder: 1: 0.0 %
     """
@@ -76,7 +76,7 @@ class Gate:
 def verdict(gates: Sequence[Gate]) -> str:
     """Verdict of the gates on a headline, in a few words; without gates no claim passes.
 
-    Example:
+    Examples:
         >>> verdict([Gate("G1 gradients", True, ""), Gate("G6 surrogates", None, "")])
         'masking not ruled out (G6 not run)'
     """

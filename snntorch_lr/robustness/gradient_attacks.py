@@ -109,7 +109,7 @@ class Descent:
     Source: Athalye, Carlini & Wagner (2018), "Obfuscated Gradients Give a False Sense of Security", for the expectation
     over draws; Gowal et al. (2019), "An Alternative Surrogate Loss for PGD-based Adversarial Testing", for targets.
 
-    Example:
+    Examples:
         >>> x, y = torch.tensor([[[[0.6, 0.4]]]]), torch.tensor([0])  # of two pixels, which are the logits
         >>> Descent("training", steps=40)(Target(nn.Flatten()), x, y, Budget(0.2), seed=0)
         tensor([[[[0.4000, 0.6000]]]])
@@ -186,7 +186,7 @@ def _settled_margin(view: AttackableView, x: Tensor, y: Tensor) -> Tensor:
 def gradient_attack(name: str, descent: Descent) -> Attack:
     """White-box attack of this package under a name of its own.
 
-    Example:
+    Examples:
         >>> gradient_attack("steep", Descent("atan:8", steps=5)).settings["surrogate"]
         'atan:8'
     """
@@ -213,7 +213,7 @@ def tune_sharpness(
     Returns:
         ω; the surrogate is then called ``f"assg:{omega}"``.
 
-    Example:
+    Examples:
         >>> x, y = torch.tensor([[[[0.6, 0.4]]]]), torch.tensor([0])
         >>> omega = tune_sharpness(Target(nn.Flatten()), x, y, Budget(0.1), Descent(steps=2), rounds=1)
 

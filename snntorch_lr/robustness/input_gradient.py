@@ -46,7 +46,7 @@ def likelihood_ratio_input_gradient(
     Raises:
         ValueError: if no neuron has noise, or the network cannot be trained by the likelihood ratio.
 
-    Example:
+    Examples:
         >>> import snntorch_lr as slr
         >>> net = slr.Leaky(beta=0.9, init_hidden=True, noise=True)
         >>> likelihood_ratio_input_gradient(Target(net), torch.rand(5, 3), torch.tensor([0, 1, 2, 0, 1])).shape
@@ -97,7 +97,7 @@ def surrogate_input_gradient(
     Returns:
         Gradient of the loss of each image with respect to it, in the shape of x.
 
-    Example:
+    Examples:
         >>> surrogate_input_gradient(Target(torch.nn.Flatten()), torch.zeros(1, 2), torch.tensor([0]))
         tensor([[-0.5000,  0.5000]])
     """

@@ -56,7 +56,7 @@ class Protocol:
     Raises:
         ValueError: if a number is below 1, or a norm, noise or corruption is unknown.
 
-    Example:
+    Examples:
         >>> Protocol(norm="l2", corruptions=["contrast"]).votes
         32
     """
@@ -179,7 +179,7 @@ class Headline(Share):
     Attributes:
         verdict: of the gates, in a few words.
 
-    Example:
+    Examples:
         >>> print(Headline(0.5, 0.4, 0.6, 96, "all gates passed"))
         50.0 ± 10.0 % (all gates passed)
     """

@@ -55,7 +55,7 @@ def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed:
     Raises:
         ValueError: if a label is none of the network's classes, or its output is not finite or no logits.
 
-    Example:
+    Examples:
         >>> images = torch.tensor([[[[0.9, 0.2]]], [[[0.9, 0.2]]]])  # of two pixels, which are the logits
         >>> score(Target(torch.nn.Flatten()), images, torch.tensor([0, 1])).right
         tensor([ True, False])

@@ -47,7 +47,7 @@ def wilson(right: int, total: int, confidence: float = 0.95) -> Share:
     Source: Wilson (1927); recommended over other intervals by Newcombe (1998), "Two-sided confidence intervals for
     the single proportion: comparison of seven methods".
 
-    Example:
+    Examples:
         >>> print(wilson(81, 263))
         30.8 ± 5.5
     """
@@ -67,7 +67,7 @@ def clopper_pearson(right: int, total: int, confidence: float = 0.95) -> Share:
 
     Source: Clopper & Pearson (1934).
 
-    Example:
+    Examples:
         >>> print(clopper_pearson(81, 263))
         30.8 ± 5.7
     """
@@ -79,7 +79,7 @@ def share_of(right: Tensor) -> Share:
 
     The interval is that of one draw for each image, hence conservative for fractions, which vary less.
 
-    Example:
+    Examples:
         >>> import torch
         >>> print(share_of(torch.tensor([True, True, False, True])))
         75.0 ± 32.7
@@ -116,7 +116,7 @@ def mcnemar(first: Tensor, second: Tensor) -> McNemar:
 
     Source: McNemar (1947); in its exact form a binomial test of the discordant pairs.
 
-    Example:
+    Examples:
         >>> import torch
         >>> mcnemar(torch.tensor([True, True, True]), torch.tensor([True, False, False]))
         McNemar(only_first=2, only_second=0, p_value=0.5)

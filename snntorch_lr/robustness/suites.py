@@ -62,7 +62,7 @@ def suite(attacks: str | Sequence[str | Attack]) -> tuple[Attack, ...]:
         ValueError: if a name is unknown, one occurs twice, or there is none.
         ImportError: if an attack needs torchattacks and that is not installed.
 
-    Example:
+    Examples:
         >>> [attack.name for attack in suite("quick")]
         ['FGSM', 'PGD-20']
     """

@@ -42,7 +42,7 @@ class AttackableView(nn.Module):
         ValueError: if draws is below 1 or the surrogate is unknown; at a call, if images are not in [0, 1],
             or the output of ``forward`` is no tensor, has another shape, or is not finite.
 
-    Example:
+    Examples:
         >>> view = AttackableView(nn.Flatten(), lambda net, images: net(images - 0.5), draws=8)
         >>> view(torch.tensor([[[[0.9, 0.2]]]]))
         tensor([[ 0.4000, -0.3000]])
@@ -136,7 +136,7 @@ class Target:
         scale: as ``AttackableView``'s.
         sources: other networks, by name, whose adversarial images may be tried on this one.
 
-    Example:
+    Examples:
         >>> Target(nn.Flatten(), draws=4).view(noise=False).draws
         1
     """
