@@ -21,6 +21,16 @@ PATIENCE = 120  # seconds, so that a deadlock fails instead of hanging
 SMALL = ["--epochs", "2", "--copies", "3", "--attack-images", "5", "--draws", "1", "--epsilon", "0.1"]
 RECIPE = Recipe(method="likelihood ratio", epochs=2, copies=3, batch_size=32, validation=143)
 
+LEFT = """
+import weakref, torch, torch.distributed as dist
+from snntorch_lr.experiments import ranks
+
+with ranks.joined(torch.device("cpu")):
+    group = weakref.ref(dist.group.WORLD)
+    import torch.distributed.nn.functional
+print("group left:", group() is not None)
+"""
+
 
 def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -71,6 +81,14 @@ def test_the_first_rank_alone_prints_and_says_how_many_there_were(
     assert result.stdout.count("Written:") == 1
     assert json.loads((out / "results.json").read_text())["ranks"] == 2
     assert "Ranks: 2." in (out / "table.md").read_text()
+
+
+def test_nothing_of_the_group_is_left_when_a_process_ends(tmp_path: Path) -> None:
+    script = tmp_path / "left.py"
+    script.write_text(LEFT)
+    result = torchrun(str(script))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("group left: False") == 2
 
 
 def test_an_error_of_the_first_rank_ends_all_with_one_line(alone: Path, tmp_path: Path) -> None:
