@@ -31,7 +31,7 @@ TOUCH_SNNTORCH = {
     "neurons",
     "noisy_neuron",
     "pickling",
-    "experiments.models",
+    "experiments.recipe",
     "experiments.workloads",
 }
 
@@ -44,10 +44,7 @@ INNER = {
 
 
 # One idea of its own each, though only one module asks for it.
-SINGLE_USE = {
-    "dynamics", "estimators.approximate", "estimators.shadows", "robustness.other_attacks", "experiments.workloads",
-    "experiments.study.tables",
-}  # fmt: skip
+SINGLE_USE = {"dynamics", "estimators.approximate", "estimators.shadows", "experiments.study.tables"}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..noise import EscapeNoise, MembraneNoise
-from .recording import over_copies
-from .spike_bits import unpack
+from .recording import over_copies, unpack
 from .sums import Sums, add
 
 Rows = Tensor

@@ -16,8 +16,7 @@ from ..noise import EscapeNoise, MembraneNoise, Noise
 from ..noise_stream import NoiseStream, mix, resolved
 from ..noisy_neuron import NoisyNeuron
 from .credit import Chain, Control, Credit, CreditSums, Draw, Kept, Rows
-from .recording import Copies, Current, Recording, Step
-from .spike_bits import pack
+from .recording import Copies, Current, Recording, Step, pack
 
 
 @dataclass(frozen=True)

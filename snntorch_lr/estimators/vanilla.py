@@ -17,8 +17,18 @@ from ..noise import EscapeNoise, MembraneNoise, Noise
 from ..noisy_neuron import NoisyNeuron
 from ..validate import check_repeats
 from .base import Call, Estimator
-from .recording import Copies, Current, Recording, Step, over_copies, sigma_gradient, weighted
-from .spike_bits import PackedSpikes, pack, unpack
+from .recording import (
+    Copies,
+    Current,
+    PackedSpikes,
+    Recording,
+    Step,
+    over_copies,
+    pack,
+    sigma_gradient,
+    unpack,
+    weighted,
+)
 
 Scores = Callable[[], tuple[Tensor, Tensor]]
 """Scores of the mean (times σ) and of log σ, ``[copies * batch, ...]`` each."""

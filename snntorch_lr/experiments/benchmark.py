@@ -15,11 +15,10 @@ import torch
 
 from .._messages import markdown
 from . import data, files
-from .cost import median_milliseconds, peak_megabytes, slope
 from .options import Place, check, command_line, option, recorded
 from .recipe import Recipe, make_network
 from .train import accuracy, make_estimators, stepper
-from .workloads import METHODS, NOISES, Workload, make_step
+from .workloads import METHODS, NOISES, Workload, make_step, median_milliseconds, peak_megabytes, slope
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

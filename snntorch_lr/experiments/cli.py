@@ -22,10 +22,11 @@ except ImportError as error:
 
 from .. import __version__
 from ..distributed import RankError
-from . import benchmark, diagnose, evaluate_checkpoints, ranks, reproduce
+from . import benchmark, diagnose, evaluate_checkpoints, reproduce
 from .data import DataError
 from .options import add_options, from_arguments
 from .study import page, run
+from .train import first_prints, joined
 
 if TYPE_CHECKING:
     from ..robustness.evaluate import Progress as AttackProgress
@@ -77,7 +78,7 @@ def _reproduce(options: reproduce.Reproduce) -> None:
     Under torchrun the processes divide the copies; only the first reads and writes --data-root and --out:
     torchrun --nproc-per-node 4 -m snntorch_lr.experiments.cli reproduce --dataset mnist --copies 64
     """
-    with ranks.joined(options.torch_device()) as team, _progress() as bars:
+    with joined(options.torch_device()) as team, _progress() as bars:
         announce = lambda name, steps: _announce(bars, name, steps)  # noqa: E731
         results = reproduce.reproduce(options, announce, _watch(bars), team)
     if results is None:
@@ -230,7 +231,7 @@ def _watch(bars: Progress) -> AttackProgress:
 
 def main() -> None:
     """Entry point of ``snntorch-lr`` and ``torchrun -m snntorch_lr.experiments.cli``."""
-    with ranks.first_prints():
+    with first_prints():
         call(sys.argv[1:])
 
 

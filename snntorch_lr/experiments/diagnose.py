@@ -17,9 +17,9 @@ from ..estimators.counterfactual import Counterfactual
 from ..estimators.vanilla import Storing, StoringStep, Vanilla
 from ..network import noisy_neurons
 from ..noise import KINDS, EscapeNoise, MembraneNoise
-from . import data, files, models
+from . import data, files
 from .options import Place, check, command_line, option, recorded
-from .recipe import NoiseOptions, Recipe, load_trained, make_network
+from .recipe import MODELS, NoiseOptions, Recipe, SpikingClassifier, load_trained, make_network
 
 if TYPE_CHECKING:
     from ..estimators.base import Estimator
@@ -56,7 +56,7 @@ class Diagnose(Place, NoiseOptions):
     """Options of the command ``snntorch-lr diagnose``, which has those of the noise."""
 
     dataset: str | None = option(None, "data set, by default of the checkpoint, or digits", choices=data.NAMES)
-    model: str | None = option(None, "network, by default of the checkpoint, or mlp", choices=models.NAMES)
+    model: str | None = option(None, "network, by default of the checkpoint, or mlp", choices=MODELS)
     checkpoint: Path | None = option(None, "network to measure, from reproduce; a fresh one by default")
     sigma: float = option(0.5, "noise level where the checkpoint has none")
     copies: int = option(16, "noise copies of each sample", least=1)
@@ -96,7 +96,7 @@ def diagnose(options: Diagnose) -> GradientReport:
             raise ValueError(f"{options.checkpoint} has {name} {found}, not {given}; leave out --{name}")
     images = data.load(recipe.dataset, options.data_root)
     net = make_network(recipe, images.shape) if net is None else net
-    if not isinstance(net, models.SpikingClassifier):
+    if not isinstance(net, SpikingClassifier):
         raise ValueError(f"the model {recipe.model} has no spiking neurons")
     _set_noise(net, options)
     net.to(device)
@@ -124,7 +124,7 @@ def diagnose(options: Diagnose) -> GradientReport:
     return report
 
 
-def _estimators(net: models.SpikingClassifier, options: Diagnose) -> dict[str, str | Estimator]:
+def _estimators(net: SpikingClassifier, options: Diagnose) -> dict[str, str | Estimator]:
     """The estimators, and those that show what each ingredient is worth."""
     found: dict[str, str | Estimator] = {name: name for name in ESTIMATORS if name != "counterfactual"}
     for over_time in ("rates", "exact"):
@@ -142,7 +142,7 @@ def _fresh(options: Diagnose) -> Recipe:
     )  # fmt: skip
 
 
-def _set_noise(net: models.SpikingClassifier, options: Diagnose) -> None:
+def _set_noise(net: SpikingClassifier, options: Diagnose) -> None:
     """Gives the hidden neurons noise of a kind, at the level of the noise that they have, or else ``sigma``."""
     add_noise(net, sigma=options.sigma, only=net.hidden)
     for neuron in noisy_neurons(net).values():

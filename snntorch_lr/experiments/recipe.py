@@ -1,4 +1,4 @@
-"""A recipe decides what a training run computes; from it follow the network and the optimizer."""
+"""A recipe decides what a training run computes; the network, its noise and the optimizer follow from it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
+import snntorch as snn
 import torch
 from torch import Tensor, nn
 
 from ..convert import add_noise
 from ..estimators import ESTIMATORS
-from ..network import noisy_neurons
+from ..network import noisy_neurons, reset
 from ..noise import KINDS
 from ..objectives import OBJECTIVES
-from . import data, files, models
+from . import data, files
 from .options import check, option
 
 FLAT = ("zero-one", "vote")
@@ -22,6 +23,80 @@ FLAT = ("zero-one", "vote")
 METHODS = ("surrogate", "surrogate, noise", "likelihood ratio")
 INCOMPLETE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 """Errors of a checkpoint that lacks something, or has something else in its place."""
+MODELS = ("mlp", "wide-mlp", "deep-mlp", "conv")
+"""Spiking networks. There is also ``"ann"``, with rectified linear units, to transfer adversarial images from."""
+
+
+class SpikingClassifier(nn.Module):
+    """Blocks with leaky neurons between them, and a readout by the mean membrane potential.
+
+    The image is the constant input current of every time step (direct coding), so the first block runs once.
+
+    Args:
+        blocks: modules in front of the hidden neurons, in order.
+        readout: module in front of the output neurons, which integrate and never reset.
+        num_steps: time steps.
+        beta: leak of all neurons.
+    """
+
+    def __init__(self, blocks: list[nn.Module], readout: nn.Module, num_steps: int = 8, beta: float = 0.9) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.neurons = nn.ModuleList(snn.Leaky(beta=beta, init_hidden=True) for _ in blocks)
+        self.readout = readout
+        self.output = snn.Leaky(beta=beta, init_hidden=True, output=True, reset_mechanism="none")
+        self.num_steps = num_steps
+
+    @property
+    def hidden(self) -> list[str]:
+        """Names of the hidden neurons: those that get noise."""
+        return [f"neurons.{index}" for index in range(len(self.neurons))]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[batch, classes]`` from images ``[batch, channels, height, width]``."""
+        reset(self)
+        current = self.blocks[0](images)
+        total = torch.zeros((), device=images.device)
+        for _ in range(self.num_steps):
+            spikes = self.neurons[0](current)
+            for block, neuron in zip(list(self.blocks)[1:], list(self.neurons)[1:], strict=True):
+                spikes = neuron(block(spikes))
+            _, mem = self.output(self.readout(spikes))
+            total = total + mem
+        return total / self.num_steps
+
+
+def build_model(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps: int = 8) -> nn.Module:
+    """A network for images of a given shape.
+
+    Args:
+        model: ``"mlp"`` (256 hidden neurons), ``"wide-mlp"`` (1000), ``"deep-mlp"`` (256 and 128), ``"conv"``
+            (8 and 16 channels, 5 × 5 kernels, each with max pooling by 2), or ``"ann"`` (256 rectified linear units).
+        shape: channels, height, width.
+        classes: number of outputs.
+        num_steps: time steps.
+
+    Raises:
+        ValueError: if the model is unknown.
+    """
+    channels, height, width = shape
+    pixels = channels * height * width
+    if model == "ann":
+        return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 256), nn.ReLU(), nn.Linear(256, classes))
+    if model in ("mlp", "wide-mlp", "deep-mlp"):
+        hidden = 1000 if model == "wide-mlp" else 256
+        first = nn.Sequential(nn.Flatten(), nn.Linear(pixels, hidden))
+        if model != "deep-mlp":
+            return SpikingClassifier([first], nn.Linear(hidden, classes), num_steps)
+        return SpikingClassifier([first, nn.Linear(256, 128)], nn.Linear(128, classes), num_steps)
+    if model == "conv":
+        blocks: list[nn.Module] = [
+            nn.Sequential(nn.Conv2d(channels, 8, 5, padding=2), nn.MaxPool2d(2)),
+            nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 16, 5, padding=2)),
+        ]
+        features = 16 * (height // 2 // 2) * (width // 2 // 2)
+        return SpikingClassifier(blocks, nn.Sequential(nn.Flatten(), nn.Linear(features, classes)), num_steps)
+    raise ValueError(f"unknown model {model!r}; choose one of {', '.join(MODELS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +121,7 @@ class TrainingOptions(NoiseOptions):
     """Options of a training run that the command line offers too."""
 
     dataset: str = option("digits", "data set, digits without a download", choices=data.NAMES)
-    model: str = option("mlp", "network", choices=models.NAMES)
+    model: str = option("mlp", "network", choices=MODELS)
     epochs: int = option(None, "passes over the data; 30 for digits, 4 otherwise", least=1)
     copies: int = option(None, "noise copies of each sample; 2 for counterfactual, else 16", least=1)
     seed: int = option(0, "of everything random")
@@ -89,7 +164,7 @@ class Recipe(TrainingOptions):
     """
 
     method: str = option(choices=METHODS)
-    model: str = option("mlp", choices=(*models.NAMES, "ann"))
+    model: str = option("mlp", choices=(*MODELS, "ann"))
     num_steps: int = option(8, least=1)
     batch_size: int = option(128, least=1)
     validation: int = option(0, least=0)
@@ -133,8 +208,8 @@ def check_recipe(recipe: Recipe) -> None:
 def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
     """The untrained network of a recipe; networks of the same seed start from the same weights."""
     torch.manual_seed(recipe.seed)
-    net = models.build(recipe.model, shape, num_steps=recipe.num_steps)
-    if recipe.method == "surrogate" or not isinstance(net, models.SpikingClassifier):
+    net = build_model(recipe.model, shape, num_steps=recipe.num_steps)
+    if recipe.method == "surrogate" or not isinstance(net, SpikingClassifier):
         return net
     for name in net.hidden:
         add_noise(net, _level(recipe, net, name), recipe.learn_sigma, [name], recipe.noise, recipe.distribution)
@@ -144,7 +219,7 @@ def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
     return net
 
 
-def _level(recipe: Recipe, net: models.SpikingClassifier, name: str) -> float | Tensor:
+def _level(recipe: Recipe, net: SpikingClassifier, name: str) -> float | Tensor:
     """Initial σ of a neuron: one number, or one for each feature or channel of the block in front of it."""
     if not recipe.per_neuron:
         return recipe.sigma

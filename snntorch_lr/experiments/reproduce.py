@@ -12,9 +12,8 @@ from .._messages import markdown
 from ..robustness import SUITES, Protocol, RobustnessReport, evaluate, score, share_of, suite, verdict
 from . import data, files
 from .options import Place, check, command_line, option, recorded
-from .ranks import ALONE, Ranks
 from .recipe import METHODS, Recipe, TrainingOptions
-from .train import AfterStep, Trained, split, train, validation_accuracy
+from .train import ALONE, AfterStep, Ranks, Trained, split, train, validation_accuracy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,8 +7,7 @@ from .gates import Gate, verdict
 from .gradient_attacks import Descent, gradient_attack, tune_sharpness
 from .input_gradient import likelihood_ratio_input_gradient, surrogate_input_gradient
 from .report import Headline, Protocol, RobustnessReport, Row
-from .scoring import Scores, score
-from .statistics import McNemar, Share, clopper_pearson, mcnemar, share_of, wilson
+from .scoring import McNemar, Scores, Share, clopper_pearson, mcnemar, score, share_of, wilson
 from .suites import SUITES, suite
 from .surrogates import SURROGATES
 from .view import AttackableView, Target

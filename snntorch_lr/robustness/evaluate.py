@@ -26,8 +26,7 @@ from . import gates
 from .attacks import Attack, Budget, perturb
 from .corruptions import CORRUPTIONS
 from .report import PACKAGES, Findings, Protocol, RobustnessReport, Row, Subject
-from .scoring import Scores, batch_size, is_random, logits_of, pieces, score, seeded
-from .statistics import Share, share_of
+from .scoring import Scores, Share, batch_size, is_random, logits_of, pieces, score, seeded, share_of
 from .suites import SUITES, suite
 from .view import Forward, Target, device_of
 

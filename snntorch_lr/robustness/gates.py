@@ -23,8 +23,7 @@ from ..noise_stream import mix
 from .attacks import Budget
 from .gradient_attacks import LOSSES, Descent
 from .input_gradient import alignment
-from .scoring import ROWS, batch_size, logits_of, pieces, score, seeded
-from .statistics import share_of
+from .scoring import ROWS, batch_size, logits_of, pieces, score, seeded, share_of
 from .surrogates import SURROGATES
 from .view import AttackableView, Target, device_of
 

@@ -14,8 +14,7 @@ from ..network import noisy_neurons
 from .attacks import NORMS, Attack
 from .corruptions import CORRUPTIONS
 from .gates import Gate, mark, verdict
-from .scoring import ROWS
-from .statistics import McNemar, Share, mcnemar, share_of
+from .scoring import ROWS, McNemar, Share, mcnemar, share_of
 from .view import Target
 
 if TYPE_CHECKING:

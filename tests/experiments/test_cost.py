@@ -5,10 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from snntorch_lr.experiments.cost import peak_megabytes, slope
 from snntorch_lr.experiments.recipe import Recipe
 from snntorch_lr.experiments.study.run import training_step
-from snntorch_lr.experiments.workloads import Workload, make_step
+from snntorch_lr.experiments.workloads import Workload, make_step, peak_megabytes, slope
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,9 @@ from shutil import copy
 import pytest
 import torch
 
-from snntorch_lr.experiments import cli, data, ranks
+from snntorch_lr.experiments import cli, data
 from snntorch_lr.experiments.recipe import Recipe
-from snntorch_lr.experiments.train import train
+from snntorch_lr.experiments.train import ALONE, joined, train
 
 from . import commands
 
@@ -23,9 +23,9 @@ RECIPE = Recipe(method="likelihood ratio", epochs=2, copies=3, batch_size=32, va
 
 LEFT = """
 import weakref, torch, torch.distributed as dist
-from snntorch_lr.experiments import ranks
+from snntorch_lr.experiments.train import joined
 
-with ranks.joined(torch.device("cpu")):
+with joined(torch.device("cpu")):
     group = weakref.ref(dist.group.WORLD)
     import torch.distributed.nn.functional
 print("group left:", group() is not None)
@@ -128,12 +128,12 @@ def test_wrong_arguments_are_told_by_the_first_rank(
 def test_every_rank_takes_a_gpu_of_its_own(device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     as_rank(monkeypatch, 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match=message), ranks.joined(torch.device(device)):
+    with pytest.raises(ValueError, match=message), joined(torch.device(device)):
         pass
 
 
 def test_without_torchrun_there_is_no_process_group() -> None:
-    with ranks.joined(CPU) as team:
-        assert team == ranks.ALONE
+    with joined(CPU) as team:
+        assert team == ALONE
         assert not torch.distributed.is_initialized()
         assert team.from_first(lambda: 3) == 3

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from snntorch_lr.estimators import ESTIMATORS
-from snntorch_lr.experiments import data, models
-from snntorch_lr.experiments.recipe import METHODS, Recipe, make_network
+from snntorch_lr.experiments import data
+from snntorch_lr.experiments.recipe import METHODS, MODELS, Recipe, build_model, make_network
 from snntorch_lr.experiments.train import split, train, validation_accuracy
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def images() -> data.Images:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model", models.NAMES)
+@pytest.mark.parametrize("model", MODELS)
 def test_loss_falls(method: str, model: str, images: data.Images, tmp_path: Path) -> None:
     recipe = replace(RECIPE, method=method, model=model, epochs=2, copies=4, learning_rate=1e-2)
     history = train(recipe, images, tmp_path / "c.pt", CPU).history
@@ -112,4 +112,4 @@ def test_unknown_names_are_refused(images: data.Images, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown method"):
         train(replace(RECIPE, method="magic"), images, tmp_path / "c.pt", CPU)
     with pytest.raises(ValueError, match="mlp, deep-mlp, conv"):
-        models.build("transformer", (1, 8, 8))
+        build_model("transformer", (1, 8, 8))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from snntorch_lr.experiments import data
 from snntorch_lr.robustness import Descent, suite
-from snntorch_lr.robustness.other_attacks import Transfer
+from snntorch_lr.robustness.suites import Transfer
 
 QUICK = Descent(steps=2, length=0.5)
 TRANSFER = replace(suite(["transfer"])[0], run=Transfer(QUICK))

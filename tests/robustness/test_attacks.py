@@ -9,7 +9,7 @@ from torch import Tensor
 
 import snntorch_lr as slr
 from snntorch_lr.robustness import SUITES, Attack, Budget, Descent, Target, gradient_attack, perturb, suite
-from snntorch_lr.robustness.other_attacks import AutoPgd
+from snntorch_lr.robustness.suites import AutoPgd
 
 from .networks import SmallNet, images, predictions
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from snntorch_lr.robustness.statistics import Share, clopper_pearson, mcnemar, share_of, wilson
+from snntorch_lr.robustness.scoring import Share, clopper_pearson, mcnemar, share_of, wilson
 
 
 # Newcombe (1998), table I, methods 3 (score) and 5 (Clopper-Pearson).

@@ -20,10 +20,10 @@ from torch import nn
 
 from ...robustness import CORRUPTIONS, Protocol, RobustnessReport, Target, evaluate, score, share_of
 from .. import data, files
-from ..cost import TrainingStep, peak_megabytes
 from ..options import DataPlace, check, command_line, option
 from ..recipe import Recipe, load_trained, make_network, make_optimizer, noise_levels
 from ..train import make_estimators, split, stepper, train, validation_accuracy
+from ..workloads import TrainingStep, peak_megabytes
 from .plan import GROUPS, PRESETS, REDUCED, SOURCES, Entry, Evaluation, plan_path, read_plan
 
 CPU = torch.device("cpu")
