@@ -303,7 +303,7 @@ def started(command: str, out: Path) -> subprocess.Popen[str]:
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Its children that train or measure; others, short-lived ones, are started by imports."""
     found = {child: " ".join(child.cmdline()) for child in psutil.Process(process.pid).children()}
-    return [child for child, words in found.items() if "spawn_main" in words or "experiments.cost" in words]
+    return [child for child, words in found.items() if "spawn_main" in words or "experiments.workloads" in words]
 
 
 @pytest.mark.parametrize("command", PROCESSES)
