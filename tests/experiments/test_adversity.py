@@ -302,8 +302,15 @@ def started(command: str, out: Path) -> subprocess.Popen[str]:
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Its children that train or measure; others, short-lived ones, are started by imports."""
-    found = {child: " ".join(child.cmdline()) for child in psutil.Process(process.pid).children()}
-    return [child for child, words in found.items() if "spawn_main" in words or "experiments.workloads" in words]
+
+    def works(child: psutil.Process) -> bool:
+        try:
+            words = " ".join(child.cmdline())
+        except psutil.Error:  # it has just ended
+            return False
+        return "spawn_main" in words or "experiments.workloads" in words
+
+    return [child for child in psutil.Process(process.pid).children() if works(child)]
 
 
 @pytest.mark.parametrize("command", PROCESSES)

@@ -25,8 +25,8 @@ TINY: dict[str, Any] = {"num_steps": 4, "width": 20, "batch": 8}
 def test_every_workload_learns(method: str, noise: str, rate: bool) -> None:
     if method == "textbook" and (rate or noise == "escape"):
         pytest.skip("written for one case")
-    step = make_step(Workload(method, noise, copies=32, rate=rate, num_steps=4, width=100, batch=4), CPU)
-    losses = [float(step()) for _ in range(60)]
+    step = make_step(Workload(method, noise, copies=16, rate=rate, num_steps=4, width=50, batch=4), CPU)
+    losses = [float(step()) for _ in range(40)]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
@@ -73,10 +73,14 @@ def written(tmp_path_factory: pytest.TempPathFactory, two_methods: list[str]) ->
 
 def test_threads_are_as_before(written: Path) -> None:
     before = torch.get_num_threads()
-    benchmark.benchmark(
-        Benchmark(parts=("steps",), repeats=1, copies=(1,), threads=before + 1, out=written / "again", **TINY)
-    )
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(2)
+    try:
+        benchmark.benchmark(
+            Benchmark(parts=("steps",), repeats=1, copies=(1,), threads=1, out=written / "again", **TINY)
+        )
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_writes_every_part(written: Path) -> None:
