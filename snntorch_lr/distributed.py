@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -17,6 +18,11 @@ from .noise_stream import mix
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+if dist.is_available():
+    # The first optimizer imports it anyway. It keeps the default group of that moment in default arguments: if imported
+    # after init_process_group, threads of the group outlive destroy_process_group, and abort a process that ends.
+    importlib.import_module("torch.distributed.nn.functional")
 
 
 def apart(net: nn.Module, backward: Callable[[], Tensor]) -> tuple[Tensor, dict[nn.Parameter, Tensor | None]]:

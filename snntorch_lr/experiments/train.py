@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import statistics
 import time
@@ -27,7 +26,16 @@ from . import files
 from .data import Images
 from .recipe import INCOMPLETE, Recipe, check_recipe, make_network, make_optimizer
 
+if TYPE_CHECKING:
+    from ..estimators.base import Estimator
+
 T = TypeVar("T")
+_ADVERSARY = gradient_attack("PGD-7", Descent(steps=7, length=0.25))
+CHECKS = 20
+"""Times in an epoch at which a run with ``stop_at`` looks at its validation accuracy."""
+Step = Callable[[Tensor, Tensor], float]
+AfterStep = Callable[[int, float], None]
+"""Called after each step with the number of steps done, resumed ones included, and the loss."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +98,6 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         _take_cuda_device(device)
-    # Imported by torch later on, it would hold the group in default arguments of its functions: the group's threads
-    # outlive ``leave`` then, and a process that ends with them may abort.
-    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     try:
@@ -122,17 +127,6 @@ def _take_cuda_device(device: torch.device) -> None:
     if ranks > devices:
         raise ValueError(f"{ranks} ranks have {devices} GPUs on this machine: give torchrun --nproc-per-node {devices}")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
-
-if TYPE_CHECKING:
-    from ..estimators.base import Estimator
-
-_ADVERSARY = gradient_attack("PGD-7", Descent(steps=7, length=0.25))
-CHECKS = 20
-"""Times in an epoch at which a run with ``stop_at`` looks at its validation accuracy."""
-Step = Callable[[Tensor, Tensor], float]
-AfterStep = Callable[[int, float], None]
-"""Called after each step with the number of steps done, resumed ones included, and the loss."""
 
 
 @dataclass
