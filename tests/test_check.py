@@ -145,3 +145,6 @@ def test_documented_old_names_still_import() -> None:
     from snntorch_lr.estimators import vanilla
 
     assert Storing is vanilla.Storing
+    with pytest.warns(DeprecationWarning, match="snntorch_lr.experiments.models is snntorch_lr.experiments.recipe now"):
+        from snntorch_lr.experiments import models
+    assert isinstance(models.build("mlp", (1, 8, 8)), torch.nn.Module)

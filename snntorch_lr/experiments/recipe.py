@@ -66,7 +66,7 @@ class SpikingClassifier(nn.Module):
         return total / self.num_steps
 
 
-def build_model(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps: int = 8) -> nn.Module:
+def build(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps: int = 8) -> nn.Module:
     """A network for images of a given shape.
 
     Args:
@@ -208,7 +208,7 @@ def check_recipe(recipe: Recipe) -> None:
 def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
     """The untrained network of a recipe; networks of the same seed start from the same weights."""
     torch.manual_seed(recipe.seed)
-    net = build_model(recipe.model, shape, num_steps=recipe.num_steps)
+    net = build(recipe.model, shape, num_steps=recipe.num_steps)
     if recipe.method == "surrogate" or not isinstance(net, SpikingClassifier):
         return net
     for name in net.hidden:

@@ -8,7 +8,7 @@ import torch
 
 from snntorch_lr.estimators import ESTIMATORS
 from snntorch_lr.experiments import data
-from snntorch_lr.experiments.recipe import METHODS, MODELS, Recipe, build_model, make_network
+from snntorch_lr.experiments.recipe import METHODS, MODELS, Recipe, build, make_network
 from snntorch_lr.experiments.train import split, train, validation_accuracy
 
 CPU = torch.device("cpu")
@@ -112,4 +112,4 @@ def test_unknown_names_are_refused(images: data.Images, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown method"):
         train(replace(RECIPE, method="magic"), images, tmp_path / "c.pt", CPU)
     with pytest.raises(ValueError, match="mlp, deep-mlp, conv"):
-        build_model("transformer", (1, 8, 8))
+        build("transformer", (1, 8, 8))
