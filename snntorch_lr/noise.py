@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from . import noise_stream as uniform
 from .pickling import Portable
 
@@ -188,6 +189,12 @@ class MembraneNoise(Noise):
     """
 
     offered = ("gaussian", "laplace", "logistic")
+    _kinds: ClassVar = {"gaussian": kernels.GAUSSIAN, "laplace": kernels.LAPLACE, "logistic": kernels.LOGISTIC}
+
+    @property
+    def kind(self) -> int | None:
+        """Kind of noise that ``kernels`` know it as; None for one that they do not know, of a derived class too."""
+        return self._kinds.get(self.distribution) if type(self) is MembraneNoise else None
 
     def quantile(self, u: Tensor) -> Tensor:
         """Standard noise ε of uniform numbers in (−1, 1), in place."""
@@ -228,14 +235,20 @@ class EscapeNoise(Noise):
     """
 
     offered = ("gaussian", "logistic")
+    _kinds: ClassVar = {"gaussian": kernels.GAUSSIAN_ESCAPE, "logistic": kernels.LOGISTIC_ESCAPE}
+
+    @property
+    def kind(self) -> int | None:
+        """Kind of noise that ``kernels`` know it as; None for one that they do not know, of a derived class too."""
+        return self._kinds.get(self.distribution) if type(self) is EscapeNoise else None
 
     def quantile(self, u: Tensor) -> Tensor:
-        """Noise that ``fires`` decides by, from uniform numbers in (−1, 1), in place; odd, so that −u is antithetic."""
-        return _gaussian(u) if self.distribution == "gaussian" else u
+        """Noise that ``fires`` decides by: the uniform numbers in (−1, 1) themselves, so that −u is antithetic."""
+        return u
 
     def limit(self, z: Tensor) -> Tensor:
-        """Limit that noise of ``quantile`` must exceed for a spike."""
-        return -z if self.distribution == "gaussian" else (z / -2).tanh_()
+        """Limit that noise of ``quantile`` must exceed for a spike: one minus twice the probability of a spike."""
+        return (z * -math.sqrt(0.5)).erf_() if self.distribution == "gaussian" else (z / -2).tanh_()
 
     def fires(self, limit: Tensor, noise: Tensor) -> Tensor:
         """Which neurons spike: zeros and ones, given noise of ``quantile``, and written in its place."""
@@ -263,9 +276,9 @@ class EscapeNoise(Noise):
         inverse: Tensor = torch.special.erfcx(-sign * z / math.sqrt(2)) * math.sqrt(math.pi / 2)
         return sign / inverse
 
-    def fires_by(self, p: Tensor, z: Tensor, noise: Tensor) -> Tensor:
+    def fires_by(self, p: Tensor, noise: Tensor) -> Tensor:
         """As ``fires``, where the probability of a spike is known already."""
-        return self.fires(1 - 2 * p if self.distribution == "logistic" else self.limit(z), noise)
+        return self.fires(1 - 2 * p, noise)
 
     def location_score_by(self, p: Tensor, z: Tensor, spikes: Tensor) -> Tensor:
         """As ``location_score``, where the probability of a spike is known already."""

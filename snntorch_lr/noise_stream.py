@@ -1,23 +1,14 @@
-"""Reproducible noise: a function of seed, draw and copy, the same however the copies are split."""
+"""Reproducible noise: a function of seed, draw, copy, sample and neuron, on any device and however copies are split."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from . import noise_stream as uniform
-
-# Fewer numbers than this are filled sooner than another thread wakes up.
-_WORTH_A_THREAD = 1 << 18
-
-_pool: tuple[int, int, ThreadPoolExecutor] | None = None
+from . import kernels
 
 
 def from_generator(out: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -26,75 +17,35 @@ def from_generator(out: Tensor, generator: torch.Generator | None) -> Tensor:
     return out.uniform_(-1, 1, generator=generator).clamp_(min=torch.finfo(out.dtype).eps / 2 - 1)
 
 
-def from_seeds(parts: Sequence[tuple[Tensor, Sequence[int]]]) -> None:
-    """Fills tensors on a CPU in place, each from a seed of its own, side by side where that pays.
-
-    NumPy's bit generators need a third of the time of torch's, and run in threads: random numbers are most of the work
-    of a likelihood-ratio gradient.
-
-    Args:
-        parts: contiguous float32 or float64 tensors, and the integers that their numbers are a function of.
-    """
-    threads = min(torch.get_num_threads(), len(parts))
-    if threads < 2 or sum(tensor.numel() for tensor, _ in parts) < _WORTH_A_THREAD:
-        _fill_all(parts)
-        return
-    # One task for each thread, this one included: handing over costs as much as a hundred thousand numbers.
-    others = [_threads(threads - 1).submit(_fill_all, parts[index::threads]) for index in range(1, threads)]
-    _fill_all(parts[::threads])
-    for other in others:
-        other.result()
-
-
-def _fill_all(parts: Sequence[tuple[Tensor, Sequence[int]]]) -> None:
-    for tensor, seed in parts:
-        out = tensor.numpy().reshape(-1)
-        size = out.size if out.itemsize == 8 else -(-out.size // 2)
-        to_unit_interval(np.random.SFC64(seed).random_raw(size), out)
-
-
-def to_unit_interval(bits: NDArray[np.uint64], out: NDArray[np.floating[Any]]) -> None:
-    """Writes (k + ½) / 2ⁿ for every signed integer k of n + 1 bits: exact, symmetric, and neither 0 nor ±1.
-
-    Args:
-        bits: random words; overwritten.
-        out: float32 of at most twice as many numbers, or float64 of as many.
-    """
-    words, digits = (bits.view(np.int64), 52) if out.itemsize == 8 else (bits.view(np.int32), 23)
-    words = words[: out.size]
-    np.right_shift(words, 8 * out.itemsize - 1 - digits, out=words)
-    np.copyto(out, words, casting="unsafe")
-    out *= 2.0**-digits
-    out += 2.0 ** -(digits + 1)
-
-
-def _threads(count: int) -> ThreadPoolExecutor:
-    """A pool of this process; one that was inherited through a fork has no threads."""
-    global _pool
-    if _pool is None or _pool[:2] != (os.getpid(), count):
-        _pool = (os.getpid(), count, ThreadPoolExecutor(count, "snntorch_lr-random"))
-    return _pool[2]
-
-
 def resolved(dtype: torch.dtype) -> torch.dtype:
     """The dtype to draw in for noise of a dtype: half precision has too few digits for the tails of a distribution."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-Quantile = Callable[[Tensor], Tensor]
+class Drawn(Protocol):
+    """Noise that a stream can draw.
 
-# Fewer numbers than this are not worth a generator of their own, nor a thread.
-_BLOCK = 1 << 17
+    Attributes:
+        kind: which quantile function of ``snntorch_lr.kernels`` it has; None if it has another one.
+    """
+
+    @property
+    def kind(self) -> int | None:
+        """See above."""
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Noise of uniform numbers in (−1, 1), in place; odd, so that antithetic noise is negated."""
 
 
 class NoiseStream:
-    """Noise of K copies, reproducible from a seed and the index of the draw.
+    """Noise of K copies from a counter: any part of it can be drawn without the others, and once more.
 
-    Copies are grouped into blocks, each with a seed of its own, so that any range of copies can be drawn without the
-    others: in chunks, on another rank, or once more in the backward pass instead of being kept.
+    Number i of draw d for sample b in copy k is word ⌊i / q⌋ of Philox 4x32-10 (Salmon et al. 2011) for the counter
+    (i mod q, b, k, d) and the key ``seed``, where q is a quarter of the numbers of a row, rounded up. So copies can be
+    drawn in chunks, on other ranks, on another device, or again in the backward pass instead of being kept.
 
     Args:
-        seed: of the whole stream.
+        seed: of the whole stream; its lower 64 bits.
         copies: K, the number of copies in all.
         first: first copy that is drawn here.
         last: end of the range of copies that are drawn here.
@@ -102,61 +53,89 @@ class NoiseStream:
     """
 
     def __init__(self, seed: int, copies: int, first: int, last: int, antithetic: bool = False) -> None:
+        self.key = seed & 0xFFFFFFFFFFFFFFFF
         self.seed = seed
         self.copies = copies
         self.first = first
         self.last = last
-        self.antithetic = antithetic
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self.half = copies // 2 if antithetic else copies
 
-    def draw(self, index: int, like: Tensor, quantile: Quantile) -> Tensor:
+    def draw(self, index: int, like: Tensor, noise: Drawn) -> Tensor:
         """Noise with the shape, dtype and device of ``like``, whose rows are the copies of this range, copy-first.
 
         Args:
             index: which draw of the forward pass it is.
             like: ``[(last - first) * batch, ...]``.
-            quantile: makes noise of uniform numbers in (-1, 1), in place; odd, so that antithetic noise is negated.
+            noise: what to draw.
         """
-        rows = len(like) // (self.last - self.first)
-        row = like[:1].numel()
-        half = self.copies // 2 if self.antithetic else self.copies
-        block = max(1, min(half, _BLOCK // max(1, rows * row)))
         out = torch.empty_like(
-            like, dtype=uniform.resolved(like.dtype), requires_grad=False, memory_format=torch.contiguous_format
+            like, dtype=resolved(like.dtype), requires_grad=False, memory_format=torch.contiguous_format
         )
-        parts, copied, negated = [], [], []
-        copy = self.first
-        while copy < self.last:
-            second = copy >= half
-            source = copy - half if second else copy
-            start = source - source % block
-            end = min(start + block, half)
-            taken = min(end - source, self.last - copy, (half if not second else self.copies) - copy)
-            into = out[(copy - self.first) * rows : (copy - self.first + taken) * rows]
-            whole = into
-            if source != start or taken != end - start:
-                whole = out.new_empty(((end - start) * rows, *like.shape[1:]))
-                copied.append((into, whole[(source - start) * rows : (source - start + taken) * rows]))
-            parts.append((whole, (self.seed, index, start)))
-            if second:
-                negated.append(into)
-            copy += taken
-        self._fill(parts)
-        for into, numbers in copied:
-            into.copy_(numbers)
-        for into in negated:
-            into.neg_()
-        return quantile(out).to(like.dtype)
+        batch = len(like) // (self.last - self.first)
+        kind = kernels.LOGISTIC_ESCAPE if noise.kind is None else noise.kind
+        filled = kernels.fill(
+            out.view(len(like), -1), np.uint64(self.key), batch, self.first, self.half, index, kind
+        )
+        if not filled:
+            self._fill(out, batch, index)
+        if not filled or noise.kind is None:
+            out = noise.quantile(out)
+        return out.to(like.dtype)
 
-    def _fill(self, parts: list[tuple[Tensor, tuple[int, int, int]]]) -> None:
-        device = parts[0][0].device
-        if device.type == "cpu":
-            uniform.from_seeds(parts)
-            return
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device)
-        for tensor, seed in parts:
-            uniform.from_generator(tensor, self._generators[device].manual_seed(mix(*seed)))
+    def _fill(self, out: Tensor, batch: int, index: int) -> None:
+        """Fills a tensor with uniform numbers, by operations that torch has on every device."""
+        rows = out.view(len(out), -1)
+        numbers = rows.shape[1]
+        quarter = -(-numbers // 4)
+        # On a CPU, few enough that what lies in between stays in the cache.
+        block = len(rows) if out.device.type != "cpu" else max(1, _BLOCK // quarter)
+        for start in range(0, len(rows), block):
+            row = torch.arange(start, min(start + block, len(rows)), device=out.device).unsqueeze(1)
+            copy = self.first + torch.div(row, batch, rounding_mode="floor")
+            second = copy >= self.half
+            counter = (torch.arange(quarter, device=out.device), row % batch, copy - self.half * second, index)
+            words = torch.cat(philox(counter, self.key, (len(row), quarter)), 1)[:, :numbers]
+            # As signed integers of 32 bits, or of the upper 24.
+            words = (words ^ 0x80000000) - 0x80000000
+            digits = 31 if out.dtype == torch.float64 else 23
+            uniform = (words >> (31 - digits)).to(out.dtype).add_(0.5).mul_(2.0**-digits)
+            rows[start : start + len(row)] = torch.where(second, -uniform, uniform)
+
+
+# Counters that are worth a call, and fit into the cache.
+_BLOCK = 1 << 16
+_WORD = 0xFFFFFFFF
+
+
+def philox(
+    counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: int, shape: tuple[int, ...]
+) -> list[Tensor]:
+    """Philox 4x32-10, random words from counters.
+
+    Args:
+        counter: four words, each an integer or a tensor of int64 that broadcasts against the shape.
+        key: of 64 bits.
+        shape: of the result.
+
+    Returns:
+        Four words, as int64 in [0, 2³²).
+
+    Source: Salmon, Moraes, Dror & Shaw (2011), "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    device = next((word.device for word in counter if isinstance(word, Tensor)), torch.device("cpu"))
+    c0, c1, c2, c3 = (torch.as_tensor(word, device=device).expand(shape).clone() for word in counter)
+    low, high = torch.empty_like(c0), torch.empty_like(c0)
+    k0, k1 = key & _WORD, key >> 32
+    for _ in range(10):
+        # The products may overflow: their 64 bits are right all the same.
+        torch.mul(c0, 0xD2511F53, out=low)
+        torch.mul(c2, 0xCD9E8D57, out=high)
+        torch.bitwise_right_shift(high, 32, out=c0).bitwise_and_(_WORD).bitwise_xor_(c1).bitwise_xor_(k0)
+        torch.bitwise_right_shift(low, 32, out=c2).bitwise_and_(_WORD).bitwise_xor_(c3).bitwise_xor_(k1)
+        torch.bitwise_and(high, _WORD, out=c1)
+        torch.bitwise_and(low, _WORD, out=c3)
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return [c0, c1, c2, c3]
 
 
 def mix(*values: int) -> int:

@@ -69,9 +69,11 @@ class TimeStep(Protocol):
         input: the current, for all rows.
         states: of the last step, as they were given by position; and by name.
         builds_graph: the neuron's own update is to carry a graph.
+        decided: spikes, where the update has sampled them with the noise; None otherwise.
     """
 
     input: Tensor
+    decided: Tensor | None
     states: tuple[Any, ...]
     named_states: dict[str, Any]
     builds_graph: bool
@@ -211,6 +213,9 @@ class NoisyNeuron(Portable, Dynamics, snn.SpikingNeuron):
         noise, step = self.noise, self._step
         if noise is None:
             return super().fire(mem)
+        if step is not None and step.decided is not None:
+            self._last_spikes = spikes = step.decided
+            return step.grade(step.emit(spikes))
         if not noise.active or (step is None and not isinstance(noise, EscapeNoise)):
             return super().fire(mem).to(mem.dtype)
         mem = self.state_quant(mem) if self.state_quant else mem
@@ -288,6 +293,8 @@ class NoisyNeuron(Portable, Dynamics, snn.SpikingNeuron):
     def _add_noise(self, mean: Tensor) -> Tensor:
         noise = self.noise
         if not isinstance(noise, MembraneNoise) or not noise.active:
+            return mean
+        if self._step is not None and self._step.decided is not None:
             return mean
         if self._step is None:
             return mean + noise.sigma.to(mean.dtype) * noise.sample(mean)

@@ -295,11 +295,16 @@ class CreditSums(Sums):
         self.total_current += weight
         super().receive(x, weight)
 
+    def weigh(self) -> float:
+        """The weight of the spikes of a time step, which is counted already; it is added to the total."""
+        weight = self.profile[min(self.steps, len(self.profile)) - 1]
+        self.total += weight
+        return weight
+
     def add(self, drawn: Draw, spikes: Rows, rows: int, has_chances: bool) -> None:
         """Adds a time step."""
         noise, z = drawn.noise, drawn.z
-        weight = self.profile[min(self.steps, len(self.profile)) - 1]
-        self.total += weight
+        weight = self.weigh()
         self.fired = add(self.fired, spikes, weight)
         if has_chances:
             self.expected = add(self.expected, drawn.p, weight)

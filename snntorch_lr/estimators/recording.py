@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .. import kernels
 from .._messages import warn
 from ..graph import version
 from ..noise import EscapeNoise, MembraneNoise
@@ -105,16 +107,20 @@ def _restore(saved: Any) -> Tensor:
     return tensor
 
 
-@dataclass(frozen=True)
 class Current:
-    """The input of a neuron in a time step, as it came and repeated for the copies."""
+    """The input of a neuron in a time step, as it came and repeated for the copies.
 
-    raw: Tensor
-    expanded: Tensor
-    count: int = field(init=False)
+    Args:
+        raw: as it came.
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "count", version(self.raw))
+    Attributes:
+        repeated: for all rows; None as long as nobody has asked for it.
+    """
+
+    def __init__(self, raw: Tensor) -> None:
+        self.raw = raw
+        self.repeated: Tensor | None = None
+        self.count = version(raw)
 
     def still_is(self, x: Tensor) -> bool:
         """The tensor is this very one, with the same numbers."""
@@ -175,10 +181,80 @@ def per_copy(x: Tensor) -> Tensor:
     return recording.repeat(x)
 
 
+@dataclass(frozen=True)
+class Fused:
+    """Constants of a leaky neuron during a forward pass, as a fused time step takes them.
+
+    Attributes:
+        kind: of the noise.
+        mechanism: of the reset.
+        keys: of the noise, one for each set of rows.
+        beta: leak, one number for each neuron of a row, as the next two.
+        threshold: threshold.
+        sigma: noise level.
+        dtype: of all.
+        placeholder: a number that takes any shape.
+    """
+
+    kind: int
+    mechanism: int
+    keys: NDArray[np.uint64]
+    beta: Tensor
+    threshold: Tensor
+    sigma: Tensor
+    dtype: torch.dtype
+    placeholder: Tensor
+
+    @staticmethod
+    def can_be(neuron: NoisyNeuron, x: Tensor) -> bool:
+        """A neuron of which nothing but the noise level is learned, and that fires above its threshold."""
+        noise = neuron.noise
+        return (
+            noise is not None
+            and noise.kind is not None
+            and neuron.leaks_only
+            and neuron.fires_above_threshold
+            and type(neuron).fire is NoisyNeuron.fire
+            and x.dim() > 1
+            and x.dtype == neuron.beta.dtype == neuron.threshold.dtype
+            and kernels.fits(x)
+        )
+
+    @classmethod
+    def of(cls, neuron: NoisyNeuron, x: Tensor, streams: Sequence[NoiseStream]) -> Fused:
+        """The constants of a neuron, given its input."""
+
+        def spread(value: Tensor) -> Tensor:
+            return value.detach().to(x.dtype).expand(1, *x.shape[1:]).reshape(-1)
+
+        assert neuron.noise is not None
+        assert neuron.noise.kind is not None
+        return cls(
+            neuron.noise.kind,
+            int(neuron.reset_mechanism_val),
+            np.array([stream.key for stream in streams], np.uint64),
+            spread(neuron.beta.clamp(0, 1)),
+            spread(neuron.threshold),
+            spread(neuron.noise.sigma),
+            x.dtype,
+            x.new_zeros(()),
+        )
+
+    def shaped(self, x: Tensor, rows: int) -> Tensor:
+        """A tensor without memory, in the shape of an input of so many rows."""
+        return self.placeholder.expand(rows, *x.shape[1:])
+
+
+_UNFUSED = frozenset({"update", "sample", "fire", "draw", "draw_spikes", "file_membrane", "file_spikes", "add", "file"})
+# In the order of the arguments of a fused step.
+_SUMS = ("score", "scale", "fired", "expected", "pull", "pull_scale")
+
+
 class Step:
     """One time step of one noisy neuron in a recording: samples without a graph or a score.
 
-    An estimator with scores of its own derives a step, and a recording whose ``step_type`` it is.
+    An estimator with scores of its own derives a step, and a recording whose ``step_type`` it is. A derived step that
+    samples or files in its own way is computed by torch, unless it sets ``fuses``.
 
     Args:
         recording: the forward pass.
@@ -186,20 +262,28 @@ class Step:
         current: its input.
 
     Attributes:
-        input: the current for all rows.
+        input: the current for all rows; of a fused step only its shape.
         states: those of the last step, as they were given by position, for all rows; and by name.
         builds_graph: the neuron's own update is to carry a graph.
+        decided: spikes that were sampled together with the update.
     """
 
     builds_graph = True
+    fuses = True
+    input: Tensor
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "fuses" not in vars(cls) and not _UNFUSED.isdisjoint(vars(cls)):
+            cls.fuses = False
 
     def __init__(self, recording: Recording, neuron: NoisyNeuron, current: Current) -> None:
         self.recording = recording
         self.neuron = neuron
         self.current = current
-        self.input = current.expanded
         self.states: tuple[Any, ...] = ()
         self.named_states: dict[str, Any] = {}
+        self.decided: Tensor | None = None
 
     def take(self, states: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Takes the states of the last step, as the user gave them."""
@@ -213,9 +297,42 @@ class Step:
         mem: Tensor = self.states[-1] if self.states else self.named_states.get("mem", self.neuron.mem)
         return mem
 
+    def enter(self) -> Tensor:
+        """The current for all rows, as the neuron is to get it; asked for once, after ``take``."""
+        return self.recording.expanded(self.current, self.neuron)
+
     def update(self, input_: Tensor) -> Any:
-        """The next states, before noise."""
-        return self.neuron.update(input_)
+        """The next states, before noise; with it in a fused step, which decides about the spikes too."""
+        return self.neuron.update(input_) if self.fused is None else self.fuse()
+
+    @property
+    def fused(self) -> Fused | None:
+        """What a fused step needs to know; None where there is none."""
+        if not self.fuses or (self.builds_graph and self.recording.grad):
+            return None
+        return self.recording.fused.get(self.neuron)
+
+    def fuse(self, gain: Tensor | None = None, weight: float = 1.0, **sums: Tensor | None) -> Tensor:
+        """One fused time step: the next membrane potential, without a graph.
+
+        Args:
+            gain: derivative of what is sampled by a constant current; None if it is one.
+            weight: of this step in the sums of spikes.
+            sums: what is added up, in place, by the names of ``kernels.numba_steps.step``; None for what is not wanted.
+        """
+        fused, neuron, recording = self.fused, self.neuron, self.recording
+        assert fused is not None
+        raw, mem, reset = (each.detach().to(fused.dtype) for each in (self.current.raw, neuron.mem, neuron.reset))
+        new, spikes = (torch.empty(mem.shape, dtype=mem.dtype) for _ in range(2))
+        self.decided = spikes
+        if gain is not None and gain.shape != mem.shape:
+            gain = gain.to(mem.dtype).expand(1, *mem.shape[1:])
+        kernels.step(
+            new, spikes, fused.keys, recording.batch, recording.copies, recording.stream.first, recording.stream.half,
+            recording.next_draw(), fused.kind, fused.mechanism, raw, mem, reset, fused.beta, fused.threshold,
+            fused.sigma, gain, weight, *(sums.get(name) for name in _SUMS),
+        )  # fmt: skip
+        return new
 
     def sample(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
         """A noisy membrane potential without a graph."""
@@ -230,7 +347,7 @@ class Step:
         recording = self.recording
         index = recording.next_draw()
         constant = mean.detach()
-        epsilon = recording.stream.draw(index, constant, noise.quantile)
+        epsilon = recording.stream.draw(index, constant, noise)
         # Without a graph nobody else holds the mean.
         out = None if mean.requires_grad else constant
         return torch.addcmul(constant, noise.sigma.detach().to(constant.dtype), epsilon, out=out), epsilon, index
@@ -242,7 +359,7 @@ class Step:
         sigma = noise.sigma.detach().to(margin.dtype)
         z = torch.div(margin.detach(), sigma, out=None if margin.requires_grad else margin)
         limit = noise.limit(z)
-        return noise.fires(limit, recording.stream.draw(index, z, noise.quantile)), z, limit
+        return noise.fires(limit, recording.stream.draw(index, z, noise)), z, limit
 
     def emit(self, spikes: Tensor) -> Tensor:
         """The spikes for the next layer."""
@@ -276,6 +393,8 @@ class Recording:
         fed_by_copies: neurons whose first input had been expanded before it came: spikes of other ones are in it.
         emits_bits: neurons that were called, and whether their spikes are zeros and ones.
         half: any input was in float16.
+        fused: constants of the neurons whose time steps are fused.
+        draws: how often noise was drawn.
         grad: the forward pass runs with gradients.
         run: a neuron's time step; compiled code leaves its graph there, which could not follow scores being filed.
     """
@@ -293,8 +412,9 @@ class Recording:
         self._handles: list[RemovableHandle] = []
         self._token: Token[Recording | None] | None = None
         self.spikes = PackedSpikes()
-        self._draws = 0
+        self.draws = 0
         self.emits_bits: dict[NoisyNeuron, bool] = {}
+        self.fused: dict[NoisyNeuron, Fused] = {}
         self._received: dict[NoisyNeuron, Current] = {}
         self.fed_by_copies: set[NoisyNeuron] = set()
         self.half = False
@@ -328,15 +448,31 @@ class Recording:
         if first and self.batch is not None and len(input_) > self.batch:
             self.fed_by_copies.add(neuron)
         if current is None or not current.still_is(input_):
-            self._received[neuron] = current = Current(input_, self.expand(input_, neuron))
+            self.check(input_, neuron)
+            self._received[neuron] = current = Current(input_)
             self.half |= input_.dtype == torch.float16
         if first:
             self.emits_bits[neuron] = neuron.emits_zeros_and_ones()
+            if Fused.can_be(neuron, input_):
+                self.fused[neuron] = Fused.of(neuron, input_, self.streams)
             if not states and not named:
                 self._warn_about_left_over_state(neuron)
         step = self.step_type(self, neuron, current)
         step.take(states, named)
+        fused = step.fused
+        step.input = step.enter() if fused is None else fused.shaped(input_, self.rows * len(self.streams))
         return step
+
+    @property
+    def streams(self) -> Sequence[NoiseStream]:
+        """Where the noise comes from, one for each set of rows."""
+        return [self.stream]
+
+    def expanded(self, current: Current, neuron: NoisyNeuron) -> Tensor:
+        """A current for all rows."""
+        if current.repeated is None:
+            current.repeated = self.expand(current.raw, neuron)
+        return current.repeated
 
     def _warn_about_left_over_state(self, neuron: NoisyNeuron) -> None:
         if neuron.mem.dim() and len(neuron.mem) == self.rows and bool(neuron.mem.any()):
@@ -378,6 +514,15 @@ class Recording:
         Raises:
             ValueError: if the first dimension is neither.
         """
+        self.check(x, neuron)
+        return self.repeat(x)
+
+    def check(self, x: Tensor, neuron: NoisyNeuron) -> None:
+        """Refuses an input or state that ``expand`` cannot repeat.
+
+        Raises:
+            ValueError: if the first dimension is neither the batch nor the copies of it.
+        """
         if self.batch is None and x.dim():
             self.batch = x.shape[0]
         if self.batch is None or not x.dim() or not self.fits(x):
@@ -385,7 +530,6 @@ class Recording:
                 f"{self.name(neuron)} got an input of shape {tuple(x.shape)}, but there are {self.batch} targets: a "
                 "noisy neuron takes one time step with the batch first, and so are targets"
             )
-        return self.repeat(x)
 
     def repeat(self, x: Tensor) -> Tensor:
         """As ``expand``, for a tensor that fits."""
@@ -415,8 +559,8 @@ class Recording:
 
     def next_draw(self) -> int:
         """Number of the next draw, from one on."""
-        self._draws += 1
-        return self._draws
+        self.draws += 1
+        return self.draws
 
     def roots(self) -> Collection[Tensor]:
         """Tensors behind which is all that was sampled from, if a graph of it is kept."""

@@ -47,6 +47,7 @@ class ShadowedStep(Step):
     """A time step of a neuron and its shadows: ``1 + shadows`` times as many rows inside as outside."""
 
     recording: Shadowed
+    fuses = True
 
     def __init__(self, recording: Shadowed, neuron: NoisyNeuron, current: Current) -> None:
         super().__init__(recording, neuron, current)
@@ -54,13 +55,18 @@ class ShadowedStep(Step):
         self.before: Continuation | None = None
         self.drawn: Draw | None = None
         self.spikes: Rows | None = None
-        if self.timed:
-            if recording.keeps_steps:
-                recording.entered.setdefault(neuron, []).append(self.input)
-        else:
+        if not self.timed:
             self.sums = recording.sums_of(neuron, current.raw)
             self.sums.receive(current.raw)
-            self.input = self.input.detach()
+
+    def enter(self) -> Tensor:
+        """The current; without its graph if the neuron is not timed."""
+        x = super().enter()
+        if not self.timed:
+            return x.detach()
+        if self.recording.keeps_steps:
+            self.recording.entered.setdefault(self.neuron, []).append(x)
+        return x
 
     def take(self, states: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Takes the states of the last step in all rows; the step that gave them out is continued."""
@@ -87,9 +93,23 @@ class ShadowedStep(Step):
 
     def update(self, input_: Tensor) -> Any:
         """The next states, and their derivatives if the neuron is not timed."""
-        if not self.timed:
-            self.sums.begin_step(self.neuron, input_)
-        return super().update(input_)
+        if self.timed:
+            return super().update(input_)
+        sums, noise = self.sums, self.neuron.noise
+        sums.begin_step(self.neuron, input_)
+        if self.fused is None or noise is None:
+            return super().update(input_)
+        own = input_[: self.recording.rows]
+        sums.make(("score", "fired", "expected"), input_)
+        if None not in sums.pull:
+            sums.pull[None] = torch.zeros(own.shape, dtype=own.dtype)
+        if noise.log_sigma.requires_grad:
+            sums.make(("scale",), input_)
+            sums.make(("pull_scale",), own)
+        return self.fuse(
+            sums.gain, sums.weigh(), score=sums.score, scale=sums.scale, fired=sums.fired, expected=sums.expected,
+            pull=sums.pull[None], pull_scale=sums.pull_scale,
+        )  # fmt: skip
 
     def sample(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
         """u = μ + σ ε in all rows."""
@@ -105,7 +125,7 @@ class ShadowedStep(Step):
         """Spikes of escape noise in all rows."""
         z = (margin.detach() / noise.sigma.detach().to(margin.dtype)).to(resolved(margin.dtype))
         self.drawn = drawn = Draw(noise, margin, z, None, *noise.cdf_and_pdf(z))
-        return noise.fires_by(drawn.p, z, self.recording.noise(z, noise)).to(margin.dtype)
+        return noise.fires_by(drawn.p, self.recording.noise(z, noise)).to(margin.dtype)
 
     def emit(self, spikes: Tensor) -> Tensor:
         """The spikes in all rows, for the neuron's own reset; ``end`` gives others theirs."""
@@ -115,15 +135,18 @@ class ShadowedStep(Step):
     def end(self, output: Any) -> Any:
         """The rows of the train that goes on, with the graph that credit comes back through."""
         neuron, drawn, spikes = self.neuron, self.drawn, self.spikes
-        assert drawn is not None
         assert spikes is not None
         full = {name: getattr(neuron, name) for name in neuron.all_states}
         link: Tensor | None = None
         chain: Chain | None = None
         if self.timed:
+            assert drawn is not None
             emitted, states, link, chain = self._keep(drawn, spikes, full)
         else:
-            self._sum(drawn, spikes)
+            if drawn is not None:
+                self.sums.add(drawn, spikes, self.recording.rows, neuron.fires_above_threshold)
+            bits = self.recording.emits_bits[neuron]
+            self.sums.end_step(neuron, spikes if bits else spikes * neuron.graded_spikes_factor.detach())
             emitted, states = self._read(spikes, full)
         graded = self.grade(emitted)
         if "spk" in full:
@@ -171,12 +194,6 @@ class ShadowedStep(Step):
                 # A block may change in place what it is given.
                 emitted = emitted.clone()
         return emitted, dict(zip(neuron.state_names, given, strict=True)), link, chain
-
-    def _sum(self, drawn: Draw, spikes: Rows) -> None:
-        neuron = self.neuron
-        self.sums.add(drawn, spikes, self.recording.rows, neuron.fires_above_threshold)
-        bits = self.recording.emits_bits[neuron]
-        self.sums.end_step(neuron, spikes if bits else spikes * neuron.graded_spikes_factor.detach())
 
     def _read(self, spikes: Rows, full: Mapping[str, Rows]) -> tuple[Tensor, dict[str, Tensor]]:
         """The spikes with a leaf that collects what they do to the loss, and states that may not be read."""
@@ -259,6 +276,11 @@ class Shadowed(Recording):
         """The tokens of all neurons."""
         return list(self.tokens.values())
 
+    @property
+    def streams(self) -> Sequence[NoiseStream]:
+        """A stream for each set of rows."""
+        return self._streams
+
     def is_timed(self, neuron: NoisyNeuron) -> bool:
         """Every time step of the neuron is kept."""
         return self.timed is None or neuron in self.timed
@@ -339,7 +361,7 @@ class Shadowed(Recording):
         index = self.next_draw()
         parts = like.view(self.sets, -1, *like.shape[1:])
         return torch.cat(
-            [stream.draw(index, part, noise.quantile) for stream, part in zip(self._streams, parts, strict=True)]
+            [stream.draw(index, part, noise) for stream, part in zip(self._streams, parts, strict=True)]
         )
 
 

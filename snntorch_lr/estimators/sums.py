@@ -109,6 +109,17 @@ class Sums:
         if noise.log_sigma.requires_grad:
             self.scale = add(self.scale, noise.scale_score(value, score, out=value))
 
+    def make(self, names: Iterable[str], like: Tensor) -> None:
+        """Makes sums that are not there yet, of zeros."""
+        for name in names:
+            if getattr(self, name) is None:
+                setattr(self, name, torch.zeros(like.shape, dtype=like.dtype))
+
+    @property
+    def gain(self) -> Tensor | None:
+        """Derivative of what this step samples by the current; None if it is one."""
+        return self.derived[None][-1] if None in self.derived else None
+
     def sampled_tangents(self, like: Tensor) -> Iterator[tuple[str | None, Tensor | None]]:
         """Derivatives of what this step samples by each element-wise parameter, and by the current under None."""
         for name, tangents in self.derived.items():
@@ -144,17 +155,27 @@ class SummingStep(Step):
 
     recording: Summing
     builds_graph = False
+    fuses = True
 
     def __init__(self, recording: Summing, neuron: NoisyNeuron, current: Current) -> None:
         super().__init__(recording, neuron, current)
         self.sums = recording.sums.setdefault(neuron, Sums(internal=neuron in recording.internal))
         self.sums.receive(current.raw)
-        self.input = current.expanded.detach()
+
+    def enter(self) -> Tensor:
+        """The current without its graph."""
+        return super().enter().detach()
 
     def update(self, input_: Tensor) -> Any:
         """The next states, and their derivatives."""
-        self.sums.begin_step(self.neuron, input_)
-        return super().update(input_)
+        sums, noise = self.sums, self.neuron.noise
+        sums.begin_step(self.neuron, input_)
+        if self.fused is None or noise is None:
+            return super().update(input_)
+        sums.make(("score", "spikes"), input_)
+        if noise.log_sigma.requires_grad:
+            sums.make(("scale",), input_)
+        return self.fuse(sums.gain, score=sums.score, scale=sums.scale, fired=sums.spikes)
 
     def sample(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
         """A noisy membrane potential, whose score is added."""
@@ -170,7 +191,8 @@ class SummingStep(Step):
 
     def emit(self, spikes: Tensor) -> Tensor:
         """The spikes for the next layer, which are added."""
-        self.sums.spikes = add(self.sums.spikes, spikes)
+        if self.decided is None:
+            self.sums.spikes = add(self.sums.spikes, spikes)
         return spikes
 
     def end(self, output: Any) -> Any:
@@ -207,8 +229,11 @@ class RateStep(Step):
 
     def __init__(self, recording: RatePass, neuron: NoisyNeuron, current: Current) -> None:
         super().__init__(recording, neuron, current)
-        recording.capture(neuron, current.expanded)
-        self.input = current.expanded.detach()
+        recording.capture(neuron, recording.expanded(current, neuron))
+
+    def enter(self) -> Tensor:
+        """The current without its graph."""
+        return super().enter().detach()
 
     def sample(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
         """The mean."""

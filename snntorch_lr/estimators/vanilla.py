@@ -20,6 +20,7 @@ from .base import Call, Estimator
 from .recording import (
     Copies,
     Current,
+    Fused,
     PackedSpikes,
     Recording,
     Step,
@@ -80,8 +81,8 @@ class Stretch:
 
     def add(self, score: Tensor, scale: Callable[[], Tensor]) -> None:
         """Adds the scores of a time step; that of log σ is asked for last, and may overwrite the other."""
-        if self.score is None or self.scale is None:
-            self.score, self.scale = torch.zeros_like(score), torch.zeros_like(score)
+        assert self.score is not None
+        assert self.scale is not None
         if self.gain is None:
             self.score.add_(score)
         else:
@@ -106,6 +107,7 @@ class StoringStep(Step):
     recording: Storing
     sums_scores = True
     stretch: Stretch | None = None
+    fuses = True
 
     def take(self, states: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Takes the states of the last step; no graph for what is one sum."""
@@ -113,6 +115,51 @@ class StoringStep(Step):
         if self.sums_scores and torch.is_grad_enabled():
             self.stretch = self.recording.stretch(self.neuron, self.current, self.mem)
         self.builds_graph = self.stretch is None
+
+    @property
+    def fused(self) -> Fused | None:
+        """What a fused step needs to know; a graph is built beside it."""
+        return self.recording.fused.get(self.neuron) if self.fuses else None
+
+    @property
+    def sums_up(self) -> bool:
+        """The scores of this step go into the sum of a stretch."""
+        # Most currents never come again: membrane noise that is drawn twice takes less memory than a sum.
+        return self.stretch is not None and (self.stretch.filed or isinstance(self.neuron.noise, EscapeNoise))
+
+    def update(self, input_: Tensor) -> Any:
+        """The next states, before noise; with it in a fused step."""
+        if self.fused is None:
+            return super().update(input_)
+        neuron, stretch = self.neuron, self.stretch
+        noise: Any = neuron.noise
+        escapes = isinstance(noise, EscapeNoise)
+        if stretch is not None and escapes:
+            stretch.gain = neuron.gain_after(stretch.gain)
+        if stretch is not None and self.sums_up:
+            self.begin_sum(stretch, noise, input_)
+            return self.fuse(stretch.gain, score=stretch.score, scale=stretch.scale)
+        before, new = neuron.mem, self.fuse()
+        if not torch.is_grad_enabled() and stretch is None:
+            return new
+        with torch.enable_grad():
+            mean = self.current.raw
+            if stretch is None:
+                mean = _Leak.apply(new, mean, before, neuron.gain_after(torch.ones_like(neuron.beta)) - 1)
+        if escapes:
+            spikes = self.decided
+            assert spikes is not None
+            z = torch.div(new - neuron.threshold, noise.sigma.detach().to(new.dtype))
+            self.file_spikes(noise, mean, spikes, z, noise.limit(z))
+            return mean
+        self.file_drawn(noise, mean, new)
+        if stretch is not None:
+            stretch.filed = True
+        return new
+
+    def file_drawn(self, noise: MembraneNoise, mean: Tensor, like: Tensor) -> None:
+        """Files the score of a noisy membrane potential, whose noise is drawn again."""
+        self.file(noise, mean, self._again(noise, like, self.recording.draws))
 
     def sample(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
         """A noisy membrane potential, whose score is filed."""
@@ -132,8 +179,7 @@ class StoringStep(Step):
         if stretch is None:
             if torch.is_grad_enabled():
                 self.file(noise, mean, self._again(noise, mean, index))
-        elif not stretch.filed:
-            # Most currents never come again: noise that is drawn twice takes less memory than a sum.
+        elif not self.sums_up:
             self.file(noise, self.current.raw, self._again(noise, mean, index))
             stretch.filed = True
         else:
@@ -160,18 +206,23 @@ class StoringStep(Step):
         shape, dtype, device, stream = mean.shape, mean.dtype, mean.device, self.recording.stream
 
         def scores() -> tuple[Tensor, Tensor]:
-            drawn = stream.draw(index, torch.empty(shape, dtype=dtype, device=device), noise.quantile)
+            drawn = stream.draw(index, torch.empty(shape, dtype=dtype, device=device), noise)
             location = noise.location_score(drawn)
             return location, noise.scale_score(drawn, location)
 
         return scores
 
     def add(self, stretch: Stretch, noise: MembraneNoise | EscapeNoise, value: Tensor, score: Tensor) -> None:
-        """Adds a score to the sum of a stretch, which is filed once."""
-        if stretch.score is None:
-            self.file(noise, self.current.raw, stretch.sums)
+        """Adds a score to the sum of a stretch."""
+        self.begin_sum(stretch, noise, score)
         # The score may be the very tensor that it is the score of.
         stretch.add(score, lambda: noise.scale_score(value, score, out=value))
+
+    def begin_sum(self, stretch: Stretch, noise: Noise, like: Tensor) -> None:
+        """Files the sum of a stretch, which is filed once."""
+        if stretch.score is None:
+            self.file(noise, self.current.raw, stretch.sums)
+            stretch.score, stretch.scale = (torch.zeros(like.shape, dtype=like.dtype, device=like.device) for _ in "12")
 
     def file(self, noise: Noise, mean: Tensor, scores: Scores) -> None:
         """Files scores of a mean and of σ, which are asked for in the backward pass."""
@@ -269,7 +320,23 @@ class _Attach(torch.autograd.Function):
         return None, over_copies(gradient * ctx.gain, ctx.shape), None
 
 
+class _Leak(torch.autograd.Function):
+    """A membrane potential as it is, with the graph of one step of a Leaky."""
+
+    @staticmethod
+    def forward(ctx: Any, mem: Tensor, current: Tensor, before: Tensor, kept: Tensor) -> Tensor:
+        ctx.kept, ctx.shape, ctx.before = kept, current.shape, before.shape
+        return mem.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
+        to_before = gradient * ctx.kept if ctx.needs_input_grad[2] and gradient.shape == ctx.before else None
+        return None, over_copies(gradient, ctx.shape), to_before, None
+
+
 class _TopologyStep(StoringStep):
+    fuses = True
+
     def file(self, noise: Noise, mean: Tensor, scores: Scores) -> None:
         """Leaves a token that has no scores."""
         self.recording.file(noise, mean, _no_scores)
@@ -315,10 +382,20 @@ class ReplayingStep(StoringStep):
     """A time step whose scores are pushed back while the neuron fires."""
 
     recording: Replaying
+    fuses = True
 
-    def __init__(self, recording: Replaying, neuron: NoisyNeuron, current: Current) -> None:
-        super().__init__(recording, neuron, current)
-        self.input = recording.leaf(neuron, current)
+    def enter(self) -> Tensor:
+        """A leaf in place of the current."""
+        return self.recording.leaf(self.neuron, self.current)
+
+    @property
+    def sums_up(self) -> bool:
+        """The scores of this step go into the sum of a stretch."""
+        return self.stretch is not None
+
+    def file_drawn(self, noise: MembraneNoise, mean: Tensor, like: Tensor) -> None:
+        """Pushes the score of a noisy membrane potential back at once."""
+        self.recording.push_back(noise, mean, self.recording.stream.draw(self.recording.draws, like, noise))
 
     def file_membrane(self, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int) -> None:
         """Pushes the score of a noisy membrane potential back at once."""
@@ -329,10 +406,10 @@ class ReplayingStep(StoringStep):
         else:
             super().file_membrane(noise, mean, epsilon, index)
 
-    def add(self, stretch: Stretch, noise: MembraneNoise | EscapeNoise, value: Tensor, score: Tensor) -> None:
-        """Adds a score to the sum of a stretch, which is pushed back when another current comes."""
+    def begin_sum(self, stretch: Stretch, noise: Noise, like: Tensor) -> None:
+        """Files the sum of a stretch, which is pushed back when another current comes."""
         before = len(self.recording.tokens)
-        super().add(stretch, noise, value, score)
+        super().begin_sum(stretch, noise, like)
         if len(self.recording.tokens) > before:
             self.recording.summed[self.neuron] = self.recording.tokens.pop()
 
@@ -364,7 +441,7 @@ class Replaying(Storing):
 
     def leaf(self, neuron: NoisyNeuron, current: Current) -> Tensor:
         """A leaf in place of the input; what it collects goes on to the input when the next one comes."""
-        expanded, x = current.expanded, current.raw
+        expanded, x = self.expanded(current, neuron), current.raw
         if neuron.leaks_only or not (neuron.is_markov and expanded.requires_grad and torch.is_grad_enabled()):
             return expanded
         self._collect(neuron)
