@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from .. import kernels
 from .._messages import positive_integer, warn
 from ..baselines import BASELINES, Baseline
 from ..distributed import SingleProcess
@@ -319,6 +320,7 @@ class Estimator(ABC):
             loss = self.estimate(call)
             check_gradients(self.net, call.inputs, self.half)
         finally:
+            kernels.pool.trim()
             for neuron in call.neurons.values():
                 del neuron.estimating
         return loss

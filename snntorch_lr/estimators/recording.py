@@ -32,26 +32,28 @@ def pack(spikes: Tensor) -> Tensor:
         spikes: zeros and ones, any shape and dtype.
 
     Returns:
-        uint8 tensor on the same device, one dimension.
+        uint8 tensor on the same device, one dimension; bit b of byte j is number b · (number of bytes) + j.
     """
+    packed = kernels.pack(spikes.detach())
+    if packed is not None:
+        return packed
     bits = spikes.detach().reshape(-1) != 0
+    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(8, -1)
     if bits.device.type == "cpu":
-        return torch.from_numpy(np.packbits(bits.numpy()))
-    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-    return (bits * _POWERS.to(bits.device)).sum(1, dtype=torch.uint8)
+        return torch.from_numpy(np.packbits(bits.numpy(), axis=0, bitorder="little")[0])
+    return (bits * _POWERS.to(bits.device)).sum(0, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Zeros and ones from bits; the inverse of ``pack``."""
-    count = math.prod(shape)
-    if packed.device.type == "cpu":
-        bits = torch.from_numpy(np.unpackbits(packed.numpy(), count=count))
-    else:
-        bits = ((packed.unsqueeze(1) & _POWERS.to(packed.device)) != 0).reshape(-1)[:count]
-    return bits.to(dtype).view(shape)
+    spikes = kernels.unpack(packed, shape, dtype)
+    if spikes is not None:
+        return spikes
+    bits = (packed & _POWERS.to(packed.device)) != 0
+    return bits.reshape(-1)[: math.prod(shape)].to(dtype).view(shape)
 
 
-_POWERS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+_POWERS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8).unsqueeze(1)
 
 
 class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
@@ -225,7 +227,7 @@ class Fused:
         """The constants of a neuron, given its input."""
 
         def spread(value: Tensor) -> Tensor:
-            return value.detach().to(x.dtype).expand(1, *x.shape[1:]).reshape(-1)
+            return value.detach().to(x.dtype).expand(1, *x.shape[1:]).reshape(-1).contiguous()
 
         assert neuron.noise is not None
         assert neuron.noise.kind is not None
@@ -323,7 +325,7 @@ class Step:
         fused, neuron, recording = self.fused, self.neuron, self.recording
         assert fused is not None
         raw, mem, reset = (each.detach().to(fused.dtype) for each in (self.current.raw, neuron.mem, neuron.reset))
-        new, spikes = (torch.empty(mem.shape, dtype=mem.dtype) for _ in range(2))
+        new, spikes = (kernels.pool.empty(mem.shape, mem.dtype) for _ in range(2))
         self.decided = spikes
         if gain is not None and gain.shape != mem.shape:
             gain = gain.to(mem.dtype).expand(1, *mem.shape[1:])

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .. import kernels
 from ..graph import ancestors, same_numbers, version
 from ..noise import EscapeNoise, MembraneNoise, Noise
 from ..noise_stream import NoiseStream, mix, resolved
@@ -102,7 +103,7 @@ class ShadowedStep(Step):
         own = input_[: self.recording.rows]
         sums.make(("score", "fired", "expected"), input_)
         if None not in sums.pull:
-            sums.pull[None] = torch.zeros(own.shape, dtype=own.dtype)
+            sums.pull[None] = kernels.pool.zeros(own.shape, own.dtype)
         if noise.log_sigma.requires_grad:
             sums.make(("scale",), input_)
             sums.make(("pull_scale",), own)

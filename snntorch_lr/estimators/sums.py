@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..graph import version
 from ..noise import EscapeNoise, MembraneNoise
 from ..noisy_neuron import NoisyNeuron
@@ -113,7 +114,7 @@ class Sums:
         """Makes sums that are not there yet, of zeros."""
         for name in names:
             if getattr(self, name) is None:
-                setattr(self, name, torch.zeros(like.shape, dtype=like.dtype))
+                setattr(self, name, kernels.pool.zeros(like.shape, like.dtype))
 
     @property
     def gain(self) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from .._messages import positive_integer
 from ..baselines import Baseline
 from ..graph import version
@@ -222,7 +223,7 @@ class StoringStep(Step):
         """Files the sum of a stretch, which is filed once."""
         if stretch.score is None:
             self.file(noise, self.current.raw, stretch.sums)
-            stretch.score, stretch.scale = (torch.zeros(like.shape, dtype=like.dtype, device=like.device) for _ in "12")
+            stretch.score, stretch.scale = (_zeros_like(like) for _ in range(2))
 
     def file(self, noise: Noise, mean: Tensor, scores: Scores) -> None:
         """Files scores of a mean and of σ, which are asked for in the backward pass."""
@@ -318,6 +319,10 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         return None, over_copies(gradient * ctx.gain, ctx.shape), None
+
+
+def _zeros_like(like: Tensor) -> Tensor:
+    return kernels.pool.zeros(like.shape, like.dtype) if like.device.type == "cpu" else torch.zeros_like(like)
 
 
 class _Leak(torch.autograd.Function):

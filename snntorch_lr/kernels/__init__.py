@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._messages import first_line, warn
@@ -25,7 +28,7 @@ SUBTRACT, ZERO, NONE = range(3)
 # Fewer numbers than this are computed sooner than another thread wakes up.
 _WORTH_A_THREAD = 1 << 15
 
-_pool: tuple[int, int, ThreadPoolExecutor] | None = None
+_executor: tuple[int, int, ThreadPoolExecutor] | None = None
 _enabled = True
 
 
@@ -40,6 +43,45 @@ def off() -> Iterator[None]:
         _enabled = before
 
 
+class Pool:
+    """Memory for tensors of each time step: what nobody holds any more is given out again.
+
+    The C library hands large blocks back to the system, and gets them again page by page, which takes longer than to
+    compute what is written there. A block is free when the storage of its tensor is: also views and saved tensors hold
+    that.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}
+        self._used: set[int] = set()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor on the CPU, with any numbers in it."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < _WORTH_KEEPING:
+            return torch.empty(tuple(shape), dtype=dtype)
+        self._used.add(size)
+        free = self._free.setdefault(size, [])
+        block = free.pop() if free else np.empty(size, np.uint8)
+        given = block[:]
+        weakref.finalize(given, free.append, block).atexit = False
+        return torch.from_numpy(given).view(dtype).view(tuple(shape))
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of zeros."""
+        return self.empty(shape, dtype).zero_()
+
+    def trim(self) -> None:
+        """Lets go of the free blocks of sizes that nobody has asked for since the last call."""
+        for size in self._free.keys() - self._used:
+            del self._free[size]
+        self._used.clear()
+
+
+pool = Pool()
+_WORTH_KEEPING = 1 << 16
+
+
 def fits(x: Tensor) -> bool:
     """There is a fused time step for the device and the dtype of a tensor."""
     return _enabled and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and _module() is not None
@@ -52,6 +94,26 @@ def fill(out: Tensor, *arguments: Any) -> bool:
         return False
     _run(module.noise, out.numpy(), *arguments)
     return True
+
+
+def pack(spikes: Tensor) -> Tensor | None:
+    """Numbers on a CPU as bits, eight to a byte: whether they are zero; None if Numba is not there."""
+    if not (fits(spikes) and spikes.is_contiguous()):
+        return None
+    flat = spikes.numpy().reshape(-1)
+    packed = pool.empty((-(-flat.size // 8),), torch.uint8)
+    _run(_module().pack, packed.numpy(), flat)
+    return packed
+
+
+def unpack(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    """The inverse of ``pack``: zeros and ones."""
+    if packed.device.type != "cpu" or dtype not in (torch.float32, torch.float64) or not _enabled or _module() is None:
+        return None
+    spikes = pool.empty(shape, dtype)
+    # Bytes are shared among threads, and each of them is eight numbers.
+    _run(_module().unpack, packed.numpy(), spikes.numpy().reshape(-1))
+    return spikes
 
 
 def step(new: Tensor, *arguments: Any) -> None:
@@ -98,10 +160,10 @@ def _run(kernel: Callable[..., None], out: Any, *arguments: Any) -> None:
 
 def _threads(count: int) -> ThreadPoolExecutor:
     """A pool of this process; one that was inherited through a fork has no threads."""
-    global _pool
-    if _pool is None or _pool[:2] != (os.getpid(), count):
-        _pool = (os.getpid(), count, ThreadPoolExecutor(count, "snntorch_lr"))
-    return _pool[2]
+    global _executor
+    if _executor is None or _executor[:2] != (os.getpid(), count):
+        _executor = (os.getpid(), count, ThreadPoolExecutor(count, "snntorch_lr"))
+    return _executor[2]
 
 
 @contextmanager

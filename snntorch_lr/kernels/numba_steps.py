@@ -21,8 +21,12 @@ _OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "ni
 
 # Constants of single precision, so that they do not turn the numbers beside them into double precision.
 _0, _HALF, _1, _2 = (np.float32(value) for value in (0, 0.5, 1, 2))
-# (exp(r) − 1 − r) / r² for |r| ≤ ln 2 / 2, lowest power first; this and the next four are minimax fits of ours.
+# (exp(r) − 1 − r) / r² for |r| ≤ ln 2 / 2, lowest power first; this and the next five are minimax fits of ours.
 _EXP = tuple(np.float32(c) for c in (0.49999993, 0.16666521, 0.04166839, 0.00836871, 0.00138146))
+# tanh(y) / y in y², over the polynomial below it, for |y| up to an end at which it is 1 − 10⁻⁷.
+_TANH = tuple(np.float32(c) for c in (0.99999995, 0.13412686, 3.53356149e-3, 2.12518263e-5, 1.4287987e-8))
+_TANH_BELOW = tuple(np.float32(c) for c in (1, 0.46746, 2.60204612e-2, 3.34845971e-4, 8.14893945e-7))
+_TANH_END = np.float32(8.4)
 # (log(1 + f) − f + f²/2) / f³ for 1 + f between √½ and √2.
 _LOG = tuple(np.float32(c) for c in (
     0.33333332, -0.25000821, 0.20001227, -0.16623356, 0.14201762, -0.13160195, 0.1276155, -0.0763443))  # fmt: skip
@@ -44,6 +48,8 @@ _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(math.log(2) - 0.693359
 # Adding this rounds to an integer, and leaves it in the lowest bits.
 _ROUND = np.float32(1.5 * 2**23)
 _LEAST_EXPONENT = np.float32(-87)
+# Bytes of spikes at a time, so that they stay in the cache for eight passes.
+_CHUNK = 2048
 _SQRT_HALF_BITS = np.int32(0x3F3504F3)
 
 
@@ -163,18 +169,18 @@ def _uniform(u: Any, words: Any, key: Any, sample: int, copy: int, half: int, dr
 
 
 @njit(**_OPTIONS)
-def _to_noise(u: Any, kind: int) -> None:
-    """Standard membrane noise of uniform numbers, in place; nothing for escape noise."""
+def _to_noise(epsilon: Any, u: Any, kind: int) -> None:
+    """Standard membrane noise of uniform numbers, which may be the same array; nothing for escape noise."""
     if kind == GAUSSIAN:
         for i in range(len(u)):
-            u[i] = _normal_quantile(u[i])
+            epsilon[i] = _normal_quantile(u[i])
     elif kind == LAPLACE:
         for i in range(len(u)):
             size = -_log(_1 - abs(u[i]))
-            u[i] = size if u[i] > _0 else -size
+            epsilon[i] = size if u[i] > _0 else -size
     elif kind == LOGISTIC:
         for i in range(len(u)):
-            u[i] = _log(_1 + u[i]) - _log(_1 - u[i])
+            epsilon[i] = _log(_1 + u[i]) - _log(_1 - u[i])
 
 
 @njit(cache=True, **_OPTIONS)
@@ -183,7 +189,32 @@ def noise(start: int, stop: int, out: Any, key: Any, batch: int, first: int, hal
     words = np.empty((4, (out.shape[1] + 3) // 4), np.int32)
     for row in range(start, stop):
         _uniform(out[row], words, key, row % batch, first + row // batch, half, draw)
-        _to_noise(out[row], kind)
+        _to_noise(out[row], out[row], kind)
+
+
+@njit(cache=True, **_OPTIONS)
+def pack(start: int, stop: int, packed: Any, values: Any) -> None:
+    """Bytes from ``start`` to ``stop``: bit b of byte j says whether value b · bytes + j is not zero."""
+    for left in range(start, stop, _CHUNK):
+        own = packed[left : min(left + _CHUNK, stop)]
+        own[:] = 0
+        for bit in range(8):
+            first = bit * len(packed) + left
+            chunk = values[first : first + len(own)]
+            for place in range(len(chunk)):
+                own[place] |= np.uint8(np.uint8(chunk[place] != _0) << np.uint8(bit))
+
+
+@njit(cache=True, **_OPTIONS)
+def unpack(start: int, stop: int, packed: Any, values: Any) -> None:
+    """Zeros and ones from bytes; the inverse of ``pack``."""
+    for left in range(start, stop, _CHUNK):
+        own = packed[left : min(left + _CHUNK, stop)]
+        for bit in range(8):
+            first = bit * len(packed) + left
+            chunk = values[first : first + len(own)]
+            for place in range(len(chunk)):
+                chunk[place] = np.float32(np.int32(own[place] >> np.uint8(bit)) & np.int32(1))
 
 
 @njit(**_OPTIONS)
@@ -201,14 +232,20 @@ def _advance(new: Any, mem: Any, current: Any, reset: Any, beta: Any, threshold:
 
 
 @njit(**_OPTIONS)
+def _half_tanh(z: Any) -> Any:
+    """tanh(z / 2), to 10⁻⁷."""
+    y = max(-_TANH_END, min(_TANH_END, z * _HALF))
+    square = y * y
+    return y * _polynomial(square, _TANH) / _polynomial(square, _TANH_BELOW)
+
+
+@njit(**_OPTIONS)
 def _probabilities(p: Any, density: Any, z: Any, kind: int) -> None:
-    """Probability of a spike at a distance z to the threshold, and its derivative."""
-    if kind in (LOGISTIC_ESCAPE, LOGISTIC):
+    """Probability of a spike at a distance z to the threshold, and its derivative, for membrane noise."""
+    if kind == LOGISTIC:
         for i in range(len(z)):
-            tail = _exp(-abs(z[i]))
-            upper = _1 / (_1 + tail)
-            p[i] = upper if z[i] > _0 else tail * upper
-            density[i] = tail * upper * upper
+            p[i] = _HALF + _HALF * _half_tanh(z[i])
+            density[i] = p[i] * (_1 - p[i])
     elif kind == LAPLACE:
         for i in range(len(z)):
             tail = _HALF * _exp(-abs(z[i]))
@@ -221,44 +258,47 @@ def _probabilities(p: Any, density: Any, z: Any, kind: int) -> None:
 
 
 @njit(**_OPTIONS)
-def _escape(spikes: Any, score: Any, p: Any, z: Any, u: Any, kind: int) -> None:
-    """Spikes and the scores of z, given the probabilities of spikes."""
+def _escape(spikes: Any, score: Any, p: Any, density: Any, z: Any, u: Any, kind: int) -> None:
+    """Spikes of escape noise, the scores of z, and the probabilities of spikes with their derivatives."""
     if kind == LOGISTIC_ESCAPE:
         for i in range(len(z)):
-            spike = _1 if u[i] > _1 - _2 * p[i] else _0
+            middle = _half_tanh(z[i])
+            spike = _1 if u[i] > -middle else _0
+            p[i] = _HALF + _HALF * middle
             spikes[i] = spike
             score[i] = spike - p[i]
+        for i in range(len(z)):
+            density[i] = p[i] * (_1 - p[i])
     else:
         for i in range(len(z)):
-            density, tail, mills = _normal(z[i])
+            slope, tail, mills = _normal(z[i])
+            chance = _1 - tail if z[i] > _0 else tail
             # φ over the probability of what happened, which neither cancels nor underflows this way.
-            likely, unlikely = density / (_1 - tail), _1 / mills
-            spike = u[i] > _1 - _2 * p[i]
-            spikes[i] = _1 if spike else _0
+            likely, unlikely = slope / (_1 - tail), _1 / mills
+            spike = u[i] > _1 - _2 * chance
             size = likely if spike == (z[i] > _0) else unlikely
+            p[i], density[i] = chance, slope
+            spikes[i] = _1 if spike else _0
             score[i] = size if spike else -size
 
 
 @njit(**_OPTIONS)
-def _membrane_scores(score: Any, epsilon: Any, kind: int) -> None:
-    """Scores of the mean, times σ, from standard noise."""
+def _membrane_scores(score: Any, epsilon: Any, u: Any, kind: int) -> None:
+    """Scores of the mean, times σ, from standard noise and the uniform numbers that it was made of."""
     if kind == GAUSSIAN:
-        for i in range(len(score)):
-            score[i] = epsilon[i]
+        score[:] = epsilon
     elif kind == LAPLACE:
         for i in range(len(score)):
-            score[i] = _1 if epsilon[i] > _0 else -_1
+            score[i] = _1 if u[i] > _0 else -_1
     else:
-        for i in range(len(score)):
-            tail = _exp(-abs(epsilon[i]))
-            size = (_1 - tail) / (_1 + tail)
-            score[i] = size if epsilon[i] > _0 else -size
+        # tanh(ε / 2), of which ε is the inverse function.
+        score[:] = u
 
 
 @njit(**_OPTIONS)
-def _distances(z: Any, mem: Any, threshold: Any, sigma: Any) -> None:
+def _distances(z: Any, mem: Any, threshold: Any, inverse: Any) -> None:
     for i in range(len(z)):
-        z[i] = (mem[i] - threshold[i]) / sigma[i]
+        z[i] = (mem[i] - threshold[i]) * inverse[i]
 
 
 @njit(**_OPTIONS)
@@ -329,33 +369,36 @@ def step(
         scale: Σ scores of log σ.
         fired: Σ weight · spikes.
         expected: Σ weight · probabilities of spikes.
-        pull: Σ weight · derivatives of these by the current, times σ, in the rows of the train that goes on.
+        pull: not without ``expected``: Σ weight · derivatives of these by the current, times σ, in the rows of the train that goes on.
         pull_scale: the same by log σ; not without ``pull``.
     """
     neurons = new.shape[1]
     words = np.empty((4, (neurons + 3) // 4), np.int32)
-    u, z, one = np.empty(neurons, new.dtype), np.empty(neurons, new.dtype), np.empty(neurons, new.dtype)
-    p, density = np.empty(neurons, new.dtype), np.empty(neurons, new.dtype)
+    u, z, one, epsilon = (
+        np.empty(neurons, new.dtype), np.empty(neurons, new.dtype), np.empty(neurons, new.dtype),
+        np.empty(neurons, new.dtype),
+    )  # fmt: skip
+    p, density, inverse = np.empty(neurons, new.dtype), np.empty(neurons, new.dtype), _1 / sigma
     escapes = kind == LOGISTIC_ESCAPE or kind == GAUSSIAN_ESCAPE
-    chances = escapes or len(expected) > 0
     for row in range(start, stop):
         here, fire = new[row], spikes[row]
         _uniform(u, words, keys[row // (batch * copies)], row % batch, first + row // batch % copies, half, draw)
         _advance(here, mem[row], current[row % len(current)], reset[row], beta, threshold, mechanism)
         factor = gain[row % len(gain)] if len(gain) else here
-        _distances(z, here, threshold, sigma)
-        if chances:
-            _probabilities(p, density, z, kind)
         if escapes:
-            _escape(fire, one, p, z, u, kind)
+            _distances(z, here, threshold, inverse)
+            _escape(fire, one, p, density, z, u, kind)
         else:
-            _to_noise(u, kind)
-            _sample(here, fire, u, sigma, threshold)
-            _membrane_scores(one, u, kind)
+            if len(expected):
+                _distances(z, here, threshold, inverse)
+                _probabilities(p, density, z, kind)
+            _to_noise(epsilon, u, kind)
+            _sample(here, fire, epsilon, sigma, threshold)
+            _membrane_scores(one, epsilon, u, kind)
         if len(score):
             _add_product(score[row], one, factor, len(gain) > 0)
         if len(scale):
-            _add_scale_scores(scale[row], one, z if escapes else u, escapes)
+            _add_scale_scores(scale[row], one, z if escapes else epsilon, escapes)
         if len(fired):
             _add_weighted(fired[row], fire, weight)
         if len(expected):
