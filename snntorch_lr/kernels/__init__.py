@@ -26,8 +26,9 @@ SUBTRACT, ZERO, NONE = range(3)
 """Mechanisms of reset, by snnTorch's numbers."""
 
 # Fewer numbers than this are computed sooner than another thread wakes up.
-_WORTH_A_THREAD = 1 << 15
+_WORTH_A_THREAD = 1 << 16
 
+_compiled: set[tuple[Callable[..., None], Any]] = set()
 _executor: tuple[int, int, ThreadPoolExecutor] | None = None
 _enabled = True
 
@@ -143,10 +144,13 @@ def _run(kernel: Callable[..., None], out: Any, *arguments: Any) -> None:
     """Shares the rows of an output among as many threads as torch has."""
     rows = len(out)
     threads = max(1, min(torch.get_num_threads(), out.size // _WORTH_A_THREAD, rows))
-    # Whichever thread compiled it first would hold the others back, and say so once each.
-    if threads == 1 or not kernel.signatures:  # type: ignore[attr-defined]
+    if (kernel, out.dtype) not in _compiled:
+        _compiled.add((kernel, out.dtype))
         with _tell_about_compiling():
             kernel(0, rows, out, *arguments)
+        return
+    if threads == 1:
+        kernel(0, rows, out, *arguments)
         return
     edges = [rows * index // threads for index in range(threads + 1)]
     others = [
