@@ -57,7 +57,7 @@ __all__ = [
 sys.meta_path.append(
     MovedModules(
         {
-            "snntorch_lr.storing": "snntorch_lr.estimators.vanilla",
+            "snntorch_lr.storing": "snntorch_lr.estimators.storing",
             "snntorch_lr.quality": "snntorch_lr.diagnostics",
             "snntorch_lr.experiments.models": "snntorch_lr.experiments.recipe",
         }

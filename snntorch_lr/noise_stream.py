@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .kernels import cpu
 
 
 def from_generator(out: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -71,11 +72,11 @@ class NoiseStream:
         out = torch.empty_like(
             like, dtype=resolved(like.dtype), requires_grad=False, memory_format=torch.contiguous_format
         )
+        if not out.numel():
+            return out.to(like.dtype)
         batch = len(like) // (self.last - self.first)
         kind = kernels.LOGISTIC_ESCAPE if noise.kind is None else noise.kind
-        filled = kernels.fill(
-            out.view(len(like), -1), np.uint64(self.key), batch, self.first, self.half, index, kind
-        )
+        filled = cpu.fill(out.view(len(like), -1), np.uint64(self.key), batch, self.first, self.half, index, kind)
         if not filled:
             self._fill(out, batch, index)
         if not filled or noise.kind is None:

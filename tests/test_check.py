@@ -140,7 +140,7 @@ def test_a_network_without_noise_and_an_unknown_estimator() -> None:
 
 
 def test_documented_old_names_still_import() -> None:
-    with pytest.warns(DeprecationWarning, match="snntorch_lr.storing is snntorch_lr.estimators.vanilla now"):
+    with pytest.warns(DeprecationWarning, match="snntorch_lr.storing is snntorch_lr.estimators.storing now"):
         from snntorch_lr.storing import Storing
     from snntorch_lr.estimators import vanilla
 

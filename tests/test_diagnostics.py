@@ -79,7 +79,7 @@ def test_bias_of_vanilla_is_within_its_floor(precise: slr.GradientReport) -> Non
         assert vanilla.bias is not None
         assert vanilla.bias_floor is not None
         assert 0 < vanilla.bias_floor < 0.4
-        assert vanilla.bias < 2 * vanilla.bias_floor
+        assert vanilla.bias < 3 * vanilla.bias_floor
 
 
 def test_bias_of_twice_the_gradient_is_one(precise: slr.GradientReport) -> None:

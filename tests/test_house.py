@@ -21,7 +21,7 @@ WORKFLOW = REPOSITORY / ".github" / "workflows" / "ci.yml"
 # More is a reason to look.
 LINES = 600
 TOP_MODULES, FILES = 20, 66
-FOLDERS = ("estimators", "robustness", "experiments")
+FOLDERS = ("kernels", "estimators", "robustness", "experiments")
 # Each may know those before it, and none after it.
 LAYERS = ("noise", "noisy_neuron", "estimators.recording", "estimators.credit", "estimators.shadows", "estimators.base",
     "estimators.counterfactual", "optim")  # fmt: skip
@@ -38,13 +38,15 @@ TOUCH_SNNTORCH = {
 # What the experiments take from inside the package, beside public names: make it public rather than add to this.
 INNER = {
     "_files.load", "_files.replacing", "_files.save", "_messages.first_line", "_messages.listed", "_messages.markdown",
-    "_messages.versions", "estimators.ESTIMATORS", "estimators.vanilla.Storing", "estimators.vanilla.StoringStep",
+    "_messages.versions", "estimators.ESTIMATORS", "estimators.storing.Storing", "estimators.storing.StoringStep",
     "network.noisy_neurons", "noise.KINDS", "objectives.OBJECTIVES", "objectives.vote",
 }  # fmt: skip
 
 
 # One idea of its own each, though only one module asks for it.
-SINGLE_USE = {"dynamics", "estimators.approximate", "estimators.shadows", "experiments.study.tables"}
+SINGLE_USE = {
+    "dynamics", "estimators.approximate", "estimators.shadows", "experiments.study.tables", "kernels.numba_steps",
+}  # fmt: skip
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -118,8 +120,14 @@ def test_no_module_imports_itself_through_others() -> None:
 
 @pytest.mark.parametrize("name", GRAPH)
 def test_robustness_uses_the_core_and_experiments_use_both_and_never_the_other_way_round(name: str) -> None:
-    core = {"", "estimators"}
-    allowed = {"": core, "estimators": core, "robustness": {*core, "robustness"}, "experiments": {"", *FOLDERS}}
+    core = {"", "estimators", "kernels"}
+    allowed = {
+        "": core,
+        "estimators": core,
+        "kernels": {"", "kernels"},
+        "robustness": {*core, "robustness"},
+        "experiments": {"", *FOLDERS} - {"kernels"},
+    }
     assert {folder_of(each) for each in GRAPH[name]} <= allowed[folder_of(name)]
 
 

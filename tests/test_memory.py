@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import snntorch_lr as slr
 from snntorch_lr.estimators.base import Call
 from snntorch_lr.estimators.counterfactual import OVER_TIME
-from snntorch_lr.estimators.vanilla import Storing, Topology
+from snntorch_lr.estimators.storing import Storing
+from snntorch_lr.estimators.vanilla import Topology
 
 from .statistical.networks import NEURONS, RESETS, STEPS, TwoLayers, data
 

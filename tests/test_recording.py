@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import snntorch_lr as slr
 from snntorch_lr.estimators.recording import Copies, Recording
-from snntorch_lr.estimators.vanilla import Storing
+from snntorch_lr.estimators.storing import Storing
 from snntorch_lr.noise_stream import NoiseStream
 
 from .helpers import (

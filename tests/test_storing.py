@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.estimators.vanilla import Storing, StoringStep
+from snntorch_lr.estimators.storing import Storing, StoringStep
 
 from .helpers import RESETS, assert_same, gradients
 

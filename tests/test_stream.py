@@ -1,27 +1,60 @@
+"""Noise from a counter: known answers, any part of it, and the same by Numba and by torch."""
+
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 from torch import Tensor
 
-from snntorch_lr.noise_stream import NoiseStream
+import snntorch_lr as slr
+from snntorch_lr.kernels import cpu
+from snntorch_lr.noise_stream import Drawn, NoiseStream, philox, resolved
 
 COPIES = 6
+UNIFORM = slr.EscapeNoise()
+DTYPES = [torch.float32, torch.float64]
 
 
-def as_it_is(uniform: Tensor) -> Tensor:
-    return uniform
+class Unknown:
+    """Noise that kernels do not know."""
+
+    kind = None
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return u.mul_(2)
 
 
-def draw(first: int, last: int, features: int, antithetic: bool = False, seed: int = 0, index: int = 1) -> Tensor:
-    like = torch.empty((last - first) * 2, features)
-    return (
-        NoiseStream(seed, COPIES, first, last, antithetic).draw(index, like, as_it_is).view(last - first, 2, features)
-    )
+def draw(
+    first: int, last: int, features: int, antithetic: bool = False, seed: int = 0, index: int = 1, *,
+    noise: Drawn = UNIFORM, dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    like = torch.empty((last - first) * 2, features, dtype=dtype)
+    return NoiseStream(seed, COPIES, first, last, antithetic).draw(index, like, noise).view(last - first, 2, features)
+
+
+# Of the authors' own file of known answers, for ten rounds.
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((2**32 - 1,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers(
+    counter: tuple[int, int, int, int], key: int, words: tuple[int, int, int, int]
+) -> None:
+    assert tuple(int(word) for word in philox(counter, key, (1,))) == words
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
-@pytest.mark.parametrize("features", [3, 9_000, 40_000], ids=["one block", "blocks of copies", "block each"])
+@pytest.mark.parametrize("features", [1, 3, 1001])
 def test_any_range_of_copies_is_the_same_noise(features: int, antithetic: bool) -> None:
     whole = draw(0, COPIES, features, antithetic)
     for first in range(COPIES):
@@ -29,7 +62,7 @@ def test_any_range_of_copies_is_the_same_noise(features: int, antithetic: bool) 
             assert torch.equal(draw(first, last, features, antithetic), whole[first:last])
 
 
-@pytest.mark.parametrize("features", [3, 9_000, 40_000])
+@pytest.mark.parametrize("features", [3, 9_000])
 def test_antithetic_copies_are_negated(features: int) -> None:
     whole = draw(0, COPIES, features, antithetic=True)
     assert torch.equal(whole[COPIES // 2 :], -whole[: COPIES // 2])
@@ -37,14 +70,62 @@ def test_antithetic_copies_are_negated(features: int) -> None:
 
 
 @pytest.mark.parametrize("features", [3, 9_000])
-def test_seeds_draws_and_copies_are_independent(features: int) -> None:
+def test_seeds_draws_copies_and_samples_are_independent(features: int) -> None:
     one = draw(0, COPIES, features)
-    others = [draw(0, COPIES, features, seed=1), draw(0, COPIES, features, index=2), one.roll(1, 0), one.roll(1, 1)]
+    others = [
+        draw(0, COPIES, features, seed=1), draw(0, COPIES, features, seed=2**40), draw(0, COPIES, features, index=2),
+        one.roll(1, 0), one.roll(1, 1), one.roll(1, 2), one.roll(-(-features // 4), 2),
+    ]  # fmt: skip
     for other in others:
         correlation = torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1]
         assert correlation.abs() < 5 / one.numel() ** 0.5
 
 
-def test_many_draws_have_no_common_seed() -> None:
+def test_many_draws_have_no_common_numbers() -> None:
     first = torch.stack([draw(0, COPIES, 1, seed=s, index=i)[0, 0] for s in range(40) for i in range(40)])
     assert first.unique().numel() == 1600
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("noise", [UNIFORM, Unknown()])
+def test_numba_and_torch_draw_the_same(noise: Drawn, antithetic: bool, dtype: torch.dtype) -> None:
+    pytest.importorskip("numba")
+    fused = draw(1, 5, 1003, antithetic, 2**61 + 5, noise=noise, dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_module", lambda: None)
+        assert torch.equal(draw(1, 5, 1003, antithetic, 2**61 + 5, noise=noise, dtype=dtype), fused)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_draw_the_same(dtype: torch.dtype) -> None:
+    one = draw(0, COPIES, 40_000, dtype=dtype)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        two = draw(0, COPIES, 40_000, dtype=dtype)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, two)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    first = cpu._threads(2)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, b"new" if cpu._threads(2) is not first else b"old")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 3) == b"new"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_drawn_with_more_digits(dtype: torch.dtype) -> None:
+    assert resolved(dtype) == torch.float32
+    assert torch.equal(draw(0, 2, 5, dtype=dtype), draw(0, 2, 5).to(dtype))
+
+
+def test_nothing_is_drawn_for_nobody() -> None:
+    assert NoiseStream(0, 2, 0, 2).draw(1, torch.empty(0, 3), UNIFORM).shape == (0, 3)

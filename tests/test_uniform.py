@@ -1,23 +1,23 @@
+"""Uniform numbers: their distribution, and the points that they never reach."""
+
 from __future__ import annotations
 
-import os
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import snntorch_lr as slr
 from snntorch_lr import noise_stream as uniform
 
 COUNT = 300_000
 DTYPES = [torch.float32, torch.float64]
 
 
-def of_seed(seed: int, dtype: torch.dtype = torch.float32, count: int = COUNT) -> Tensor:
-    out = torch.empty(count, dtype=dtype)
-    uniform.from_seeds([(out, (seed,))])
-    return out
+def of_counter(seed: int, dtype: torch.dtype) -> Tensor:
+    like = torch.empty(1, COUNT, dtype=dtype)
+    return uniform.NoiseStream(seed, 1, 0, 1).draw(1, like, slr.EscapeNoise()).view(-1)
 
 
 def of_generator(seed: int, dtype: torch.dtype) -> Tensor:
@@ -25,7 +25,7 @@ def of_generator(seed: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("draw", [of_seed, of_generator])
+@pytest.mark.parametrize("draw", [of_counter, of_generator])
 def test_numbers_are_uniform_between_the_end_points(draw: Any, dtype: torch.dtype) -> None:
     numbers = draw(0, dtype).double()
     assert numbers.min() > -1
@@ -37,14 +37,16 @@ def test_numbers_are_uniform_between_the_end_points(draw: Any, dtype: torch.dtyp
     assert correlation.abs() < 5 / COUNT**0.5
 
 
-@pytest.mark.parametrize(("floats", "signed"), [(np.float32, np.int32), (np.float64, np.int64)])
-def test_end_points_are_never_reached_and_the_middle_is_no_value(floats: Any, signed: Any) -> None:
-    limits = np.iinfo(signed)
-    bits = np.array([limits.min, -1, 0, limits.max], signed).view(np.uint64)
-    numbers = np.empty(4, floats)
-    uniform.to_unit_interval(bits, numbers)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_end_points_are_never_reached_and_the_middle_is_no_value(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [0x80000000, 0xFFFFFFFF, 0, 0x7FFFFFFF]
+    monkeypatch.setattr(uniform.cpu, "_module", lambda: None)
+    monkeypatch.setattr(uniform, "philox", lambda *_: [torch.full((1, 1), word) for word in words])
+    numbers = uniform.NoiseStream(0, 1, 0, 1).draw(1, torch.empty(1, 4, dtype=dtype), slr.EscapeNoise())[0]
     assert -1 < numbers[0] < numbers[1] < 0 < numbers[2] < numbers[3] < 1
-    assert (numbers == -numbers[::-1]).all()
+    assert torch.equal(numbers, -numbers.flip(0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -52,37 +54,3 @@ def test_torch_generator_never_gives_an_end_point(dtype: torch.dtype, monkeypatc
     monkeypatch.setattr(Tensor, "uniform_", lambda out, low, high, generator: out.fill_(low))
     numbers = uniform.from_generator(torch.empty(1, dtype=dtype), None)
     assert -1 < numbers.item() < -0.999
-
-
-@pytest.mark.parametrize("count", [1, 2, 7])
-def test_any_number_of_numbers(count: int) -> None:
-    assert torch.equal(of_seed(3, count=count), of_seed(3)[:count])
-
-
-def test_threads_give_the_same_numbers() -> None:
-    parts = [torch.empty(COUNT) for _ in range(4)]
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        uniform.from_seeds([(part, (seed,)) for seed, part in enumerate(parts)])
-    finally:
-        torch.set_num_threads(before)
-    for seed, part in enumerate(parts):
-        assert torch.equal(part, of_seed(seed))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_process_has_threads_of_its_own() -> None:
-    first = uniform._threads(2)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writer, b"new" if uniform._threads(2) is not first else b"old")
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(reader, 3) == b"new"
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_drawn_with_more_digits(dtype: torch.dtype) -> None:
-    assert uniform.resolved(dtype) == torch.float32

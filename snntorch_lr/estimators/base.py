@@ -16,11 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from .. import kernels
 from .._messages import positive_integer, warn
 from ..baselines import BASELINES, Baseline
 from ..distributed import SingleProcess
 from ..graph import leaves
+from ..kernels import cpu
 from ..left_as_found import Buffers, left_as_found
 from ..network import spiking_neurons
 from ..noise import EscapeNoise, MembraneNoise
@@ -320,7 +320,7 @@ class Estimator(ABC):
             loss = self.estimate(call)
             check_gradients(self.net, call.inputs, self.half)
         finally:
-            kernels.pool.trim()
+            cpu.pool.trim()
             for neuron in call.neurons.values():
                 del neuron.estimating
         return loss

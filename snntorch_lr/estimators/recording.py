@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .. import kernels
 from .._messages import warn
 from ..graph import version
+from ..kernels import cpu
 from ..noise import EscapeNoise, MembraneNoise
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
+from .fused import Fused
 
 
 def pack(spikes: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def pack(spikes: Tensor) -> Tensor:
     Returns:
         uint8 tensor on the same device, one dimension; bit b of byte j is number b · (number of bytes) + j.
     """
-    packed = kernels.pack(spikes.detach())
+    packed = cpu.pack(spikes.detach())
     if packed is not None:
         return packed
     bits = spikes.detach().reshape(-1) != 0
@@ -46,7 +46,7 @@ def pack(spikes: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Zeros and ones from bits; the inverse of ``pack``."""
-    spikes = kernels.unpack(packed, shape, dtype)
+    spikes = cpu.unpack(packed, shape, dtype)
     if spikes is not None:
         return spikes
     bits = (packed & _POWERS.to(packed.device)) != 0
@@ -183,70 +183,6 @@ def per_copy(x: Tensor) -> Tensor:
     return recording.repeat(x)
 
 
-@dataclass(frozen=True)
-class Fused:
-    """Constants of a leaky neuron during a forward pass, as a fused time step takes them.
-
-    Attributes:
-        kind: of the noise.
-        mechanism: of the reset.
-        keys: of the noise, one for each set of rows.
-        beta: leak, one number for each neuron of a row, as the next two.
-        threshold: threshold.
-        sigma: noise level.
-        dtype: of all.
-        placeholder: a number that takes any shape.
-    """
-
-    kind: int
-    mechanism: int
-    keys: NDArray[np.uint64]
-    beta: Tensor
-    threshold: Tensor
-    sigma: Tensor
-    dtype: torch.dtype
-    placeholder: Tensor
-
-    @staticmethod
-    def can_be(neuron: NoisyNeuron, x: Tensor) -> bool:
-        """A neuron of which nothing but the noise level is learned, and that fires above its threshold."""
-        noise = neuron.noise
-        return (
-            noise is not None
-            and noise.kind is not None
-            and neuron.leaks_only
-            and neuron.fires_above_threshold
-            and type(neuron).fire is NoisyNeuron.fire
-            and x.dim() > 1
-            and x.dtype == neuron.beta.dtype == neuron.threshold.dtype
-            and kernels.fits(x)
-        )
-
-    @classmethod
-    def of(cls, neuron: NoisyNeuron, x: Tensor, streams: Sequence[NoiseStream]) -> Fused:
-        """The constants of a neuron, given its input."""
-
-        def spread(value: Tensor) -> Tensor:
-            return value.detach().to(x.dtype).expand(1, *x.shape[1:]).reshape(-1).contiguous()
-
-        assert neuron.noise is not None
-        assert neuron.noise.kind is not None
-        return cls(
-            neuron.noise.kind,
-            int(neuron.reset_mechanism_val),
-            np.array([stream.key for stream in streams], np.uint64),
-            spread(neuron.beta.clamp(0, 1)),
-            spread(neuron.threshold),
-            spread(neuron.noise.sigma),
-            x.dtype,
-            x.new_zeros(()),
-        )
-
-    def shaped(self, x: Tensor, rows: int) -> Tensor:
-        """A tensor without memory, in the shape of an input of so many rows."""
-        return self.placeholder.expand(rows, *x.shape[1:])
-
-
 _UNFUSED = frozenset({"update", "sample", "fire", "draw", "draw_spikes", "file_membrane", "file_spikes", "add", "file"})
 # In the order of the arguments of a fused step.
 _SUMS = ("score", "scale", "fired", "expected", "pull", "pull_scale")
@@ -325,11 +261,11 @@ class Step:
         fused, neuron, recording = self.fused, self.neuron, self.recording
         assert fused is not None
         raw, mem, reset = (each.detach().to(fused.dtype) for each in (self.current.raw, neuron.mem, neuron.reset))
-        new, spikes = (kernels.pool.empty(mem.shape, mem.dtype) for _ in range(2))
+        new, spikes = (cpu.pool.empty(mem.shape, mem.dtype) for _ in range(2))
         self.decided = spikes
         if gain is not None and gain.shape != mem.shape:
             gain = gain.to(mem.dtype).expand(1, *mem.shape[1:])
-        kernels.step(
+        cpu.step(
             new, spikes, fused.keys, recording.batch, recording.copies, recording.stream.first, recording.stream.half,
             recording.next_draw(), fused.kind, fused.mechanism, raw, mem, reset, fused.beta, fused.threshold,
             fused.sigma, gain, weight, *(sums.get(name) for name in _SUMS),

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import kernels
 from ..graph import ancestors, same_numbers, version
+from ..kernels import cpu
 from ..noise import EscapeNoise, MembraneNoise, Noise
 from ..noise_stream import NoiseStream, mix, resolved
 from ..noisy_neuron import NoisyNeuron
@@ -103,7 +103,7 @@ class ShadowedStep(Step):
         own = input_[: self.recording.rows]
         sums.make(("score", "fired", "expected"), input_)
         if None not in sums.pull:
-            sums.pull[None] = kernels.pool.zeros(own.shape, own.dtype)
+            sums.pull[None] = cpu.pool.zeros(own.shape, own.dtype)
         if noise.log_sigma.requires_grad:
             sums.make(("scale",), input_)
             sums.make(("pull_scale",), own)
@@ -373,9 +373,7 @@ class Shadowed(Recording):
         """Noise for all rows, from a stream of its own for each set of shadows."""
         index = self.next_draw()
         parts = like.view(self.sets, -1, *like.shape[1:])
-        return torch.cat(
-            [stream.draw(index, part, noise) for stream, part in zip(self._streams, parts, strict=True)]
-        )
+        return torch.cat([stream.draw(index, part, noise) for stream, part in zip(self._streams, parts, strict=True)])
 
 
 class _Emit(torch.autograd.Function):

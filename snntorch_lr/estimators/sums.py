@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import kernels
 from ..graph import version
+from ..kernels import cpu
 from ..noise import EscapeNoise, MembraneNoise
 from ..noisy_neuron import NoisyNeuron
 from .recording import Copies, Current, Recording, Step, sigma_gradient, weighted
@@ -114,7 +114,7 @@ class Sums:
         """Makes sums that are not there yet, of zeros."""
         for name in names:
             if getattr(self, name) is None:
-                setattr(self, name, kernels.pool.zeros(like.shape, like.dtype))
+                setattr(self, name, cpu.pool.zeros(like.shape, like.dtype))
 
     @property
     def gain(self) -> Tensor | None:

@@ -14,7 +14,8 @@ from ..convert import add_noise
 from ..diagnostics import GradientReport, gradient_report
 from ..estimators import ESTIMATORS
 from ..estimators.counterfactual import Counterfactual
-from ..estimators.vanilla import Storing, StoringStep, Vanilla
+from ..estimators.storing import Storing, StoringStep
+from ..estimators.vanilla import Vanilla
 from ..network import noisy_neurons
 from ..noise import KINDS, EscapeNoise, MembraneNoise
 from . import data, files

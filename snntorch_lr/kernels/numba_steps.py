@@ -1,8 +1,9 @@
 """Noise and time steps of leaky neurons, fused for a CPU by Numba: one pass over memory for all of it.
 
-A row is one copy of one sample. All intermediate numbers of a row stay in the cache, and each loop is over the neurons of
-a row, so that LLVM turns it into vector instructions. Nothing calls the exponential of a mathematical library, which it
-could not: polynomials take its place, whose errors relative to the exact functions are below 10⁻⁶.
+A row is one copy of one sample. All intermediate numbers of a row stay in the cache, and each loop is over the neurons
+of a row, so that LLVM turns it into vector instructions. In single precision nothing calls a mathematical library,
+which it could not: polynomials take its place, whose errors are below 10⁻⁶. In double precision, which is for tests,
+accuracy comes first.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _TANH_END = np.float32(8.4)
 # (log(1 + f) − f + f²/2) / f³ for 1 + f between √½ and √2.
 _LOG = tuple(np.float32(c) for c in (
     0.33333332, -0.25000821, 0.20001227, -0.16623356, 0.14201762, -0.13160195, 0.1276155, -0.0763443))  # fmt: skip
-# Quantile of the normal distribution at (1 + u) / 2, over u: in w − 2.5, w = −log(1 − u²), below w = 5; in √w − 3.5 above.
+# Quantile of the normal distribution at (1 + u) / 2, over u; in w − 2.5 below w = −log(1 − u²) = 5, in √w − 3.5 above.
 _NORMAL = tuple(np.float32(c) for c in (
     2.12331357, 0.34880266, -5.90817092e-3, -1.77301016e-3, 3.0915016e-4, -6.21799195e-6, -4.99055329e-6,
     4.86103935e-7, 4.03536144e-8))  # fmt: skip
@@ -112,19 +113,30 @@ def _normal_quantile(u: Any) -> Any:
     return u * (near if w < np.float32(5) else far)
 
 
-@njit(**_OPTIONS)
-def _normal(z: Any) -> tuple[Any, Any, Any]:
+def _normal(z: Any) -> Any:
     """φ(z), the tail 1 − Φ(|z|), and the Mills ratio at |z|."""
-    x = abs(z)
-    density = _exp(-_HALF * x * x) * _INV_SQRT_2PI
-    t = _1 / (_1 + x * np.float32(0.25))
-    mills = t * _polynomial(t - _HALF, _MILLS)
-    return density, density * mills, mills
+
+
+@overload(_normal)
+def _overload_normal(z: Any) -> Any:
+    def double(z: Any) -> Any:
+        density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+        tail = 0.5 * math.erfc(abs(z) / math.sqrt(2.0))
+        return density, tail, tail / density
+
+    def single(z: Any) -> Any:
+        x = abs(z)
+        density = _exp(-_HALF * x * x) * _INV_SQRT_2PI
+        t = _1 / (_1 + x * np.float32(0.25))
+        mills = t * _polynomial(t - _HALF, _MILLS)
+        return density, density * mills, mills
+
+    return double if z == types.float64 else single
 
 
 @njit(**_OPTIONS)
 def _words(words: Any, key: Any, sample: int, copy: int, draw: int) -> None:
-    """Philox 4x32-10: random words of a row, ``[4, a quarter of the neurons]``, from the counter (column, sample, copy, draw)."""
+    """Random words of a row, ``[4, a quarter of the neurons]``: Philox 4x32-10 of (column, sample, copy, draw)."""
     for column in range(words.shape[1]):
         c0, c1, c2, c3 = np.uint32(column), np.uint32(sample), np.uint32(copy), np.uint32(draw)
         k0, k1 = np.uint32(key), np.uint32(key >> np.uint64(32))
@@ -231,12 +243,21 @@ def _advance(new: Any, mem: Any, current: Any, reset: Any, beta: Any, threshold:
             new[i] = mem[i] * beta[i] + current[i]
 
 
-@njit(**_OPTIONS)
 def _half_tanh(z: Any) -> Any:
-    """tanh(z / 2), to 10⁻⁷."""
-    y = max(-_TANH_END, min(_TANH_END, z * _HALF))
-    square = y * y
-    return y * _polynomial(square, _TANH) / _polynomial(square, _TANH_BELOW)
+    """tanh(z / 2)."""
+
+
+@overload(_half_tanh)
+def _overload_half_tanh(z: Any) -> Any:
+    def double(z: Any) -> Any:
+        return math.tanh(0.5 * z)
+
+    def single(z: Any) -> Any:
+        y = max(-_TANH_END, min(_TANH_END, z * _HALF))
+        square = y * y
+        return y * _polynomial(square, _TANH) / _polynomial(square, _TANH_BELOW)
+
+    return double if z == types.float64 else single
 
 
 @njit(**_OPTIONS)
@@ -336,9 +357,9 @@ def _add_scale_scores(total: Any, score: Any, value: Any, escapes: bool) -> None
 
 @njit(cache=True, **_OPTIONS)
 def step(
-    start: int, stop: int, new: Any, spikes: Any, keys: Any, batch: int, copies: int, first: int, half: int, draw: int, kind: int,
-    mechanism: int, current: Any, mem: Any, reset: Any, beta: Any, threshold: Any, sigma: Any, gain: Any, weight: Any,
-    score: Any, scale: Any, fired: Any, expected: Any, pull: Any, pull_scale: Any,
+    start: int, stop: int, new: Any, spikes: Any, keys: Any, batch: int, copies: int, first: int, half: int,
+    draw: int, kind: int, mechanism: int, current: Any, mem: Any, reset: Any, beta: Any, threshold: Any, sigma: Any,
+    gain: Any, weight: Any, score: Any, scale: Any, fired: Any, expected: Any, pull: Any, pull_scale: Any,
 ) -> None:  # fmt: skip
     """One time step of a leaky neuron in rows from ``start`` to ``stop``, with its sums over time.
 
@@ -369,8 +390,9 @@ def step(
         scale: Σ scores of log σ.
         fired: Σ weight · spikes.
         expected: Σ weight · probabilities of spikes.
-        pull: not without ``expected``: Σ weight · derivatives of these by the current, times σ, in the rows of the train that goes on.
-        pull_scale: the same by log σ; not without ``pull``.
+        pull: Σ weight · derivatives of these by the current, times σ, in the rows of the train that goes on; needs
+            ``expected``.
+        pull_scale: the same by log σ; needs ``pull``.
     """
     neurons = new.shape[1]
     words = np.empty((4, (neurons + 3) // 4), np.int32)
@@ -379,7 +401,7 @@ def step(
         np.empty(neurons, new.dtype),
     )  # fmt: skip
     p, density, inverse = np.empty(neurons, new.dtype), np.empty(neurons, new.dtype), _1 / sigma
-    escapes = kind == LOGISTIC_ESCAPE or kind == GAUSSIAN_ESCAPE
+    escapes = kind in (LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE)
     for row in range(start, stop):
         here, fire = new[row], spikes[row]
         _uniform(u, words, keys[row // (batch * copies)], row % batch, first + row // batch % copies, half, draw)

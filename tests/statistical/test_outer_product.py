@@ -59,7 +59,7 @@ def test_equals_explicit_rule(convolution: bool, dtype: torch.dtype) -> None:
     with torch.no_grad():
         presynaptic = [step.repeat(COPIES, *[1] * (step.dim() - 1)) for step in x]
         current = [block(p) for p in presynaptic]
-        noise = [stream.draw(t + 1, c, slr.MembraneNoise().quantile) for t, c in enumerate(current)]
+        noise = [stream.draw(t + 1, c, slr.MembraneNoise()) for t, c in enumerate(current)]
         signals, expected_loss = by_hand(current, presynaptic, noise, readout, labels.repeat(COPIES))
         if convolution:
             expected = sum(

@@ -1,0 +1,91 @@
+"""Neurons whose time steps are fused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kernels import NONE, SUBTRACT, ZERO, cpu
+from ..noise_stream import NoiseStream
+from ..noisy_neuron import NoisyNeuron
+
+
+def _fits(value: Tensor, x: Tensor) -> bool:
+    """One number, or one for each neuron of a row: it broadcasts against a row without making more of it."""
+    missing = x.dim() - value.dim()
+    row = (1, *x.shape[1:])
+    return missing >= 0 and all(a in (1, b) for a, b in zip(value.shape, row[missing:], strict=True))
+
+
+RESETS = {"subtract": SUBTRACT, "zero": ZERO, "none": NONE}
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Constants of a leaky neuron during a forward pass, as a fused time step takes them.
+
+    Attributes:
+        kind: of the noise.
+        mechanism: of the reset.
+        keys: of the noise, one for each set of rows.
+        beta: leak, one number for each neuron of a row, as the next two.
+        threshold: threshold.
+        sigma: noise level.
+        dtype: of all.
+        placeholder: a number that takes any shape.
+    """
+
+    kind: int
+    mechanism: int
+    keys: NDArray[np.uint64]
+    beta: Tensor
+    threshold: Tensor
+    sigma: Tensor
+    dtype: torch.dtype
+    placeholder: Tensor
+
+    @staticmethod
+    def can_be(neuron: NoisyNeuron, x: Tensor) -> bool:
+        """A neuron of which nothing but the noise level is learned, and that fires above its threshold."""
+        noise = neuron.noise
+        return (
+            noise is not None
+            and noise.kind is not None
+            and neuron.leaks_only
+            and neuron.fires_above_threshold
+            and type(neuron).fire is NoisyNeuron.fire
+            and x.dim() > 1
+            and x.numel() > 0
+            and all(_fits(value, x) for value in (neuron.beta, neuron.threshold, noise.log_sigma))
+            and x.dtype == neuron.beta.dtype == neuron.threshold.dtype
+            and cpu.fits(x)
+        )
+
+    @classmethod
+    def of(cls, neuron: NoisyNeuron, x: Tensor, streams: Sequence[NoiseStream]) -> Fused:
+        """The constants of a neuron, given its input."""
+
+        def spread(value: Tensor) -> Tensor:
+            return value.detach().to(x.dtype).expand(1, *x.shape[1:]).reshape(-1).contiguous()
+
+        assert neuron.noise is not None
+        assert neuron.noise.kind is not None
+        return cls(
+            neuron.noise.kind,
+            RESETS[neuron.reset_mechanism],
+            np.array([stream.key for stream in streams], np.uint64),
+            spread(neuron.beta.clamp(0, 1)),
+            spread(neuron.threshold),
+            spread(neuron.noise.sigma),
+            x.dtype,
+            x.new_zeros(()),
+        )
+
+    def shaped(self, x: Tensor, rows: int) -> Tensor:
+        """A tensor without memory, in the shape of an input of so many rows."""
+        return self.placeholder.expand(rows, *x.shape[1:])
