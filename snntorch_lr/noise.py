@@ -81,6 +81,7 @@ class Noise(Portable, nn.Module):
 
     offered: tuple[str, ...] = ()
     transient = ("forced", "generator")
+    _kinds: ClassVar[dict[str, int]] = {}
     log_sigma: Tensor
     # Set for a while by noise_on / noise_off; never saved.
     forced: bool | None = None
@@ -117,6 +118,11 @@ class Noise(Portable, nn.Module):
     def sigma(self) -> Tensor:
         """Noise level σ, positive, in the shape that it was given in."""
         return self.log_sigma.exp()
+
+    @property
+    def kind(self) -> int | None:
+        """Kind of noise that ``kernels`` know it as; None for one that they do not know, of a derived class too."""
+        return self._kinds.get(self.distribution) if type(self) in KINDS.values() else None
 
     @property
     def active(self) -> bool:
@@ -189,12 +195,7 @@ class MembraneNoise(Noise):
     """
 
     offered = ("gaussian", "laplace", "logistic")
-    _kinds: ClassVar = {"gaussian": kernels.GAUSSIAN, "laplace": kernels.LAPLACE, "logistic": kernels.LOGISTIC}
-
-    @property
-    def kind(self) -> int | None:
-        """Kind of noise that ``kernels`` know it as; None for one that they do not know, of a derived class too."""
-        return self._kinds.get(self.distribution) if type(self) is MembraneNoise else None
+    _kinds: ClassVar[dict[str, int]] = {"gaussian": kernels.GAUSSIAN, "laplace": kernels.LAPLACE, "logistic": kernels.LOGISTIC}
 
     def quantile(self, u: Tensor) -> Tensor:
         """Standard noise ε of uniform numbers in (−1, 1), in place."""
@@ -235,12 +236,7 @@ class EscapeNoise(Noise):
     """
 
     offered = ("gaussian", "logistic")
-    _kinds: ClassVar = {"gaussian": kernels.GAUSSIAN_ESCAPE, "logistic": kernels.LOGISTIC_ESCAPE}
-
-    @property
-    def kind(self) -> int | None:
-        """Kind of noise that ``kernels`` know it as; None for one that they do not know, of a derived class too."""
-        return self._kinds.get(self.distribution) if type(self) is EscapeNoise else None
+    _kinds: ClassVar[dict[str, int]] = {"gaussian": kernels.GAUSSIAN_ESCAPE, "logistic": kernels.LOGISTIC_ESCAPE}
 
     def quantile(self, u: Tensor) -> Tensor:
         """Noise that ``fires`` decides by: the uniform numbers in (−1, 1) themselves, so that −u is antithetic."""

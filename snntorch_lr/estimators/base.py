@@ -376,7 +376,7 @@ class Estimator(ABC):
         def repeat(value: Any) -> Any:
             if not isinstance(value, Tensor) or value.dim() == 0:
                 return value
-            return value.repeat(recording.copies, *[1] * (value.dim() - 1))
+            return recording.own(value).repeat(recording.copies, *[1] * (value.dim() - 1))
 
         with torch.set_grad_enabled(grad), recording:
             try:

@@ -18,11 +18,13 @@ from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
 from .base import Call, Estimator
 from .credit import Control, CreditSums, Rate, SpikePooling
-from .recording import Copies
+from .recording import Copies, Recording
 from .shadows import Shadowed
 from .sums import RatePass, RatesCaptured, check_calls
 
 OVER_TIME = ("rates", "exact")
+# Of a trial run with a graph, which takes about 30 bytes for each.
+_NUMBERS = 1_000_000
 
 
 class Counterfactual(Estimator):
@@ -167,8 +169,16 @@ class Counterfactual(Estimator):
         return Shadowed(copies, self.shadows, controls, *wiring)
 
     def _look_ahead(self, call: Call) -> None:
-        """A trial run of two copies with a whole graph: which neurons feed which, what the loss reads, and when."""
-        recording = self._recording(self._make(call, NoiseStream(0, 2, 0, 2)))
+        """A trial run of two copies with a whole graph: which neurons feed which, what the loss reads, and when.
+
+        Of long presentations, whose graph is large, it looks at some of the samples only.
+        """
+        copies = replace(self._make(call, NoiseStream(0, 2, 0, 2)), first_samples=1)
+        short = Recording(copies)
+        with self.trial(), torch.no_grad():
+            self.run(short, call, grad=False)
+        samples = max(1, _NUMBERS // (2 * (1 + self.shadows) * max(1, short.numbers)))
+        recording = self._recording(replace(copies, first_samples=samples))
         recording.keeps_steps = True
         neurons = call.neurons
         with self.trial():

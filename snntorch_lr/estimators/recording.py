@@ -40,7 +40,7 @@ def pack(spikes: Tensor) -> Tensor:
     bits = spikes.detach().reshape(-1) != 0
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(8, -1)
     if bits.device.type == "cpu":
-        return torch.from_numpy(np.packbits(bits.numpy(), axis=0, bitorder="little")[0])
+        return cpu.slab.empty(bits.shape[1]).copy_(torch.from_numpy(np.packbits(bits.numpy(), 0, "little")[0]))
     return (bits * _POWERS.to(bits.device)).sum(0, dtype=torch.uint8)
 
 
@@ -138,12 +138,14 @@ class Copies:
         stream: the noise, and which copies there are.
         batch: number of samples, or None to take it from the first noisy neuron's input.
         others: snnTorch neurons of the network that do not sample.
+        first_samples: how many samples go on behind the first noisy neuron, to look at; None for all of them.
     """
 
     neurons: Mapping[str, NoisyNeuron]
     stream: NoiseStream
     batch: int | None = None
     others: Collection[nn.Module] = ()
+    first_samples: int | None = None
 
 
 _running: ContextVar[Recording | None] = ContextVar("snntorch_lr_recording", default=None)
@@ -173,11 +175,11 @@ def per_copy(x: Tensor) -> Tensor:
     recording = _running.get()
     if recording is None or not x.dim():
         return x
-    if recording.batch is None:
-        recording.batch = len(x)
+    if recording.samples is None:
+        recording.samples = len(x)
     if not recording.fits(x):
         raise ValueError(
-            f"per_copy takes a tensor with the batch first, here of {recording.batch} samples, but got one of shape "
+            f"per_copy takes a tensor with the batch first, here of {recording.samples} samples, but got one of shape "
             f"{tuple(x.shape)}; of [time, batch, ...] give it one time step"
         )
     return recording.repeat(x)
@@ -260,7 +262,8 @@ class Step:
         """
         fused, neuron, recording = self.fused, self.neuron, self.recording
         assert fused is not None
-        raw, mem, reset = (each.detach().to(fused.dtype) for each in (self.current.raw, neuron.mem, neuron.reset))
+        raw, mem, reset = recording.own(self.current.raw), neuron.mem, neuron.reset
+        raw, mem, reset = (each.detach().to(fused.dtype) for each in (raw, mem, reset))
         new, spikes = (cpu.pool.empty(mem.shape, mem.dtype) for _ in range(2))
         self.decided = spikes
         if gain is not None and gain.shape != mem.shape:
@@ -333,6 +336,8 @@ class Recording:
         half: any input was in float16.
         fused: constants of the neurons whose time steps are fused.
         draws: how often noise was drawn.
+        numbers: how many numbers that were, for each row.
+        samples: number of samples of the inputs.
         grad: the forward pass runs with gradients.
         run: a neuron's time step; compiled code leaves its graph there, which could not follow scores being filed.
     """
@@ -344,13 +349,15 @@ class Recording:
         self.others = copies.others
         self.stream = copies.stream
         self.copies = copies.stream.last - copies.stream.first
-        self.batch = copies.batch
+        self.samples = copies.batch
+        self._first_samples = copies.first_samples
         self.grad = True
         self.run = NoisyNeuron.noisy_step
         self._handles: list[RemovableHandle] = []
         self._token: Token[Recording | None] | None = None
         self.spikes = PackedSpikes()
         self.draws = 0
+        self.numbers = 0
         self.emits_bits: dict[NoisyNeuron, bool] = {}
         self.fused: dict[NoisyNeuron, Fused] = {}
         self._received: dict[NoisyNeuron, Current] = {}
@@ -383,7 +390,7 @@ class Recording:
         """The time step of a neuron that got an input, and states if the user keeps them."""
         current = self._received.get(neuron)
         first = neuron not in self.emits_bits
-        if first and self.batch is not None and len(input_) > self.batch:
+        if first and self.samples is not None and len(input_) == self.rows != self.samples:
             self.fed_by_copies.add(neuron)
         if current is None or not current.still_is(input_):
             self.check(input_, neuron)
@@ -395,6 +402,7 @@ class Recording:
                 self.fused[neuron] = Fused.of(neuron, input_, self.streams)
             if not states and not named:
                 self._warn_about_left_over_state(neuron)
+        self.numbers += math.prod(input_.shape[1:])
         step = self.step_type(self, neuron, current)
         step.take(states, named)
         fused = step.fused
@@ -426,10 +434,10 @@ class Recording:
         rows = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else None
 
         def expand(state: Any) -> Any:
-            short = isinstance(state, Tensor) and state.dim() and len(state) == self.batch
-            return state.repeat(self.copies, *[1] * (state.dim() - 1)) if short else state
+            short = isinstance(state, Tensor) and state.dim() and len(state) == self.samples
+            return self.own(state).repeat(self.copies, *[1] * (state.dim() - 1)) if short else state
 
-        if self.batch is None or rows != self.copies * self.batch or rows == self.batch:
+        if self.samples is None or rows != self.rows or rows == self.samples:
             return args, kwargs
         return (args[0], *map(expand, args[1:])), {key: expand(value) for key, value in kwargs.items()}
 
@@ -440,7 +448,7 @@ class Recording:
 
     def fits(self, x: Tensor) -> bool:
         """The first dimension is the batch, or the copies of it."""
-        return self.batch is not None and x.shape[0] in (self.batch, self.copies * self.batch)
+        return self.samples is not None and x.shape[0] in (self.samples, self.rows)
 
     def expand(self, x: Tensor, neuron: NoisyNeuron) -> Tensor:
         """Repeats a batch for every copy; leaves what is expanded already as it is.
@@ -461,17 +469,23 @@ class Recording:
         Raises:
             ValueError: if the first dimension is neither the batch nor the copies of it.
         """
-        if self.batch is None and x.dim():
-            self.batch = x.shape[0]
-        if self.batch is None or not x.dim() or not self.fits(x):
+        if self.samples is None and x.dim():
+            self.samples = x.shape[0]
+        if self.samples is None or not x.dim() or not self.fits(x):
             raise ValueError(
-                f"{self.name(neuron)} got an input of shape {tuple(x.shape)}, but there are {self.batch} targets: a "
+                f"{self.name(neuron)} got an input of shape {tuple(x.shape)}, but there are {self.samples} targets: a "
                 "noisy neuron takes one time step with the batch first, and so are targets"
             )
 
     def repeat(self, x: Tensor) -> Tensor:
         """As ``expand``, for a tensor that fits."""
-        return x if x.shape[0] == self.rows else x.unsqueeze(0).expand(self.copies, *x.shape).flatten(0, 1)
+        own = self.own(x)
+        return x if own is x and len(x) == self.rows else own.unsqueeze(0).expand(self.copies, *own.shape).flatten(0, 1)
+
+    def own(self, x: Tensor) -> Tensor:
+        """The samples that go on, of a tensor that is not repeated for the copies."""
+        # A copy, so that who keeps it does not keep the others.
+        return x if len(x) == self.rows or self.batch in (None, len(x)) else x[: self.batch].clone()
 
     def expand_state(self, state: Any, neuron: NoisyNeuron) -> Any:
         """A state that the user gives, for every copy.
@@ -489,6 +503,15 @@ class Recording:
                 "snnTorch would silently replace it by zeros. Start each forward pass from reset_mem() or reset(net)"
             )
         return state
+
+    @property
+    def batch(self) -> int | None:
+        """Number of samples that go on behind the first noisy neuron."""
+        if self.samples is None or self._first_samples is None:
+            return self.samples
+        count = min(self.samples, self._first_samples)
+        # So that rows can be told from samples.
+        return count - 1 if 1 < count < self.samples == count * self.copies else count
 
     @property
     def rows(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,21 +28,25 @@ class Continuation:
     Attributes:
         full: states by name, in all rows.
         fired: spikes of the last step, which reset the membrane potential.
-        visible: the same states in the rows of the train that goes on, with how often they had been changed.
+        visible: the same states in the rows of the train that goes on, with how often they had been changed; weakly,
+            because who remembers this by its membrane potential would keep both for good.
         link: orders the backward passes of the steps; None where there is no graph.
         chain: what these hand to each other.
     """
 
     full: Mapping[str, Rows]
     fired: tuple[Tensor, Tensor, int] | None
-    visible: Mapping[str, tuple[Tensor, int]]
+    visible: Mapping[str, tuple[weakref.ref[Tensor], int]]
     link: Tensor | None
     chain: Chain | None
 
     def holds(self, name: str, state: Any) -> bool:
         """A state is the one that was given out, unchanged."""
-        given, count = self.visible[name]
-        return isinstance(state, Tensor) and same_numbers(state, given) and version(given) == count
+        reference, count = self.visible[name]
+        given = reference()
+        if given is None or not isinstance(state, Tensor):
+            return False
+        return same_numbers(state, given) and version(given) == count
 
 
 class ShadowedStep(Step):
@@ -152,8 +157,8 @@ class ShadowedStep(Step):
         graded = self.grade(emitted)
         if "spk" in full:
             states["spk"] = graded
-        visible = {name: (state, version(state)) for name, state in states.items()}
-        self.recording.give_out(neuron, states["mem"], Continuation(full, neuron.fired, visible, link, chain))
+        visible = {name: (weakref.ref(state), version(state)) for name, state in states.items()}
+        self.recording.give_out(neuron, states, Continuation(full, neuron.fired, visible, link, chain))
         for name, state in states.items():
             setattr(neuron, name, state)
         if neuron.fired is not None:
@@ -267,6 +272,7 @@ class Shadowed(Recording):
         self._sigmas: dict[Noise, Tensor] = {}
         self._states: Any = WeakIdKeyDictionary()
         self._last: dict[NoisyNeuron, Continuation] = {}
+        self._given: dict[NoisyNeuron, Mapping[str, Tensor]] = {}
 
     @property
     def tokens(self) -> dict[NoisyNeuron, Tensor]:
@@ -347,9 +353,10 @@ class Shadowed(Recording):
             self.given.add(neuron)
         return known
 
-    def give_out(self, neuron: NoisyNeuron, mem: Tensor, state: Continuation) -> None:
-        """Remembers the state that a neuron continues from, by the membrane potential that others see."""
-        self._states[mem] = self._last[neuron] = state
+    def give_out(self, neuron: NoisyNeuron, states: Mapping[str, Tensor], continuation: Continuation) -> None:
+        """Remembers what a neuron continues from, by the membrane potential that others see."""
+        self._states[states["mem"]] = self._last[neuron] = continuation
+        self._given[neuron] = states
 
     def new_chain(self, neuron: NoisyNeuron, like: Tensor) -> Chain:
         """A chain for a train that starts."""
@@ -381,7 +388,7 @@ class _Emit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, reader: Tensor, spikes: Tensor) -> Tensor:
-        return spikes.clone()
+        return cpu.clone(spikes)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -394,7 +401,7 @@ class _Unread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, reader: Tensor, state: Tensor, where: str) -> Tensor:
         ctx.where = where
-        return state.clone()
+        return cpu.clone(state)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:

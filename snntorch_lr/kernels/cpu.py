@@ -74,7 +74,30 @@ class Pool:
         self._used.clear()
 
 
+class Slab:
+    """Memory for what is small and kept for long, taken from large blocks one piece after the other.
+
+    Between the large tensors of time steps that come and go, each small one that stays would leave a gap in the memory
+    of the C library that is just too small for the next, which then grows with every time step.
+    """
+
+    size = 1 << 20
+
+    def __init__(self) -> None:
+        self._block = np.empty(0, np.uint8)
+        self._next = 0
+
+    def empty(self, size: int) -> Tensor:
+        """Bytes with any numbers in them."""
+        if self._next + size > len(self._block):
+            self._block, self._next = np.empty(max(size, self.size), np.uint8), 0
+        given = self._block[self._next : self._next + size]
+        self._next += size
+        return torch.from_numpy(given)
+
+
 pool = Pool()
+slab = Slab()
 _WORTH_KEEPING = 1 << 16
 
 
@@ -92,12 +115,18 @@ def fill(out: Tensor, *arguments: Any) -> bool:
     return True
 
 
+def clone(x: Tensor) -> Tensor:
+    """A copy without a graph, in memory of the pool if it is on a CPU."""
+    x = x.detach()
+    return pool.empty(x.shape, x.dtype).copy_(x) if x.device.type == "cpu" else x.clone()
+
+
 def pack(spikes: Tensor) -> Tensor | None:
     """Numbers on a CPU as bits, eight to a byte: whether they are zero; None if Numba is not there."""
     if not (fits(spikes) and spikes.is_contiguous()):
         return None
     flat = spikes.numpy().reshape(-1)
-    packed = pool.empty((-(-flat.size // 8),), torch.uint8)
+    packed = slab.empty(-(-flat.size // 8))
     _run(_module().pack, packed.numpy(), flat)
     return packed
 
