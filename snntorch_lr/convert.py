@@ -26,7 +26,7 @@ def add_noise(
     learn: bool = True,
     only: Iterable[str] | None = None,
     kind: str = "membrane",
-    distribution: str = "gaussian",
+    distribution: str | None = None,
     sample: Any = None,
     forward: Callable[[Any], Any] | None = None,
     scale_weights: bool = False,
@@ -44,7 +44,7 @@ def add_noise(
         learn: whether the noise levels are parameters.
         only: names of the neurons to convert, as in ``net.named_modules()``; all by default.
         kind: ``"membrane"`` or ``"escape"``, see ``MembraneNoise`` and ``EscapeNoise``.
-        distribution: of the noise, as these offer it.
+        distribution: of the noise, as these offer it; None for Gaussian membrane noise, or logistic escape noise.
         sample: a batch of inputs; with it the levels of all noisy neurons are set by what it does to the membrane
             potentials, and ``sigma`` is in units of their standard deviation, 0.25 by default: see ``calibrate``,
             which also shows what it did, and explains ``forward`` and ``scale_weights``.

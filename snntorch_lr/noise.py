@@ -71,7 +71,7 @@ class Noise(Portable, nn.Module):
         sigma: noise level, in units of the membrane potential: a float, or a tensor that broadcasts against the
             membrane as snnTorch's ``beta`` does (``[features]``, ``[channels, 1, 1]``).
         learn: whether σ is a parameter; otherwise it is a buffer.
-        distribution: one that the subclass offers.
+        distribution: one that the subclass offers; None for the first of these.
         at_eval: keep the noise when the network is in evaluation mode.
 
     Raises:
@@ -91,10 +91,11 @@ class Noise(Portable, nn.Module):
         self,
         sigma: float | Tensor = 0.5,
         learn: bool = True,
-        distribution: str = "gaussian",
+        distribution: str | None = None,
         at_eval: bool = False,
     ) -> None:
         super().__init__()
+        distribution = self.offered[0] if distribution is None else distribution
         if distribution not in self.offered:
             raise ValueError(f"unknown noise distribution {distribution!r}; choose one of {', '.join(self.offered)}")
         try:
@@ -179,7 +180,7 @@ class MembraneNoise(Noise):
         sigma: noise level, in units of the membrane potential: a float, or a tensor that broadcasts against the
             membrane as snnTorch's ``beta`` does (``[features]``, ``[channels, 1, 1]``).
         learn: whether σ is a parameter; otherwise it is a buffer.
-        distribution: ``"gaussian"``, ``"laplace"`` or ``"logistic"``.
+        distribution: ``"gaussian"``, the default, ``"laplace"`` or ``"logistic"``.
         at_eval: keep the noise when the network is in evaluation mode. By default it is off there, like dropout.
 
     Raises:
@@ -195,7 +196,11 @@ class MembraneNoise(Noise):
     """
 
     offered = ("gaussian", "laplace", "logistic")
-    _kinds: ClassVar[dict[str, int]] = {"gaussian": kernels.GAUSSIAN, "laplace": kernels.LAPLACE, "logistic": kernels.LOGISTIC}
+    _kinds: ClassVar[dict[str, int]] = {
+        "gaussian": kernels.GAUSSIAN,
+        "laplace": kernels.LAPLACE,
+        "logistic": kernels.LOGISTIC,
+    }
 
     def quantile(self, u: Tensor) -> Tensor:
         """Standard noise ε of uniform numbers in (−1, 1), in place."""
@@ -211,7 +216,7 @@ class MembraneNoise(Noise):
 
 
 class EscapeNoise(Noise):
-    """Noise in the decision to fire: a spike with probability Φ(z) or sigmoid(z), z = (membrane − threshold) / σ.
+    """Noise in the decision to fire: a spike with probability sigmoid(z) or Φ(z), z = (membrane − threshold) / σ.
 
     The membrane potential itself stays free of noise, and the spike that was sampled is the one that resets it. The
     likelihood ratio then needs no noise value, only the probability of the spike: the score is the conditional mean,
@@ -221,7 +226,7 @@ class EscapeNoise(Noise):
         sigma: noise level, in units of the membrane potential: a float, or a tensor that broadcasts against the
             membrane as snnTorch's ``beta`` does.
         learn: whether σ is a parameter; otherwise it is a buffer.
-        distribution: ``"gaussian"`` for Φ, or ``"logistic"`` for the sigmoid.
+        distribution: ``"logistic"`` for the sigmoid, the default, or ``"gaussian"`` for Φ, which takes longer.
         at_eval: keep the noise when the network is in evaluation mode. By default it is off there, like dropout.
 
     Raises:
@@ -235,7 +240,7 @@ class EscapeNoise(Noise):
     Source: escape noise, Gerstner & Kistler (2002), "Spiking Neuron Models", chapter 5.
     """
 
-    offered = ("gaussian", "logistic")
+    offered = ("logistic", "gaussian")
     _kinds: ClassVar[dict[str, int]] = {"gaussian": kernels.GAUSSIAN_ESCAPE, "logistic": kernels.LOGISTIC_ESCAPE}
 
     def quantile(self, u: Tensor) -> Tensor:

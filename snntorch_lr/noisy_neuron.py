@@ -122,7 +122,7 @@ class NoisyNeuron(Portable, Dynamics, snn.SpikingNeuron):
 
     Args:
         noise: False for exactly the snnTorch neuron; True or ``"membrane"`` for learnable Gaussian membrane noise at
-            its default level; ``"escape"`` for Gaussian escape noise; or a ``MembraneNoise`` or ``EscapeNoise``.
+            its default level; ``"escape"`` for logistic escape noise; or a ``MembraneNoise`` or ``EscapeNoise``.
 
     Raises:
         ValueError: if ``noise`` is no noise, or if an option of the neuron is broken in snnTorch itself.

@@ -129,7 +129,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "kind": (lambda _: slr.add_noise(plain(), kind="poisson"), ValueError,
         "kind of noise 'poisson'; choose .* membrane"),
     "distribution": (lambda _: slr.EscapeNoise(distribution="laplace"), ValueError,
-        "'laplace'; choose .*gaussian, logis"),
+        "'laplace'; choose .*logistic, gauss"),
     "noise=0.5": (lambda _: slr.Leaky(beta=0.9, noise=0.5), ValueError,
         "noise=0.5 is not a noise; use True.*MembraneNoise"),
     # rollout

@@ -269,6 +269,8 @@ class Estimator(ABC):
         if self._seeds is not None and seed is not None:
             self._seeds.manual_seed(operator.index(seed))
         self.inspected = self.half = False
+        # That a pass draws for each sample and copy.
+        self.numbers = 0
         self._warned: set[str] = set()
 
     def backward(self, loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
@@ -426,6 +428,8 @@ class Estimator(ABC):
                     return self.run(recording, call, grad=False).view(2, -1)[0]
                 except Exception:
                     return None
+                finally:
+                    self.numbers = recording.numbers
 
         check_rows_are_apart(losses)
 

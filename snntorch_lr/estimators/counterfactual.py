@@ -18,7 +18,7 @@ from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
 from .base import Call, Estimator
 from .credit import Control, CreditSums, Rate, SpikePooling
-from .recording import Copies, Recording
+from .recording import Copies
 from .shadows import Shadowed
 from .sums import RatePass, RatesCaptured, check_calls
 
@@ -173,12 +173,8 @@ class Counterfactual(Estimator):
 
         Of long presentations, whose graph is large, it looks at some of the samples only.
         """
-        copies = replace(self._make(call, NoiseStream(0, 2, 0, 2)), first_samples=1)
-        short = Recording(copies)
-        with self.trial(), torch.no_grad():
-            self.run(short, call, grad=False)
-        samples = max(1, _NUMBERS // (2 * (1 + self.shadows) * max(1, short.numbers)))
-        recording = self._recording(replace(copies, first_samples=samples))
+        samples = max(1, _NUMBERS // (2 * (1 + self.shadows) * max(1, self.numbers)))
+        recording = self._recording(replace(self._make(call, NoiseStream(0, 2, 0, 2)), first_samples=samples))
         recording.keeps_steps = True
         neurons = call.neurons
         with self.trial():

@@ -120,7 +120,7 @@ def _base(options: Benchmark, method: str, noise: str = "membrane", copies: int 
 
 def _steps(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
     """Median milliseconds of all methods in turn, and their ratio to the surrogate's."""
-    workloads = [_base(options, "surrogate"), _base(options, "surrogate, hoisted")]
+    workloads = [_base(options, method) for method in ("surrogate", "surrogate, hoisted", "surrogate, noise")]
     for copies in options.copies:
         workloads += [_base(options, method, noise, copies) for method in METHODS for noise in NOISES]
         workloads.append(_base(options, "textbook", copies=copies))

@@ -35,7 +35,9 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {}
 for _name in ESTIMATORS:
     _option, _values = _WAYS.get(_name, ("", ()))
     METHODS |= {f"{_name}, {value}": (_name, {_option: value}) for value in _values} or {_name: (_name, {})}
-NOISES = {"membrane": ("membrane", "gaussian"), "escape": ("escape", "logistic")}
+NOISES = {
+    "membrane": ("membrane", "gaussian"), "escape": ("escape", "logistic"), "escape, Gaussian": ("escape", "gaussian")
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,9 @@ class Workload:
 
     Attributes:
         method: ``"surrogate"`` (backpropagation through time as snnTorch's tutorials write it),
-            ``"surrogate, hoisted"`` (the current of the constant input computed once), ``"textbook"`` (see
-            ``_textbook_step``), or one of ``METHODS``.
-        noise: ``"membrane"``, or ``"escape"`` for logistic escape noise.
+            ``"surrogate, hoisted"`` (the current of the constant input computed once), ``"surrogate, noise"`` (that with
+            noise of one copy), ``"textbook"`` (see ``_textbook_step``), or one of ``METHODS``.
+        noise: one of ``NOISES``.
         copies: K.
         num_steps: T.
         width: neurons of each hidden layer.
@@ -240,13 +242,15 @@ def make_step(workload: Workload, device: torch.device) -> TrainingStep:
     y = torch.randint(CLASSES, (workload.batch,), generator=generator).to(device)
     torch.manual_seed(0)
     net = Classifier(workload).to(device)
+    kind, distribution = NOISES[workload.noise]
+    if workload.method == "surrogate, noise":
+        add_noise(net, sigma=_SIGMA, only=net.noisy, kind=kind, distribution=distribution)
     if workload.method.startswith("surrogate"):
         return TrainingStep(net, _surrogate_step(net, x, y))
     if workload.method == "textbook":
         return TrainingStep(net, _textbook_step(workload, net, x, y))
     if workload.method not in METHODS:
         raise ValueError(f"unknown method {workload.method!r}; choose one of {', '.join(METHODS)}")
-    kind, distribution = NOISES[workload.noise]
     add_noise(net, sigma=_SIGMA, only=net.noisy, kind=kind, distribution=distribution)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     estimator, options = METHODS[workload.method]

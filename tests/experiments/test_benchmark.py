@@ -88,7 +88,7 @@ def test_writes_every_part(written: Path) -> None:
     assert {part for part in benchmark.PARTS if results[part]} == set(benchmark.PARTS)
     assert results["steps"][0]["ratio"] == 1
     # Two numbers of copies.
-    assert len(results["steps"]) == 2 + 2 * (2 * len(NOISES) + 1)
+    assert len(results["steps"]) == 3 + 2 * (2 * len(NOISES) + 1)
     page = (written / "benchmark.md").read_text()
     assert results["command"] in page
     assert {path.name for path in written.glob("*.png")} == {"steps.png", "memory.png"}

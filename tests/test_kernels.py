@@ -1,0 +1,255 @@
+"""Fused time steps against those that torch computes, and the memory that they write to."""
+
+from __future__ import annotations
+
+import gc
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import snntorch_lr as slr
+from snntorch_lr.estimators.recording import Copies, Recording, Step, pack, unpack
+from snntorch_lr.estimators.shadows import Continuation
+from snntorch_lr.estimators.storing import StoringStep
+from snntorch_lr.kernels import cpu
+from snntorch_lr.noise_stream import NoiseStream
+
+from .helpers import assert_same, gradients
+
+numba = pytest.importorskip("numba")
+
+NOISES = {
+    **{
+        f"escape, {each}": lambda each=each: slr.EscapeNoise(0.4, distribution=each)
+        for each in ("logistic", "gaussian")
+    },
+    **{
+        f"membrane, {each}": lambda each=each: slr.MembraneNoise(0.4, distribution=each)
+        for each in ("gaussian", "laplace", "logistic")
+    },
+}
+ESTIMATORS: dict[str, Callable[[nn.Module], slr.Estimator]] = {
+    "vanilla": lambda net: slr.Vanilla(net, 4, seed=3),
+    "replay": lambda net: slr.Vanilla(net, 4, memory="replay", seed=3),
+    "chunks, antithetic": lambda net: slr.Vanilla(net, 4, chunk=3, antithetic=True, seed=3),
+    "approximate": lambda net: slr.Approximate(net, 4, seed=3),
+    "rates": lambda net: slr.Counterfactual(net, 2, shadows=2, seed=3),
+}
+
+
+class Net(nn.Module):
+    """Two layers of leaky neurons, with a current that is constant or not."""
+
+    def __init__(self, noise: Callable[[], Any], reset: str, changes: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.lif1 = nn.Linear(12, 30), slr.Leaky(beta=0.9, reset_mechanism=reset, noise=noise())
+        self.fc2 = nn.Linear(30, 20)
+        self.lif2 = slr.Leaky(torch.linspace(0.5, 0.9, 20), threshold=0.7, reset_mechanism=reset, noise=noise())
+        self.readout = nn.Linear(20, 4)
+        self.changes = changes
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        mem1, mem2, total = self.lif1.reset_mem(), self.lif2.reset_mem(), torch.zeros(())
+        current = self.fc1(x)
+        for step in range(6):
+            spikes, mem1 = self.lif1(self.fc1(x * (1 + 0.3 * step)) if self.changes else current, mem1)
+            spikes, mem2 = self.lif2(2 * self.fc2(spikes), mem2)
+            total = total + self.readout(spikes)
+        return nn.functional.cross_entropy(total, y, reduction="none")
+
+
+def data(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.rand(7, 12, dtype=dtype, generator=torch.Generator().manual_seed(1)), torch.arange(7) % 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("changes", [False, True], ids=["constant", "changing"])
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_fused_gradient_is_that_of_torch(
+    noise: str, estimator: str, reset: str, changes: bool, dtype: torch.dtype
+) -> None:
+    def found() -> dict[str, Tensor]:
+        net = Net(NOISES[noise], reset, changes).to(dtype)
+        own = ESTIMATORS[estimator](net)
+        for _ in range(2):
+            loss = own.backward(net.loss, *data(dtype))
+        return gradients(net) | {"loss": loss}
+
+    fused = found()
+    with cpu.off():
+        plain = found()
+    allowed = 3e-5 if dtype == torch.float32 else 1e-9
+    for name, value in plain.items():
+        assert (fused[name] - value).abs().max() <= allowed * value.abs().max(), name
+
+
+def test_neurons_are_fused_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    step = cpu.step
+    monkeypatch.setattr(cpu, "step", lambda *args: (calls.append(1), step(*args)))
+    net = Net(NOISES["escape, logistic"], "subtract", False)
+    slr.Vanilla(net, 2, seed=0).backward(net.loss, *data(torch.float32))
+    assert len(calls) >= 12
+    calls.clear()
+    net.lif1 = slr.Leaky(0.9, learn_beta=True, noise=True)
+    net.lif2 = slr.Synaptic(0.9, 0.9, init_hidden=True, noise=True)
+    loss = lambda x, y: net.lif2(net.fc2(net.lif1(net.fc1(x), net.lif1.reset_mem())[0])).sum(1)  # noqa: E731
+    slr.Vanilla(net, 2, seed=0).backward(loss, *data(torch.float32))
+    assert not calls
+
+
+def test_a_derived_step_that_samples_by_itself_is_not_fused() -> None:
+    class Own(StoringStep):
+        def sample(self, noise: Any, mean: Tensor) -> Tensor:
+            return mean
+
+    class Unchanged(StoringStep):
+        pass
+
+    assert not Own.fuses
+    assert Unchanged.fuses
+    assert Step.fuses
+
+
+# One njit function for each, because nothing of them can be called from Python.
+def mapped(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    from snntorch_lr.kernels import numba_steps
+
+    function = getattr(numba_steps, name)
+
+    @numba.njit(**numba_steps._OPTIONS)
+    def apply(x: Any) -> Any:
+        out = np.empty_like(x)
+        for i in range(len(x)):
+            out[i] = function(x[i])
+        return out
+
+    return apply
+
+
+def test_errors_of_polynomials_are_as_stated() -> None:
+    special = torch.special
+    x = np.linspace(-87, 0, 400_001, dtype=np.float32)
+    assert np.abs(mapped("_exp")(x) / np.exp(x.astype(np.float64)) - 1).max() < 1e-6
+    x = np.geomspace(2.0**-25, 2, 400_001).astype(np.float32)
+    exact = np.log(x.astype(np.float64))
+    assert (np.abs(mapped("_log")(x) - exact) <= 2e-7 * np.maximum(np.abs(exact), 1)).all()
+    z = np.linspace(-40, 40, 400_001, dtype=np.float32)
+    assert np.abs(mapped("_half_tanh")(z) - np.tanh(z.astype(np.float64) / 2)).max() < 3e-7
+    ends = np.arange(-(2**23), -(2**23) + 1000)
+    k = np.concatenate([ends, np.linspace(-(2**23), 2**23 - 1, 300_001).astype(np.int64)])
+    u = ((k + 0.5) / 2.0**23).astype(np.float32)
+    exact = special.erfinv(torch.from_numpy(u).double()).numpy() * math.sqrt(2)
+    assert np.abs(mapped("_normal_quantile")(u) / exact - 1).max() < 2e-6
+
+
+def test_errors_of_the_normal_distribution_are_as_stated() -> None:
+    from snntorch_lr.kernels import numba_steps
+
+    @numba.njit(**numba_steps._OPTIONS)
+    def apply(z: Any) -> Any:
+        density, tail, mills = np.empty_like(z), np.empty_like(z), np.empty_like(z)
+        for i in range(len(z)):
+            density[i], tail[i], mills[i] = numba_steps._normal(z[i])
+        return density, tail, mills
+
+    z = np.linspace(-13, 13, 200_001, dtype=np.float32)
+    density, tail, mills = apply(z)
+    x = torch.from_numpy(z).double().abs()
+    exact = (-x.square() / 2).exp() / math.sqrt(2 * math.pi)
+    # The square of a number of single precision is as exact as it is.
+    room = 2e-6 + 2**-23 * x.square().numpy()
+    assert (np.abs(density / exact.numpy() - 1) < room).all()
+    ratio = (math.sqrt(math.pi / 2) * torch.special.erfcx(x / math.sqrt(2))).numpy()
+    assert np.abs(mills / ratio - 1).max() < 2e-6
+    assert (np.abs(tail / (exact.numpy() * ratio) - 1) < 2 * room).all()
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 1000, 70_001])
+def test_bits_are_those_of_torch(count: int) -> None:
+    spikes = (torch.rand(count) > 0.5).float()
+    bits = pack(spikes)
+    assert torch.equal(unpack(bits, spikes.shape, torch.float32), spikes)
+    with cpu.off():
+        assert torch.equal(pack(spikes), bits)
+        assert torch.equal(unpack(bits, spikes.shape, torch.float32), spikes)
+
+
+def test_memory_is_given_out_again_only_when_nobody_holds_it() -> None:
+    pool = cpu.Pool()
+    first = pool.empty((1 << 15,), torch.float32)
+    place, view = first.data_ptr(), first[5:9]
+    del first
+    assert pool.empty((1 << 15,), torch.float32).data_ptr() != place
+    saved = (view * torch.ones(4, requires_grad=True)).grad_fn
+    del view
+    assert pool.empty((1 << 15,), torch.float32).data_ptr() != place
+    del saved
+    assert place in {each.data_ptr() for each in [pool.empty((1 << 15,), torch.float32) for _ in range(3)]}
+
+
+def test_a_pool_lets_go_of_what_nobody_asks_for() -> None:
+    pool = cpu.Pool()
+    pool.empty((1 << 15,), torch.float32)
+    pool.trim()
+    assert pool._free
+    pool.trim()
+    assert not pool._free
+
+
+def test_pieces_of_a_slab_do_not_overlap() -> None:
+    slab = cpu.Slab()
+    pieces = [slab.empty(size).fill_(index) for index, size in enumerate((5, 300_000, 800_000, 2_000_000, 7))]
+    assert all(bool((piece == index).all()) for index, piece in enumerate(pieces))
+
+
+def test_states_of_earlier_steps_are_let_go() -> None:
+    net = Net(NOISES["escape, logistic"], "subtract", True)
+    counts = []
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        losses = net.loss(x, y)
+        counts.append(sum(type(each) is Continuation for each in gc.get_objects()))
+        return losses
+
+    slr.Counterfactual(net, 1, seed=0).backward(loss, *data(torch.float32))
+    assert 0 < counts[-1] <= 4
+
+
+def test_a_recording_of_some_samples_repeats_these() -> None:
+    lif = slr.Leaky(0.9, noise=True)
+    copies = Copies({"lif": lif}, NoiseStream(0, 2, 0, 2), 6, first_samples=3)
+    with Recording(copies) as recording, torch.no_grad():
+        # Three samples in two copies would be as many rows as there are samples.
+        assert recording.batch == 2
+        x = torch.rand(6, 5)
+        spikes, mem = lif(x, torch.arange(30.0).view(6, 5))
+        assert spikes.shape == mem.shape == (4, 5)
+        assert torch.equal(slr.per_copy(x), x[:2].repeat(2, 1))
+        assert lif(spikes, mem)[0].shape == (4, 5)
+
+
+def test_importing_the_package_does_not_import_numba() -> None:
+    code = "import sys, snntorch_lr; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_without_numba_torch_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> dict[str, Tensor]:
+        net = Net(NOISES["escape, logistic"], "subtract", False)
+        slr.Vanilla(net, 4, seed=3).backward(net.loss, *data(torch.float32))
+        return gradients(net)
+
+    fused = found()
+    monkeypatch.setattr(cpu, "_module", lambda: None)
+    assert_same(found(), fused, rtol=3e-5, atol=1e-6)
