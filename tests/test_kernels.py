@@ -108,6 +108,32 @@ def test_neurons_are_fused_where_they_can_be(monkeypatch: pytest.MonkeyPatch) ->
     assert not calls
 
 
+@pytest.mark.parametrize("noise", [name for name in NOISES if name.startswith("escape")])
+def test_a_current_that_is_no_number_reaches_the_gradient(noise: str) -> None:
+    made = NOISES[noise]()
+    made.log_sigma.requires_grad_(False)
+    lif, readout = slr.Leaky(0.9, noise=made), nn.Linear(3, 2)
+    current = torch.rand(4, 3).requires_grad_()
+    broken = torch.tensor([[0.0, math.nan, 0.0]])
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        mem, total = lif.reset_mem(), torch.zeros(())
+        entering = current + broken
+        for _ in range(3):
+            spikes, mem = lif(entering, mem)
+            total = total + readout(spikes)
+        return nn.functional.cross_entropy(total, y, reduction="none")
+
+    net = nn.ModuleList([lif, readout])
+    estimators = (slr.Vanilla(net, 4), slr.Approximate(net, 4), slr.Counterfactual(net, 2))
+    for own in estimators:
+        own.backward(loss, torch.rand(4, 3), torch.arange(4) % 2)
+        assert current.grad is not None
+        assert current.grad[:, 1].isnan().all()
+        assert current.grad[:, ::2].isfinite().all()
+        current.grad = None
+
+
 def test_a_derived_step_that_samples_by_itself_is_not_fused() -> None:
     class Own(StoringStep):
         def sample(self, noise: Any, mean: Tensor) -> Tensor:

@@ -166,8 +166,8 @@ class Workload:
 
     Attributes:
         method: ``"surrogate"`` (backpropagation through time as snnTorch's tutorials write it),
-            ``"surrogate, hoisted"`` (the current of the constant input computed once), ``"surrogate, noise"`` (that with
-            noise of one copy), ``"textbook"`` (see ``_textbook_step``), or one of ``METHODS``.
+            ``"surrogate, hoisted"`` (the current of the constant input computed once), ``"surrogate, noise"`` (that
+            with noise of one copy), ``"textbook"`` (see ``_textbook_step``), or one of ``METHODS``.
         noise: one of ``NOISES``.
         copies: K.
         num_steps: T.

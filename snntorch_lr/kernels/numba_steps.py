@@ -2,8 +2,8 @@
 
 A row is one copy of one sample. All intermediate numbers of a row stay in the cache, and each loop is over the neurons
 of a row, so that LLVM turns it into vector instructions. In single precision nothing calls a mathematical library,
-which it could not: polynomials take its place, whose errors are below 2 · 10⁻⁶. In double precision, which is for tests,
-accuracy comes first.
+which it could not: polynomials take its place, whose errors are below 2 · 10⁻⁶. In double precision, which is for
+tests, accuracy comes first.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from numba.extending import overload
 
 from . import GAUSSIAN, GAUSSIAN_ESCAPE, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, SUBTRACT, ZERO
 
-# Without leave to reorder sums: rounding to the nearest integer and the exactness of the uniform numbers depend on it.
-_OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "ninf", "nsz", "contract"}}
+# No leave to reorder sums, on which rounding to an integer and the exactness of the uniform numbers depend, nor to take
+# for granted that there is no NaN, which has to reach the gradient to be found.
+_OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
 
 # Constants of single precision, so that they do not turn the numbers beside them into double precision.
 _0, _HALF, _1, _2 = (np.float32(value) for value in (0, 0.5, 1, 2))
@@ -79,7 +80,8 @@ def _overload_exp(x: Any) -> Any:
         return math.exp(x)
 
     def single(x: Any) -> Any:
-        x = max(x, _LEAST_EXPONENT)
+        # Written so that NaN stays NaN, as the limits below.
+        x = _LEAST_EXPONENT if x < _LEAST_EXPONENT else x
         shifted = x * _LOG2E + _ROUND
         whole = shifted - _ROUND
         r = (x - whole * _LN2_HIGH) - whole * _LN2_LOW
@@ -253,9 +255,13 @@ def _overload_half_tanh(z: Any) -> Any:
         return math.tanh(0.5 * z)
 
     def single(z: Any) -> Any:
-        y = max(-_TANH_END, min(_TANH_END, z * _HALF))
+        y = z * _HALF
+        y = _TANH_END if y > _TANH_END else y
+        y = -_TANH_END if y < -_TANH_END else y
         square = y * y
-        return max(-_1, min(_1, y * _polynomial(square, _TANH) / _polynomial(square, _TANH_BELOW)))
+        found = y * _polynomial(square, _TANH) / _polynomial(square, _TANH_BELOW)
+        found = _1 if found > _1 else found
+        return -_1 if found < -_1 else found
 
     return double if z == types.float64 else single
 

@@ -90,7 +90,7 @@ def test_finished_runs_are_kept_and_resumed(out: Path) -> None:
         (["--model", "rnn"], "mlp, deep-mlp, conv"),
         (["--estimator", "adam"], "counterfactual, vanilla, approximate"),
         (["--noise", "pink"], "membrane, escape"),
-        (["--noise", "escape", "--distribution", "laplace"], "gaussian, logistic"),
+        (["--noise", "escape", "--distribution", "laplace"], "logistic, gaussian"),
         (["--sigma", "0"], "sigma must be positive"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--copies", "0"], "--copies must be at least 1"),

@@ -21,7 +21,8 @@ class OneSpike(nn.Module):
         self.fc = nn.Linear(2, 1, bias=False)
         with torch.no_grad():
             self.fc.weight.copy_(torch.tensor([[1.0, -2.0]]))
-        self.lif = slr.Leaky(beta=0.9, threshold=0.2, init_hidden=True, noise=kind)
+        noise = slr.EscapeNoise(distribution="gaussian") if kind == "escape" else kind
+        self.lif = slr.Leaky(beta=0.9, threshold=0.2, init_hidden=True, noise=noise)
 
     def forward(self, x: Tensor) -> Tensor:
         slr.reset(self)
