@@ -92,10 +92,12 @@ def _milliseconds(step: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_megabytes(make: Callable[[], TrainingStep], device: torch.device) -> float:
-    """Peak memory of one training step above weights, gradients and the optimizer's state, in 10⁶ bytes.
+    """Peak memory of the first training step above what there is before it, in 10⁶ bytes.
 
-    These are there before: a step with a single time step warms up. On a CPU it is the memory of a fresh process, so
-    that nothing that was freed earlier hides a part of it. On a CUDA device it is what torch's allocator counts.
+    Gradients, the optimizer's state and all that an estimator looks at in its first call are in it. Another network
+    takes a step with a single time step before, so that libraries are there. On a CPU it is the memory of a fresh
+    process, so that nothing that was freed earlier hides a part of it. On a CUDA device it is what torch's allocator
+    counts.
 
     Args:
         make: makes the step; ``pickle`` has to find it in a module.
@@ -114,15 +116,17 @@ def peak_megabytes(make: Callable[[], TrainingStep], device: torch.device) -> fl
     return float(process.stdout)
 
 
-def _peak(step: TrainingStep, device: torch.device) -> float:
+def _peak(make: Callable[[], TrainingStep], device: torch.device) -> float:
     """``peak_megabytes``, in the process that does nothing else."""
     import psutil
 
+    step = make()
     net: Any = step.net
-    if num_steps := getattr(net, "num_steps", 0):
+    if hasattr(net, "num_steps"):
         net.num_steps = 1
         step()
-        net.num_steps = num_steps
+        del step, net
+        step = make()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -174,6 +178,7 @@ class Workload:
         width: neurons of each hidden layer.
         depth: number of hidden layers.
         batch: images in a step.
+        hoists: the current of the constant input is computed once, in front of the loop; ``"surrogate"`` never does.
         rate: the loss reads the output neurons' spike counts, and these neurons have noise too; otherwise it is summed
             over their membrane potentials at all time steps.
     """
@@ -185,6 +190,7 @@ class Workload:
     width: int = 1000
     depth: int = 1
     batch: int = 128
+    hoists: bool = True
     rate: bool = False
 
     @property
@@ -206,7 +212,7 @@ class Classifier(nn.Module):
             self.neurons[-1] = snn.Leaky(beta=0.95, reset_mechanism="none")
         self.num_steps = workload.num_steps
         self.rate = workload.rate
-        self.hoists = workload.method != "surrogate"
+        self.hoists = workload.hoists and workload.method != "surrogate"
 
     @property
     def noisy(self) -> list[str]:
@@ -331,4 +337,4 @@ def _textbook_step(workload: Workload, net: Classifier, x: Tensor, y: Tensor) ->
 if __name__ == "__main__" and (_given := sys.stdin.buffer.read()):
     _make, _device, _threads = pickle.loads(_given)
     torch.set_num_threads(_threads)
-    print(_peak(_make(), torch.device(_device)))
+    print(_peak(_make, torch.device(_device)))
