@@ -227,10 +227,19 @@ def test_memory_is_given_out_again_only_when_nobody_holds_it() -> None:
 def test_a_pool_lets_go_of_what_nobody_asks_for() -> None:
     pool = cpu.Pool()
     pool.empty((1 << 15,), torch.float32)
-    pool.trim()
+    for _ in range(cpu.Pool.patience):
+        pool.trim()
     assert pool._free
     pool.trim()
     assert not pool._free
+    assert pool.empty((1 << 15,), torch.float32).numel() == 1 << 15
+
+
+def test_a_pool_keeps_some_blocks_of_each_size() -> None:
+    pool = cpu.Pool()
+    held = [pool.empty((1 << 15,), torch.float32) for _ in range(2 * pool.most)]
+    held.clear()
+    assert [len(free) for free in pool._free.values()] == [pool.most]
 
 
 def test_pieces_of_a_slab_do_not_overlap() -> None:

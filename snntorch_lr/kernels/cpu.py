@@ -47,20 +47,24 @@ class Pool:
     that.
     """
 
+    patience = 64
+    most = 8
+
     def __init__(self) -> None:
         self._free: dict[int, list[NDArray[np.uint8]]] = {}
-        self._used: set[int] = set()
+        self._calls = 0
+        self._used: dict[int, int] = {}
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on the CPU, with any numbers in it."""
         size = math.prod(shape) * dtype.itemsize
         if size < _WORTH_KEEPING:
             return torch.empty(tuple(shape), dtype=dtype)
-        self._used.add(size)
+        self._used[size] = self._calls
         free = self._free.setdefault(size, [])
         block = free.pop() if free else np.empty(size, np.uint8)
         given = block[:]
-        weakref.finalize(given, free.append, block).atexit = False
+        weakref.finalize(given, _put_back, free, block).atexit = False
         return torch.from_numpy(given).view(dtype).view(tuple(shape))
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -68,10 +72,16 @@ class Pool:
         return self.empty(shape, dtype).zero_()
 
     def trim(self) -> None:
-        """Lets go of the free blocks of sizes that nobody has asked for since the last call."""
-        for size in self._free.keys() - self._used:
-            del self._free[size]
-        self._used.clear()
+        """Counts a call of an estimator, and lets go of sizes that none of the last ones has asked for."""
+        self._calls += 1
+        for size, last in list(self._used.items()):
+            if self._calls - last > self.patience:
+                del self._free[size], self._used[size]
+
+
+def _put_back(free: list[NDArray[np.uint8]], block: NDArray[np.uint8]) -> None:
+    if len(free) < Pool.most:
+        free.append(block)
 
 
 class Slab:
