@@ -89,7 +89,8 @@ def test_a_fused_gradient_is_that_of_torch(
     fused = found()
     with cpu.off():
         plain = found()
-    allowed = 3e-5 if dtype == torch.float32 else 1e-9
+    # In single precision sums over copies and time cancel.
+    allowed = 1e-4 if dtype == torch.float32 else 1e-9
     for name, value in plain.items():
         assert (fused[name] - value).abs().max() <= allowed * value.abs().max(), name
 
