@@ -324,12 +324,12 @@ class _Leak(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mem: Tensor, current: Tensor, before: Tensor, kept: Tensor) -> Tensor:
-        ctx.kept, ctx.shape, ctx.before = kept, current.shape, before.shape
+        ctx.kept, ctx.shape = kept, current.shape
         return mem.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
-        to_before = gradient * ctx.kept if ctx.needs_input_grad[2] and gradient.shape == ctx.before else None
+        to_before = gradient * ctx.kept if ctx.needs_input_grad[2] else None
         return None, over_copies(gradient, ctx.shape), to_before, None
 
 
