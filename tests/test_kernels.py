@@ -136,6 +136,30 @@ def test_a_current_that_is_no_number_reaches_the_gradient(noise: str) -> None:
         current.grad = None
 
 
+def test_one_neuron_may_serve_layers_of_several_sizes() -> None:
+    def found() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        lif, small, large, readout = (
+            slr.Leaky(0.9, noise=True),
+            nn.Linear(12, 3),
+            nn.Linear(3, 5000),
+            nn.Linear(5000, 2),
+        )
+        net = nn.ModuleList([lif, small, large, readout]).double()
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            first, _ = lif(small(x), lif.reset_mem())
+            second, _ = lif(9 * large(first), torch.zeros(()))
+            return nn.functional.cross_entropy(readout(second), y % 2, reduction="none")
+
+        slr.Vanilla(net, 4, seed=0).backward(loss, *data(torch.float64))
+        return gradients(net)
+
+    fused = found()
+    with cpu.off():
+        assert_same(fused, found(), rtol=1e-9, atol=1e-12)
+
+
 def test_a_derived_step_that_samples_by_itself_is_not_fused() -> None:
     class Own(StoringStep):
         def sample(self, noise: Any, mean: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class Fused:
         beta: leak, one number for each neuron of a row, as the next two.
         threshold: threshold.
         sigma: noise level.
+        shape: of a row.
         dtype: of all.
         placeholder: a number that takes any shape.
     """
@@ -46,6 +47,7 @@ class Fused:
     beta: Tensor
     threshold: Tensor
     sigma: Tensor
+    shape: torch.Size
     dtype: torch.dtype
     placeholder: Tensor
 
@@ -82,9 +84,14 @@ class Fused:
             spread(neuron.beta.clamp(0, 1)),
             spread(neuron.threshold),
             spread(neuron.noise.sigma),
+            x.shape[1:],
             x.dtype,
             x.new_zeros(()),
         )
+
+    def suits(self, x: Tensor) -> bool:
+        """The constants are for inputs like this one: a neuron may serve layers of several sizes."""
+        return x.shape[1:] == self.shape and x.dtype == self.dtype
 
     def shaped(self, x: Tensor, rows: int) -> Tensor:
         """A tensor without memory, in the shape of an input of so many rows."""

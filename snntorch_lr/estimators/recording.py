@@ -398,10 +398,13 @@ class Recording:
             self.half |= input_.dtype == torch.float16
         if first:
             self.emits_bits[neuron] = neuron.emits_zeros_and_ones()
-            if Fused.can_be(neuron, input_):
-                self.fused[neuron] = Fused.of(neuron, input_, self.streams)
             if not states and not named:
                 self._warn_about_left_over_state(neuron)
+        known = self.fused.get(neuron)
+        if first or (known is not None and not known.suits(input_)):
+            self.fused.pop(neuron, None)
+            if Fused.can_be(neuron, input_):
+                self.fused[neuron] = Fused.of(neuron, input_, self.streams)
         self.numbers += math.prod(input_.shape[1:])
         step = self.step_type(self, neuron, current)
         step.take(states, named)
