@@ -160,6 +160,31 @@ def test_one_neuron_may_serve_layers_of_several_sizes() -> None:
         assert_same(fused, found(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_threshold_that_changes_in_the_loop_is_followed(in_place: bool) -> None:
+    def found() -> dict[str, Tensor]:
+        net = Net(NOISES["escape, logistic"], "subtract", False).double()
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            net.lif1.threshold = torch.tensor(1.0, dtype=torch.float64)
+            mem, total, current = net.lif1.reset_mem(), torch.zeros(()), net.fc1(x)
+            for _ in range(4):
+                spikes, mem = net.lif1(current, mem)
+                total = total + net.readout(spikes[:, :20])
+                if in_place:
+                    net.lif1.threshold.mul_(0.5)
+                else:
+                    net.lif1.threshold = net.lif1.threshold / 2
+            return nn.functional.cross_entropy(total, y, reduction="none")
+
+        slr.Vanilla(net, 4, seed=0).backward(loss, *data(torch.float64))
+        return gradients(net)
+
+    fused = found()
+    with cpu.off():
+        assert_same(fused, found(), rtol=1e-9, atol=1e-12)
+
+
 def test_a_derived_step_that_samples_by_itself_is_not_fused() -> None:
     class Own(StoringStep):
         def sample(self, noise: Any, mean: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..graph import version
 from ..kernels import NONE, SUBTRACT, ZERO, cpu
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
@@ -20,6 +21,11 @@ def _fits(value: Tensor, x: Tensor) -> bool:
     missing = x.dim() - value.dim()
     row = (1, *x.shape[1:])
     return missing >= 0 and all(a in (1, b) for a, b in zip(value.shape, row[missing:], strict=True))
+
+
+def _given(neuron: NoisyNeuron) -> tuple[Tensor, ...]:
+    assert neuron.noise is not None
+    return neuron.beta, neuron.threshold, neuron.noise.log_sigma
 
 
 RESETS = {"subtract": SUBTRACT, "zero": ZERO, "none": NONE}
@@ -39,6 +45,7 @@ class Fused:
         shape: of a row.
         dtype: of all.
         placeholder: a number that takes any shape.
+        given: the tensors of the neuron that these are made of, with how often they had been changed.
     """
 
     kind: int
@@ -50,6 +57,7 @@ class Fused:
     shape: torch.Size
     dtype: torch.dtype
     placeholder: Tensor
+    given: tuple[tuple[Tensor, int], ...]
 
     @staticmethod
     def can_be(neuron: NoisyNeuron, x: Tensor) -> bool:
@@ -63,7 +71,7 @@ class Fused:
             and type(neuron).fire is NoisyNeuron.fire
             and x.dim() > 1
             and x.numel() > 0
-            and all(_fits(value, x) for value in (neuron.beta, neuron.threshold, noise.log_sigma))
+            and all(_fits(value, x) for value in _given(neuron))
             and x.dtype == neuron.beta.dtype == neuron.threshold.dtype
             and cpu.fits(x)
         )
@@ -87,11 +95,13 @@ class Fused:
             x.shape[1:],
             x.dtype,
             x.new_zeros(()),
+            tuple((value, version(value)) for value in _given(neuron)),
         )
 
-    def suits(self, x: Tensor) -> bool:
-        """The constants are for inputs like this one: a neuron may serve layers of several sizes."""
-        return x.shape[1:] == self.shape and x.dtype == self.dtype
+    def suits(self, neuron: NoisyNeuron, x: Tensor) -> bool:
+        """The constants still hold: a neuron may serve layers of several sizes, and its threshold may be changed."""
+        same = all(a is b and version(a) == count for a, (b, count) in zip(_given(neuron), self.given, strict=True))
+        return same and x.shape[1:] == self.shape and x.dtype == self.dtype
 
     def shaped(self, x: Tensor, rows: int) -> Tensor:
         """A tensor without memory, in the shape of an input of so many rows."""

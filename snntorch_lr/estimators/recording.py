@@ -401,7 +401,7 @@ class Recording:
             if not states and not named:
                 self._warn_about_left_over_state(neuron)
         known = self.fused.get(neuron)
-        if first or (known is not None and not known.suits(input_)):
+        if first or (known is not None and not known.suits(neuron, input_)):
             self.fused.pop(neuron, None)
             if Fused.can_be(neuron, input_):
                 self.fused[neuron] = Fused.of(neuron, input_, self.streams)
