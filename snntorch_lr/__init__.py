@@ -12,7 +12,7 @@ from .estimators.input_gradient import input_gradient
 from .estimators.recording import per_copy
 from .network import reset, rollout
 from .neurons import SLSTM, Alpha, Lapicque, Leaky, RLeaky, RSynaptic, SConv2dLSTM, Synaptic
-from .noise import EscapeNoise, MembraneNoise
+from .noise import EscapeNoise, MembraneNoise, NoisyInput
 from .noisy_neuron import UNSUPPORTED
 from .optim import attach, closure
 
@@ -32,6 +32,7 @@ __all__ = [
     "Lapicque",
     "Leaky",
     "MembraneNoise",
+    "NoisyInput",
     "RLeaky",
     "RSynaptic",
     "SConv2dLSTM",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._messages import warn
 from .calibration import calibrate
-from .network import noisy_neurons, reset, spiking_neurons
+from .network import noises, noisy_neurons, reset, spiking_neurons
 from .neurons import to_noisy, to_plain
 from .noise import KINDS
 from .noisy_neuron import NoisyNeuron
@@ -120,7 +120,7 @@ def noise_on(net: nn.Module, generator: torch.Generator | None = None) -> Abstra
     """Context in which the network runs with noise, also in evaluation mode.
 
     Args:
-        net: a network with noisy neurons.
+        net: a network with noisy neurons or inputs.
         generator: where the noise is drawn from, instead of torch's global generator; on the network's device.
 
     Examples:
@@ -132,9 +132,9 @@ def noise_on(net: nn.Module, generator: torch.Generator | None = None) -> Abstra
 
 @contextmanager
 def _switched(net: nn.Module, forced: bool, generator: torch.Generator | None) -> Iterator[None]:
-    noises = [neuron.noise for neuron in noisy_neurons(net).values() if neuron.noise is not None]
-    before = [(noise, noise.forced, noise.generator) for noise in noises]
-    for noise in noises:
+    found = noises(net).values()
+    before = [(noise, noise.forced, noise.generator) for noise in found]
+    for noise in found:
         noise.forced, noise.generator = forced, generator
     try:
         yield

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._messages import positive_integer
+from .noise import Noise, NoisyInput
 from .noisy_neuron import UNSUPPORTED, NoisyNeuron
 
 # snnTorch 0.9.4 lacks some of those that are not supported.
@@ -55,6 +56,17 @@ def noisy_neurons(net: nn.Module) -> dict[str, NoisyNeuron]:
     }
 
 
+def noisy_inputs(net: nn.Module) -> dict[str, NoisyInput]:
+    """The modules of a network that add noise to an input, by name."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, NoisyInput)}
+
+
+def noises(net: nn.Module) -> dict[str, Noise]:
+    """All noise of a network, of its neurons and inputs, by name."""
+    of_neurons = {f"{name}.noise": neuron.noise for name, neuron in noisy_neurons(net).items()}
+    return {name: noise for name, noise in (of_neurons | noisy_inputs(net)).items() if noise is not None}
+
+
 def named_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a network and of its neurons, each once, also of neurons in plain lists and dicts."""
     modules = [("", net), *((f"{name}.", neuron) for name, neuron in spiking_neurons(net) if name)]
@@ -95,7 +107,7 @@ def reset(net: nn.Module) -> None:
     """Zeroes the state of every snnTorch neuron of this network, nested or not, and of no other network.
 
     Call it at the start of a forward pass, in place of ``snntorch.utils.reset``. States are also cut from the graph
-    of the last forward pass, so that the network can be deep-copied.
+    of the last forward pass, so that the network can be deep-copied. Frozen noise of inputs is drawn anew.
 
     Examples:
         >>> slr.reset(net)
@@ -104,13 +116,15 @@ def reset(net: nn.Module) -> None:
     """
     for _, neuron in spiking_neurons(net):
         reset_state(neuron)
+    for noise in noisy_inputs(net).values():
+        noise.reset()
 
 
 def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) -> Any:
     """Runs a sequential network over time, from reset states.
 
     With ``num_steps`` the inputs are the same in each time step (direct coding): all modules in front of the first
-    neuron are run once, and so is their backward pass.
+    neuron are run once, and so is their backward pass; from a ``NoisyInput`` that is not frozen on, in each time step.
 
     Args:
         net: modules in order; its neurons hold their states (``init_hidden=True``).
@@ -135,7 +149,8 @@ def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) ->
             f"rollout runs an nn.Sequential, not {type(net).__name__}: write the loop over time yourself, after "
             "snntorch_lr.reset(net)"
         )
-    neurons = {neuron for _, neuron in spiking_neurons(net)}
+    changing: set[nn.Module] = {neuron for _, neuron in spiking_neurons(net)}
+    changing |= {noise for noise in noisy_inputs(net).values() if noise.active and not noise.frozen}
     _check(net)
     steps = len(inputs) if num_steps is None else positive_integer("num_steps", num_steps)
     if not steps:
@@ -144,7 +159,7 @@ def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) ->
     modules = list(net)
     start = 0
     if num_steps is not None:
-        start = next((i for i, module in enumerate(modules) if neurons & set(module.modules())), len(modules))
+        start = next((i for i, module in enumerate(modules) if changing & set(module.modules())), len(modules))
         for module in modules[:start]:
             inputs = module(inputs)
     record: list[Any] = []

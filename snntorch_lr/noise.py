@@ -80,7 +80,7 @@ class Noise(Portable, nn.Module):
     """
 
     offered: tuple[str, ...] = ()
-    transient = ("forced", "generator")
+    transient: tuple[str, ...] = ("forced", "generator")
     _kinds: ClassVar[dict[str, int]] = {}
     log_sigma: Tensor
     # Set for a while by noise_on / noise_off; never saved.
@@ -146,13 +146,17 @@ class Noise(Portable, nn.Module):
         Raises:
             ValueError: if it does not, or would make more of the membrane potential than it is.
         """
-        mine = tuple(self.log_sigma.shape)
-        if len(mine) > len(shape) or any(a not in (1, b) for a, b in zip(mine[::-1], shape[::-1], strict=False)):
+        if not self._broadcasts(shape):
+            mine = tuple(self.log_sigma.shape)
             raise ValueError(
                 f"the noise level sigma of {neuron} has the shape {mine}, which does not broadcast against its "
                 f"membrane potential, {shape}: give one number, or one for each neuron or channel ([features], "
                 "[channels, 1, 1])"
             )
+
+    def _broadcasts(self, shape: tuple[int, ...]) -> bool:
+        mine = tuple(self.log_sigma.shape)
+        return len(mine) <= len(shape) and all(a in (1, b) for a, b in zip(mine[::-1], shape[::-1], strict=False))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -289,6 +293,125 @@ class EscapeNoise(Noise):
         """Derivative of the log-probability of the spikes with respect to log σ, from ``location_score``."""
         out = out if out is not None and out.dtype == location.dtype else None
         return torch.mul(z, location, out=out).neg_()
+
+
+class NoisyInput(Noise):
+    """Gaussian noise on the input of a network, with a learnable level: the first layer of noise injection.
+
+    A module in front of any model, x + σ ε. It trains by whatever trains the model: the likelihood ratio of the neurons
+    behind it, or surrogate gradients. A clean loss is lower without noise, so a learned level falls; ``floor`` bounds
+    it. Noise is on in training mode and under ``noise_on(net)``, as that of neurons is, and all copies of a sample
+    share it.
+
+    Args:
+        sigma: noise level, in units of the input: a float, or a tensor that broadcasts against one sample.
+        learn: whether σ is a parameter; otherwise it is a buffer.
+        per_pixel: each element of a sample has a level of its own; its shape is taken from the first input.
+        frozen: one draw for each presentation, in place of one for each call: the next draw is made after
+            ``slr.reset(net)``. With one draw for each call, call the module in each time step.
+        floor: the least level that learning may reach, as a fraction of ``sigma``, in [0, 1).
+        distribution: ``"gaussian"``, the default, ``"laplace"`` or ``"logistic"``.
+        at_eval: keep the noise when the network is in evaluation mode.
+
+    Raises:
+        TypeError: if sigma is neither a number nor a tensor.
+        ValueError: if sigma is not positive and finite, or another argument is wrong; in a call, if σ does not fit the
+            input.
+        RuntimeError: in a call, if a frozen draw was not renewed since σ was updated.
+
+    Examples:
+        >>> net = torch.nn.Sequential(slr.NoisyInput(sigma=0.3), torch.nn.Linear(784, 10), slr.Leaky(beta=0.9))
+        >>> net[0](torch.zeros(2, 784)).std() > 0.2
+        tensor(True)
+        >>> net.eval()[0](torch.zeros(1, 3))
+        tensor([[0., 0., 0.]])
+
+    Source: noise injection in the network, arXiv 2302.10802; on the input, Bishop (1995), "Training with Noise is
+    Equivalent to Tikhonov Regularization".
+    """
+
+    offered = MembraneNoise.offered
+    transient = (*Noise.transient, "_drawn")
+    # A frozen draw, and how often σ had been changed then.
+    _drawn: tuple[Tensor, int] | None = None
+    lowest: Tensor
+
+    def __init__(
+        self,
+        sigma: float | Tensor = 0.3,
+        learn: bool = True,
+        per_pixel: bool = False,
+        frozen: bool = False,
+        floor: float = 0.5,
+        distribution: str | None = None,
+        at_eval: bool = False,
+    ) -> None:
+        super().__init__(sigma, learn, distribution, at_eval)
+        if not 0 <= floor < 1:
+            raise ValueError(f"floor must be in [0, 1), as a fraction of sigma, got {floor}")
+        level = self.log_sigma.detach().exp()
+        self.register_buffer("lowest", floor * level)
+        with torch.no_grad():
+            self.log_sigma.add_(math.log1p(-floor))
+        self.per_pixel = per_pixel
+        self.frozen = frozen
+
+    @property
+    def sigma(self) -> Tensor:
+        """Noise level σ, above the floor."""
+        return self.lowest + self.log_sigma.exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input with noise, ``[batch, ...]``; the same tensor where the noise is off."""
+        self._fit(x)
+        if not self.active:
+            return x
+        return torch.addcmul(x, self.sigma.to(x.dtype), self._draw(x))
+
+    def reset(self) -> None:
+        """Lets a frozen draw go."""
+        self._drawn = None
+
+    def _draw(self, x: Tensor) -> Tensor:
+        if not self.frozen:
+            return self.sample(x)
+        if self._drawn is not None and self._drawn[0].shape == x.shape:
+            noise, count = self._drawn
+            if self.log_sigma._version != count:
+                raise RuntimeError(
+                    "NoisyInput: the same frozen noise would be used after an update of sigma: call "
+                    "snntorch_lr.reset(net), which begins a presentation, at the start of each forward pass"
+                )
+            return noise.to(x.dtype)
+        noise = self.sample(x)
+        self._drawn = noise, self.log_sigma._version
+        return noise
+
+    def _fit(self, x: Tensor) -> None:
+        """Gives each pixel its level at the first input, and refuses inputs that σ does not fit."""
+        if self.per_pixel and self.log_sigma.shape != x.shape[1:] and self.log_sigma.numel() == 1:
+            self._expand(x.shape[1:])
+        if not self._broadcasts(x.shape[1:]):
+            raise ValueError(
+                f"NoisyInput: the noise level has the shape {tuple(self.log_sigma.shape)}, which does not fit samples "
+                f"of the shape {tuple(x.shape[1:])}: give one number, or a level for each element of a sample"
+            )
+
+    def _expand(self, shape: tuple[int, ...]) -> None:
+        # In place: an optimizer may hold the parameter already.
+        for values in (self.log_sigma, self.lowest):
+            values.data = values.data.expand(shape).clone()
+            values.grad = None
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}log_sigma")
+        if self.per_pixel and isinstance(saved, Tensor) and self.log_sigma.numel() == 1:
+            self._expand(tuple(saved.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Level, distribution and draws, for ``print(net)``."""
+        return f"{super().extra_repr()}, frozen={self.frozen}"
 
 
 class _Hinted(str):

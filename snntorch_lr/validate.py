@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._messages import warn
 from .graph import ancestors
-from .network import named_parameters, noisy_neurons, spiking_neurons
+from .network import named_parameters, noises, noisy_neurons, spiking_neurons
 from .noisy_neuron import NoisyNeuron
 
 
@@ -33,14 +33,14 @@ def network_errors(net: nn.Module) -> Iterator[str]:
             f"the noise of {', '.join(neurons)} is off: call net.train(), leave noise_off(net), or make the noise with "
             "at_eval=True"
         )
-    for name, neuron in active.items():
-        assert neuron.noise is not None
-        sigma = neuron.noise.sigma.detach()
-        if not bool(((sigma > 0) & sigma.isfinite()).all()):
+    for name, noise in noises(net).items():
+        sigma = noise.sigma.detach()
+        if noise.active and not bool(((sigma > 0) & sigma.isfinite()).all()):
             yield (
-                f"{name}.noise: sigma must be positive and finite, but is {sigma.min().item():.3g} to "
+                f"{name}: sigma must be positive and finite, but is {sigma.min().item():.3g} to "
                 f"{sigma.max().item():.3g}; lower its learning rate (a parameter group of its own) or freeze it"
             )
+    for name, neuron in active.items():
         if neuron.meets_threshold_twice:
             yield (
                 f"{name or type(neuron).__name__}: with reset_delay=False snnTorch compares the membrane that was "
@@ -313,11 +313,9 @@ def check_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             "from net.parameters() of this very network, and no copy"
         )
     missing = [
-        f"{name}.noise"
-        for name, neuron in noisy_neurons(net).items()
-        if neuron.noise is not None
-        and neuron.noise.log_sigma.requires_grad
-        and id(neuron.noise.log_sigma) not in updated
+        name
+        for name, noise in noises(net).items()
+        if noise.log_sigma.requires_grad and id(noise.log_sigma) not in updated
     ]
     if missing:
         warn(

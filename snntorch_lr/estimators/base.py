@@ -22,7 +22,7 @@ from ..distributed import SingleProcess
 from ..graph import leaves
 from ..kernels import cpu
 from ..left_as_found import Buffers, left_as_found
-from ..network import spiking_neurons
+from ..network import noisy_inputs, spiking_neurons
 from ..noise import EscapeNoise, MembraneNoise
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
@@ -380,6 +380,8 @@ class Estimator(ABC):
                 return value
             return recording.own(value).repeat(recording.copies, *[1] * (value.dim() - 1))
 
+        for noise in noisy_inputs(self.net).values():
+            noise.reset()
         with torch.set_grad_enabled(grad), recording:
             try:
                 losses = call.loss_fn(call.inputs, tree_map(repeat, call.targets))

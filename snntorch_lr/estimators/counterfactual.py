@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._messages import positive_integer
 from ..graph import ancestors, nodes_behind, normalises
 from ..left_as_found import Buffers, RandomState
-from ..network import parameters
+from ..network import noisy_inputs, parameters
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
 from .base import Call, Estimator
@@ -139,6 +139,7 @@ class Counterfactual(Estimator):
             self._controls.setdefault(name, Control(self.fixed_control)).take()
         # What has no noise now, or is frozen, is not in the graph that tells who feeds whom.
         learned = (tuple(neurons), tuple(parameter.requires_grad for parameter in parameters(self.net)))
+        learned = (learned[0], (*learned[1], self._input_changes))
         if self.over_time == "rates" and learned != self._looked_at:
             self._look_ahead(call)
             self._looked_at = learned
@@ -164,6 +165,10 @@ class Counterfactual(Estimator):
         self._fit(recording, neurons)
         return everyone.mean()
 
+    @property
+    def _input_changes(self) -> bool:
+        return any(noise.active and not noise.frozen for noise in noisy_inputs(self.net).values())
+
     def _recording(self, copies: Copies, *wiring: Any) -> Shadowed:
         controls = {neuron: self._controls[name] for name, neuron in copies.neurons.items()}
         return Shadowed(copies, self.shadows, controls, *wiring)
@@ -183,6 +188,9 @@ class Counterfactual(Estimator):
             check_derivative(recording, losses)
         wiring = Wiring.of(recording, losses)
         timed = wiring.read | wiring.readouts | wiring.normalised | wiring.recurrent | recording.given
+        if self._input_changes:
+            # Mean rates would lose how noise and credit of the same time step go together.
+            timed |= {neuron for neuron in neurons.values() if not wiring.feeding.get(neuron)}
         self._timed = [
             name for name, neuron in neurons.items() if neuron in timed or wiring.feeding.get(neuron, set()) & timed
         ]

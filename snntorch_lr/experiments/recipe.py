@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..convert import add_noise
 from ..estimators import ESTIMATORS
-from ..network import noisy_neurons, reset
+from ..network import noises, reset
 from ..noise import KINDS
 from ..objectives import OBJECTIVES
 from . import data, files
@@ -237,13 +237,9 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
 
 
 def noise_levels(net: nn.Module) -> dict[str, list[float]]:
-    """Noise levels σ by neuron, as plain numbers."""
-    found = noisy_neurons(net).items()
-    return {
-        name: cast("list[float]", neuron.noise.sigma.detach().flatten().tolist())
-        for name, neuron in found
-        if neuron.noise is not None
-    }
+    """Noise levels σ by neuron and input, as plain numbers."""
+    found = {name.removesuffix(".noise"): noise.sigma.detach().flatten() for name, noise in noises(net).items()}
+    return {name: cast("list[float]", sigma.tolist()) for name, sigma in found.items()}
 
 
 def load_trained(checkpoint: Path) -> tuple[Recipe, nn.Module]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .scoring import batch_size
 from .view import Target
@@ -74,6 +76,21 @@ class Budget:
 def per_image(values: Tensor, images: Tensor) -> Tensor:
     """Values ``[batch]`` in a shape that broadcasts against images ``[batch, ...]``."""
     return values.view(-1, *[1] * (images.dim() - 1))
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest wrong logit − the right one, ``[batch]``; positive where the prediction is wrong.
+
+    Its gradient does not vanish where a network is sure, as that of the cross-entropy does.
+    """
+    right = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross-entropy": partial(F.cross_entropy, reduction="none"),
+    "margin": margin,
+}
 
 
 Run = Callable[[Target, Tensor, Tensor, Budget, int], Tensor]

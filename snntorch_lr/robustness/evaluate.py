@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from .. import _files as atomic
 from .._messages import first_line, versions
 from ..left_as_found import left_as_found
-from ..network import noisy_neurons, not_finite, reset
+from ..network import noises, not_finite, reset
 from ..noise_stream import mix
 from . import gates
 from .attacks import Attack, Budget, perturb
 from .corruptions import CORRUPTIONS
+from .gradient_attacks import COUNTERFACTUAL
+from .input_gradient import likelihood_ratio_input_gradient, with_noise
 from .report import PACKAGES, Findings, Protocol, RobustnessReport, Row, Subject
 from .scoring import Scores, Share, batch_size, is_random, logits_of, pieces, score, seeded, share_of
 from .suites import SUITES, suite
@@ -60,9 +62,11 @@ def evaluate(
        attacks only what is right clean and under the same attack at smaller budgets: what is wrong within a budget is
        wrong within a larger one. An accuracy under attack is thus a fraction of all images.
     3. Adversarial images of every other network, and of the same network with its noise switched over, are tried too.
-    4. An image counts as right in the worst case if it is right clean and under all of these. With noise, every attack
-       has a fresh chance at an image near the decision boundary: the worst case errs on the attacker's side.
-    5. The gates G0 to G9 look for signs of masked gradients. An attack that fails does not count, and fails G9.
+    4. The gates G0 to G9 look for signs of masked gradients. An attack that fails does not count, and fails G9. Those
+       gates that attack do so on some of the images that are right clean.
+    5. An image counts as right in the worst case if it is right clean and under all of these attacks, also those of the
+       gates. With noise, every attack has a fresh chance at an image near the decision boundary: the worst case errs on
+       the attacker's side.
 
     The result is a function of the seed. Modes, states, gradients and torch's global random state are left as found.
 
@@ -184,7 +188,7 @@ def _check_network(name: str, target: Target, images: Tensor, labels: Tensor, se
 def _subjects(name: str, model: Target, images: Tensor) -> list[Subject]:
     """A network with its noise off and, if it has any, on."""
     silent = replace(model, noise=False)
-    if noisy_neurons(model.net):
+    if noises(model.net):
         return [Subject(name, "off", silent), Subject(name, "on", replace(model, noise=True))]
     # Attacks average over the draws of a target with noise: also where a network draws its own, as rate codes do.
     return [Subject(name, "none", replace(model, noise=is_random(silent, images)))]
@@ -260,6 +264,8 @@ class _Evaluation:
     def _attacks_on(self, subject: Subject) -> tuple[Attack, ...]:
         """The attacks that have the norm; transfers are always among them, one for each source."""
         usable = [attack for attack in self.suite if self.protocol.norm in attack.norms]
+        if not self._has_likelihood_ratio(subject.target):
+            usable = [attack for attack in usable if attack.settings.get("surrogate") != COUNTERFACTUAL]
         transfers = [attack for attack in usable if attack.needs_sources] or [
             attack for attack in SUITES["standard"] if attack.needs_sources and self.protocol.norm in attack.norms
         ]
@@ -268,6 +274,15 @@ class _Evaluation:
             *(attack for attack in usable if not attack.needs_sources),
             *(_from_source(attack, source) for attack in transfers for source in sources),
         )
+
+    def _has_likelihood_ratio(self, target: Target) -> bool:
+        x, y = (values[:2].to(device_of(target.net)) for values in (self.images, self.labels))
+        try:
+            likelihood_ratio_input_gradient(with_noise(target), x, y, copies=2, seed=self.seed)
+        except ValueError:
+            # G7 says so too.
+            return False
+        return True
 
     def _attacked(self, subject: Subject, attack: Attack, still: Tensor) -> tuple[dict[float, Tensor], float]:
         """Images that are right by budget, each attacked where smaller ones failed, and the fraction left unchanged."""
@@ -336,17 +351,29 @@ class _Evaluation:
         under = [{e: row.under(names, e) for e in self.epsilons if names} for names in (white, others)]
         ladder: dict[float, float] = {}
         steps: dict[int, float] = {}
+        survived = {epsilon: torch.ones_like(row.clean) for epsilon in self.epsilons}
+
+        def share(epsilon: float, after: Tensor) -> float:
+            """Fraction that is right after an attack of a gate, which counts for larger budgets too."""
+            for budget, right in survived.items():
+                right[chosen] &= after | (budget < epsilon)
+            return float(after.double().mean())
 
         def climb() -> gates.Gate:
-            rungs = sorted({*self.epsilons, *(share * probe.span for share in gates.LADDER)})
-            ladder.update(zip(rungs, probe.curve([(rung, gates.ASCENT) for rung in rungs]), strict=True))
+            rungs = sorted({*self.epsilons, *(part * probe.span for part in gates.LADDER)})
+            found = probe.curve([(rung, gates.ASCENT) for rung in rungs])
+            ladder.update((rung, share(rung, after)) for rung, after in zip(rungs, found, strict=True))
             return gates.ladder(ladder)
 
         def converge() -> gates.Gate:
             counts = gates.CURVE_STEPS
-            runs = [(middle, replace(gates.ASCENT, steps=n, length=2.5 / max(n, 2.5))) for n in counts]
-            steps.update(zip(counts, probe.curve(runs), strict=True))
-            return gates.convergence(probe, row.worst(middle)[chosen], middle)
+            found = probe.curve([(middle, replace(gates.ASCENT, steps=n, length=2.5 / max(n, 2.5))) for n in counts])
+            steps.update((count, share(middle, after)) for count, after in zip(counts, found, strict=True))
+            before, longer = row.worst(middle)[chosen], gates.longer(target.draws)
+            after = before.clone()
+            after[before] = probe.only(before).right_after(middle, longer)
+            share(middle, after | ~before)
+            return gates.convergence(before, after, middle, longer)
 
         def attacked(name: str, check: Callable[[], gates.Gate]) -> gates.Gate:
             return gates.guarded(name, check) if protocol.gates else gates.Gate(name, None, "left out by gates=False")
@@ -363,7 +390,7 @@ class _Evaluation:
             attacked("G8 canary", lambda: gates.canary(probe)),
             gates.assertions(failures),
         )
-        return asdict(Findings(judged, middle, ladder, steps))
+        return asdict(Findings(judged, middle, ladder, steps, survived))
 
     def _score(self, subject: Subject, images: Tensor, labels: Tensor, *seeds: int) -> Scores:
         return score(subject.target, images, labels, self.protocol.votes, mix(self.seed, *seeds), self.protocol.rows)

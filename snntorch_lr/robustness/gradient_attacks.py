@@ -4,31 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .attacks import NORMS, Attack, Budget, per_image
+from .attacks import LOSSES, NORMS, Attack, Budget, margin, per_image
+from .input_gradient import likelihood_ratio_input_gradient, with_noise
+from .scoring import ROWS
 from .surrogates import make_surrogate
 from .view import AttackableView, Target
 
-
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Largest wrong logit − the right one, ``[batch]``; positive where the prediction is wrong.
-
-    Its gradient does not vanish where a network is sure, as that of the cross-entropy does.
-    """
-    right = F.one_hot(labels, logits.shape[1]).bool()
-    return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross-entropy": partial(F.cross_entropy, reduction="none"),
-    "margin": margin,
-}
 RULES = ("steepest", "sa-pgd")
+COUNTERFACTUAL = "counterfactual"
 _LOOKS = 4
 _FRESH = 2**32
 
@@ -92,7 +79,8 @@ class Descent:
     one in four more looks: what looked best among many noisy looks may only have been lucky. Never the clean image.
 
     Attributes:
-        surrogate: as ``make_surrogate`` takes it; made afresh for each run.
+        surrogate: as ``make_surrogate`` takes it; made afresh for each run. ``"counterfactual"`` for the gradient of
+            ``likelihood_ratio_input_gradient``, which goes through no surrogate and which no surrogate can mask.
         loss: to ascend: ``"cross-entropy"``, ``"margin"``.
         steps: number of steps.
         draws: noise draws of each step; None for the target's.
@@ -125,7 +113,10 @@ class Descent:
     targets: int = 0
 
     def __post_init__(self) -> None:
-        make_surrogate(self.surrogate)
+        if self.surrogate != COUNTERFACTUAL:
+            make_surrogate(self.surrogate)
+        elif self.targets:
+            raise ValueError("the counterfactual gradient takes no targets: use the loss 'margin'")
         if self.loss not in LOSSES:
             raise ValueError(f"unknown loss {self.loss!r}; choose one of {', '.join(LOSSES)}")
         if self.rule not in RULES:
@@ -139,11 +130,14 @@ class Descent:
         # Draws that the iterates have not seen.
         referee, chosen = target.view(draws=self.draws, seed=seed + _FRESH), Best(x)
         for aim in self._aims(target, x, y, seed):
-            view = target.view(draws=self.draws, surrogate=self.surrogate, seed=seed)
+            counterfactual = self.surrogate == COUNTERFACTUAL
+            find = self._counterfactual(target, seed) if counterfactual else self._differentiated
+            surrogate = None if counterfactual else self.surrogate
+            view = target.view(draws=self.draws, surrogate=surrogate, seed=seed)
             steps, passed = self._steps(budget), Best(x)
             z = budget.random(x, generator) if self.random_start else x.clone()
             for step in range(self.steps):
-                gradient, margins = self._gradient(view, z, y, aim)
+                gradient, margins = find(view, z, y, aim)
                 if step > 0 or self.random_start:
                     passed.offer(z, margins)
                 z = budget.project(z + steps(gradient), x)
@@ -160,7 +154,19 @@ class Descent:
         ranked = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
         return list(ranked[:, : min(self.targets, logits.shape[1] - 1)].unbind(1))
 
-    def _gradient(self, view: nn.Module, z: Tensor, y: Tensor, aim: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _counterfactual(self, target: Target, seed: int) -> Callable[..., tuple[Tensor, Tensor]]:
+        noisy, seeds = with_noise(target), torch.Generator().manual_seed(seed)
+
+        def find(view: nn.Module, z: Tensor, y: Tensor, aim: None) -> tuple[Tensor, Tensor]:
+            draw, chunk = int(torch.randint(2**62, (), generator=seeds)), max(1, ROWS // len(z))
+            copies = self.draws or target.draws
+            gradient = likelihood_ratio_input_gradient(noisy, z, y, copies, self.loss, draw, chunk, control=None)
+            with torch.no_grad():
+                return gradient, margin(view(z), y)
+
+        return find
+
+    def _differentiated(self, view: nn.Module, z: Tensor, y: Tensor, aim: Tensor | None) -> tuple[Tensor, Tensor]:
         z = z.detach().requires_grad_()
         logits = view(z)
         if aim is None:

@@ -13,7 +13,7 @@ from ..convert import add_noise, noise_on
 from ..estimators.input_gradient import input_gradient
 from ..network import noisy_neurons, reset
 from ..noise_stream import mix
-from .gradient_attacks import LOSSES, margin
+from .attacks import LOSSES, margin
 from .scoring import seeded
 from .surrogates import Surrogate
 from .view import Target, evaluating
@@ -24,12 +24,19 @@ UNMATCHED_SIGMA = 0.5
 
 
 def likelihood_ratio_input_gradient(
-    target: Target, x: Tensor, y: Tensor, copies: int = 256, loss: str = "cross-entropy", seed: int = 0, chunk: int = 64
+    target: Target,
+    x: Tensor,
+    y: Tensor,
+    copies: int = 256,
+    loss: str = "cross-entropy",
+    seed: int = 0,
+    chunk: int = 64,
+    control: float | None = 0.0,
 ) -> Tensor:
     """Gradient of the expected loss of one noise draw by the likelihood ratio: without a surrogate.
 
-    By counterfactual credit (``slr.input_gradient``) with λ = 0, or by ``vanilla`` for networks with LSTM cells or
-    inhibition. It is the yardstick for surrogates: those of a masked network do not point its way.
+    By counterfactual credit (``slr.input_gradient``), or by ``vanilla`` for networks with LSTM cells or inhibition. It
+    is the yardstick for surrogates: those of a masked network do not point its way.
 
     Args:
         target: a network with noise in its first spiking layer.
@@ -39,6 +46,8 @@ def likelihood_ratio_input_gradient(
         loss: ``"cross-entropy"`` or ``"margin"``.
         seed: of the noise; two seeds make two independent estimates.
         chunk: draws in one forward pass.
+        control: λ of counterfactual credit. A yardstick is better off with more variance than with an error of second
+            order, and so has 0; an attack with less, and None, which fits it.
 
     Returns:
         Gradient of the loss of each image with respect to it, in the shape of x.
@@ -62,12 +71,23 @@ def likelihood_ratio_input_gradient(
         return LOSSES[loss](view.read(view.net_forward(target.net, images)), labels)
 
     alone = all(neuron.is_elementwise and not neuron.inhibition for neuron in neurons.values())
-    # λ = 0: a yardstick is better off with more noise than with an error of second order.
-    options: dict[str, Any] = {"control": 0.0} if alone else {"estimator": "vanilla"}
+    options: dict[str, Any] = {"control": control} if alone else {"estimator": "vanilla"}
     with evaluating(target.net), noise_on(target.net):
         found = input_gradient(target.net, losses, x, y, copies, chunk, seed=seed, **options)
         reset(target.net)
     return found
+
+
+def with_noise(target: Target) -> Target:
+    """A target whose neurons have noise: itself, or one with a copy of its network.
+
+    Raises:
+        ValueError: if its neurons cannot have noise.
+    """
+    if noisy_neurons(target.net):
+        return target
+    reset(target.net)
+    return replace(target, net=add_noise(deepcopy(target.net), UNMATCHED_SIGMA))
 
 
 def surrogate_input_gradient(
@@ -133,10 +153,7 @@ def alignment(target: Target, images: Tensor, labels: Tensor, copies: int = 256,
     Raises:
         ValueError: if the network has no likelihood-ratio gradient.
     """
-    noisy = target
-    if not noisy_neurons(target.net):
-        reset(target.net)
-        noisy = replace(target, net=add_noise(deepcopy(target.net), UNMATCHED_SIGMA))
+    noisy = with_noise(target)
     first, second = (
         likelihood_ratio_input_gradient(noisy, images, labels, copies, "margin", mix(seed, half)) for half in (1, 2)
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._messages import listed, markdown, versions
-from ..network import noisy_neurons
+from ..network import noises
 from .attacks import NORMS, Attack
 from .corruptions import CORRUPTIONS
 from .gates import Gate, mark, verdict
@@ -28,9 +28,9 @@ PACKAGES = ("snntorch-lr", "snntorch", "torch", "torchattacks")
 _NOTE = (
     "Accuracy in percent of all images, with the half-width of its 95 % Wilson interval. An image is right under an "
     "attack if it is right clean, under that attack, and under that attack at every smaller budget; 'worst case' asks "
-    "this of every attack. Noise: predictions by the majority of {votes} fresh draws; attacks average over draws of "
-    "their own. A worst case with '!' has a failed gate: masking suspected, no robustness claim. One with '?' has a "
-    "gate that the suite could not run: masking not ruled out."
+    "this of every attack, those of the gates included. Noise: predictions by the majority of {votes} fresh draws; "
+    "attacks average over draws of their own. A worst case with '!' has a failed gate: masking suspected, no claim of "
+    "robustness. One with '?' has a gate that the suite could not run: masking not ruled out."
 )
 _WITHOUT_GATES = " The attacks of the gates were left out (gates=False): no claim of robustness is possible."
 
@@ -105,8 +105,7 @@ class Subject:
     @property
     def noisy_in_evaluation(self) -> bool:
         """True if the network draws noise after ``net.eval()``."""
-        noises = [neuron.noise for neuron in noisy_neurons(self.target.net).values()]
-        return any(noise is not None and noise.at_eval for noise in noises)
+        return any(noise.at_eval for noise in noises(self.target.net).values())
 
 
 @dataclass(frozen=True)
@@ -118,12 +117,14 @@ class Findings:
         epsilon: the budget of the curve of steps and of G4: where the worst case is nearest to half.
         ladder: fraction of the probed images that is right after ascent from the image, by budget.
         steps: the same by number of steps.
+        survived: images that no attack of a gate broke, by budget, Boolean, ``[images]``.
     """
 
     gates: tuple[Gate, ...] = ()
     epsilon: float = 0.0
     ladder: Mapping[float, float] = field(default_factory=dict)
     steps: Mapping[int, float] = field(default_factory=dict)
+    survived: Mapping[float, Tensor] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,10 @@ class Row:
         """Images that are right clean and under all of these attacks at a budget, Boolean, ``[images]``."""
         return torch.stack([self.clean, *(self.right[name][epsilon] for name in attacks)]).all(0)
 
+    def with_gates(self, right: Tensor, epsilon: float) -> Tensor:
+        """Those of some images that no attack of a gate broke at a budget, Boolean, ``[images]``."""
+        return right & self.findings.survived.get(epsilon, right)
+
     def by_surrogate(self) -> dict[str, dict[float, Tensor]]:
         """Images that are right clean and under all attacks through each surrogate, by surrogate and budget."""
         names: dict[str, list[str]] = {}
@@ -168,7 +173,7 @@ class Row:
 
     def worst(self, epsilon: float) -> Tensor:
         """Images that are right clean and under every attack at a budget, Boolean, ``[images]``."""
-        return self.under(self.right, epsilon)
+        return self.with_gates(self.under(self.right, epsilon), epsilon)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .attacks import NORMS, Attack, Budget
-from .gradient_attacks import Best, Descent, gradient_attack, margin
+from .attacks import NORMS, Attack, Budget, margin
+from .gradient_attacks import Best, Descent, gradient_attack
 from .view import Target
 
 _NORM_NAMES = {"linf": "Linf", "l2": "L2"}
@@ -217,6 +217,7 @@ SUITES: dict[str, tuple[Attack, ...]] = {
         gradient_attack("SA-PGD ASSG", Descent("assg", rule="sa-pgd")),
         gradient_attack("margin EOT-PGD-40x8", Descent(loss="margin", steps=40, draws=8)),
         gradient_attack("targeted EOT-PGD", Descent(targets=3)),
+        gradient_attack("counterfactual", Descent("counterfactual", loss="margin")),
         _other("transfer", Transfer()),
         _other("random noise", RandomNoise()),
         _other("Square", SquareSearch()),

@@ -56,6 +56,29 @@ def test_worst_case_is_what_is_right_under_everything() -> None:
     assert report.worst_case[0.3].accuracy < report.worst_case[0.1].accuracy < 1
 
 
+def test_what_an_attack_of_a_gate_breaks_is_broken_in_the_worst_case() -> None:
+    nothing = Attack("nothing", lambda target, x, y, budget, seed: x.clone(), {}, "white-box")
+    source = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    report = run(
+        canaries.trained(), attacks=[nothing], epsilons=[0.01, 0.1, 0.3], gates=True, sources={"other": source}
+    )
+    row = report.rows[0]
+    clean = int(row.clean.sum())
+    for epsilon in report.epsilons:
+        left = int(row.worst(epsilon).sum())
+        assert left <= row.findings.ladder[epsilon] * clean
+        assert left < int(row.under(row.right, epsilon).sum()) or epsilon == 0.01
+    assert int(row.worst(0.3).sum()) <= int(row.worst(0.1).sum())
+    assert row.findings.steps[40] * clean >= int(row.worst(row.findings.epsilon).sum())
+
+
+def test_the_counterfactual_attack_is_left_out_where_there_is_no_such_gradient() -> None:
+    attacks = [FAST, gradient_attack("counterfactual", replace(canaries.QUICK, surrogate="counterfactual"))]
+    assert "counterfactual" in run(canaries.trained(), attacks=attacks, epsilons=0.1).rows[0].right
+    ann = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    assert "counterfactual" not in run(ann, attacks=attacks, epsilons=0.1).rows[0].right
+
+
 def test_noise_is_off_and_on_and_the_headline_is_the_network_in_evaluation_mode() -> None:
     report = run(epsilons=0.3)
     assert [row.subject.noise for row in report.rows] == ["off", "on"]

@@ -103,9 +103,9 @@ def test_more_steps_that_break_more_mean_that_the_suite_had_not_converged() -> N
     images, labels = canaries.digits(24)
     target = Target(canaries.trained(), draws=2)
     probe = gates.Probe(target, images, labels, votes=4).only(score(target, images, labels).right)
-    survived = torch.ones(len(probe.images), dtype=torch.bool)
-    assert gates.convergence(probe, survived, 0.3).passed is False
-    assert gates.convergence(probe, ~survived, 0.3).passed is True
+    survived, longer = torch.ones(len(probe.images), dtype=torch.bool), gates.longer(2)
+    assert gates.convergence(survived, probe.right_after(0.3, longer), 0.3, longer).passed is False
+    assert gates.convergence(~survived, ~survived, 0.3, longer).passed is True
 
 
 @pytest.mark.cuda

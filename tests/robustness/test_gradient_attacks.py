@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.robustness import Budget, Descent, Target, tune_sharpness
+from snntorch_lr.robustness import Budget, Descent, Target, score, tune_sharpness
 from snntorch_lr.robustness.gradient_attacks import Best, StableAdaptiveSteps, margin
 
+from . import canaries
 from .networks import SmallNet, images, predictions
 
 
@@ -67,6 +68,23 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x.flatten(1) - 0.5) @ self.weight.T
+
+
+def test_the_counterfactual_gradient_sees_through_a_masked_surrogate() -> None:
+    images, labels = canaries.digits(24)
+    target, budget = Target(canaries.with_zero_gradient(), draws=8), Budget(0.15)
+    right = {}
+    for surrogate in ("training", "counterfactual"):
+        found = Descent(surrogate, "margin", steps=10)(target, images, labels, budget, seed=0)
+        right[surrogate] = score(target, found, labels).right.double().mean()
+    clean = score(target, images, labels).right.double().mean()
+    assert right["training"] > 0.8 * clean
+    assert right["counterfactual"] < 0.2 * clean
+
+
+def test_the_counterfactual_gradient_takes_no_targets() -> None:
+    with pytest.raises(ValueError, match="targets"):
+        Descent("counterfactual", targets=3)
 
 
 @pytest.mark.parametrize("loss", ["margin", "cross-entropy"])

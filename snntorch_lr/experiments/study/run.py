@@ -229,7 +229,7 @@ def _rows(report: RobustnessReport) -> list[dict[str, Any]]:
         row["right"] = {
             "clean": _bits(measured.clean),
             "worst": {f"{e:g}": _bits(measured.worst(e)) for e in report.epsilons},
-            "reduced": {f"{e:g}": _bits(measured.under(reduced, e)) for e in report.epsilons},
+            "reduced": {f"{e:g}": _bits(measured.with_gates(measured.under(reduced, e), e)) for e in report.epsilons},
         }
     return rows
 
