@@ -7,6 +7,7 @@ the spike rate, must be one number per row too, as ``rate_above`` is: terms over
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -159,6 +160,32 @@ def rate_below(spikes: Tensor, limit: float) -> Tensor:
         tensor([0.0000, 0.2000])
     """
     return (limit - spike_rate(spikes)).clamp(min=0)
+
+
+def sensitivity(mem: Tensor, threshold: float | Tensor, sigma: float | Tensor) -> Tensor:
+    """Sensitivity of a layer to its input: the mean of φ(z) / σ, z = (membrane − threshold) / σ, to be penalised.
+
+    It is the slope of the probability of a spike under Gaussian noise: by how much a small change of the current
+    changes the spikes. As a term of a loss it needs no gradient from later layers, and goes back through the membrane
+    potential it is given.
+
+    Args:
+        mem: membrane potentials, ``[time, rows, ...]``.
+        threshold: of the neurons.
+        sigma: noise level, or the width within which an attack may move the membrane potential.
+
+    Returns:
+        Positive, ``[rows]``.
+
+    Examples:
+        >>> sensitivity(torch.tensor([[[1.0, 9.0]]]), threshold=1.0, sigma=0.5)
+        tensor([0.3989])
+
+    Source: a penalty on membrane potentials where the surrogate gradient is large is MPD-SGR (arXiv 2511.12199); this
+    form is ours.
+    """
+    z = (mem - threshold) / sigma
+    return spike_rate((-z.square() / 2).exp() / (math.sqrt(2 * math.pi) * sigma))
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

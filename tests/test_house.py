@@ -39,7 +39,8 @@ TOUCH_SNNTORCH = {
 INNER = {
     "_files.load", "_files.replacing", "_files.save", "_messages.first_line", "_messages.listed", "_messages.markdown",
     "_messages.versions", "estimators.ESTIMATORS", "estimators.storing.Storing", "estimators.storing.StoringStep",
-    "network.noises", "network.noisy_neurons", "noise.KINDS", "objectives.OBJECTIVES", "objectives.vote",
+    "network.noises", "network.noisy_neurons", "noise.KINDS", "objectives.OBJECTIVES", "objectives.sensitivity",
+    "objectives.vote",
 }  # fmt: skip
 
 

@@ -345,6 +345,11 @@ class Estimator(ABC):
         if self._seeds is not None:
             self._seeds.set_state(state["seeds"])
 
+    def reseed(self, seed: int) -> None:
+        """Starts the noise of an estimator that was made with a seed again, with another one."""
+        assert self._seeds is not None
+        self._seeds.manual_seed(seed)
+
     @abstractmethod
     def estimate(self, call: Call) -> Tensor:
         """Adds the gradient of this process into ``.grad``, as ``loss.backward()`` does.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._messages import positive_integer
 from ..network import parameters
+from ..noise_stream import mix
 from . import ESTIMATORS
 from .base import LossFn
 
@@ -23,6 +24,7 @@ def input_gradient(
     copies: int = 32,
     chunk: int = 8,
     estimator: str = "counterfactual",
+    kept: dict[int, Any] | None = None,
     **options: Any,
 ) -> Tensor:
     """Gradient of each sample's expected loss with respect to its input: for attacks that no surrogate masks.
@@ -38,6 +40,8 @@ def input_gradient(
         copies: noise copies of each sample; the standard error falls with their root.
         chunk: copies in one forward pass. λ is fitted from one to the next.
         estimator: ``"counterfactual"``, or ``"vanilla"`` for networks that it refuses, at many times the variance.
+        kept: an empty dictionary, for calls that follow with the same network and loss and another seed: estimators
+            stay in it, and what only a first call looks for is not looked for again.
         **options: further arguments of the estimator (``over_time=``, ``seed=``, ...).
 
     Returns:
@@ -68,12 +72,15 @@ def input_gradient(
         return losses
 
     total = torch.zeros_like(x)
+    made = {} if kept is None else kept
+    for count, each in made.items():
+        each.reseed(mix(options["seed"], count))
     with _frozen(net):
-        made: dict[int, Any] = {}
         for done in range(0, copies, chunk):
             count = min(chunk, copies - done)
             if count not in made:
-                made[count] = ESTIMATORS[estimator](net, copies=count, **options)
+                given = {"seed": mix(options["seed"], count)} if options.get("seed") is not None else {}
+                made[count] = ESTIMATORS[estimator](net, copies=count, **options | given)
             made[count].backward(counted, x, targets)
             if x.grad is None:
                 raise ValueError("the losses do not depend on the inputs: does loss_fn use the inputs passed to it?")

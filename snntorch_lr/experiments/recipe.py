@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from ..convert import add_noise
 from ..estimators import ESTIMATORS
 from ..network import noises, reset
-from ..noise import KINDS
-from ..objectives import OBJECTIVES
+from ..noise import KINDS, NoisyInput
+from ..objectives import OBJECTIVES, sensitivity
 from . import data, files
 from .options import check, option
 
 FLAT = ("zero-one", "vote")
 """Objectives without a gradient."""
 METHODS = ("surrogate", "surrogate, noise", "likelihood ratio")
+ATTACKERS = ("surrogate", "counterfactual")
+"""Gradients that adversarial training may follow."""
 INCOMPLETE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 """Errors of a checkpoint that lacks something, or has something else in its place."""
 MODELS = ("mlp", "wide-mlp", "deep-mlp", "conv")
@@ -30,7 +32,8 @@ MODELS = ("mlp", "wide-mlp", "deep-mlp", "conv")
 class SpikingClassifier(nn.Module):
     """Blocks with leaky neurons between them, and a readout by the mean membrane potential.
 
-    The image is the constant input current of every time step (direct coding), so the first block runs once.
+    The image is the constant input current of every time step (direct coding), so the first block runs once, unless
+    the module ``input`` in front of it draws noise in each time step.
 
     Args:
         blocks: modules in front of the hidden neurons, in order.
@@ -43,6 +46,7 @@ class SpikingClassifier(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.neurons = nn.ModuleList(snn.Leaky(beta=beta, init_hidden=True) for _ in blocks)
+        self.input: nn.Module = nn.Identity()
         self.readout = readout
         self.output = snn.Leaky(beta=beta, init_hidden=True, output=True, reset_mechanism="none")
         self.num_steps = num_steps
@@ -55,9 +59,13 @@ class SpikingClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[batch, classes]`` from images ``[batch, channels, height, width]``."""
         reset(self)
-        current = self.blocks[0](images)
+        noise = self.input
+        changes = isinstance(noise, NoisyInput) and noise.active and not noise.frozen
+        current = self.blocks[0](noise(images))
         total = torch.zeros((), device=images.device)
-        for _ in range(self.num_steps):
+        for step in range(self.num_steps):
+            if step and changes:
+                current = self.blocks[0](noise(images))
             spikes = self.neurons[0](current)
             for block, neuron in zip(list(self.blocks)[1:], list(self.neurons)[1:], strict=True):
                 spikes = neuron(block(spikes))
@@ -154,9 +162,16 @@ class Recipe(TrainingOptions):
         objective: loss per sample, one of ``OBJECTIVES``, or ``"vote"``: the 0-1 loss of a majority of noise draws.
             With ``"zero-one"`` and ``"vote"`` the output neurons have noise too.
         decay: decoupled weight decay of the first block's weights, as a multiple of the learning rate.
-        input_noise: standard deviation of Gaussian noise on the training images.
-        adversary: l∞ budget of the adversarial examples (PGD with seven steps, through the surrogate gradient) that
-            take the place of the training images; 0 for none.
+        input_noise: initial level of Gaussian noise on the input, for every method; 0 for none.
+        input_noise_each_step: it is drawn in each time step, in place of once for each presentation.
+        learn_input_noise: its level is learned, down to half of where it starts.
+        adversary: l∞ budget of the adversarial examples that take the place of the training images; 0 for none.
+        attacker: gradient that they are made by: ``"surrogate"``, or ``"counterfactual"`` of as many ``copies``.
+        attacker_steps: steps of projected gradient descent.
+        attacker_noise: the noise is on while they are made.
+        free: updates of each batch, whose gradient with respect to the images makes the next adversarial examples in
+            place of an attack (Shafahi et al. 2019, "Adversarial Training for Free!"); 0 for an attack.
+        penalty: factor of the mean sensitivity of the first layer's neurons, without their noise, in the loss.
         learn_sigma: noise levels are learned.
         per_neuron: each neuron, or channel, has a noise level of its own.
         late_copies: noise copies once the learning rate has fallen by half; 0 for as many as before.
@@ -172,7 +187,14 @@ class Recipe(TrainingOptions):
     objective: str = option("cross-entropy", choices=(*OBJECTIVES, "vote"))
     decay: float = option(0.0, least=0)
     input_noise: float = option(0.0, least=0)
+    input_noise_each_step: bool = False
+    learn_input_noise: bool = False
     adversary: float = option(0.0, least=0)
+    attacker: str = option("surrogate", choices=ATTACKERS)
+    attacker_steps: int = option(7, least=1)
+    attacker_noise: bool = True
+    free: int = option(0, least=0)
+    penalty: float = option(0.0, least=0)
     learn_sigma: bool = True
     per_neuron: bool = False
     late_copies: int = option(0, least=0)
@@ -197,10 +219,12 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError(f"late_copies needs the method likelihood ratio, got {recipe.method}")
     if recipe.objective in FLAT and recipe.estimator == "counterfactual":
         raise ValueError(f"the objective {recipe.objective} has no derivative by a spike: use the estimator vanilla")
-    if recipe.input_noise and recipe.adversary:
-        raise ValueError("input_noise and adversary cannot be combined: attacks refuse images outside [0, 1]")
-    if recipe.model == "ann" and recipe.method != "surrogate":
-        raise ValueError("the model ann has no spiking neurons to add noise to: use the method surrogate")
+    if recipe.free and (not recipe.adversary or recipe.votes > 1):
+        raise ValueError("free needs the budget of an adversary, and votes 1")
+    if recipe.attacker == "counterfactual" and recipe.method == "surrogate":
+        raise ValueError("the counterfactual attacker needs neurons with noise: use another method")
+    if recipe.model == "ann" and (recipe.method != "surrogate" or recipe.input_noise or recipe.penalty):
+        raise ValueError("the model ann has no spiking neurons: use the method surrogate, without noise and penalty")
     if recipe.stop_at is not None and not recipe.validation:
         raise ValueError("stop_at needs validation images, so that the test images decide nothing")
 
@@ -209,6 +233,9 @@ def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
     """The untrained network of a recipe; networks of the same seed start from the same weights."""
     torch.manual_seed(recipe.seed)
     net = build(recipe.model, shape, num_steps=recipe.num_steps)
+    if recipe.input_noise and isinstance(net, SpikingClassifier):
+        frozen = not recipe.input_noise_each_step
+        net.input = NoisyInput(recipe.input_noise, recipe.learn_input_noise, frozen=frozen)
     if recipe.method == "surrogate" or not isinstance(net, SpikingClassifier):
         return net
     for name in net.hidden:
@@ -234,6 +261,18 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
     rest = [p for p in net.parameters() if all(p is not other for other in first)]
     groups: list[dict[str, Any]] = [{"params": rest}, {"params": first, "weight_decay": recipe.decay}]
     return torch.optim.AdamW([group for group in groups if group["params"]], recipe.learning_rate, weight_decay=0.0)
+
+
+def first_sensitivity(recipe: Recipe, net: nn.Module, images: Tensor) -> Tensor:
+    """Mean sensitivity of the neurons of the first layer to their current, without noise, ``[batch]``."""
+    assert isinstance(net, SpikingClassifier)
+    current, neuron = net.blocks[0](images), net.neurons[0]
+    silent = snn.Leaky(neuron.beta, neuron.threshold)
+    mem, record = silent.reset_mem(), []
+    for _ in range(net.num_steps):
+        _, mem = silent(current, mem)
+        record.append(mem)
+    return sensitivity(torch.stack(record), silent.threshold, recipe.sigma)
 
 
 def noise_levels(net: nn.Module) -> dict[str, list[float]]:

@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from .._files import save
 from ..distributed import RankError, share
 from ..estimators import ESTIMATORS
+from ..estimators.recording import per_copy
 from ..objectives import OBJECTIVES, vote
 from ..optim import attach, closure
 from ..robustness import Budget, Descent, Target, gradient_attack, perturb
 from . import files
 from .data import Images
-from .recipe import INCOMPLETE, Recipe, check_recipe, make_network, make_optimizer
+from .recipe import INCOMPLETE, Recipe, check_recipe, first_sensitivity, make_network, make_optimizer
 
 if TYPE_CHECKING:
     from ..estimators.base import Estimator
 
 T = TypeVar("T")
-_ADVERSARY = gradient_attack("PGD-7", Descent(steps=7, length=0.25))
 CHECKS = 20
 """Times in an epoch at which a run with ``stop_at`` looks at its validation accuracy."""
 Step = Callable[[Tensor, Tensor], float]
@@ -286,7 +286,8 @@ def stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, es
     objective = voted if recipe.objective == "vote" else OBJECTIVES[recipe.objective]
 
     def loss_fn(x: Tensor, y: Tensor) -> Tensor:
-        return objective(net(x), y)
+        losses = objective(net(x), y)
+        return losses + recipe.penalty * per_copy(first_sensitivity(recipe, net, x)) if recipe.penalty else losses
 
     def surrogate(x: Tensor, y: Tensor) -> float:
         optimizer.zero_grad()
@@ -311,18 +312,29 @@ def stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, es
 
 
 def _disturbed(recipe: Recipe, net: nn.Module, step: Step) -> Step:
-    """A step from noisy or adversarial images in place of clean ones, if the recipe asks for that."""
-    target = Target(net, draws=1)
-    budget = Budget(recipe.adversary, "linf") if recipe.adversary else None
+    """A step from adversarial images in place of clean ones, if the recipe asks for that."""
+    if not recipe.adversary:
+        return step
+    epsilon = recipe.adversary
+    counterfactual = recipe.attacker == "counterfactual"
+    target = Target(net, noise=recipe.attacker_noise, draws=recipe.copies if counterfactual else 1)
+    descent = Descent("counterfactual" if counterfactual else "training", steps=recipe.attacker_steps, length=0.25)
+    attack = gradient_attack("adversary", descent)
 
-    def disturb(x: Tensor, y: Tensor) -> float:
-        if recipe.input_noise:
-            x = x + recipe.input_noise * torch.randn_like(x)
-        if budget is not None:
-            x = perturb(_ADVERSARY, target, x, y, budget, int(torch.randint(2**31, ())), rows=len(x))
-        return step(x, y)
+    def attacked(x: Tensor, y: Tensor) -> float:
+        seed, rows = int(torch.randint(2**31, ())), len(x) * target.draws
+        return step(perturb(attack, target, x, y, Budget(epsilon), seed, rows), y)
 
-    return disturb if recipe.input_noise or recipe.adversary else step
+    def free(x: Tensor, y: Tensor) -> float:
+        moved, loss = torch.empty_like(x).uniform_(-epsilon, epsilon), 0.0
+        for _ in range(recipe.free):
+            images = (x + moved).clamp(0, 1).requires_grad_()
+            loss = step(images, y)
+            assert images.grad is not None
+            moved = (moved + epsilon * images.grad.sign()).clamp(-epsilon, epsilon)
+        return loss
+
+    return free if recipe.free else attacked
 
 
 def _matching(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from .view import AttackableView, Target
 
 RULES = ("steepest", "sa-pgd")
 COUNTERFACTUAL = "counterfactual"
+CONTROL = 0.5
+"""λ of the counterfactual gradient: near where its variance is least, for most neurons."""
 _LOOKS = 4
 _FRESH = 2**32
 
@@ -160,7 +162,7 @@ class Descent:
         def find(view: nn.Module, z: Tensor, y: Tensor, aim: None) -> tuple[Tensor, Tensor]:
             draw, chunk = int(torch.randint(2**62, (), generator=seeds)), max(1, ROWS // len(z))
             copies = self.draws or target.draws
-            gradient = likelihood_ratio_input_gradient(noisy, z, y, copies, self.loss, draw, chunk, control=None)
+            gradient = likelihood_ratio_input_gradient(noisy, z, y, copies, self.loss, draw, chunk, CONTROL)
             with torch.no_grad():
                 return gradient, margin(view(z), y)
 

@@ -31,7 +31,7 @@ def likelihood_ratio_input_gradient(
     loss: str = "cross-entropy",
     seed: int = 0,
     chunk: int = 64,
-    control: float | None = 0.0,
+    control: float = 0.0,
 ) -> Tensor:
     """Gradient of the expected loss of one noise draw by the likelihood ratio: without a surrogate.
 
@@ -47,7 +47,7 @@ def likelihood_ratio_input_gradient(
         seed: of the noise; two seeds make two independent estimates.
         chunk: draws in one forward pass.
         control: λ of counterfactual credit. A yardstick is better off with more variance than with an error of second
-            order, and so has 0; an attack with less, and None, which fits it.
+            order, and so has 0; an attack the other way round.
 
     Returns:
         Gradient of the loss of each image with respect to it, in the shape of x.
@@ -73,7 +73,8 @@ def likelihood_ratio_input_gradient(
     alone = all(neuron.is_elementwise and not neuron.inhibition for neuron in neurons.values())
     options: dict[str, Any] = {"control": control} if alone else {"estimator": "vanilla"}
     with evaluating(target.net), noise_on(target.net):
-        found = input_gradient(target.net, losses, x, y, copies, chunk, seed=seed, **options)
+        kept = target.estimators.setdefault((loss, control), {})
+        found = input_gradient(target.net, losses, x, y, copies, chunk, kept=kept, seed=seed, **options)
         reset(target.net)
     return found
 

@@ -147,6 +147,8 @@ class Target:
     draws: int = 8
     scale: float = 10.0
     sources: Mapping[str, Target] = field(default_factory=dict)
+    # Of likelihood-ratio input gradients of this target: their first calls take several times as long.
+    estimators: dict[Any, dict[int, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def view(
         self,

@@ -18,6 +18,8 @@ from ..files import share_text
 Result = dict[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 PAPER = ("FGSM", "RFGSM", "PGD", "MIFGSM")
+NUMBERS = ("decay", "input_noise", "adversary", "free", "penalty")
+SWITCHES = ("input_noise_each_step", "learn_input_noise")
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,9 @@ def settings(results: Sequence[Result]) -> Table:
         ratio = recipe["method"] == "likelihood ratio"
         noise = f"{recipe['noise']}, {recipe['distribution']}, σ = {recipe['sigma']:g}"
         copies = f"{recipe['copies']}" + (f", late {recipe['late_copies']}" if recipe["late_copies"] else "")
-        extras = [f"{name} {recipe[name]:g}" for name in ("decay", "input_noise", "adversary") if recipe[name]]
+        extras = [f"{name.replace('_', ' ')} {recipe[name]:g}" for name in NUMBERS if recipe.get(name)]
+        extras += [name.replace("_", " ") for name in SWITCHES if recipe.get(name)]
+        extras += ["counterfactual attacker"] if recipe.get("attacker") == "counterfactual" else []
         extras += [] if recipe["learn_sigma"] else ["σ fixed"]
         extras += ["σ per neuron"] if recipe["per_neuron"] else []
         attacked = [f"{each['images']}{' held out' if each['held_out'] else ''}" for each in evaluations]
