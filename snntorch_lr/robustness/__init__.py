@@ -1,6 +1,7 @@
 """Robustness of spiking networks: an attackable view, attacks, corruptions, and an evaluation that checks itself."""
 
 from .attacks import Attack, Budget, perturb
+from .certify import Certificate, certify
 from .corruptions import CORRUPTIONS
 from .evaluate import evaluate
 from .gates import Gate, verdict
@@ -19,6 +20,7 @@ __all__ = [
     "Attack",
     "AttackableView",
     "Budget",
+    "Certificate",
     "Descent",
     "Gate",
     "Headline",
@@ -29,6 +31,7 @@ __all__ = [
     "Scores",
     "Share",
     "Target",
+    "certify",
     "clopper_pearson",
     "evaluate",
     "gradient_attack",
