@@ -122,6 +122,20 @@ def _evaluate(options: evaluate_checkpoints.Evaluate) -> None:
     print(f"Written: {options.folder}/robustness.md, robustness.json, epsilon.png, steps.png, surrogates.png")
 
 
+def _certify(options: evaluate_checkpoints.Certify) -> None:
+    """Certify trained networks by randomized smoothing: l2 radii within which no attack changes a prediction.
+
+    Example: snntorch-lr certify runs/mnist/likelihood-ratio.pt --sigma 0.25 --data-root data
+    """
+    with _progress() as bars:
+        header, lines = evaluate_checkpoints.certify_checkpoints(options, _watch(bars))
+    table = Table(*header, title="certified accuracy (%) by l2 radius")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    print(f"Written: {options.out}/certificates.md, certificates.json, certificates.png")
+
+
 def _study(options: run.Study) -> None:
     """Train and attack all networks of a plan, or those that are not finished yet, and write its page.
 
@@ -156,6 +170,7 @@ COMMANDS = {
         _evaluate, evaluate_checkpoints.Evaluate,
         "finished attacks are kept: the same command goes on from there",
     ),
+    "certify": Command(_certify, evaluate_checkpoints.Certify, _NOTHING),
     "diagnose": Command(_diagnose, diagnose.Diagnose, _NOTHING),
     "benchmark": Command(_benchmark, benchmark.Benchmark, _NOTHING),
     "study": Command(_study, run.Study, "finished networks, epochs and attacks are kept: start again"),

@@ -1,23 +1,31 @@
-"""Trained networks of the experiments under attack: the command ``snntorch-lr evaluate``."""
+"""Trained networks of the experiments, attacked or certified: the commands ``evaluate`` and ``certify``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..robustness import CORRUPTIONS, SUITES, Protocol, RobustnessReport, evaluate
+from .._messages import markdown
+from ..robustness import CORRUPTIONS, SUITES, Certificate, Protocol, RobustnessReport, certify, evaluate
 from . import data, files
 from .options import Place, check, command_line, option
 from .recipe import Recipe, load_trained
 from .reproduce import check_suite, write_evaluation
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ..robustness.evaluate import Progress
+
+
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""l2 radii of the table of certified accuracies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +97,86 @@ def evaluate_checkpoints(options: Evaluate, progress: Progress = lambda what, do
         )
         write_evaluation(evaluation, out, files.origin_note(files.origin(command, device)))
     return evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certify(Place):
+    """Options of the command ``snntorch-lr certify``."""
+
+    checkpoints: tuple[Path, ...] = option(help="checkpoints of reproduce", positional=True)
+    sigmas: tuple[float, ...] = option((0.25, 0.5), "level of the noise on the input", flag="--sigma", above=0)
+    dataset: str | None = option(None, "data set of the test images, by default of the checkpoints", choices=data.NAMES)
+    images: int = option(500, "test images to certify, from the first", least=1)
+    draws: int = option(1000, "noise draws that bound each radius", least=1)
+    seed: int = option(0, "of the noise")
+    out: Path = option(Path("runs/certificates"), "folder for the results", recorded=False)
+
+
+def certify_checkpoints(
+    options: Certify, progress: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> tuple[list[str], list[list[str]]]:
+    """Certifies checkpoints, and writes ``certificates.json``, ``certificates.md`` and ``certificates.png``.
+
+    Args:
+        options: what to certify, how, and where.
+        progress: told after each image.
+
+    Returns:
+        Header and lines of the table of certified accuracies.
+
+    Raises:
+        ValueError: if an option is wrong, a file is not a checkpoint, or another process works in the folder.
+        DataError: if the data cannot be had.
+    """
+    check(options)
+    device, command = options.torch_device(), command_line("certify", options)
+    recipes, nets = _load(options.checkpoints, device)
+    files.check_writable(options.out)
+    images = data.load(_dataset(options.dataset, recipes), options.data_root)
+    _check_sizes(nets, recipes, images)
+    loader = [(images.test[: options.images], images.test_labels[: options.images])]
+    total = len(nets) * len(options.sigmas) * len(loader[0][0])
+    found: dict[str, Certificate] = {}
+    with files.locked(options.out, command):
+        for name, net in nets.items():
+            for sigma in options.sigmas:
+                label, before = f"{name}, σ = {sigma:g}", len(found) * len(loader[0][0])
+                tell = partial(_told, progress, label, before, total)
+                found[label] = certify(net, loader, sigma, options.draws, seed=options.seed, progress=tell)
+        header = ["", *(f"r = {radius:g}" for radius in RADII)]
+        lines = [[label, *(str(each.accuracy(radius)) for radius in RADII)] for label, each in found.items()]
+        origin = files.origin(command, device)
+        text = f"# Certified accuracy in percent, by l2 radius\n\n{markdown(header, lines)}\n\n"
+        text += (
+            f"{options.draws} draws for each of {len(loader[0][0])} images, α = 0.001, neurons without noise; with the "
+            f"half-width of the 95 % Wilson interval.\n\n{files.origin_note(origin)}\n"
+        )
+        files.write_text(options.out / "certificates.md", text)
+        results = {label: each.to_json() for label, each in found.items()}
+        files.write_json(options.out / "certificates.json", origin | {"certificates": results})
+        files.save_figure(options.out / "certificates.png", _certified_figure(found))
+    return header, lines
+
+
+def _told(progress: Callable[[str, int, int], None], label: str, before: int, total: int, done: int, _: int) -> None:
+    progress(label, before + done, total)
+
+
+def _certified_figure(found: Mapping[str, Certificate]) -> Figure:
+    """Certified accuracy against the l2 radius, with its interval; one line for each network and σ."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for label, each in found.items():
+        radii = sorted({0.0, *each.radii.tolist()})
+        shares = [each.accuracy(radius) for radius in radii]
+        (line,) = axes.step(radii, [100 * share.accuracy for share in shares], where="pre", label=label)
+        ends = [100 * share.low for share in shares], [100 * share.high for share in shares]
+        axes.fill_between(radii, *ends, step="pre", color=line.get_color(), alpha=0.15, lw=0)
+    axes.set(xlabel="l2 radius", ylabel="certified accuracy (%)", ylim=(0, 103), xlim=(0, None))
+    figure.legend(loc="outside lower center", fontsize="small")
+    return figure
 
 
 def _load(checkpoints: Sequence[Path], device: torch.device) -> tuple[list[Recipe], dict[str, nn.Module]]:

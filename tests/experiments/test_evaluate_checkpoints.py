@@ -52,6 +52,18 @@ def test_checkpoints_are_compared_and_written(checkpoints: Path, tmp_path: Path)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "attacks").iterdir()} == pieces
 
 
+def test_checkpoints_are_certified_and_written(checkpoints: Path, tmp_path: Path) -> None:
+    networks = [str(checkpoints / f"{name}.pt") for name in ("lr", "base")]
+    settings = ["--sigma", "0.1", "--sigma", "0.4", "--images", "5", "--draws", "50", "--out", str(tmp_path)]
+    result = run("certify", *networks, *settings)
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "certificates.json").read_text())["certificates"]
+    assert list(written) == ["lr, σ = 0.1", "lr, σ = 0.4", "base, σ = 0.1", "base, σ = 0.4"]
+    assert all(len(each["radii"]) == 5 and max(each["radii"]) < 0.9 for each in written.values())
+    assert "--sigma 0.1 --sigma 0.4" in (tmp_path / "certificates.md").read_text()
+    assert (tmp_path / "certificates.png").read_bytes()[:4] == b"\x89PNG"
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,61 @@ from snntorch_lr.experiments.study.plan import Entry, read_plan
 from snntorch_lr.experiments.study.tables import Point, beside, difference, front
 from snntorch_lr.robustness import wilson
 
-MNIST = {entry.name: entry for entry in read_plan("mnist")}
+PLAN = """
+[recipes.surrogate]
+method = "surrogate"
+dataset = "mnist"
+validation = 6000
+
+[recipes.escape]
+like = "surrogate"
+method = "likelihood ratio"
+noise = "escape"
+distribution = "logistic"
+sigma = 0.3
+
+[usual]
+evaluations = [{ attacks = "reduced", images = 100, epsilons = [0.02, 0.05] }]
+networks = [
+  { family = "surrogate", like = "surrogate" },
+  { family = "likelihood ratio, escape, vanilla", like = "escape", estimator = "vanilla" },
+]
+
+[seed]
+evaluations = [{ attacks = "reduced", images = 100, epsilons = [0.05] }]
+networks = [
+  { family = "likelihood ratio, escape, vanilla", label = "seed 1", like = "escape", estimator = "vanilla", seed = 1 },
+  { family = "likelihood ratio, escape, vanilla", label = "seed 2", like = "escape", estimator = "vanilla", seed = 2 },
+]
+
+[front]
+evaluations = [{ attacks = "reduced", images = 100, epsilons = [0.05] }]
+networks = [
+  { family = "likelihood ratio", label = "8 epochs", like = "escape", epochs = 8 },
+  { family = "surrogate", label = "decay 5", like = "surrogate", decay = 5 },
+  { family = "surrogate, PGD-trained", label = "0.05", like = "surrogate", adversary = 0.05 },
+]
+
+[tune]
+evaluations = [{ attacks = "reduced", images = 500, epsilons = [0.05], held_out = true }]
+networks = [
+  { family = "surrogate", label = "decay 5", like = "surrogate", decay = 5 },
+  { family = "surrogate", label = "adversary 0.05", like = "surrogate", adversary = 0.05 },
+  { family = "likelihood ratio", label = "decay 5", like = "escape", decay = 5 },
+  { family = "likelihood ratio", label = "adversary 0.05", like = "escape", adversary = 0.05 },
+  { family = "likelihood ratio", label = "4, then 32 copies", like = "escape", copies = 4, late_copies = 32 },
+]
+"""
+
+
+def entries(text: str) -> dict[str, Entry]:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.toml"
+        path.write_text(text, encoding="utf-8")
+        return {entry.name: entry for entry in read_plan(str(path))}
+
+
+MNIST = entries(PLAN)
 ESCAPE = "usual: likelihood ratio, escape, vanilla"
 
 
