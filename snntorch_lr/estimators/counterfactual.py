@@ -158,7 +158,7 @@ class Counterfactual(Estimator):
                 with recording.spikes:
                     losses = self.run(recording, call, grad=True)
         check_calls(recording.sums, neurons, 'use over_time="exact"')
-        everyone = self.division.gather(losses.detach().view(recording.copies, -1))
+        everyone = self.gather(losses.view(recording.copies, -1))
         rates = self._rates(recording, call, before, pooling)
         self._push(losses, everyone.numel(), recording, rates)
         self._fit(recording, neurons)
