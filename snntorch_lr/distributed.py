@@ -44,7 +44,12 @@ class SingleProcess:
 
     What an estimator asks whenever another process could have a part in the answer; each method answers for one
     process alone.
+
+    Attributes:
+        alone: there is no other process.
     """
+
+    alone = True
 
     def own_copies(self, copies: int) -> tuple[int, int]:
         """First of the copies that are run here, and the end of their range."""
@@ -154,6 +159,7 @@ class _Ranks(SingleProcess):
         averages: whether ranks have samples of their own, so that gradients are averaged and not summed.
     """
 
+    alone = False
     samples = 0
     averages = False
 

@@ -128,10 +128,11 @@ class NoisyNeuron(Portable, Dynamics, snn.SpikingNeuron):
         ValueError: if ``noise`` is no noise, or if an option of the neuron is broken in snnTorch itself.
     """
 
-    transient = ("sampler", "estimating", "_step")
+    transient = ("sampler", "estimating", "_step", "_known_factor")
     sampler: Sampler | None = None
     estimating: bool = False
     _step: TimeStep | None = None
+    _known_factor: tuple[Tensor, int, bool] | None = None
     _last_spikes: Tensor | None = None
     fired: tuple[Tensor, Tensor, int] | None = None
 
@@ -263,7 +264,13 @@ class NoisyNeuron(Portable, Dynamics, snn.SpikingNeuron):
     def emits_zeros_and_ones(self) -> bool:
         """Spikes are zeros and ones, and their factor is one and fixed."""
         factor = self.graded_spikes_factor
-        return self.is_step_function and not factor.requires_grad and bool((factor == 1).all())
+        if not self.is_step_function or factor.requires_grad:
+            return False
+        known = self._known_factor
+        if known is None or known[0] is not factor or known[1] != version(factor):
+            # Looked at once, as long as it stays: the answer waits for the device.
+            known = self._known_factor = (factor, version(factor), bool((factor == 1).all()))
+        return known[2]
 
     def mem_reset(self, mem: Tensor) -> Tensor:
         """Reset signal: the spike of the last step.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,50 @@ from torch.utils.hooks import RemovableHandle
 from ._messages import warn
 from .graph import ancestors
 from .network import named_parameters, noises, noisy_neurons, spiking_neurons
+from .noise import Noise
 from .noisy_neuron import NoisyNeuron
 
 
+class Checks:
+    """What is to hold before any weight changes, asked all at once: each question by itself waits for the device."""
+
+    def __init__(self) -> None:
+        self._filed: list[tuple[Tensor, Callable[[], str | None]]] = []
+
+    def file(self, holds: Tensor, otherwise: Callable[[], str | None]) -> None:
+        """Files what is to hold.
+
+        Args:
+            holds: one boolean, on any device.
+            otherwise: asked for the error if it does not hold; it warns instead, or lets it pass, if it returns None.
+        """
+        self._filed.append((holds.detach(), otherwise))
+
+    def take(self, other: Checks) -> None:
+        """Takes over what another one has filed."""
+        self._filed += other._filed
+        other._filed = []
+
+    def read(self) -> None:
+        """Waits for the devices.
+
+        Raises:
+            ValueError: if something does not hold; of several, what was filed first.
+        """
+        filed, self._filed = self._filed, []
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for holds, _ in filed:
+            by_device.setdefault(holds.device, []).append(holds)
+        if all(bool(torch.stack(each).all()) for each in by_device.values()):
+            return
+        for holds, otherwise in filed:
+            error = None if bool(holds) else otherwise()
+            if error is not None:
+                raise ValueError(error)
+
+
 def network_errors(net: nn.Module) -> Iterator[str]:
-    """Everything for which a network cannot be trained by the likelihood ratio."""
+    """Everything for which a network cannot be trained by the likelihood ratio, but for its noise levels."""
     neurons = noisy_neurons(net)
     if not neurons:
         yield (
@@ -33,13 +73,6 @@ def network_errors(net: nn.Module) -> Iterator[str]:
             f"the noise of {', '.join(neurons)} is off: call net.train(), leave noise_off(net), or make the noise with "
             "at_eval=True"
         )
-    for name, noise in noises(net).items():
-        sigma = noise.sigma.detach()
-        if noise.active and not bool(((sigma > 0) & sigma.isfinite()).all()):
-            yield (
-                f"{name}: sigma must be positive and finite, but is {sigma.min().item():.3g} to "
-                f"{sigma.max().item():.3g}; lower its learning rate (a parameter group of its own) or freeze it"
-            )
     for name, neuron in active.items():
         if neuron.meets_threshold_twice:
             yield (
@@ -47,6 +80,33 @@ def network_errors(net: nn.Module) -> Iterator[str]:
                 "reset with the threshold once more, so that the gradient of a learned threshold would be biased; use "
                 "reset_delay=True, reset_mechanism='zero', escape noise, or learn_threshold=False"
             )
+
+
+def level_errors(net: nn.Module) -> Iterator[str]:
+    """The noise levels for which a network cannot be trained."""
+    for name, noise in noises(net).items():
+        if noise.active and not bool(_is_level(noise)):
+            yield _level_error(name, noise)
+
+
+def check_levels(net: nn.Module, checks: Checks) -> None:
+    """Has noise levels refused that are not positive and finite."""
+    for name, noise in noises(net).items():
+        if noise.active:
+            checks.file(_is_level(noise), partial(_level_error, name, noise))
+
+
+def _is_level(noise: Noise) -> Tensor:
+    sigma = noise.sigma.detach()
+    return ((sigma > 0) & sigma.isfinite()).all()
+
+
+def _level_error(name: str, noise: Noise) -> str:
+    sigma = noise.sigma.detach()
+    return (
+        f"{name}: sigma must be positive and finite, but is {sigma.min().item():.3g} to "
+        f"{sigma.max().item():.3g}; lower its learning rate (a parameter group of its own) or freeze it"
+    )
 
 
 def _active(neurons: Mapping[str, NoisyNeuron]) -> dict[str, NoisyNeuron]:
@@ -69,8 +129,7 @@ def check_network(net: nn.Module) -> dict[str, NoisyNeuron]:
     """The noisy neurons of a network whose noise is on, by name.
 
     Raises:
-        ValueError: if there are none, if a noise level is not positive and finite, or if a learned threshold is met
-            twice by one sample.
+        ValueError: if there are none, or if a learned threshold is met twice by one sample.
     """
     for error in network_errors(net):
         raise ValueError(error)
@@ -88,33 +147,31 @@ def check_parameters(net: nn.Module) -> None:
             raise ValueError(f"the parameter {name} has values that are not finite; load or initialise it again")
 
 
-def check_gradients(net: nn.Module, inputs: Any, half: bool) -> None:
-    """Refuses gradients that are not finite: a membrane potential that is NaN never spikes, and losses stay finite.
+def check_gradients(net: nn.Module, inputs: Any, half: bool, checks: Checks) -> None:
+    """Has gradients refused that are not finite: a membrane potential that is NaN never spikes, and losses stay finite.
 
     Args:
         net: the network; new gradients are in ``.grad``.
         inputs: what they were computed from, to be named in the error.
         half: whether float16 had a part in them; then they may overflow for finite inputs, and a GradScaler, which
             has to see it, lowers its scale.
-
-    Raises:
-        ValueError: if there is one.
+        checks: where that is filed.
     """
     found = {name: p.grad for name, p in named_parameters(net).items() if p.requires_grad and p.grad is not None}
     # Not the sum: that of half-precision numbers overflows. Of sparse gradients it is not known.
     finite = {name: gradient.to_dense().isfinite().all() for name, gradient in found.items()}
-    by_device: dict[torch.device, list[Tensor]] = {}
+
+    def error() -> str | None:
+        bad = [name for name, each in finite.items() if not bool(each)]
+        tensors = [each for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)]
+        count, total = sum(int((~each.isfinite()).sum()) for each in tensors), sum(each.numel() for each in tensors)
+        if half and not count:
+            return None
+        cause = f". {count} of {total} numbers in the inputs are not finite" if count else ": lower the learning rate"
+        return f"the new gradient is not finite in {', '.join(bad)}; no .grad and no weight changed{cause}"
+
     for each in finite.values():
-        by_device.setdefault(each.device, []).append(each)
-    if all(bool(torch.stack(each).all()) for each in by_device.values()):
-        return
-    bad = [name for name, each in finite.items() if not bool(each)]
-    tensors = [each for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)]
-    count, total = sum(int((~each.isfinite()).sum()) for each in tensors), sum(each.numel() for each in tensors)
-    if half and not count:
-        return
-    cause = f". {count} of {total} numbers in the inputs are not finite" if count else ": lower the learning rate"
-    raise ValueError(f"the new gradient is not finite in {', '.join(bad)}; no .grad and no weight changed{cause}")
+        checks.file(each, error)
 
 
 def warn_about_batch_norm(net: nn.Module, known: Set[str] = frozenset()) -> set[str]:
@@ -139,7 +196,7 @@ def warn_about_batch_norm(net: nn.Module, known: Set[str] = frozenset()) -> set[
     return set(names)
 
 
-def check_losses(losses: Any, copies: int, batch: int, net: nn.Module) -> Tensor:
+def check_losses(losses: Any, copies: int, batch: int, net: nn.Module, checks: Checks) -> Tensor:
     """One finite loss per copy and sample, or an error that says what loss_fn should return.
 
     Args:
@@ -147,13 +204,14 @@ def check_losses(losses: Any, copies: int, batch: int, net: nn.Module) -> Tensor
         copies: number of noise copies.
         batch: number of samples.
         net: the network, to look for the first layer with numbers that are not finite.
+        checks: where values that are not finite are filed to be refused.
 
     Returns:
         The losses, shape ``[copies * batch]``.
 
     Raises:
         TypeError: if it is not a tensor.
-        ValueError: if it has another shape, or values that are not finite.
+        ValueError: if it has another shape.
     """
     rows = copies * batch
     if not rows:
@@ -181,34 +239,37 @@ def check_losses(losses: Any, copies: int, batch: int, net: nn.Module) -> Tensor
             f"loss_fn returned losses of shape {tuple(losses.shape)}, but {copies} copies of {batch} samples need "
             f"shape ({rows},){hint}"
         )
-    if not bool(losses.isfinite().all()):
-        bad = int((~losses.isfinite()).sum())
-        raise ValueError(
-            f"{bad} of {rows} losses are not finite{_first_non_finite(net)}; no gradient was computed and no weight "
+    finite = losses.detach().isfinite()
+    checks.file(
+        finite.all(),
+        lambda: (
+            f"{int((~finite).sum())} of {rows} losses are not finite{_first_non_finite(net)}; no .grad and no weight "
             "changed. Check the inputs, and lower the learning rate"
-        )
+        ),
+    )
     return checked
 
 
-def check_repeats(first: Tensor, second: Tensor) -> None:
-    """Refuses two passes with the same noise whose losses differ: scores of one would meet the losses of the other.
+def check_repeats(first: Tensor, second: Tensor, checks: Checks) -> None:
+    """Has two passes refused with the same noise whose losses differ: scores of one would meet the losses of the other.
+
+    They differ if they do by more than rounding, in more rows than rounding can make spike otherwise.
 
     Args:
         first: losses of the pass that looked for them.
         second: losses of the pass that had a gradient.
-
-    Raises:
-        ValueError: if they differ by more than rounding, in more rows than rounding can make spike otherwise.
+        checks: where that is filed.
     """
-    differ = (first - second).abs() > 1e-3 * first.abs().mean() + 1e-6
-    count = int(differ.sum())
-    if count > 0.05 * len(first):
-        raise ValueError(
-            f"two passes with the same noise differ in {count} of {len(first)} losses; no .grad and no weight changed. "
-            "loss_fn holds a state that a pass changes, or draws from a generator of its own, as "
+    count = ((first - second).abs() > 1e-3 * first.abs().mean() + 1e-6).sum()
+    checks.file(
+        count <= 0.05 * len(first),
+        lambda: (
+            f"two passes with the same noise differ in {int(count)} of {len(first)} losses; no .grad and no weight "
+            "changed. loss_fn holds a state that a pass changes, or draws from a generator of its own, as "
             "numpy.random.default_rng() is: give it the same state and random numbers in each pass, or use "
             'memory="store" without chunk, which runs once'
-        )
+        ),
+    )
 
 
 def _first_non_finite(net: nn.Module) -> str:

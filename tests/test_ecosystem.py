@@ -119,6 +119,24 @@ def test_grad_scaler_needs_a_loop_and_the_hook_says_so() -> None:
     hook.remove()
 
 
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="no scaler for a CPU")
+@pytest.mark.parametrize("estimator", [slr.Vanilla, slr.Approximate, slr.Counterfactual])
+def test_a_grad_scaler_keeps_the_gradients_of_small_losses_in_float16(estimator: type) -> None:
+    net, small = Net(), 2.0**-17
+    expected = estimate(net, estimator)
+    optimizer, scaler = torch.optim.SGD(net.parameters(), lr=1.0), torch.amp.GradScaler("cpu")
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.float16):
+            return scaler.scale(small * net.loss(x, y))
+
+    estimate(net, estimator, loss)
+    scaler.unscale_(optimizer)
+    found = gradients(net)
+    for name in ("fc1.weight", "fc2.weight"):
+        assert (found[name] / small - expected[name]).norm() < 0.03 * expected[name].norm()
+
+
 @pytest.mark.parametrize("copier", COPIERS)
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("name", CLASSES)

@@ -50,18 +50,18 @@ def test_the_network_may_be_in_half_precision(estimator: str, noise: str, dtype:
     assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
 
 
+@pytest.mark.parametrize("around", [False, True])
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 @with_credit
-def test_half_precision_by_autocast_is_close(estimator: str, kind: torch.dtype) -> None:
-    def loss_fn(net: Net) -> Callable[[Tensor, Tensor], Tensor]:
-        def autocast(x: Tensor, y: Tensor) -> Tensor:
-            with torch.autocast("cpu", dtype=kind):
-                return net.loss(x, y)
-
-        return autocast
-
+def test_half_precision_by_autocast_is_close(estimator: str, kind: torch.dtype, around: bool) -> None:
     net = Net()
-    MAKERS[estimator](net, COPIES, seed=0).backward(loss_fn(net), *data())
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=kind):
+            return net.loss(x, y)
+
+    with torch.autocast("cpu", dtype=kind, enabled=around):
+        MAKERS[estimator](net, COPIES, seed=0).backward(net.loss if around else loss_fn, *data())
     expected = estimate(estimator, Net())
     for name, gradient in gradients(net).items():
         assert gradient.dtype == torch.float32

@@ -55,7 +55,7 @@ def test_currents_are_pooled_as_ever() -> None:
     x = torch.rand(2, 3, 6, 6, requires_grad=True)
     with SpikePooling() as pooling:
         pooled = F.max_pool2d(x, 2)
-    assert pooling.calls == [0.0]
+    assert pooling.heights == [0.0]
     (found,) = torch.autograd.grad(pooled.sum(), x)
     (expected,) = torch.autograd.grad(F.max_pool2d(x, 2).sum(), x)
     assert torch.equal(found, expected)
@@ -63,7 +63,7 @@ def test_currents_are_pooled_as_ever() -> None:
 
 def test_rates_have_the_chance_that_any_of_them_fires() -> None:
     rates = torch.rand(1, 1, 2, 2, dtype=torch.float64, requires_grad=True)
-    with SpikePooling([1.0]):
+    with SpikePooling([1.0], rates=True):
         pooled = F.max_pool2d(rates, 2)
     torch.testing.assert_close(pooled.squeeze(), 1 - (1 - rates).prod(), rtol=0, atol=1e-5)
 
@@ -76,3 +76,13 @@ def test_pooling_whose_windows_are_not_known_is_refused_for_spikes_only(pool: Ca
         pool(torch.rand(1, 1, 4, 4, requires_grad=True))
         with pytest.raises(ValueError, match="max-pooling of spikes"):
             pool(spikes((1, 1, 4, 4)))
+
+
+def test_pools_in_a_time_step_without_a_spike_are_known_by_a_later_one() -> None:
+    silent, current = torch.zeros(1, 4, requires_grad=True), torch.rand(1, 4, requires_grad=True)
+    with SpikePooling() as pooling:
+        for _ in range(2):
+            F.max_pool1d(current, 2)
+            F.max_pool1d(silent, 2)
+            silent = spikes((1, 4), 2.0)
+    assert pooling.of_one_step(2)[:2] == [0.0, 2.0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import operator
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,8 +27,10 @@ from ..noise import EscapeNoise, MembraneNoise
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
 from ..validate import (
+    Checks,
     NoiseFreeNeurons,
     check_gradients,
+    check_levels,
     check_losses,
     check_network,
     check_parameters,
@@ -268,6 +270,7 @@ class Estimator(ABC):
         self._seeds = torch.Generator() if seed is not None else None
         if self._seeds is not None and seed is not None:
             self._seeds.manual_seed(operator.index(seed))
+        self.checks = Checks()
         self.inspected = self.half = False
         # That a pass draws for each sample and copy.
         self.numbers = 0
@@ -298,6 +301,8 @@ class Estimator(ABC):
         def own_part() -> Tensor:
             call = Call.of(self.net, loss_fn, inputs, targets)
             if not self.inspected:
+                with self.checking():
+                    check_levels(self.net, self.checks)
                 check_parameters(self.net)
             if not self.takes_batch_norm:
                 self._warned |= warn_about_batch_norm(self.net, self._warned)
@@ -319,13 +324,29 @@ class Estimator(ABC):
         for neuron in call.neurons.values():
             neuron.estimating = True
         try:
-            loss = self.estimate(call)
-            check_gradients(self.net, call.inputs, self.half)
+            with self.checking():
+                check_levels(self.net, self.checks)
+                loss = self.estimate(call)
+                check_gradients(self.net, call.inputs, self.half, self.checks)
         finally:
             cpu.pool.trim()
             for neuron in call.neurons.values():
                 del neuron.estimating
         return loss
+
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        """Context at whose end ``checks`` are read: once, since all that is computed meanwhile is waited for."""
+        outer, self.checks = self.checks, Checks()
+        try:
+            yield
+            self.checks.read()
+        except Exception:
+            # An error may follow from what does not hold, which is the one to be told.
+            self.checks.read()
+            raise
+        finally:
+            self.checks = outer
 
     def state_dict(self) -> dict[str, Any]:
         """State of the estimator, to resume a training loop of one's own with the same numbers.
@@ -393,13 +414,15 @@ class Estimator(ABC):
             except (RuntimeError, ValueError, IndexError) as error:
                 explain(error, recording)
                 raise
+            finally:
+                self.checks.take(recording.checks)
         self.half |= recording.half
         if not recording.emits_bits:
             raise ValueError(
                 f"loss_fn ran none of {', '.join(recording.neurons)}, the noisy neurons of {type(self.net).__name__}: "
                 "call in it the very network that the estimator was made for, and no copy"
             )
-        return check_losses(losses, recording.copies, recording.batch or 0, self.net)
+        return check_losses(losses, recording.copies, recording.batch or 0, self.net, self.checks)
 
     def run_watched(self, recording: Recording, call: Call) -> Tensor:
         """A run with a graph; the first of all looks for whatever would bias the gradient."""
@@ -418,9 +441,11 @@ class Estimator(ABC):
         firing.warn()
         return losses
 
-    def trial(self, **more: bool) -> AbstractContextManager[None]:
-        """Context of forward passes that leave no trace."""
-        return left_as_found(self.net, buffers=True, states=True, random=True, **more)
+    @contextmanager
+    def trial(self, **more: bool) -> Iterator[None]:
+        """Context of forward passes that leave no trace, and are checked by themselves."""
+        with left_as_found(self.net, buffers=True, states=True, random=True, **more), self.checking():
+            yield
 
     def check_rows(self, call: Call) -> None:
         """Refuses losses of one copy that depend on the other, by passes of two copies without a graph."""
@@ -428,15 +453,14 @@ class Estimator(ABC):
         def losses(fires: bool) -> Tensor | None:
             recording = Forced(self._make(call, NoiseStream(0, 2, 0, 2)), fires)
             # Whatever is to be said about the forward pass is said by that of the call.
-            with warnings.catch_warnings(), self.trial(modes=True):
+            with warnings.catch_warnings(), suppress(Exception), self.trial(modes=True):
                 warnings.simplefilter("ignore")
                 use_running_statistics(self.net)
                 try:
                     return self.run(recording, call, grad=False).view(2, -1)[0]
-                except Exception:
-                    return None
                 finally:
                     self.numbers = recording.numbers
+            return None
 
         check_rows_are_apart(losses)
 
@@ -446,6 +470,13 @@ class Estimator(ABC):
         with self.trial():
             return self.run_watched(recording, call), recording
 
+    def gather(self, losses: Tensor) -> Tensor:
+        """The losses of all copies, ``[copies, batch]``, from those that were run here, without their graph."""
+        if not self.division.alone:
+            # Ranks meet on the host, and one that failed is to say so before the others get its losses.
+            self.checks.read()
+        return self.division.gather(losses.detach())
+
     def weigh(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """The losses of all copies, ``[copies, batch]``, and weights of the scores of the copies that were run here.
 
@@ -453,7 +484,7 @@ class Estimator(ABC):
             losses: of the copies that were run here, in any shape.
         """
         first, last = self.division.own_copies(self.copies)
-        everyone = self.division.gather(losses.detach().view(last - first, -1))
+        everyone = self.gather(losses.view(last - first, -1))
         if not self.inspected and len(everyone) > 1 and bool((everyone == everyone[0]).all()):
             warn(
                 "all copies of a sample have the same loss in the first call: the noise decides nothing, and what is "
@@ -461,9 +492,15 @@ class Estimator(ABC):
                 "scale of the weights, or take a loss that tells more"
             )
         advantages = self.baseline(everyone, self.antithetic)
-        if advantages.shape != everyone.shape or not bool(advantages.isfinite().all()):
-            raise ValueError(
+        finite = advantages.isfinite()
+
+        def error() -> str:
+            return (
                 f"the baseline must return a finite number for each loss, {tuple(everyone.shape)}, but returned "
-                f"{tuple(advantages.shape)}, {int((~advantages.isfinite()).sum())} of them not finite"
+                f"{tuple(finite.shape)}, {int((~finite).sum())} of them not finite"
             )
+
+        if advantages.shape != everyone.shape:
+            raise ValueError(error())
+        self.checks.file(finite.all(), error)
         return everyone, advantages[first:last] / everyone.numel()

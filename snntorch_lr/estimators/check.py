@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..left_as_found import left_as_found
-from ..validate import check_optimizer, check_parameters, network_errors, warn_about_batch_norm
+from ..validate import check_optimizer, check_parameters, level_errors, network_errors, warn_about_batch_norm
 from . import ESTIMATORS
 from .base import Call, Estimator, LossFn
 from .vanilla import look
@@ -134,7 +134,7 @@ def check(
             raise ValueError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
         estimator = ESTIMATORS[estimator]
     collector = _Collector()
-    for message in network_errors(net):
+    for message in (*network_errors(net), *level_errors(net)):
         collector.add(True, message)
     with collector.collecting():
         check_parameters(net)

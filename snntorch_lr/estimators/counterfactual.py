@@ -96,6 +96,7 @@ class Counterfactual(Estimator):
         self.over_time = over_time
         self.fixed_control = control
         self._controls: dict[str, Control] = {}
+        self._pooled: list[float | None] = []
         self._looked_at: tuple[tuple[str, ...], tuple[bool, ...]] | None = None
         self._timed: Collection[str] = ()
         self._internal: Collection[str] = ()
@@ -149,7 +150,7 @@ class Counterfactual(Estimator):
         internal = [neurons[name] for name in self._internal if name in neurons]
         profiles = {neurons[name]: profile for name, profile in self._profiles.items() if name in neurons}
         recording = self._recording(copies, timed, internal, profiles)
-        before, pooling = RandomState.capture(), SpikePooling()
+        before, pooling = RandomState.capture(), SpikePooling(self._pooled, self.checks)
         with pooling:
             if exact:
                 losses = self.run_watched(recording, call)
@@ -159,7 +160,7 @@ class Counterfactual(Estimator):
                 with recording.spikes:
                     losses = self.run(recording, call, grad=True)
         check_calls(recording.sums, neurons, 'use over_time="exact"')
-        everyone = self.division.gather(losses.detach().view(recording.copies, -1))
+        everyone = self.gather(losses.view(recording.copies, -1))
         rates = self._rates(recording, call, before, pooling)
         self._push(losses, everyone.numel(), recording, rates)
         self._fit(recording, neurons)
@@ -183,7 +184,7 @@ class Counterfactual(Estimator):
         recording.keeps_steps = True
         neurons = call.neurons
         with self.trial():
-            with SpikePooling():
+            with SpikePooling(self._pooled, self.checks):
                 losses = self.run_watched(recording, call)
             check_derivative(recording, losses)
         wiring = Wiring.of(recording, losses)
@@ -211,7 +212,7 @@ class Counterfactual(Estimator):
             after, statistics = RandomState.capture(), Buffers(self.net, statistics_only=True)
             before.restore()
             try:
-                with suppress(RatesCaptured), SpikePooling(pooling.calls):
+                with suppress(RatesCaptured), SpikePooling(pooling.of_one_step(recording.steps), rates=True):
                     self.run(through, call, grad=True)
             finally:
                 after.restore()

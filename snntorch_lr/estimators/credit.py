@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..noise import EscapeNoise, MembraneNoise
+from ..validate import Checks
 from .recording import over_copies, unpack
 from .sums import Sums, add
 
@@ -41,7 +42,8 @@ class Control:
     def value(self) -> Tensor:
         """λ, in [0, 1]; one half before anything is known."""
         if self.fixed is not None:
-            return torch.tensor(self.fixed, dtype=torch.float64)
+            # Made there: a copy from the host would wait for the device.
+            return torch.full((), self.fixed, dtype=torch.float64, device=self._found.device)
         product, square = self.sums
         return torch.where(square > 0, -product / square, self.start).clamp(0, 1)
 
@@ -395,20 +397,26 @@ class SpikePooling(TorchFunctionMode):
     window. That of ``max_pool`` goes to the first of several equal spikes instead. Currents are pooled as ever.
 
     Args:
-        heights: for each call in its order, the height of the spikes whose rates are pooled, and 0 for currents: rates
-            cannot be told from currents. None to look for spikes.
+        heights: the height of the spikes that each call pools, in their order, and 0 for currents; None where nothing
+            but zeros has been pooled yet. What is not known is looked for, and added.
+        checks: where it is filed that the others still hold.
+        rates: rates are pooled in place of spikes, which nobody can tell from currents: nothing is looked for.
 
     Attributes:
-        calls: the height of the spikes of each call, and 0 for currents.
+        calls: how many there were.
 
     Raises:
         ValueError: for a kind of max-pooling whose windows are not known here, if it pools spikes.
     """
 
-    def __init__(self, heights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, heights: list[float | None] | None = None, checks: Checks | None = None, rates: bool = False
+    ) -> None:
         super().__init__()
-        self.calls: list[float] = []
-        self._known: Iterator[float] | None = None if heights is None else iter(heights)
+        self.heights = [] if heights is None else heights
+        self.calls = 0
+        self._checks = Checks() if checks is None else checks
+        self._rates = rates
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -417,9 +425,8 @@ class SpikePooling(TorchFunctionMode):
         if func not in _POOLS and func not in _REFUSED:
             return func(*args, **kwargs)
         x = args[0] if args else kwargs["input"]
-        height = _height(x) if self._known is None else next(self._known, 0.0)
-        self.calls.append(height)
-        if not (height and x.requires_grad):
+        height = self._height(x)
+        if not height:
             return func(*args, **kwargs)
         if func in _REFUSED or kwargs.get("return_indices"):
             raise ValueError(
@@ -429,13 +436,41 @@ class SpikePooling(TorchFunctionMode):
         options = {"stride": None, "padding": 0, "dilation": 1} | dict(zip(_NAMES, args, strict=False)) | kwargs
         value = func(*args, **kwargs)
         product = _product(x, value.shape, height, _POOLS[func], options)
-        return product if self._known is not None else value.detach() + (product - product.detach())
+        return product if self._rates else value.detach() + (product - product.detach())
+
+    def _height(self, x: Tensor) -> float | None:
+        """Height of the spikes that are pooled in this call; 0 or None where that makes no difference."""
+        index, self.calls = self.calls, self.calls + 1
+        self.heights += [None] * (self.calls - len(self.heights))
+        known = self.heights[index]
+        if self._rates or not (x.requires_grad and x.numel()):
+            return known if x.requires_grad else None
+        x = x.detach()
+        top = x.amax()
+        if known is None:
+            spikes = bool((top > 0) & _are_spikes(x, top))
+            known = self.heights[index] = float(top) if spikes else 0.0 if bool(x.any()) else None
+        elif known:
+            self._checks.file(_are_spikes(x, known), lambda: _CHANGED.format("something other than spikes"))
+        else:
+            self._checks.file((top <= 0) | ~_are_spikes(x, top), lambda: _CHANGED.format("spikes"))
+        return known
+
+    def of_one_step(self, steps: int) -> list[float | None]:
+        """Heights of the calls of one time step; of those in which no neuron had fired, from later time steps."""
+        calls = self.calls // steps if self.calls % steps == 0 else self.calls
+        return [
+            next((height for height in self.heights[index : self.calls : calls] if height is not None), None)
+            for index in range(self.calls)
+        ]
 
 
-def _height(x: Tensor) -> float:
-    """Of spikes: the one number besides zero that there is; 0 for anything else."""
-    top = x.detach().amax() if x.numel() else torch.zeros(())
-    return float(top) if bool((top > 0) & ((x == 0) | (x == top)).all()) else 0.0
+_CHANGED = "a max-pooling pools {} now, which it did not in the first call: make a new estimator after such a change"
+
+
+def _are_spikes(x: Tensor, height: Tensor | float) -> Tensor:
+    """There are no numbers but zero and one other."""
+    return ((x == 0) | (x == height)).all()
 
 
 def _product(x: Tensor, shape: torch.Size, height: float, dims: int, options: dict[str, Any]) -> Tensor:

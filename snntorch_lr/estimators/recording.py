@@ -22,6 +22,7 @@ from ..kernels import cpu
 from ..noise import EscapeNoise, MembraneNoise
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
+from ..validate import Checks
 from .fused import Fused
 
 
@@ -41,7 +42,7 @@ def pack(spikes: Tensor) -> Tensor:
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(8, -1)
     if bits.device.type == "cpu":
         return cpu.slab.empty(bits.shape[1]).copy_(torch.from_numpy(np.packbits(bits.numpy(), 0, "little")[0]))
-    return (bits * _POWERS.to(bits.device)).sum(0, dtype=torch.uint8)
+    return (bits * _powers(bits.device)).sum(0, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -49,11 +50,13 @@ def unpack(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     spikes = cpu.unpack(packed, shape, dtype)
     if spikes is not None:
         return spikes
-    bits = (packed & _POWERS.to(packed.device)) != 0
+    bits = (packed & _powers(packed.device)) != 0
     return bits.reshape(-1)[: math.prod(shape)].to(dtype).view(shape)
 
 
-_POWERS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8).unsqueeze(1)
+def _powers(device: torch.device) -> Tensor:
+    # Made there: a copy from the host would wait for the device.
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=device).unsqueeze(1)
 
 
 class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
@@ -334,6 +337,7 @@ class Recording:
         fed_by_copies: neurons whose first input had been expanded before it came: spikes of other ones are in it.
         emits_bits: neurons that were called, and whether their spikes are zeros and ones.
         half: any input was in float16.
+        checks: of states, to be read when the pass is over.
         fused: constants of the neurons whose time steps are fused.
         draws: how often noise was drawn.
         numbers: how many numbers that were, for each row.
@@ -363,6 +367,7 @@ class Recording:
         self._received: dict[NoisyNeuron, Current] = {}
         self.fed_by_copies: set[NoisyNeuron] = set()
         self.half = False
+        self.checks = Checks()
 
     def __enter__(self) -> Recording:
         self.grad = torch.is_grad_enabled()
@@ -424,10 +429,14 @@ class Recording:
         return current.repeated
 
     def _warn_about_left_over_state(self, neuron: NoisyNeuron) -> None:
-        if neuron.mem.dim() and len(neuron.mem) == self.rows and bool(neuron.mem.any()):
-            warn(
-                f"{self.name(neuron)} starts from the membrane potential that an earlier forward pass left; call "
-                "snntorch_lr.reset(net) at the start of the forward pass"
+        if neuron.mem.dim() and len(neuron.mem) == self.rows:
+            where = self.name(neuron)
+            self.checks.file(
+                ~neuron.mem.any(),
+                lambda: warn(
+                    f"{where} starts from the membrane potential that an earlier forward pass left; call "
+                    "snntorch_lr.reset(net) at the start of the forward pass"
+                ),
             )
 
     def _expand_states(
@@ -491,20 +500,17 @@ class Recording:
         return x if len(x) == self.rows or self.batch in (None, len(x)) else x[: self.batch].clone()
 
     def expand_state(self, state: Any, neuron: NoisyNeuron) -> Any:
-        """A state that the user gives, for every copy.
-
-        Raises:
-            ValueError: if it holds numbers that snnTorch would silently replace by zeros.
-        """
+        """A state that the user gives, for every copy; one that snnTorch would silently replace is to be refused."""
         if not isinstance(state, Tensor) or state.dim() == 0:
             return state
         if self.fits(state):
             return self.expand(state, neuron)
-        if state.numel() and bool(state.any()):
-            raise ValueError(
+        if state.numel():
+            message = (
                 f"{self.name(neuron)} got a state of shape {tuple(state.shape)}, which does not fit its input; "
                 "snnTorch would silently replace it by zeros. Start each forward pass from reset_mem() or reset(net)"
             )
+            self.checks.file(~state.any(), lambda: message)
         return state
 
     @property

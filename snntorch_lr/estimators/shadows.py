@@ -275,6 +275,11 @@ class Shadowed(Recording):
         self._given: dict[NoisyNeuron, Mapping[str, Tensor]] = {}
 
     @property
+    def steps(self) -> int:
+        """Number of time steps of the neurons that are not timed."""
+        return max((sums.steps for sums in self.sums.values()), default=1)
+
+    @property
     def tokens(self) -> dict[NoisyNeuron, Tensor]:
         """For each neuron, a tensor behind which is all that it was computed by."""
         return {neuron: state.link for neuron, state in self._last.items() if state.link is not None}

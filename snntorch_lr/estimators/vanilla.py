@@ -164,7 +164,7 @@ class Vanilla(Estimator):
                     losses = self.run(again, call, grad=True)
                 repeated.append(losses.detach())
                 push(losses, everyone.numel(), again)
-            check_repeats(torch.cat([part.flatten() for part in parts]), torch.cat(repeated))
+            check_repeats(torch.cat([part.flatten() for part in parts]), torch.cat(repeated), self.checks)
         finally:
             after.restore()
             if statistics is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,25 @@ from . import data, files
 from .options import Place, check, command_line, option, recorded
 from .recipe import Recipe, make_network
 from .train import accuracy, make_estimators, stepper
-from .workloads import METHODS, NOISES, Workload, make_step, median_milliseconds, peak_megabytes, slope
+from .workloads import (
+    METHODS,
+    NOISES,
+    RIVAL,
+    Workload,
+    data_parallel_milliseconds,
+    make_step,
+    median_milliseconds,
+    peak_megabytes,
+    slope,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PARTS = {
     "steps": "Training step",
+    "deep": "Training step of networks with two hidden layers",
+    "data-parallel": "Training step of several processes on a CPU, counterfactual, K = 2",
     "memory": "Peak memory of the first training step, K = 1",
     "growth": "Growth of the time of a training step",
     "accuracy": "Training time to an accuracy",
@@ -35,6 +48,8 @@ TARGETS = {"mnist": 0.95, "fashion-mnist": 0.84, "digits": 0.93}
 _LOOK_EVERY = 25
 # Peaks vary from process to process, with what the allocator of the C library makes of the same requests.
 _PROCESSES = 3
+_SHAPE = (1, 28, 28)
+_NO_RIVAL = "SpikingJelly is not installed, and has no row; pip install spikingjelly adds it."
 # Part, what is drawn over what, and the names of the axes.
 _FIGURES = (
     ("steps", "copies", "ratio", "noise copies K", "time of a step / surrogate's"),
@@ -90,7 +105,10 @@ def benchmark(options: Benchmark, tell: Tell = lambda what: None) -> dict[str, A
     with files.locked(options.folder, command):
         with _threads(options.threads):
             results = files.origin(command, device) | {"settings": recorded(options)}
-            for part, measure in (("steps", _steps), ("memory", _memory), ("growth", _growth)):
+            measures = {
+                "steps": _steps, "deep": _deep, "data-parallel": _data_parallel, "memory": _memory, "growth": _growth
+            }  # fmt: skip
+            for part, measure in measures.items():
                 if part in options.parts:
                     results[part] = measure(options, device, tell)
             if images is not None:
@@ -121,6 +139,10 @@ def _base(options: Benchmark, method: str, noise: str = "membrane", copies: int 
 def _steps(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
     """Median milliseconds of all methods in turn, and their ratio to the surrogate's."""
     workloads = [_base(options, method) for method in ("surrogate", "surrogate, hoisted", "surrogate, noise")]
+    if find_spec("spikingjelly"):
+        workloads.append(_base(options, RIVAL))
+    else:
+        tell(f"steps: {_NO_RIVAL}")
     for copies in options.copies:
         workloads += [_base(options, method, noise, copies) for method in METHODS for noise in NOISES]
         workloads.append(_base(options, "textbook", copies=copies))
@@ -135,6 +157,41 @@ def _steps(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
         }
         for name, workload in named.items()
     ]  # fmt: skip
+
+
+def _deep(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
+    """Median milliseconds of dense and convolutional layers; ratios are to the surrogate's of the same network."""
+    images = torch.rand(options.batch, *_SHAPE, device=device)
+    labels = torch.randint(10, (options.batch,), device=device)
+    rows = []
+    for model in ("deep-mlp", "conv"):
+        surrogate = Recipe(method="surrogate", model=model, num_steps=options.num_steps)
+        escape = replace(surrogate, method="likelihood ratio", noise="escape", distribution="logistic", sigma=0.3)
+        recipes = {"surrogate": surrogate} | {
+            f"counterfactual, escape, K = {copies}": replace(escape, copies=copies) for copies in (1, 2)
+        }
+        steps = {
+            name: partial(_take_step(recipe, _SHAPE, device)[1], images, labels) for name, recipe in recipes.items()
+        }
+        tell(f"deep: {model}")
+        times = median_milliseconds(steps, device, options.repeats, lambda _: None)
+        rows += [
+            {"model": model, "method": name, "milliseconds": taken, "ratio": taken / times["surrogate"]}
+            for name, taken in times.items()
+        ]
+    return rows
+
+
+def _data_parallel(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
+    """Median milliseconds of as many threads in one process, and in as many processes with a part of the batch each."""
+    workload = _base(options, "counterfactual, rates", "escape", copies=2)
+    rows: Rows = []
+    for processes, threads in ((1, options.threads), (options.threads, 1)):
+        tell(f"data-parallel: {processes} processes")
+        taken = data_parallel_milliseconds(workload, processes, threads, options.repeats)
+        first = rows[0]["milliseconds"] if rows else taken
+        rows.append({"processes": processes, "threads": threads, "milliseconds": taken, "ratio": taken / first})
+    return rows
 
 
 def _memory(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
@@ -202,9 +259,7 @@ def _train_to(
 ) -> tuple[float | None, int, float]:
     """Seconds, None if the limit came first; steps; and the best accuracy seen."""
     torch.manual_seed(recipe.seed)
-    net = make_network(recipe, images.shape).to(device)
-    optimizer = torch.optim.Adam(net.parameters(), lr=recipe.learning_rate)
-    take_step = stepper(recipe, net, optimizer, make_estimators(recipe, net))
+    net, take_step = _take_step(recipe, images.shape, device)
     spent, steps, best = 0.0, 0, 0.0
     while spent < limit:
         order = torch.randperm(len(images.train)).to(device)
@@ -222,15 +277,30 @@ def _train_to(
     return None, steps, best
 
 
+def _take_step(
+    recipe: Recipe, shape: tuple[int, int, int], device: torch.device
+) -> tuple[torch.nn.Module, Callable[[torch.Tensor, torch.Tensor], float]]:
+    """An untrained network, and its training step."""
+    net = make_network(recipe, shape).to(device)
+    optimizer = torch.optim.Adam(net.parameters(), lr=recipe.learning_rate)
+    return net, stepper(recipe, net, optimizer, make_estimators(recipe, net))
+
+
 def to_markdown(results: dict[str, Any]) -> str:
     """All tables as Markdown, with what is needed to read and repeat them."""
     settings = results["settings"]
-    tables = {"steps": _steps_table, "memory": _memory_table, "growth": _growth_table, "accuracy": _accuracy_table}
+    tables: dict[str, Callable[[Rows, dict[str, Any]], Table]] = {
+        "steps": _steps_table, "deep": partial(_ratio_table, "model", "method"),
+        "data-parallel": partial(_ratio_table, "processes", "threads"), "memory": _memory_table,
+        "growth": _growth_table, "accuracy": _accuracy_table,
+    }  # fmt: skip
     sections = [
         f"## {PARTS[part]}\n\n{markdown(*draw(results[part], settings))}"
         for part, draw in tables.items()
         if part in results
     ]
+    if not any(row["method"] == RIVAL for row in results.get("steps", [{"method": RIVAL}])):
+        sections[0] += f"\n\n{_NO_RIVAL}"
     size = f"784-{settings['width']}-10, batch {settings['batch']}"
     return f"# Benchmark: {size}\n\n" + "\n\n".join(sections) + f"\n\n{files.origin_note(results)}"
 
@@ -241,6 +311,13 @@ def _steps_table(rows: Rows, settings: dict[str, Any]) -> Table:
 
     header = ["median of turns; ms (ratio)", *(f"K = {copies}" for copies in settings["copies"])]
     return header, _by_method(rows, "copies", settings["copies"], cell)
+
+
+def _ratio_table(first: str, second: str, rows: Rows, settings: dict[str, Any]) -> Table:
+    header = [first, second, "ms", "ratio"]
+    return header, [
+        [str(row[first]), str(row[second]), f"{row['milliseconds']:.1f}", f"{row['ratio']:.2f} ×"] for row in rows
+    ]
 
 
 def _memory_table(rows: Rows, settings: dict[str, Any]) -> Table:

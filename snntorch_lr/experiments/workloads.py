@@ -12,22 +12,26 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import snntorch as snn
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..convert import add_noise
+from ..distributed import share
 from ..estimators import ESTIMATORS
 from ..network import reset
 from ..optim import attach, closure
 
 FEATURES, CLASSES = 784, 10
-_SIGMA = 0.5
+RIVAL = "surrogate, SpikingJelly multi-step"
+_SIGMA, _BETA = 0.5, 0.95
 # Those with two ways to handle time are measured in both.
 _WAYS = {"vanilla": ("memory", ("store", "replay")), "counterfactual": ("over_time", ("rates", "exact"))}
 METHODS: dict[str, tuple[str, dict[str, str]]] = {}
@@ -140,6 +144,39 @@ def _peak(make: Callable[[], TrainingStep], device: torch.device) -> float:
     return float(_peak_bytes(afresh) - before) / 1e6
 
 
+def data_parallel_milliseconds(workload: Workload, processes: int, threads: int, repeats: int) -> float:
+    """Median time on a CPU of a training step that processes share under torchrun, each with a part of the batch.
+
+    Args:
+        workload: one of the likelihood ratio.
+        processes: number of them; one does not communicate.
+        threads: of each process.
+        repeats: timed steps, after one that warms up.
+
+    Raises:
+        ChildProcessError: if the processes fail.
+    """
+    given = pickle.dumps((workload, threads, repeats)).hex()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    process = subprocess.run(
+        [sys.executable, *torchrun, "-m", __spec__.name, given], stdout=subprocess.PIPE, start_new_session=True
+    )
+    if process.returncode:
+        raise ChildProcessError(f"{processes} processes of a training step ended with status {process.returncode}")
+    return float(process.stdout)
+
+
+def _run_rank(workload: Workload, threads: int, repeats: int) -> None:
+    """``data_parallel_milliseconds``, in each of the processes; the first one prints."""
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo")
+    step = make_step(workload, torch.device("cpu"), dist.get_rank(), dist.get_world_size())
+    _, *taken = [_milliseconds(step, torch.device("cpu")) for _ in range(repeats + 1)]
+    if dist.get_rank() == 0:
+        print(statistics.median(taken))
+    dist.destroy_process_group()
+
+
 def _forget_peak() -> bool:
     """Starts the kernel's record of the peak afresh; False where only that since the start of the process is known."""
     try:
@@ -171,7 +208,8 @@ class Workload:
     Attributes:
         method: ``"surrogate"`` (backpropagation through time as snnTorch's tutorials write it),
             ``"surrogate, hoisted"`` (the current of the constant input computed once), ``"surrogate, noise"`` (that
-            with noise of one copy), ``"textbook"`` (see ``_textbook_step``), or one of ``METHODS``.
+            with noise of one copy), ``RIVAL`` (see ``_rival_step``), ``"textbook"`` (see ``_textbook_step``), or one of
+            ``METHODS``.
         noise: one of ``NOISES``.
         copies: K.
         num_steps: T.
@@ -206,10 +244,10 @@ class Classifier(nn.Module):
         super().__init__()
         sizes = [FEATURES, *[workload.width] * workload.depth, CLASSES]
         self.linears = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
-        self.neurons = nn.ModuleList(snn.Leaky(beta=0.95) for _ in self.linears)
+        self.neurons = nn.ModuleList(snn.Leaky(beta=_BETA) for _ in self.linears)
         if not workload.rate and not workload.method.startswith("surrogate"):
             # The pathwise gradient of a readout without noise is exact only if it never resets.
-            self.neurons[-1] = snn.Leaky(beta=0.95, reset_mechanism="none")
+            self.neurons[-1] = snn.Leaky(beta=_BETA, reset_mechanism="none")
         self.num_steps = workload.num_steps
         self.rate = workload.rate
         self.hoists = workload.hoists and workload.method != "surrogate"
@@ -237,20 +275,28 @@ class Classifier(nn.Module):
         return F.cross_entropy(counts, y, reduction="none") if self.rate else total
 
 
-def make_step(workload: Workload, device: torch.device) -> TrainingStep:
+def make_step(workload: Workload, device: torch.device, rank: int = 0, ranks: int = 1) -> TrainingStep:
     """A training step with Adam on a fixed random batch.
+
+    Args:
+        workload: what to compute.
+        device: where.
+        rank: of this process among those that share the batch of a step of the likelihood ratio.
+        ranks: how many they are.
 
     Raises:
         ValueError: if the method is unknown.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(workload.batch, FEATURES, generator=generator).to(device)
-    y = torch.randint(CLASSES, (workload.batch,), generator=generator).to(device)
+    x = torch.rand(workload.batch, FEATURES, generator=generator)[rank::ranks].to(device)
+    y = torch.randint(CLASSES, (workload.batch,), generator=generator)[rank::ranks].to(device)
     torch.manual_seed(0)
     net = Classifier(workload).to(device)
     kind, distribution = NOISES[workload.noise]
     if workload.method == "surrogate, noise":
         add_noise(net, sigma=_SIGMA, only=net.noisy, kind=kind, distribution=distribution)
+    if workload.method == RIVAL:
+        return TrainingStep(net, _rival_step(net, x, y))
     if workload.method.startswith("surrogate"):
         return TrainingStep(net, _surrogate_step(net, x, y))
     if workload.method == "textbook":
@@ -262,7 +308,9 @@ def make_step(workload: Workload, device: torch.device) -> TrainingStep:
     estimator, options = METHODS[workload.method]
     if estimator != "counterfactual":
         options = options | {"baseline": "leave-one-out" if workload.copies > 1 else "batch-mean"}
-    attach(optimizer, net, estimator, copies=workload.copies, **options)
+    hook = attach(optimizer, net, estimator, copies=workload.copies, **options)
+    if ranks > 1:
+        share(hook.estimator, split="batch")
     given = closure(net.losses, x, y)
     return TrainingStep(net, lambda: optimizer.step(given))
 
@@ -275,6 +323,39 @@ def _surrogate_step(net: Classifier, x: Tensor, y: Tensor) -> Callable[[], Tenso
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _rival_step(net: Classifier, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    """Backpropagation by SpikingJelly, where each layer computes all time steps before the next one begins.
+
+    The current of the constant input is computed once. Its neurons leak after a reset and not before it, as snnTorch's
+    do; nothing else differs.
+
+    Source: Fang et al. (2023), "SpikingJelly: An open-source machine learning infrastructure platform for spike-based
+    intelligence".
+    """
+    from spikingjelly.activation_based import functional, neuron
+
+    leaky = partial(neuron.LIFNode, 1 / (1 - _BETA), False, v_reset=None, detach_reset=True, step_mode="m")
+    hidden = [leaky() for _ in net.neurons[:-1]]
+    # Not infinite, for its reset multiplies by the threshold.
+    output = leaky(v_threshold=1e9, store_v_seq=True)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+
+    def step() -> Tensor:
+        value = net.linears[0](x).expand(net.num_steps, -1, -1)
+        for spiking, linear in zip(hidden, net.linears[1:], strict=True):
+            value = linear(spiking(value))
+        output(value)
+        loss = F.cross_entropy(output.v_seq.flatten(0, 1), y.repeat(net.num_steps)) * net.num_steps
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        for each in (*hidden, output):
+            functional.reset_net(each)
         return loss.detach()
 
     return step
@@ -333,8 +414,10 @@ def _textbook_step(workload: Workload, net: Classifier, x: Tensor, y: Tensor) ->
     return step
 
 
+if __name__ == "__main__" and len(sys.argv) > 1:
+    _run_rank(*pickle.loads(bytes.fromhex(sys.argv[1])))
 # Nothing is given by a process that Ctrl-C ends while it starts this one.
-if __name__ == "__main__" and (_given := sys.stdin.buffer.read()):
+elif __name__ == "__main__" and (_given := sys.stdin.buffer.read()):
     _make, _device, _threads = pickle.loads(_given)
     torch.set_num_threads(_threads)
     print(_peak(_make, torch.device(_device)))

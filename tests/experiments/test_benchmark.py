@@ -11,20 +11,23 @@ import torch
 
 from snntorch_lr.experiments import benchmark
 from snntorch_lr.experiments.benchmark import Benchmark
-from snntorch_lr.experiments.workloads import METHODS, NOISES, Workload, make_step
+from snntorch_lr.experiments.workloads import METHODS, NOISES, RIVAL, Workload, data_parallel_milliseconds, make_step
 
 from .commands import is_one_line, run
 
 CPU = torch.device("cpu")
+DEEP = ["counterfactual, escape, K = 1", "counterfactual, escape, K = 2"]
 TINY: dict[str, Any] = {"num_steps": 4, "width": 20, "batch": 8}
 
 
 @pytest.mark.parametrize("rate", [False, True])
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("method", ["surrogate", "surrogate, hoisted", "textbook", *METHODS])
+@pytest.mark.parametrize("method", ["surrogate", "surrogate, hoisted", RIVAL, "textbook", *METHODS])
 def test_every_workload_learns(method: str, noise: str, rate: bool) -> None:
-    if method == "textbook" and (rate or noise == "escape"):
+    if method in (RIVAL, "textbook") and (rate or noise == "escape"):
         pytest.skip("written for one case")
+    if method == RIVAL:
+        pytest.importorskip("spikingjelly")
     step = make_step(Workload(method, noise, copies=16, rate=rate, num_steps=4, width=50, batch=4), CPU)
     losses = [float(step()) for _ in range(40)]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
@@ -39,6 +42,38 @@ def test_textbook_has_the_gradient_of_vanilla() -> None:
         means.append(gradient.clone())
     assert torch.nn.functional.cosine_similarity(means[0].flatten(), means[1].flatten(), dim=0) > 0.95
     assert float(means[0].norm()) == pytest.approx(float(means[1].norm()), rel=0.1)
+
+
+def test_the_rival_has_the_loss_and_the_gradient_of_the_readout_of_snntorch_where_nothing_resets() -> None:
+    pytest.importorskip("spikingjelly")
+    found = []
+    for method in ("surrogate, hoisted", RIVAL):
+        # Before the second time step no neuron has reset.
+        step = make_step(Workload(method, num_steps=1, width=30, batch=4), CPU)
+        loss = float(step())
+        found.append((loss, step.net.linears[1].weight.grad))
+    assert found[0][0] == pytest.approx(found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_processes_share_the_batch_of_a_step() -> None:
+    whole = make_step(Workload("counterfactual, rates", **TINY), CPU)
+    with mock.patch("snntorch_lr.experiments.workloads.share") as share:
+        parts = [make_step(Workload("counterfactual, rates", **TINY), CPU, rank, 3) for rank in range(3)]
+    assert [call.kwargs for call in share.call_args_list] == [{"split": "batch"}] * 3
+    sizes: list[set[int]] = []
+    for step in (whole, *parts):
+        sizes.append(set())
+        step.net.linears[0].register_forward_hook(lambda _, args, out: sizes[-1].add(len(args[0])))
+        step()
+    assert sizes == [{8}, {3}, {3}, {2}]
+
+
+def test_two_processes_take_a_step_together_and_an_error_of_one_is_told() -> None:
+    workload = Workload("counterfactual, rates", **TINY)
+    assert data_parallel_milliseconds(workload, 2, 1, 1) > 0
+    with pytest.raises(ChildProcessError, match=r"2 processes .* ended with status 1"):
+        data_parallel_milliseconds(Workload("nonsense", **TINY), 2, 1, 1)
 
 
 def test_hoisting_computes_the_first_current_once() -> None:
@@ -62,11 +97,13 @@ def two_methods() -> Iterator[list[str]]:
 def written(tmp_path_factory: pytest.TempPathFactory, two_methods: list[str]) -> Path:
     out = tmp_path_factory.mktemp("benchmark")
     options = Benchmark(
-        repeats=1, copies=(1, 2), memory_steps=(2, 3), dataset="digits", limit=0.1, threads=1, out=out, **TINY
+        repeats=1, copies=(1, 2), memory_steps=(2, 3), dataset="digits", limit=0.1, threads=2, out=out, **TINY
     )
     with pytest.MonkeyPatch.context() as patch:
         # A process for each figure takes minutes; one is measured above.
         patch.setattr(benchmark, "peak_megabytes", lambda make, device: float(make.args[0].num_steps))
+        patch.setattr(benchmark, "data_parallel_milliseconds", lambda workload, processes, *_: 2.0 / processes)
+        patch.setattr(benchmark, "find_spec", lambda name: None)
         benchmark.benchmark(options)
     return out
 
@@ -91,6 +128,9 @@ def test_writes_every_part(written: Path) -> None:
     assert len(results["steps"]) == 3 + 2 * (2 * len(NOISES) + 1)
     page = (written / "benchmark.md").read_text()
     assert results["command"] in page
+    assert "SpikingJelly is not installed, and has no row" in page
+    assert [row["ratio"] for row in results["data-parallel"]] == [1, 0.5]
+    assert [row["method"] for row in results["deep"]] == ["surrogate", *DEEP] * 2
     assert {path.name for path in written.glob("*.png")} == {"steps.png", "memory.png"}
 
 
@@ -105,7 +145,7 @@ def test_the_command_runs_chosen_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--part", "speed"], "steps, memory, growth, accuracy"),
+        (["--part", "speed"], "steps, deep, data-parallel, memory, growth, accuracy"),
         (["--dataset", "cifar"], "mnist, fashion-mnist, digits"),
         (["--repeats", "0"], "--repeats must be at least 1"),
         (["--copies", "0"], "--copies must be at least 1"),
