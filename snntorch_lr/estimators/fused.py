@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..graph import version
-from ..kernels import NONE, SUBTRACT, ZERO, cpu
+from ..kernels import ERASE, NONE, SUBTRACT, ZERO, cpu
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
 
@@ -25,21 +25,26 @@ def _fits(value: Tensor, x: Tensor) -> bool:
 
 def _given(neuron: NoisyNeuron) -> tuple[Tensor, ...]:
     assert neuron.noise is not None
-    return neuron.beta, neuron.threshold, neuron.noise.log_sigma
+    return *(getattr(neuron, name) for name in neuron.update_parameters), neuron.threshold, neuron.noise.log_sigma
 
 
-RESETS = {"subtract": SUBTRACT, "zero": ZERO, "none": NONE}
+def _mechanism(neuron: NoisyNeuron) -> int:
+    if neuron.reset_mechanism == "zero":
+        return ZERO if neuron.resets_before_current else ERASE
+    return SUBTRACT if neuron.reset_mechanism == "subtract" else NONE
 
 
 @dataclass(frozen=True)
 class Fused:
-    """Constants of a leaky neuron during a forward pass, as a fused time step takes them.
+    """Constants of a neuron during a forward pass, as a fused time step takes them.
 
     Attributes:
         kind: of the noise.
         mechanism: of the reset.
         keys: of the noise, one for each set of rows.
-        beta: leak, one number for each neuron of a row, as the next two.
+        leak: of the membrane potential, one number for each neuron of a row, as the next four.
+        share: what the current adds to that.
+        alpha: leak of the synaptic current; zero where there is none.
         threshold: threshold.
         sigma: noise level.
         shape: of a row.
@@ -51,7 +56,9 @@ class Fused:
     kind: int
     mechanism: int
     keys: NDArray[np.uint64]
-    beta: Tensor
+    leak: Tensor
+    share: Tensor
+    alpha: Tensor
     threshold: Tensor
     sigma: Tensor
     shape: torch.Size
@@ -66,19 +73,22 @@ class Fused:
         return (
             noise is not None
             and noise.kind is not None
-            and neuron.leaks_only
+            and neuron.has_known_graph
             and neuron.fires_above_threshold
             and type(neuron).fire is NoisyNeuron.fire
             and x.dim() > 1
             and x.numel() > 0
             and all(_fits(value, x) for value in _given(neuron))
-            and x.dtype == neuron.beta.dtype == neuron.threshold.dtype
+            and all(torch.result_type(value, x) == x.dtype for value in _given(neuron)[:-1])
             and cpu.fits(x)
         )
 
     @classmethod
     def of(cls, neuron: NoisyNeuron, x: Tensor, streams: Sequence[NoiseStream]) -> Fused:
         """The constants of a neuron, given its input."""
+
+        one = x.new_ones(())
+        leak, share = neuron.leak_and_share(one)
 
         def spread(value: Tensor) -> Tensor:
             return value.detach().to(x.dtype).expand(1, *x.shape[1:]).reshape(-1).contiguous()
@@ -87,14 +97,16 @@ class Fused:
         assert neuron.noise.kind is not None
         return cls(
             neuron.noise.kind,
-            RESETS[neuron.reset_mechanism],
+            _mechanism(neuron),
             np.array([stream.key for stream in streams], np.uint64),
-            spread(neuron.beta.clamp(0, 1)),
+            spread(leak),
+            spread(one if share is None else share),
+            spread(neuron.alpha.clamp(0, 1) if "syn" in neuron.state_names else 0 * one),
             spread(neuron.threshold),
             spread(neuron.noise.sigma),
             x.shape[1:],
             x.dtype,
-            x.new_zeros(()),
+            one,
             tuple((value, version(value)) for value in _given(neuron)),
         )
 

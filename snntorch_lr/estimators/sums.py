@@ -86,10 +86,6 @@ class Sums:
             return
         if neuron.recurrent_block is not None:
             self.fed_back = add(self.fed_back, neuron.spk)
-        if neuron.leaks_only:
-            if not neuron.has_unit_gain:
-                self.derived = {None: (neuron.gain_after(self.tangents.get(None, (None,))[0]),)}
-            return
         wanted: list[str | None] = list(neuron.elementwise_parameters)
         if not neuron.has_unit_gain:
             wanted.append(None)

@@ -1,6 +1,6 @@
-"""Fused time steps of leaky neurons, and their noise."""
+"""Fused time steps of neurons, and their noise."""
 
 LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE, GAUSSIAN, LAPLACE, LOGISTIC = range(5)
 """Kinds of noise; those of escape noise need uniform numbers only."""
-SUBTRACT, ZERO, NONE = range(3)
-"""Mechanisms of reset."""
+SUBTRACT, ZERO, ERASE, NONE = range(4)
+"""Mechanisms of reset: subtract the threshold; to zero, before the current is added or after that; none."""

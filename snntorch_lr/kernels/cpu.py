@@ -152,7 +152,7 @@ def unpack(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor | No
 
 
 def step(new: Tensor, *arguments: Any) -> None:
-    """One time step of a leaky neuron; see ``numba_steps.step``.
+    """One time step of a neuron; see ``numba_steps.step``.
 
     Args:
         new: ``[rows, ...]``, filled.

@@ -1,4 +1,4 @@
-"""Noise and time steps of leaky neurons, fused for a CPU by Numba: one pass over memory for all of it.
+"""Noise and time steps of neurons, fused for a CPU by Numba: one pass over memory for all of it.
 
 A row is one copy of one sample. All intermediate numbers of a row stay in the cache, and each loop is over the neurons
 of a row, so that LLVM turns it into vector instructions. In single precision nothing calls a mathematical library,
@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from . import GAUSSIAN, GAUSSIAN_ESCAPE, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, SUBTRACT, ZERO
+from . import ERASE, GAUSSIAN, GAUSSIAN_ESCAPE, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, SUBTRACT, ZERO
 
 # No leave to reorder sums, on which rounding to an integer and the exactness of the uniform numbers depend, nor to take
 # for granted that there is no NaN, which has to reach the gradient to be found.
@@ -232,17 +232,29 @@ def unpack(start: int, stop: int, packed: Any, values: Any) -> None:
 
 
 @njit(**_OPTIONS)
-def _advance(new: Any, mem: Any, current: Any, reset: Any, beta: Any, threshold: Any, mechanism: int) -> None:
+def _filter(new: Any, syn: Any, current: Any, alpha: Any) -> None:
+    """The synaptic current of the next step."""
+    for i in range(len(new)):
+        new[i] = syn[i] * alpha[i] + current[i]
+
+
+@njit(**_OPTIONS)
+def _advance(
+    new: Any, mem: Any, current: Any, reset: Any, leak: Any, share: Any, threshold: Any, mechanism: int
+) -> None:
     """The membrane potential of the next step, without noise."""
     if mechanism == SUBTRACT:
         for i in range(len(new)):
-            new[i] = mem[i] * beta[i] + current[i] - reset[i] * threshold[i]
+            new[i] = mem[i] * leak[i] + current[i] * share[i] - reset[i] * threshold[i]
     elif mechanism == ZERO:
         for i in range(len(new)):
-            new[i] = mem[i] * beta[i] * (_1 - reset[i]) + current[i]
+            new[i] = mem[i] * leak[i] * (_1 - reset[i]) + current[i] * share[i]
+    elif mechanism == ERASE:
+        for i in range(len(new)):
+            new[i] = (mem[i] * leak[i] + current[i] * share[i]) * (_1 - reset[i])
     else:
         for i in range(len(new)):
-            new[i] = mem[i] * beta[i] + current[i]
+            new[i] = mem[i] * leak[i] + current[i] * share[i]
 
 
 def _half_tanh(z: Any) -> Any:
@@ -364,10 +376,11 @@ def _add_scale_scores(total: Any, score: Any, value: Any, escapes: bool) -> None
 @njit(cache=True, **_OPTIONS)
 def step(
     start: int, stop: int, new: Any, spikes: Any, keys: Any, batch: int, copies: int, first: int, half: int,
-    draw: int, kind: int, mechanism: int, current: Any, mem: Any, reset: Any, beta: Any, threshold: Any, sigma: Any,
-    gain: Any, weight: Any, score: Any, scale: Any, fired: Any, expected: Any, pull: Any, pull_scale: Any,
+    draw: int, kind: int, mechanism: int, current: Any, reset: Any, mem: Any, syn: Any, new_syn: Any, leak: Any,
+    share: Any, alpha: Any, threshold: Any, sigma: Any, gain: Any, weight: Any, score: Any, scale: Any, fired: Any,
+    expected: Any, pull: Any, pull_scale: Any,
 ) -> None:  # fmt: skip
-    """One time step of a leaky neuron in rows from ``start`` to ``stop``, with its sums over time.
+    """One time step of a neuron in rows from ``start`` to ``stop``, with its sums over time.
 
     Arrays that end in the neurons are ``[rows, neurons]`` unless said otherwise. An output without rows is not wanted.
 
@@ -385,9 +398,13 @@ def step(
         kind: of the noise.
         mechanism: of the reset.
         current: input; row r gets ``current[r % len(current)]``.
-        mem: membrane potential before the step.
         reset: spikes of the last step.
-        beta: leak, ``[neurons]``.
+        mem: membrane potential before the step.
+        syn: synaptic current before the step; empty where the input adds to the membrane potential at once.
+        new_syn: synaptic current after the step.
+        leak: what remains of the membrane potential, ``[neurons]``.
+        share: what the input, or the synaptic current, adds to it, ``[neurons]``.
+        alpha: what remains of the synaptic current, ``[neurons]``.
         threshold: threshold, ``[neurons]``.
         sigma: noise level, ``[neurons]``.
         gain: derivative of what is sampled by a constant current, ``[1, neurons]`` or in all rows; empty if it is one.
@@ -411,7 +428,11 @@ def step(
     for row in range(start, stop):
         here, fire = new[row], spikes[row]
         _uniform(u, words, keys[row // (batch * copies)], row % batch, first + row // batch % copies, half, draw)
-        _advance(here, mem[row], current[row % len(current)], reset[row], beta, threshold, mechanism)
+        drive = current[row % len(current)]
+        if len(syn):
+            _filter(new_syn[row], syn[row], drive, alpha)
+            drive = new_syn[row]
+        _advance(here, mem[row], drive, reset[row], leak, share, threshold, mechanism)
         factor = gain[row % len(gain)] if len(gain) else here
         if escapes:
             _distances(z, here, threshold, inverse)
