@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
+from snntorch_lr import kernels
 from snntorch_lr.estimators.recording import Copies, Recording, Step, pack, unpack
 from snntorch_lr.estimators.shadows import Continuation
 from snntorch_lr.estimators.storing import StoringStep
-from snntorch_lr.kernels import cpu
+from snntorch_lr.kernels import memory
 from snntorch_lr.noise_stream import NoiseStream
 
 from .helpers import assert_same, gradients, initial_states
@@ -110,7 +111,7 @@ def test_a_fused_gradient_is_that_of_torch(
         return gradients(net) | {"loss": loss}
 
     fused = found()
-    with cpu.off():
+    with kernels.off():
         plain = found()
     # In single precision sums over copies and time cancel.
     allowed = 1e-4 if dtype == torch.float32 else 1e-9
@@ -148,6 +149,8 @@ def test_what_a_known_update_takes_may_be_learned_by_hand(name: str) -> None:
 
 @pytest.mark.parametrize("neuron", NEURONS)
 def test_neurons_are_fused_where_they_can_be(neuron: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from snntorch_lr.kernels import cpu
+
     calls = []
     step = cpu.step
     monkeypatch.setattr(cpu, "step", lambda *args: (calls.append(1), step(*args)))
@@ -208,7 +211,7 @@ def test_one_neuron_may_serve_layers_of_several_sizes() -> None:
         return gradients(net)
 
     fused = found()
-    with cpu.off():
+    with kernels.off():
         assert_same(fused, found(), rtol=1e-9, atol=1e-12)
 
 
@@ -233,7 +236,7 @@ def test_a_threshold_that_changes_in_the_loop_is_followed(in_place: bool) -> Non
         return gradients(net)
 
     fused = found()
-    with cpu.off():
+    with kernels.off():
         assert_same(fused, found(), rtol=1e-9, atol=1e-12)
 
 
@@ -309,13 +312,13 @@ def test_bits_are_those_of_torch(count: int) -> None:
     spikes = (torch.rand(count) > 0.5).float()
     bits = pack(spikes)
     assert torch.equal(unpack(bits, spikes.shape, torch.float32), spikes)
-    with cpu.off():
+    with kernels.off():
         assert torch.equal(pack(spikes), bits)
         assert torch.equal(unpack(bits, spikes.shape, torch.float32), spikes)
 
 
 def test_memory_is_given_out_again_only_when_nobody_holds_it() -> None:
-    pool = cpu.Pool()
+    pool = memory.Pool()
     first = pool.empty((1 << 15,), torch.float32)
     place, view = first.data_ptr(), first[5:9]
     del first
@@ -328,9 +331,9 @@ def test_memory_is_given_out_again_only_when_nobody_holds_it() -> None:
 
 
 def test_a_pool_lets_go_of_what_nobody_asks_for() -> None:
-    pool = cpu.Pool()
+    pool = memory.Pool()
     pool.empty((1 << 15,), torch.float32)
-    for _ in range(cpu.Pool.patience):
+    for _ in range(memory.Pool.patience):
         pool.trim()
     assert pool._free
     pool.trim()
@@ -339,14 +342,14 @@ def test_a_pool_lets_go_of_what_nobody_asks_for() -> None:
 
 
 def test_a_pool_keeps_some_blocks_of_each_size() -> None:
-    pool = cpu.Pool()
+    pool = memory.Pool()
     held = [pool.empty((1 << 15,), torch.float32) for _ in range(2 * pool.most)]
     held.clear()
     assert [len(free) for free in pool._free.values()] == [pool.most]
 
 
 def test_pieces_of_a_slab_do_not_overlap() -> None:
-    slab = cpu.Slab()
+    slab = memory.Slab()
     pieces = [slab.empty(size).fill_(index) for index, size in enumerate((5, 300_000, 800_000, 2_000_000, 7))]
     assert all(bool((piece == index).all()) for index, piece in enumerate(pieces))
 
@@ -389,5 +392,5 @@ def test_without_numba_torch_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> 
         return gradients(net)
 
     fused = found()
-    monkeypatch.setattr(cpu, "_module", lambda: None)
+    monkeypatch.setattr(kernels, "_load", lambda device: None)
     assert_same(found(), fused, rtol=3e-5, atol=1e-6)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..graph import version
-from ..kernels import ERASE, NONE, SUBTRACT, ZERO, cpu
+from ..kernels import fused_on
+from ..kernels.kinds import ERASE, NONE, SUBTRACT, ZERO
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
 
@@ -39,9 +40,10 @@ class Fused:
     """Constants of a neuron during a forward pass, as a fused time step takes them.
 
     Attributes:
+        kernels: the module with fused steps for the device.
         kind: of the noise.
         mechanism: of the reset.
-        keys: of the noise, one for each set of rows.
+        keys: of the noise, one for each set of rows, as int64.
         leak: of the membrane potential, one number for each neuron of a row, as the next four.
         share: what the current adds to that.
         alpha: leak of the synaptic current; zero where there is none.
@@ -53,9 +55,10 @@ class Fused:
         given: the tensors of the neuron that these are made of, with how often they had been changed.
     """
 
+    kernels: Any
     kind: int
     mechanism: int
-    keys: NDArray[np.uint64]
+    keys: Tensor
     leak: Tensor
     share: Tensor
     alpha: Tensor
@@ -80,7 +83,7 @@ class Fused:
             and x.numel() > 0
             and all(_fits(value, x) for value in _given(neuron))
             and all(torch.result_type(value, x) == x.dtype for value in _given(neuron)[:-1])
-            and cpu.fits(x)
+            and fused_on(x.device, x.dtype) is not None
         )
 
     @classmethod
@@ -91,14 +94,16 @@ class Fused:
         leak, share = neuron.leak_and_share(one)
 
         def spread(value: Tensor) -> Tensor:
-            return value.detach().to(x.dtype).expand(1, *x.shape[1:]).reshape(-1).contiguous()
+            return value.detach().to(x.device, x.dtype).expand(1, *x.shape[1:]).reshape(-1).contiguous()
 
         assert neuron.noise is not None
         assert neuron.noise.kind is not None
+        keys = np.array([stream.key for stream in streams], np.uint64).view(np.int64)
         return cls(
+            fused_on(x.device, x.dtype),
             neuron.noise.kind,
             _mechanism(neuron),
-            np.array([stream.key for stream in streams], np.uint64),
+            torch.from_numpy(keys).to(x.device, non_blocking=True),
             spread(leak),
             spread(one if share is None else share),
             spread(neuron.alpha.clamp(0, 1) if "syn" in neuron.state_names else 0 * one),

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._messages import warn
 from ..graph import version
-from ..kernels import cpu
+from ..kernels import fused_on, memory
 from ..noise import EscapeNoise, MembraneNoise
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
@@ -34,20 +34,22 @@ def pack(spikes: Tensor) -> Tensor:
     Returns:
         uint8 tensor on the same device, one dimension; bit b of byte j is number b · (number of bytes) + j.
     """
-    packed = cpu.pack(spikes.detach())
-    if packed is not None:
+    kernels = fused_on(spikes.device, spikes.dtype)
+    if kernels is not None and spikes.is_contiguous():
+        packed: Tensor = kernels.pack(spikes.detach())
         return packed
     bits = spikes.detach().reshape(-1) != 0
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(8, -1)
     if bits.device.type == "cpu":
-        return cpu.slab.empty(bits.shape[1]).copy_(torch.from_numpy(np.packbits(bits.numpy(), 0, "little")[0]))
+        return memory.slab.empty(bits.shape[1]).copy_(torch.from_numpy(np.packbits(bits.numpy(), 0, "little")[0]))
     return (bits * _POWERS.to(bits.device)).sum(0, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Zeros and ones from bits; the inverse of ``pack``."""
-    spikes = cpu.unpack(packed, shape, dtype)
-    if spikes is not None:
+    kernels = fused_on(packed.device, dtype)
+    if kernels is not None:
+        spikes: Tensor = kernels.unpack(packed, shape, dtype)
         return spikes
     bits = (packed & _POWERS.to(packed.device)) != 0
     return bits.reshape(-1)[: math.prod(shape)].to(dtype).view(shape)
@@ -268,11 +270,11 @@ class Step:
         raw, reset, *syn, mem = (
             each.detach().to(fused.dtype) for each in (recording.own(self.current.raw), neuron.reset, *states)
         )
-        spikes, *new_syn, new = (cpu.pool.empty(mem.shape, mem.dtype) for _ in range(1 + len(states)))
+        spikes, *new_syn, new = (memory.empty_like(mem) for _ in range(1 + len(states)))
         self.decided = spikes
         if gain is not None and gain.shape != mem.shape:
             gain = gain.to(mem.dtype).expand(1, *mem.shape[1:])
-        cpu.step(
+        fused.kernels.step(
             new, spikes, fused.keys, recording.batch, recording.copies, recording.stream.first, recording.stream.half,
             recording.next_draw(), fused.kind, fused.mechanism, raw, reset, mem, syn[0] if syn else None,
             new_syn[0] if syn else None, fused.leak, fused.share, fused.alpha, fused.threshold, fused.sigma, gain,

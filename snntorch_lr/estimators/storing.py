@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..graph import version
-from ..kernels import cpu
+from ..kernels import memory
 from ..noise import EscapeNoise, MembraneNoise, Noise
 from ..noisy_neuron import NoisyNeuron
 from .fused import Fused
@@ -244,7 +244,7 @@ class StoringStep(Step):
         """Files the sum of a stretch, which is filed once."""
         if stretch.score is None:
             self.file(noise, self.current.raw, stretch.sums)
-            stretch.score, stretch.scale = (_zeros_like(like) for _ in range(2))
+            stretch.score, stretch.scale = (memory.zeros_like(like) for _ in range(2))
 
     def file(self, noise: Noise, mean: Tensor, scores: Scores) -> None:
         """Files scores of a mean and of σ, which are asked for in the backward pass."""
@@ -348,10 +348,6 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             to_before = gradient if ctx.kept is None else gradient * ctx.kept
         return None, to_current, None, to_before, None
-
-
-def _zeros_like(like: Tensor) -> Tensor:
-    return cpu.pool.zeros(like.shape, like.dtype) if like.device.type == "cpu" else torch.zeros_like(like)
 
 
 class ReplayingStep(StoringStep):

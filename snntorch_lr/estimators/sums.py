@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..graph import version
-from ..kernels import cpu
+from ..kernels import memory
 from ..noise import EscapeNoise, MembraneNoise
 from ..noisy_neuron import NoisyNeuron
 from .recording import Copies, Current, Recording, Step, sigma_gradient, weighted
@@ -110,7 +110,7 @@ class Sums:
         """Makes sums that are not there yet, of zeros."""
         for name in names:
             if getattr(self, name) is None:
-                setattr(self, name, cpu.pool.zeros(like.shape, like.dtype))
+                setattr(self, name, memory.zeros_like(like))
 
     @property
     def gain(self) -> Tensor | None:

@@ -15,7 +15,19 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from . import ERASE, GAUSSIAN, GAUSSIAN_ESCAPE, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, SUBTRACT, ZERO
+from .kinds import (
+    ERASE,
+    GAUSSIAN,
+    GAUSSIAN_ESCAPE,
+    LAPLACE,
+    LOGISTIC,
+    LOGISTIC_ESCAPE,
+    MILLS,
+    NORMAL,
+    NORMAL_TAIL,
+    SUBTRACT,
+    ZERO,
+)
 
 # No leave to reorder sums, on which rounding to an integer and the exactness of the uniform numbers depend, nor to take
 # for granted that there is no NaN, which has to reach the gradient to be found.
@@ -23,7 +35,7 @@ _OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "con
 
 # Constants of single precision, so that they do not turn the numbers beside them into double precision.
 _0, _HALF, _1, _2 = (np.float32(value) for value in (0, 0.5, 1, 2))
-# (exp(r) − 1 − r) / r² for |r| ≤ ln 2 / 2, lowest power first; this and the next five are minimax fits of ours.
+# (exp(r) − 1 − r) / r² for |r| ≤ ln 2 / 2, lowest power first; this and the next three are minimax fits of ours.
 _EXP = tuple(np.float32(c) for c in (0.49999993, 0.16666521, 0.04166839, 0.00836871, 0.00138146))
 # tanh(y) / y in y², over the polynomial below it, for |y| up to an end at which it is 1 − 10⁻⁷; to 3 · 10⁻⁷.
 _TANH = tuple(np.float32(c) for c in (0.99999995, 0.13412686, 3.53356149e-3, 2.12518263e-5, 1.4287987e-8))
@@ -32,17 +44,7 @@ _TANH_END = np.float32(8.4)
 # (log(1 + f) − f + f²/2) / f³ for 1 + f between √½ and √2.
 _LOG = tuple(np.float32(c) for c in (
     0.33333332, -0.25000821, 0.20001227, -0.16623356, 0.14201762, -0.13160195, 0.1276155, -0.0763443))  # fmt: skip
-# Quantile of the normal distribution at (1 + u) / 2, over u; in w − 2.5 below w = −log(1 − u²) = 5, in √w − 3.5 above.
-_NORMAL = tuple(np.float32(c) for c in (
-    2.12331357, 0.34880266, -5.90817092e-3, -1.77301016e-3, 3.0915016e-4, -6.21799195e-6, -4.99055329e-6,
-    4.86103935e-7, 4.03536144e-8))  # fmt: skip
-_NORMAL_TAIL = tuple(np.float32(c) for c in (
-    4.71708756, 1.42462769, 4.67120146e-3, -2.85860556e-3, 1.40192063e-3, -1.08386542e-3, 8.11869517e-4,
-    -2.44643778e-4, -5.13831735e-6))  # fmt: skip
-# Mills ratio (1 − Φ(x)) / φ(x), x ≥ 0, over t = 1 / (1 + x / 4), in t − ½.
-_MILLS = tuple(np.float32(c) for c in (
-    0.47330476, 0.76188513, 0.97041083, 0.93510919, 0.60553343, 0.15058164, -0.13926279, -0.12501582, 0.02040831,
-    0.0495862))  # fmt: skip
+_NORMAL, _NORMAL_TAIL, _MILLS = (tuple(np.float32(c) for c in each) for each in (NORMAL, NORMAL_TAIL, MILLS))
 _INV_SQRT_2PI = np.float32(1 / math.sqrt(2 * math.pi))
 _LOG2E, _LN2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
 # ln 2 in two parts, of which the first times a small integer is exact.
