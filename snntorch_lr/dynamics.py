@@ -29,17 +29,22 @@ class Dynamics:
         state_names: states of the neuron, the membrane potential last.
         is_elementwise: a current drives its own neuron only; LSTM cells mix them.
         unit_gain_resets: resets with which a current adds to the membrane potential as it is.
-        leaky_updates: snnTorch's own updates of a Leaky, whose derivative ``gain_after`` knows.
+        known_updates: snnTorch's own updates, whose derivatives ``gains_after`` knows.
+        update_parameters: what they take from the neuron, beside its threshold.
+        resets_before_current: a reset to zero leaves the current of the same time step.
     """
 
     state_names: tuple[str, ...] = ("mem",)
     is_elementwise = True
     unit_gain_resets: tuple[str, ...] = ()
-    leaky_updates: tuple[Callable[..., Any], ...] = ()
+    known_updates: tuple[Callable[..., Any], ...] = ()
+    update_parameters: tuple[str, ...] = ("beta",)
+    resets_before_current = False
 
     mem: Tensor
     reset: Tensor
     recurrent: nn.Module
+    alpha: Tensor
     beta: Tensor
     threshold: Tensor
     reset_mechanism: str
@@ -63,27 +68,53 @@ class Dynamics:
         return at_once and isinstance(self.noise, MembraneNoise) and self.threshold.requires_grad
 
     @property
-    def leaks_only(self) -> bool:
-        """A Leaky of which nothing is learned: its graph is known without being built."""
-        return self._is_leaky and getattr(self, "reset_delay", True) and not self.elementwise_parameters
+    def has_known_graph(self) -> bool:
+        """A known update of which nothing is learned: its graph is known without being built."""
+        if not (self._is_known and getattr(self, "reset_delay", True)):
+            return False
+        return not any(getattr(self, name).requires_grad for name in (*self.update_parameters, "threshold"))
 
     @property
-    def _is_leaky(self) -> bool:
-        return getattr(self._snn_state_function, "__func__", None) in self.leaky_updates
+    def _is_known(self) -> bool:
+        return getattr(self._snn_state_function, "__func__", None) in self.known_updates
 
-    def gain_after(self, before: Tensor | None) -> Tensor:
-        """Derivative of the membrane of a Leaky, before it is sampled, with respect to a current that never changes.
+    def leak_and_share(self, one: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the next membrane potential takes of the last one, and of the current; None for all of that.
 
         Args:
-            before: that of the last time step; None in the first.
+            one: the number, in the dtype of the current.
+        """
+        return self.beta.clamp(0, 1), None
+
+    def slopes(self) -> tuple[Tensor, Tensor | None]:
+        """As ``leak_and_share``, without a graph and as the reset leaves it."""
+        with torch.no_grad():
+            leak, share = self.leak_and_share(self.mem.new_ones(()))
+        if self.reset_mechanism == "zero":
+            rest = 1 - self.reset
+            leak = leak * rest
+            if not self.resets_before_current:
+                share = rest if share is None else share * rest
+        return leak, share
+
+    def gains_after(self, before: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """Derivatives of the next states, before noise, by a current that never changes; of a known update.
+
+        Args:
+            before: those of the last states, in the order of ``state_names``; None where they are zero.
 
         Returns:
-            A tensor that broadcasts against the membrane.
+            Tensors that broadcast against the states, in the same order.
         """
-        if before is None:
-            return torch.ones_like(self.beta, requires_grad=False)
-        kept = before * self.beta.detach().clamp(0, 1)
-        return 1 + (kept * (1 - self.reset) if self.reset_mechanism == "zero" else kept)
+        *syn, mem = before
+        leak, share = self.slopes()
+        drive = self.mem.new_ones(())
+        if syn and syn[0] is not None:
+            drive = drive + syn[0] * self.alpha.detach().clamp(0, 1)
+        gain = drive if share is None else drive * share
+        if mem is not None:
+            gain = gain + mem * leak
+        return (drive, gain) if syn else (gain,)
 
     @property
     def recurrent_block(self) -> nn.Module | None:
@@ -108,7 +139,8 @@ class Dynamics:
     ) -> tuple[Tensor | None, ...]:
         """Derivatives of the next states, each neuron's with respect to its own parameter or input current.
 
-        Forward-mode differentiation of snnTorch's own state update; exact because that is element-wise.
+        Forward-mode differentiation of snnTorch's own state update, where it is not known; exact because that is
+        element-wise.
 
         Args:
             input_: input current.
@@ -118,6 +150,8 @@ class Dynamics:
         Returns:
             Derivatives of the next states, in the same order.
         """
+        if parameter is None and self._is_known:
+            return self.gains_after(tangents)
         saved = [getattr(self, name) for name in self.state_names]
         module, value = self.elementwise_parameters[parameter] if parameter else (self, None)
         _start_forward_mode()
@@ -160,7 +194,8 @@ class Dynamics:
         return self._snn_state_function(input_)
 
     def _leaks_in_one_dtype(self, input_: Tensor) -> bool:
-        return self._is_leaky and input_.dtype == self.mem.dtype == self.beta.dtype == self.threshold.dtype
+        same = self._is_known and self.resets_before_current
+        return same and input_.dtype == self.mem.dtype == self.beta.dtype == self.threshold.dtype
 
     def _leak(self, input_: Tensor) -> Tensor:
         """snnTorch's update of Leaky, rounded alike, in one new tensor instead of four."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import snntorch as snn
@@ -10,6 +11,11 @@ from torch import Tensor, nn
 
 from .noise import Noise
 from .noisy_neuron import UNSUPPORTED, NoisyNeuron, check_defects
+
+
+def _updates(plain: type[nn.Module]) -> tuple[Callable[..., Any], ...]:
+    """snnTorch's own updates, and not what a derived class or an older snnTorch puts in their place."""
+    return tuple(getattr(plain, name) for name in ("_base_sub", "_base_zero", "_base_int") if hasattr(plain, name))
 
 
 class Leaky(NoisyNeuron, snn.Leaky):
@@ -23,10 +29,8 @@ class Leaky(NoisyNeuron, snn.Leaky):
     """
 
     unit_gain_resets = ("subtract", "zero", "none")
-    # Not what a derived class or an older snnTorch puts in their place.
-    leaky_updates = tuple(
-        getattr(snn.Leaky, name) for name in ("_base_sub", "_base_zero", "_base_int") if hasattr(snn.Leaky, name)
-    )
+    known_updates = _updates(snn.Leaky)
+    resets_before_current = True
 
 
 class Lapicque(NoisyNeuron, snn.Lapicque):
@@ -36,6 +40,15 @@ class Lapicque(NoisyNeuron, snn.Lapicque):
         >>> lif = slr.Lapicque(R=2.0, C=3.0, noise=True)
         >>> spikes, mem = lif(torch.ones(2, 3), lif.reset_mem())
     """
+
+    known_updates = _updates(snn.Lapicque)
+    update_parameters = ("R", "C", "time_step")
+
+    def leak_and_share(self, one: Tensor) -> tuple[Tensor, Tensor]:
+        """What the next membrane potential takes of the last one, and of the current."""
+        # In the order in which snnTorch rounds.
+        share = one * self.R * (1 / (self.R * self.C)) * self.time_step
+        return 1 - self.time_step / (self.R * self.C), share
 
 
 class Synaptic(NoisyNeuron, snn.Synaptic):
@@ -47,6 +60,8 @@ class Synaptic(NoisyNeuron, snn.Synaptic):
     """
 
     state_names = ("syn", "mem")
+    known_updates = _updates(snn.Synaptic)
+    update_parameters = ("alpha", "beta")
 
 
 class Alpha(NoisyNeuron, snn.Alpha):

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import kernels
 from . import noise_stream as uniform
+from .kernels import kinds
 from .pickling import Portable
 
 
@@ -201,9 +201,9 @@ class MembraneNoise(Noise):
 
     offered = ("gaussian", "laplace", "logistic")
     _kinds: ClassVar[dict[str, int]] = {
-        "gaussian": kernels.GAUSSIAN,
-        "laplace": kernels.LAPLACE,
-        "logistic": kernels.LOGISTIC,
+        "gaussian": kinds.GAUSSIAN,
+        "laplace": kinds.LAPLACE,
+        "logistic": kinds.LOGISTIC,
     }
 
     def quantile(self, u: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class EscapeNoise(Noise):
     """
 
     offered = ("logistic", "gaussian")
-    _kinds: ClassVar[dict[str, int]] = {"gaussian": kernels.GAUSSIAN_ESCAPE, "logistic": kernels.LOGISTIC_ESCAPE}
+    _kinds: ClassVar[dict[str, int]] = {"gaussian": kinds.GAUSSIAN_ESCAPE, "logistic": kinds.LOGISTIC_ESCAPE}
 
     def quantile(self, u: Tensor) -> Tensor:
         """Noise that ``fires`` decides by: the uniform numbers in (−1, 1) themselves, so that −u is antithetic."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import kernels
-from .kernels import cpu
+from .kernels import kinds
 
 
 def from_generator(out: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -27,7 +26,7 @@ class Drawn(Protocol):
     """Noise that a stream can draw.
 
     Attributes:
-        kind: which quantile function of ``snntorch_lr.kernels`` it has; None if it has another one.
+        kind: which quantile function of ``snntorch_lr.kernels.kinds`` it has; None if it has another one.
     """
 
     @property
@@ -75,11 +74,13 @@ class NoiseStream:
         if not out.numel():
             return out.to(like.dtype)
         batch = len(like) // (self.last - self.first)
-        kind = kernels.LOGISTIC_ESCAPE if noise.kind is None else noise.kind
-        filled = cpu.fill(out.view(len(like), -1), np.uint64(self.key), batch, self.first, self.half, index, kind)
-        if not filled:
+        kind = kinds.LOGISTIC_ESCAPE if noise.kind is None else noise.kind
+        module = kernels.noise_on(out.device, out.dtype)
+        if module is None:
             self._fill(out, batch, index)
-        if not filled or noise.kind is None:
+        else:
+            module.noise(out.view(len(like), -1), self.key, batch, self.first, self.half, index, kind)
+        if module is None or noise.kind is None:
             out = noise.quantile(out)
         return out.to(like.dtype)
 

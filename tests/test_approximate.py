@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
+from snntorch_lr import kernels
 from snntorch_lr.estimators.storing import StoringStep
-from snntorch_lr.kernels import cpu
 
 from .statistical.networks import NEURONS, RESETS, STEPS, TwoLayers, data
 from .test_memory import assert_same, gradients, with_noise
@@ -68,7 +68,7 @@ def by_hand(net: TwoLayers, x: Tensor, y: Tensor, kind: str) -> dict[str, Tensor
 
     torch.manual_seed(3)
     # A fused step has no such method to look at.
-    with cpu.off():
+    with kernels.off():
         slr.Vanilla(net, 8, seed=1).backward(loss_fn, x, y)
     StoringStep.file_membrane = original  # type: ignore[method-assign]
     handle.remove()

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
+from snntorch_lr import kernels
 from snntorch_lr.estimators.recording import Copies, Recording, Step, pack, unpack
 from snntorch_lr.estimators.shadows import Continuation
 from snntorch_lr.estimators.storing import StoringStep
-from snntorch_lr.kernels import cpu
+from snntorch_lr.kernels import memory
 from snntorch_lr.noise_stream import NoiseStream
 
-from .helpers import assert_same, gradients
+from .helpers import assert_same, gradients, initial_states
 
 numba = pytest.importorskip("numba")
 
@@ -35,6 +37,7 @@ NOISES = {
         for each in ("gaussian", "laplace", "logistic")
     },
 }
+SOME_NOISES = ["escape, logistic", "membrane, gaussian"]
 ESTIMATORS: dict[str, Callable[[nn.Module], slr.Estimator]] = {
     "vanilla": lambda net: slr.Vanilla(net, 4, seed=3),
     # Without a baseline, against which constants in a score would vanish.
@@ -45,25 +48,42 @@ ESTIMATORS: dict[str, Callable[[nn.Module], slr.Estimator]] = {
 }
 
 
-class Net(nn.Module):
-    """Two layers of leaky neurons, with a current that is constant or not."""
+# Two of each class, the second with numbers of its own for each neuron.
+NEURONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "Leaky": (partial(slr.Leaky, 0.9), partial(slr.Leaky, torch.linspace(0.5, 0.9, 20))),
+    "Lapicque": (partial(slr.Lapicque, R=2.0, C=3, time_step=0.5), partial(slr.Lapicque, 0.8)),
+    "Synaptic": (
+        partial(slr.Synaptic, 0.8, 0.9),
+        partial(slr.Synaptic, torch.linspace(0.3, 0.7, 20), torch.linspace(0.5, 0.9, 20)),
+    ),
+}
 
-    def __init__(self, noise: Callable[[], Any], reset: str, changes: bool) -> None:
+
+class Net(nn.Module):
+    """Two layers of neurons, with a current that is constant or not."""
+
+    def __init__(self, noise: Callable[[], Any], reset: str, changes: bool, neuron: str = "Leaky") -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.fc1, self.lif1 = nn.Linear(12, 30), slr.Leaky(beta=0.9, reset_mechanism=reset, noise=noise())
-        self.fc2 = nn.Linear(30, 20)
-        self.lif2 = slr.Leaky(torch.linspace(0.5, 0.9, 20), threshold=0.7, reset_mechanism=reset, noise=noise())
+        first, second = NEURONS[neuron]
+        self.fc1, self.lif1 = nn.Linear(12, 30), first(reset_mechanism=reset, noise=noise())
+        self.fc2, self.lif2 = nn.Linear(30, 20), second(threshold=0.7, reset_mechanism=reset, noise=noise())
         self.readout = nn.Linear(20, 4)
         self.changes = changes
+        self.num_steps = 6
+        self.reads_states = False
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        mem1, mem2, total = self.lif1.reset_mem(), self.lif2.reset_mem(), torch.zeros(())
+        states1, states2, total = initial_states(self.lif1), initial_states(self.lif2), torch.zeros(())
         current = self.fc1(x)
-        for step in range(6):
-            spikes, mem1 = self.lif1(self.fc1(x * (1 + 0.3 * step)) if self.changes else current, mem1)
-            spikes, mem2 = self.lif2(2 * self.fc2(spikes), mem2)
+        for step in range(self.num_steps):
+            # Twice each, so that a current comes again after another one.
+            current = self.fc1(x * (1 + 0.3 * step)) if self.changes and step % 2 == 0 else current
+            spikes, *states1 = self.lif1(current, *states1)
+            spikes, *states2 = self.lif2(2 * self.fc2(spikes), *states2)
             total = total + self.readout(spikes)
+        if self.reads_states:
+            total = total + sum(states1)[:, :4] + sum(states2)[:, :4]
         return nn.functional.cross_entropy(total, y, reduction="none")
 
 
@@ -71,23 +91,28 @@ def data(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.rand(7, 12, dtype=dtype, generator=torch.Generator().manual_seed(1)), torch.arange(7) % 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("changes", [False, True], ids=["constant", "changing"])
+# What is done with noise is the same for all neurons.
+PAIRS = [(neuron, noise) for neuron in NEURONS for noise in (NOISES if neuron == "Leaky" else SOME_NOISES)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes"), [(torch.float32, True), (torch.float64, True), (torch.float64, False)], ids=str
+)
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize(("neuron", "noise"), PAIRS)
 def test_a_fused_gradient_is_that_of_torch(
-    noise: str, estimator: str, reset: str, changes: bool, dtype: torch.dtype
+    neuron: str, noise: str, estimator: str, reset: str, changes: bool, dtype: torch.dtype
 ) -> None:
     def found() -> dict[str, Tensor]:
-        net = Net(NOISES[noise], reset, changes).to(dtype)
+        net = Net(NOISES[noise], reset, changes, neuron).to(dtype)
         own = ESTIMATORS[estimator](net)
         for _ in range(2):
             loss = own.backward(net.loss, *data(dtype))
         return gradients(net) | {"loss": loss}
 
     fused = found()
-    with cpu.off():
+    with kernels.off():
         plain = found()
     # In single precision sums over copies and time cancel.
     allowed = 1e-4 if dtype == torch.float32 else 1e-9
@@ -95,16 +120,47 @@ def test_a_fused_gradient_is_that_of_torch(
         assert (fused[name] - value).abs().max() <= allowed * value.abs().max(), name
 
 
-def test_neurons_are_fused_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changes", [False, True], ids=["constant", "changing"])
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("noise", SOME_NOISES)
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_a_known_graph_is_the_one_that_snntorch_builds(
+    neuron: str, noise: str, estimator: str, reset: str, changes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> dict[str, Tensor]:
+        net = Net(NOISES[noise], reset, changes, neuron).double()
+        # Other estimators keep sums of the states at most.
+        net.reads_states = isinstance(own := ESTIMATORS[estimator](net), slr.Vanilla)
+        own.backward(net.loss, *data(torch.float64))
+        return gradients(net)
+
+    known = found()
+    monkeypatch.setattr(getattr(slr, neuron), "known_updates", ())
+    assert_same(known, found(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["R", "C"])
+def test_what_a_known_update_takes_may_be_learned_by_hand(name: str) -> None:
+    net = Net(NOISES["escape, logistic"], "subtract", False, "Lapicque").double()
+    setattr(net.lif1, name, nn.Parameter(torch.tensor(2.0, dtype=torch.float64)))
+    slr.Vanilla(net, 4, seed=0).backward(net.loss, *data(torch.float64))
+    assert getattr(net.lif1, name).grad.abs() > 0
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_neurons_are_fused_where_they_can_be(neuron: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from snntorch_lr.kernels import cpu
+
     calls = []
     step = cpu.step
     monkeypatch.setattr(cpu, "step", lambda *args: (calls.append(1), step(*args)))
-    net = Net(NOISES["escape, logistic"], "subtract", False)
+    net = Net(NOISES["escape, logistic"], "subtract", False, neuron)
     slr.Vanilla(net, 2, seed=0).backward(net.loss, *data(torch.float32))
     assert len(calls) >= 12
     calls.clear()
     net.lif1 = slr.Leaky(0.9, learn_beta=True, noise=True)
-    net.lif2 = slr.Synaptic(0.9, 0.9, init_hidden=True, noise=True)
+    net.lif2 = slr.Alpha(0.9, 0.8, init_hidden=True, noise=True)
     loss = lambda x, y: net.lif2(net.fc2(net.lif1(net.fc1(x), net.lif1.reset_mem())[0])).sum(1)  # noqa: E731
     slr.Vanilla(net, 2, seed=0).backward(loss, *data(torch.float32))
     assert not calls
@@ -156,7 +212,7 @@ def test_one_neuron_may_serve_layers_of_several_sizes() -> None:
         return gradients(net)
 
     fused = found()
-    with cpu.off():
+    with kernels.off():
         assert_same(fused, found(), rtol=1e-9, atol=1e-12)
 
 
@@ -181,7 +237,7 @@ def test_a_threshold_that_changes_in_the_loop_is_followed(in_place: bool) -> Non
         return gradients(net)
 
     fused = found()
-    with cpu.off():
+    with kernels.off():
         assert_same(fused, found(), rtol=1e-9, atol=1e-12)
 
 
@@ -257,13 +313,13 @@ def test_bits_are_those_of_torch(count: int) -> None:
     spikes = (torch.rand(count) > 0.5).float()
     bits = pack(spikes)
     assert torch.equal(unpack(bits, spikes.shape, torch.float32), spikes)
-    with cpu.off():
+    with kernels.off():
         assert torch.equal(pack(spikes), bits)
         assert torch.equal(unpack(bits, spikes.shape, torch.float32), spikes)
 
 
 def test_memory_is_given_out_again_only_when_nobody_holds_it() -> None:
-    pool = cpu.Pool()
+    pool = memory.Pool()
     first = pool.empty((1 << 15,), torch.float32)
     place, view = first.data_ptr(), first[5:9]
     del first
@@ -276,9 +332,9 @@ def test_memory_is_given_out_again_only_when_nobody_holds_it() -> None:
 
 
 def test_a_pool_lets_go_of_what_nobody_asks_for() -> None:
-    pool = cpu.Pool()
+    pool = memory.Pool()
     pool.empty((1 << 15,), torch.float32)
-    for _ in range(cpu.Pool.patience):
+    for _ in range(memory.Pool.patience):
         pool.trim()
     assert pool._free
     pool.trim()
@@ -287,14 +343,14 @@ def test_a_pool_lets_go_of_what_nobody_asks_for() -> None:
 
 
 def test_a_pool_keeps_some_blocks_of_each_size() -> None:
-    pool = cpu.Pool()
+    pool = memory.Pool()
     held = [pool.empty((1 << 15,), torch.float32) for _ in range(2 * pool.most)]
     held.clear()
     assert [len(free) for free in pool._free.values()] == [pool.most]
 
 
 def test_pieces_of_a_slab_do_not_overlap() -> None:
-    slab = cpu.Slab()
+    slab = memory.Slab()
     pieces = [slab.empty(size).fill_(index) for index, size in enumerate((5, 300_000, 800_000, 2_000_000, 7))]
     assert all(bool((piece == index).all()) for index, piece in enumerate(pieces))
 
@@ -337,5 +393,5 @@ def test_without_numba_torch_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> 
         return gradients(net)
 
     fused = found()
-    monkeypatch.setattr(cpu, "_module", lambda: None)
+    monkeypatch.setattr(kernels, "_load", lambda device: None)
     assert_same(found(), fused, rtol=3e-5, atol=1e-6)

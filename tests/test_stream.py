@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import snntorch_lr as slr
-from snntorch_lr.kernels import cpu
+from snntorch_lr import kernels
 from snntorch_lr.noise_stream import Drawn, NoiseStream, philox, resolved
 
 COPIES = 6
@@ -93,7 +93,7 @@ def test_numba_and_torch_draw_the_same(noise: Drawn, antithetic: bool, dtype: to
     pytest.importorskip("numba")
     fused = draw(1, 5, 1003, antithetic, 2**61 + 5, noise=noise, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_module", lambda: None)
+        patch.setattr(kernels, "_load", lambda device: None)
         assert torch.equal(draw(1, 5, 1003, antithetic, 2**61 + 5, noise=noise, dtype=dtype), fused)
 
 
@@ -111,6 +111,9 @@ def test_threads_draw_the_same(dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_has_threads_of_its_own() -> None:
+    pytest.importorskip("numba")
+    from snntorch_lr.kernels import cpu
+
     first = cpu._threads(2)
     reader, writer = os.pipe()
     child = os.fork()

@@ -20,7 +20,7 @@ from .._messages import positive_integer, warn
 from ..baselines import BASELINES, Baseline
 from ..distributed import SingleProcess
 from ..graph import leaves
-from ..kernels import cpu
+from ..kernels import memory
 from ..left_as_found import Buffers, left_as_found
 from ..network import noisy_inputs, spiking_neurons
 from ..noise import EscapeNoise, MembraneNoise
@@ -329,7 +329,7 @@ class Estimator(ABC):
                 loss = self.estimate(call)
                 check_gradients(self.net, call.inputs, self.half, self.checks)
         finally:
-            cpu.pool.trim()
+            memory.pool.trim()
             for neuron in call.neurons.values():
                 del neuron.estimating
         return loss

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..graph import version
-from ..kernels import NONE, SUBTRACT, ZERO, cpu
+from ..kernels import fused_on
+from ..kernels.kinds import ERASE, NONE, SUBTRACT, ZERO
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
 
@@ -25,21 +26,27 @@ def _fits(value: Tensor, x: Tensor) -> bool:
 
 def _given(neuron: NoisyNeuron) -> tuple[Tensor, ...]:
     assert neuron.noise is not None
-    return neuron.beta, neuron.threshold, neuron.noise.log_sigma
+    return *(getattr(neuron, name) for name in neuron.update_parameters), neuron.threshold, neuron.noise.log_sigma
 
 
-RESETS = {"subtract": SUBTRACT, "zero": ZERO, "none": NONE}
+def _mechanism(neuron: NoisyNeuron) -> int:
+    if neuron.reset_mechanism == "zero":
+        return ZERO if neuron.resets_before_current else ERASE
+    return SUBTRACT if neuron.reset_mechanism == "subtract" else NONE
 
 
 @dataclass(frozen=True)
 class Fused:
-    """Constants of a leaky neuron during a forward pass, as a fused time step takes them.
+    """Constants of a neuron during a forward pass, as a fused time step takes them.
 
     Attributes:
+        kernels: the module with fused steps for the device.
         kind: of the noise.
         mechanism: of the reset.
-        keys: of the noise, one for each set of rows.
-        beta: leak, one number for each neuron of a row, as the next two.
+        keys: of the noise, one for each set of rows, as int64.
+        leak: of the membrane potential, one number for each neuron of a row, as the next four.
+        share: what the current adds to that.
+        alpha: leak of the synaptic current; zero where there is none.
         threshold: threshold.
         sigma: noise level.
         shape: of a row.
@@ -48,10 +55,13 @@ class Fused:
         given: the tensors of the neuron that these are made of, with how often they had been changed.
     """
 
+    kernels: Any
     kind: int
     mechanism: int
-    keys: NDArray[np.uint64]
-    beta: Tensor
+    keys: Tensor
+    leak: Tensor
+    share: Tensor
+    alpha: Tensor
     threshold: Tensor
     sigma: Tensor
     shape: torch.Size
@@ -66,35 +76,42 @@ class Fused:
         return (
             noise is not None
             and noise.kind is not None
-            and neuron.leaks_only
+            and neuron.has_known_graph
             and neuron.fires_above_threshold
             and type(neuron).fire is NoisyNeuron.fire
             and x.dim() > 1
             and x.numel() > 0
             and all(_fits(value, x) for value in _given(neuron))
-            and x.dtype == neuron.beta.dtype == neuron.threshold.dtype
-            and cpu.fits(x)
+            and all(torch.result_type(value, x) == x.dtype for value in _given(neuron)[:-1])
+            and fused_on(x.device, x.dtype) is not None
         )
 
     @classmethod
     def of(cls, neuron: NoisyNeuron, x: Tensor, streams: Sequence[NoiseStream]) -> Fused:
         """The constants of a neuron, given its input."""
 
+        one = x.new_ones(())
+        leak, share = neuron.leak_and_share(one)
+
         def spread(value: Tensor) -> Tensor:
-            return value.detach().to(x.dtype).expand(1, *x.shape[1:]).reshape(-1).contiguous()
+            return value.detach().to(x.device, x.dtype).expand(1, *x.shape[1:]).reshape(-1).contiguous()
 
         assert neuron.noise is not None
         assert neuron.noise.kind is not None
+        keys = np.array([stream.key for stream in streams], np.uint64).view(np.int64)
         return cls(
+            fused_on(x.device, x.dtype),
             neuron.noise.kind,
-            RESETS[neuron.reset_mechanism],
-            np.array([stream.key for stream in streams], np.uint64),
-            spread(neuron.beta.clamp(0, 1)),
+            _mechanism(neuron),
+            torch.from_numpy(keys).to(x.device, non_blocking=True),
+            spread(leak),
+            spread(one if share is None else share),
+            spread(neuron.alpha.clamp(0, 1) if "syn" in neuron.state_names else 0 * one),
             spread(neuron.threshold),
             spread(neuron.noise.sigma),
             x.shape[1:],
             x.dtype,
-            x.new_zeros(()),
+            one,
             tuple((value, version(value)) for value in _given(neuron)),
         )
 

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._messages import warn
 from ..graph import version
-from ..kernels import cpu
+from ..kernels import fused_on, memory
 from ..noise import EscapeNoise, MembraneNoise
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
@@ -35,20 +35,22 @@ def pack(spikes: Tensor) -> Tensor:
     Returns:
         uint8 tensor on the same device, one dimension; bit b of byte j is number b · (number of bytes) + j.
     """
-    packed = cpu.pack(spikes.detach())
-    if packed is not None:
+    kernels = fused_on(spikes.device, spikes.dtype)
+    if kernels is not None and spikes.is_contiguous():
+        packed: Tensor = kernels.pack(spikes.detach())
         return packed
     bits = spikes.detach().reshape(-1) != 0
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(8, -1)
     if bits.device.type == "cpu":
-        return cpu.slab.empty(bits.shape[1]).copy_(torch.from_numpy(np.packbits(bits.numpy(), 0, "little")[0]))
+        return memory.slab.empty(bits.shape[1]).copy_(torch.from_numpy(np.packbits(bits.numpy(), 0, "little")[0]))
     return (bits * _powers(bits.device)).sum(0, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Zeros and ones from bits; the inverse of ``pack``."""
-    spikes = cpu.unpack(packed, shape, dtype)
-    if spikes is not None:
+    kernels = fused_on(packed.device, dtype)
+    if kernels is not None:
+        spikes: Tensor = kernels.unpack(packed, shape, dtype)
         return spikes
     bits = (packed & _powers(packed.device)) != 0
     return bits.reshape(-1)[: math.prod(shape)].to(dtype).view(shape)
@@ -235,10 +237,12 @@ class Step:
         self.named_states = {name: expand(state, neuron) for name, state in named.items()}
 
     @property
-    def mem(self) -> Tensor:
-        """The membrane potential before the step."""
-        mem: Tensor = self.states[-1] if self.states else self.named_states.get("mem", self.neuron.mem)
-        return mem
+    def states_before(self) -> list[Any]:
+        """The states before the step, in the order of the neuron's ``state_names``."""
+        given = dict(zip(self.neuron.all_states, self.states, strict=False)) | self.named_states
+        return [
+            getattr(self.neuron, name) if given.get(name) is None else given[name] for name in self.neuron.state_names
+        ]
 
     def enter(self) -> Tensor:
         """The current for all rows, as the neuron is to get it; asked for once, after ``take``."""
@@ -255,8 +259,8 @@ class Step:
             return None
         return self.recording.fused.get(self.neuron)
 
-    def fuse(self, gain: Tensor | None = None, weight: float = 1.0, **sums: Tensor | None) -> Tensor:
-        """One fused time step: the next membrane potential, without a graph.
+    def fuse(self, gain: Tensor | None = None, weight: float = 1.0, **sums: Tensor | None) -> Any:
+        """One fused time step: the next states as snnTorch returns them, without a graph.
 
         Args:
             gain: derivative of what is sampled by a constant current; None if it is one.
@@ -265,18 +269,21 @@ class Step:
         """
         fused, neuron, recording = self.fused, self.neuron, self.recording
         assert fused is not None
-        raw, mem, reset = recording.own(self.current.raw), neuron.mem, neuron.reset
-        raw, mem, reset = (each.detach().to(fused.dtype) for each in (raw, mem, reset))
-        new, spikes = (cpu.pool.empty(mem.shape, mem.dtype) for _ in range(2))
+        states = [getattr(neuron, name) for name in neuron.state_names]
+        raw, reset, *syn, mem = (
+            each.detach().to(fused.dtype) for each in (recording.own(self.current.raw), neuron.reset, *states)
+        )
+        spikes, *new_syn, new = (memory.empty_like(mem) for _ in range(1 + len(states)))
         self.decided = spikes
         if gain is not None and gain.shape != mem.shape:
             gain = gain.to(mem.dtype).expand(1, *mem.shape[1:])
-        cpu.step(
+        fused.kernels.step(
             new, spikes, fused.keys, recording.batch, recording.copies, recording.stream.first, recording.stream.half,
-            recording.next_draw(), fused.kind, fused.mechanism, raw, mem, reset, fused.beta, fused.threshold,
-            fused.sigma, gain, weight, *(sums.get(name) for name in _SUMS),
+            recording.next_draw(), fused.kind, fused.mechanism, raw, reset, mem, syn[0] if syn else None,
+            new_syn[0] if syn else None, fused.leak, fused.share, fused.alpha, fused.threshold, fused.sigma, gain,
+            weight, *(sums.get(name) for name in _SUMS),
         )  # fmt: skip
-        return new
+        return (*new_syn, new) if syn else new
 
     def sample(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
         """A noisy membrane potential without a graph."""

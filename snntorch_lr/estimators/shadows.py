@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..graph import ancestors, same_numbers, version
-from ..kernels import cpu
+from ..kernels import memory
 from ..noise import EscapeNoise, MembraneNoise, Noise
 from ..noise_stream import NoiseStream, mix, resolved
 from ..noisy_neuron import NoisyNeuron
@@ -108,7 +108,7 @@ class ShadowedStep(Step):
         own = input_[: self.recording.rows]
         sums.make(("score", "fired", "expected"), input_)
         if None not in sums.pull:
-            sums.pull[None] = cpu.pool.zeros(own.shape, own.dtype)
+            sums.pull[None] = memory.zeros_like(own)
         if noise.log_sigma.requires_grad:
             sums.make(("scale",), input_)
             sums.make(("pull_scale",), own)
@@ -393,7 +393,7 @@ class _Emit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, reader: Tensor, spikes: Tensor) -> Tensor:
-        return cpu.clone(spikes)
+        return memory.clone(spikes)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -406,7 +406,7 @@ class _Unread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, reader: Tensor, state: Tensor, where: str) -> Tensor:
         ctx.where = where
-        return cpu.clone(state)
+        return memory.clone(state)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:

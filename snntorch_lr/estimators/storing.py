@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..graph import version
-from ..kernels import cpu
+from ..kernels import memory
 from ..noise import EscapeNoise, MembraneNoise, Noise
 from ..noisy_neuron import NoisyNeuron
 from .fused import Fused
@@ -54,34 +54,38 @@ class Weights:
 
 @dataclass
 class Stretch:
-    """Time steps in which a Leaky got the very same current, whose scores are one sum: no graph is built for them.
+    """Time steps in which a neuron got the very same current, whose scores are one sum: no graph is built for them.
 
     Attributes:
         current: the current.
         filed: whether the score of its first time step was filed by itself.
-        mem: membrane potential after the last time step.
-        count: how often it had been changed in place.
-        gain: its derivative with respect to the current; None for membrane noise, and before the first time step.
+        states: of the neuron after the last time step, with how often they had been changed in place.
+        gains: their derivatives with respect to the current; None where they are zero.
         score: sum of the scores of the current, times σ.
         scale: sum of the scores of log σ.
     """
 
     current: Current
     filed: bool = False
-    mem: Tensor | None = None
-    count: int = 0
-    gain: Tensor | None = None
+    states: Sequence[tuple[Tensor, int]] = ()
+    gains: tuple[Tensor | None, ...] = ()
     score: Tensor | None = None
     scale: Tensor | None = None
 
-    def add(self, score: Tensor, scale: Callable[[], Tensor]) -> None:
+    def left(self, states: Sequence[Any]) -> bool:
+        """The states are those after the last time step, unchanged."""
+        if len(self.states) != len(states):
+            return False
+        return all(a is b and version(b) == count for a, (b, count) in zip(states, self.states, strict=True))
+
+    def add(self, score: Tensor, gain: Tensor | None, scale: Callable[[], Tensor]) -> None:
         """Adds the scores of a time step; that of log σ is asked for last, and may overwrite the other."""
         assert self.score is not None
         assert self.scale is not None
-        if self.gain is None:
+        if gain is None:
             self.score.add_(score)
         else:
-            self.score.addcmul_(score, self.gain)
+            self.score.addcmul_(score, gain)
         self.scale.add_(scale())
 
     def sums(self) -> tuple[Tensor, Tensor]:
@@ -95,8 +99,9 @@ class StoringStep(Step):
     """A time step whose scores wait until the losses are known.
 
     Of each draw the graph of one block remains, with its spikes packed to bits; membrane noise is drawn again in the
-    backward pass. Where a Leaky of which nothing is learned gets the same current again, one sum takes the place of
-    graphs; a derived step whose scores may not be summed before they are weighted sets ``sums_scores`` to False.
+    backward pass. Where a neuron with a known update, of which nothing is learned, gets the same current again, one sum
+    takes the place of graphs; a derived step whose scores may not be summed before they are weighted sets
+    ``sums_scores`` to False.
     """
 
     recording: Storing
@@ -108,7 +113,7 @@ class StoringStep(Step):
         """Takes the states of the last step; no graph for what is one sum."""
         super().take(states, named)
         if self.sums_scores and torch.is_grad_enabled():
-            self.stretch = self.recording.stretch(self.neuron, self.current, self.mem)
+            self.stretch = self.recording.stretch(self.neuron, self.current, self.states_before)
         self.builds_graph = self.stretch is None
 
     @property
@@ -122,35 +127,56 @@ class StoringStep(Step):
         # Most currents never come again: membrane noise that is drawn twice takes less memory than a sum.
         return self.stretch is not None and (self.stretch.filed or isinstance(self.neuron.noise, EscapeNoise))
 
+    @property
+    def gain(self) -> Tensor | None:
+        """Derivative of what this step of a stretch samples by the current; None if it is one."""
+        return None if self.stretch is None or self.neuron.has_unit_gain else self.stretch.gains[-1]
+
     def update(self, input_: Tensor) -> Any:
         """The next states, before noise; with it in a fused step."""
+        neuron, stretch = self.neuron, self.stretch
+        if stretch is not None and not neuron.has_unit_gain:
+            stretch.gains = neuron.gains_after(stretch.gains)
         if self.fused is None:
             return super().update(input_)
-        neuron, stretch = self.neuron, self.stretch
         noise: Any = neuron.noise
-        escapes = isinstance(noise, EscapeNoise)
-        if stretch is not None and escapes:
-            stretch.gain = neuron.gain_after(stretch.gain)
         if stretch is not None and self.sums_up:
             self.begin_sum(stretch, noise, input_)
-            return self.fuse(stretch.gain, score=stretch.score, scale=stretch.scale)
-        before, new = neuron.mem, self.fuse()
-        if not torch.is_grad_enabled() and stretch is None:
-            return new
+            return self.fuse(self.gain, score=stretch.score, scale=stretch.scale)
+        states = self.fuse()
+        if stretch is not None:
+            mem = states[-1] if isinstance(states, tuple) else states
+            self.file_drawn(noise, self.mean(mem), mem)
+            stretch.filed = True
+        elif torch.is_grad_enabled():
+            return self.file_graph(noise, states)
+        return states
+
+    def mean(self, like: Tensor) -> Tensor:
+        """The mean that a step of a stretch samples around, with the graph of its current alone."""
+        raw, gain = self.current.raw, self.gain
         with torch.enable_grad():
-            mean = self.current.raw
-            if stretch is None:
-                mean = _Leak.apply(new, mean, before, neuron.gain_after(torch.ones_like(neuron.beta)) - 1)
-        if escapes:
+            mean: Tensor = raw if gain is None else _Linear.apply(like, raw, gain, None, None)
+        return mean
+
+    def file_graph(self, noise: Any, states: Any) -> Any:
+        """Files the score of a fused step that is in no stretch; its states, with the graph that snnTorch builds."""
+        neuron, drive = self.neuron, self.current.raw
+        *syn, mem = states if isinstance(states, tuple) else (states,)
+        if syn:
+            syn = [_Linear.apply(syn[0], drive, None, neuron.syn, neuron.alpha.clamp(0, 1))]
+            drive = syn[0]
+        leak, share = neuron.slopes()
+        mean = _Linear.apply(mem, drive, share, neuron.mem, leak)
+        if isinstance(noise, EscapeNoise):
             spikes = self.decided
             assert spikes is not None
-            z = torch.div(new - neuron.threshold, noise.sigma.detach().to(new.dtype))
-            self.file_spikes(noise, mean, spikes, z, noise.limit(z))
-            return mean
-        self.file_drawn(noise, mean, new)
-        if stretch is not None:
-            stretch.filed = True
-        return new
+            z = torch.div(mem - neuron.threshold, noise.sigma.detach().to(mem.dtype))
+            self.file_spikes(noise, mean, spikes, z)
+            mem = mean
+        else:
+            self.file_drawn(noise, mean, mem)
+        return (*syn, mem) if syn else mem
 
     def file_drawn(self, noise: MembraneNoise, mean: Tensor, like: Tensor) -> None:
         """Files the score of a noisy membrane potential, whose noise is drawn again."""
@@ -175,16 +201,17 @@ class StoringStep(Step):
             if torch.is_grad_enabled():
                 self.file(noise, mean, self._again(noise, mean, index))
         elif not self.sums_up:
-            self.file(noise, self.current.raw, self._again(noise, mean, index))
+            self.file(noise, self.mean(mean), self._again(noise, mean, index))
             stretch.filed = True
         else:
             self.add(stretch, noise, epsilon, noise.location_score(epsilon))
 
-    def file_spikes(self, noise: EscapeNoise, margin: Tensor, spikes: Tensor, z: Tensor, limit: Tensor) -> None:
+    def file_spikes(
+        self, noise: EscapeNoise, margin: Tensor, spikes: Tensor, z: Tensor, limit: Tensor | None = None
+    ) -> None:
         """Files the score of spikes; z and its limit may be overwritten."""
         stretch = self.stretch
         if stretch is not None:
-            stretch.gain = self.neuron.gain_after(stretch.gain)
             self.add(stretch, noise, z, noise.location_score(z, spikes, limit))
         elif torch.is_grad_enabled():
             packed = pack(spikes)
@@ -211,32 +238,33 @@ class StoringStep(Step):
         """Adds a score to the sum of a stretch."""
         self.begin_sum(stretch, noise, score)
         # The score may be the very tensor that it is the score of.
-        stretch.add(score, lambda: noise.scale_score(value, score, out=value))
+        stretch.add(score, self.gain, lambda: noise.scale_score(value, score, out=value))
 
     def begin_sum(self, stretch: Stretch, noise: Noise, like: Tensor) -> None:
         """Files the sum of a stretch, which is filed once."""
         if stretch.score is None:
             self.file(noise, self.current.raw, stretch.sums)
-            stretch.score, stretch.scale = (_zeros_like(like) for _ in range(2))
+            stretch.score, stretch.scale = (memory.zeros_like(like) for _ in range(2))
 
     def file(self, noise: Noise, mean: Tensor, scores: Scores) -> None:
         """Files scores of a mean and of σ, which are asked for in the backward pass."""
         self.recording.file(noise, mean, scores)
 
     def end(self, output: Any) -> Any:
-        """The return value; with escape noise, a membrane potential with the graph that was not built."""
+        """The return value; states that the current reaches have the graph that was not built."""
         stretch, neuron = self.stretch, self.neuron
         if stretch is None:
             return output
-        mem = neuron.mem
-        if stretch.gain is not None and self.current.raw.requires_grad:
-            with torch.enable_grad():
-                mem = _Attach.apply(mem, self.current.raw, stretch.gain)
-        stretch.mem, stretch.count = mem, version(mem)
-        if mem is neuron.mem:
-            return output
-        neuron.mem = mem
-        return (*output[:-1], mem) if isinstance(output, tuple) else output
+        if isinstance(neuron.noise, MembraneNoise):
+            # What was sampled is a constant.
+            stretch.gains = (*stretch.gains[:-1], None)
+        for name, gain in zip(neuron.state_names, stretch.gains, strict=True):
+            if gain is not None and self.current.raw.requires_grad:
+                with torch.enable_grad():
+                    setattr(neuron, name, _Linear.apply(getattr(neuron, name), self.current.raw, gain, None, None))
+        states = [getattr(neuron, name) for name in neuron.state_names]
+        stretch.states = [(state, version(state)) for state in states]
+        return (output[0], *states) if isinstance(output, tuple) else output
 
 
 class Storing(Recording):
@@ -260,18 +288,18 @@ class Storing(Recording):
         """The tokens."""
         return self.tokens
 
-    def stretch(self, neuron: NoisyNeuron, current: Current, mem: Tensor) -> Stretch | None:
-        """The sum that a time step belongs to: of a Leaky whose membrane potential depends on one current only."""
+    def stretch(self, neuron: NoisyNeuron, current: Current, states: Sequence[Any]) -> Stretch | None:
+        """The sum that a time step belongs to: of a known update whose states depend on one current only."""
         stretch = self._stretches.get(neuron)
         same = stretch is not None and stretch.current is current
-        follows = same and stretch is not None and mem is stretch.mem and version(mem) == stretch.count
-        if not neuron.leaks_only or (mem.requires_grad and not follows):
+        follows = same and stretch is not None and stretch.left(states)
+        if not neuron.has_known_graph or (any(state.requires_grad for state in states) and not follows):
             self._stretches.pop(neuron, None)
             return None
         if not same or stretch is None:
             self._stretches[neuron] = stretch = Stretch(current)
         if not follows:
-            stretch.gain = None
+            stretch.gains = (None,) * len(states)
         return stretch
 
     def file(self, noise: Noise, mean: Tensor, scores: Scores) -> None:
@@ -302,35 +330,24 @@ class _File(torch.autograd.Function):
         return to_mean, to_sigma, None, None
 
 
-class _Attach(torch.autograd.Function):
-    """A membrane potential as it is, whose derivative with respect to the current is the gain."""
+class _Linear(torch.autograd.Function):
+    """A state as it is, with derivatives by a current, and by the state before; None for one."""
 
     @staticmethod
-    def forward(ctx: Any, mem: Tensor, current: Tensor, gain: Tensor) -> Tensor:
-        ctx.gain, ctx.shape = gain, current.shape
-        return mem.detach()
+    def forward(
+        ctx: Any, state: Tensor, current: Tensor, share: Tensor | None, before: Any, kept: Tensor | None
+    ) -> Tensor:
+        ctx.share, ctx.kept, ctx.shape = share, kept, current.shape
+        return state.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
-        return None, over_copies(gradient * ctx.gain, ctx.shape), None
-
-
-def _zeros_like(like: Tensor) -> Tensor:
-    return cpu.pool.zeros(like.shape, like.dtype) if like.device.type == "cpu" else torch.zeros_like(like)
-
-
-class _Leak(torch.autograd.Function):
-    """A membrane potential as it is, with the graph of one step of a Leaky."""
-
-    @staticmethod
-    def forward(ctx: Any, mem: Tensor, current: Tensor, before: Tensor, kept: Tensor) -> Tensor:
-        ctx.kept, ctx.shape = kept, current.shape
-        return mem.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
-        to_before = gradient * ctx.kept if ctx.needs_input_grad[2] else None
-        return None, over_copies(gradient, ctx.shape), to_before, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        to_current = to_before = None
+        if ctx.needs_input_grad[1]:
+            to_current = over_copies(gradient if ctx.share is None else gradient * ctx.share, ctx.shape)
+        if ctx.needs_input_grad[3]:
+            to_before = gradient if ctx.kept is None else gradient * ctx.kept
+        return None, to_current, None, to_before, None
 
 
 class ReplayingStep(StoringStep):
@@ -349,11 +366,14 @@ class ReplayingStep(StoringStep):
         return self.stretch is not None
 
     def file_drawn(self, noise: MembraneNoise, mean: Tensor, like: Tensor) -> None:
-        """Pushes the score of a noisy membrane potential back at once."""
+        """Pushes the score of a noisy membrane potential back at once, if no graph through time is to remain."""
+        if not self.neuron.is_markov:
+            super().file_drawn(noise, mean, like)
+            return
         self.recording.push_back(noise, mean, self.recording.stream.draw(self.recording.draws, like, noise))
 
     def file_membrane(self, noise: MembraneNoise, mean: Tensor, epsilon: Tensor, index: int) -> None:
-        """Pushes the score of a noisy membrane potential back at once."""
+        """Pushes the score of a noisy membrane potential back at once, or when a graph through time is complete."""
         if self.stretch is not None:
             self.add(self.stretch, noise, epsilon, noise.location_score(epsilon))
         elif self.neuron.is_markov and torch.is_grad_enabled():
@@ -373,8 +393,8 @@ class Replaying(Storing):
     """A forward pass whose losses are known already: scores are pushed back while the neurons fire.
 
     Nothing of a time step remains, so that memory does not grow with the number of steps. Neurons whose state carries
-    a graph through time (``Synaptic``, ``Alpha``, ``RSynaptic``, ``SLSTM``, ``SConv2dLSTM``, and escape noise with a
-    current that changes) are stored as in ``Storing``.
+    a graph through time (``Alpha``, ``RSynaptic``, ``SLSTM``, ``SConv2dLSTM``, and ``Synaptic`` and escape noise with
+    a current that changes) are stored as in ``Storing``.
 
     Args:
         copies: who samples, and what.
@@ -397,7 +417,7 @@ class Replaying(Storing):
     def leaf(self, neuron: NoisyNeuron, current: Current) -> Tensor:
         """A leaf in place of the input; what it collects goes on to the input when the next one comes."""
         expanded, x = self.expanded(current, neuron), current.raw
-        if neuron.leaks_only or not (neuron.is_markov and expanded.requires_grad and torch.is_grad_enabled()):
+        if neuron.has_known_graph or not (neuron.is_markov and expanded.requires_grad and torch.is_grad_enabled()):
             return expanded
         self._collect(neuron)
         source = self._sources.get(neuron)
@@ -408,10 +428,10 @@ class Replaying(Storing):
         self._leaves[neuron] = leaf
         return leaf
 
-    def stretch(self, neuron: NoisyNeuron, current: Current, mem: Tensor) -> Stretch | None:
+    def stretch(self, neuron: NoisyNeuron, current: Current, states: Sequence[Any]) -> Stretch | None:
         """As in ``Storing``; what was summed for another current is pushed back."""
         before = self._stretches.get(neuron)
-        stretch = super().stretch(neuron, current, mem)
+        stretch = super().stretch(neuron, current, states)
         if before is not self._stretches.get(neuron) and neuron in self.summed:
             token = self.summed.pop(neuron)
             # The graph is used again: σ is in that of each time step, and a branch may feed several neurons.

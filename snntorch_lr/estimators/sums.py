@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..graph import version
-from ..kernels import cpu
+from ..kernels import memory
 from ..noise import EscapeNoise, MembraneNoise
 from ..noisy_neuron import NoisyNeuron
 from .recording import Copies, Current, Recording, Step, sigma_gradient, weighted
@@ -86,10 +86,6 @@ class Sums:
             return
         if neuron.recurrent_block is not None:
             self.fed_back = add(self.fed_back, neuron.spk)
-        if neuron.leaks_only:
-            if not neuron.has_unit_gain:
-                self.derived = {None: (neuron.gain_after(self.tangents.get(None, (None,))[0]),)}
-            return
         wanted: list[str | None] = list(neuron.elementwise_parameters)
         if not neuron.has_unit_gain:
             wanted.append(None)
@@ -114,7 +110,7 @@ class Sums:
         """Makes sums that are not there yet, of zeros."""
         for name in names:
             if getattr(self, name) is None:
-                setattr(self, name, cpu.pool.zeros(like.shape, like.dtype))
+                setattr(self, name, memory.zeros_like(like))
 
     @property
     def gain(self) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Noise and time steps of leaky neurons, fused for a CPU by Numba: one pass over memory for all of it.
+"""Noise and time steps of neurons, fused for a CPU by Numba: one pass over memory for all of it.
 
 A row is one copy of one sample. All intermediate numbers of a row stay in the cache, and each loop is over the neurons
 of a row, so that LLVM turns it into vector instructions. In single precision nothing calls a mathematical library,
@@ -15,7 +15,19 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from . import GAUSSIAN, GAUSSIAN_ESCAPE, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, SUBTRACT, ZERO
+from .kinds import (
+    ERASE,
+    GAUSSIAN,
+    GAUSSIAN_ESCAPE,
+    LAPLACE,
+    LOGISTIC,
+    LOGISTIC_ESCAPE,
+    MILLS,
+    NORMAL,
+    NORMAL_TAIL,
+    SUBTRACT,
+    ZERO,
+)
 
 # No leave to reorder sums, on which rounding to an integer and the exactness of the uniform numbers depend, nor to take
 # for granted that there is no NaN, which has to reach the gradient to be found.
@@ -23,7 +35,7 @@ _OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "con
 
 # Constants of single precision, so that they do not turn the numbers beside them into double precision.
 _0, _HALF, _1, _2 = (np.float32(value) for value in (0, 0.5, 1, 2))
-# (exp(r) − 1 − r) / r² for |r| ≤ ln 2 / 2, lowest power first; this and the next five are minimax fits of ours.
+# (exp(r) − 1 − r) / r² for |r| ≤ ln 2 / 2, lowest power first; this and the next three are minimax fits of ours.
 _EXP = tuple(np.float32(c) for c in (0.49999993, 0.16666521, 0.04166839, 0.00836871, 0.00138146))
 # tanh(y) / y in y², over the polynomial below it, for |y| up to an end at which it is 1 − 10⁻⁷; to 3 · 10⁻⁷.
 _TANH = tuple(np.float32(c) for c in (0.99999995, 0.13412686, 3.53356149e-3, 2.12518263e-5, 1.4287987e-8))
@@ -32,17 +44,7 @@ _TANH_END = np.float32(8.4)
 # (log(1 + f) − f + f²/2) / f³ for 1 + f between √½ and √2.
 _LOG = tuple(np.float32(c) for c in (
     0.33333332, -0.25000821, 0.20001227, -0.16623356, 0.14201762, -0.13160195, 0.1276155, -0.0763443))  # fmt: skip
-# Quantile of the normal distribution at (1 + u) / 2, over u; in w − 2.5 below w = −log(1 − u²) = 5, in √w − 3.5 above.
-_NORMAL = tuple(np.float32(c) for c in (
-    2.12331357, 0.34880266, -5.90817092e-3, -1.77301016e-3, 3.0915016e-4, -6.21799195e-6, -4.99055329e-6,
-    4.86103935e-7, 4.03536144e-8))  # fmt: skip
-_NORMAL_TAIL = tuple(np.float32(c) for c in (
-    4.71708756, 1.42462769, 4.67120146e-3, -2.85860556e-3, 1.40192063e-3, -1.08386542e-3, 8.11869517e-4,
-    -2.44643778e-4, -5.13831735e-6))  # fmt: skip
-# Mills ratio (1 − Φ(x)) / φ(x), x ≥ 0, over t = 1 / (1 + x / 4), in t − ½.
-_MILLS = tuple(np.float32(c) for c in (
-    0.47330476, 0.76188513, 0.97041083, 0.93510919, 0.60553343, 0.15058164, -0.13926279, -0.12501582, 0.02040831,
-    0.0495862))  # fmt: skip
+_NORMAL, _NORMAL_TAIL, _MILLS = (tuple(np.float32(c) for c in each) for each in (NORMAL, NORMAL_TAIL, MILLS))
 _INV_SQRT_2PI = np.float32(1 / math.sqrt(2 * math.pi))
 _LOG2E, _LN2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
 # ln 2 in two parts, of which the first times a small integer is exact.
@@ -232,17 +234,29 @@ def unpack(start: int, stop: int, packed: Any, values: Any) -> None:
 
 
 @njit(**_OPTIONS)
-def _advance(new: Any, mem: Any, current: Any, reset: Any, beta: Any, threshold: Any, mechanism: int) -> None:
+def _filter(new: Any, syn: Any, current: Any, alpha: Any) -> None:
+    """The synaptic current of the next step."""
+    for i in range(len(new)):
+        new[i] = syn[i] * alpha[i] + current[i]
+
+
+@njit(**_OPTIONS)
+def _advance(
+    new: Any, mem: Any, current: Any, reset: Any, leak: Any, share: Any, threshold: Any, mechanism: int
+) -> None:
     """The membrane potential of the next step, without noise."""
     if mechanism == SUBTRACT:
         for i in range(len(new)):
-            new[i] = mem[i] * beta[i] + current[i] - reset[i] * threshold[i]
+            new[i] = mem[i] * leak[i] + current[i] * share[i] - reset[i] * threshold[i]
     elif mechanism == ZERO:
         for i in range(len(new)):
-            new[i] = mem[i] * beta[i] * (_1 - reset[i]) + current[i]
+            new[i] = mem[i] * leak[i] * (_1 - reset[i]) + current[i] * share[i]
+    elif mechanism == ERASE:
+        for i in range(len(new)):
+            new[i] = (mem[i] * leak[i] + current[i] * share[i]) * (_1 - reset[i])
     else:
         for i in range(len(new)):
-            new[i] = mem[i] * beta[i] + current[i]
+            new[i] = mem[i] * leak[i] + current[i] * share[i]
 
 
 def _half_tanh(z: Any) -> Any:
@@ -364,10 +378,11 @@ def _add_scale_scores(total: Any, score: Any, value: Any, escapes: bool) -> None
 @njit(cache=True, **_OPTIONS)
 def step(
     start: int, stop: int, new: Any, spikes: Any, keys: Any, batch: int, copies: int, first: int, half: int,
-    draw: int, kind: int, mechanism: int, current: Any, mem: Any, reset: Any, beta: Any, threshold: Any, sigma: Any,
-    gain: Any, weight: Any, score: Any, scale: Any, fired: Any, expected: Any, pull: Any, pull_scale: Any,
+    draw: int, kind: int, mechanism: int, current: Any, reset: Any, mem: Any, syn: Any, new_syn: Any, leak: Any,
+    share: Any, alpha: Any, threshold: Any, sigma: Any, gain: Any, weight: Any, score: Any, scale: Any, fired: Any,
+    expected: Any, pull: Any, pull_scale: Any,
 ) -> None:  # fmt: skip
-    """One time step of a leaky neuron in rows from ``start`` to ``stop``, with its sums over time.
+    """One time step of a neuron in rows from ``start`` to ``stop``, with its sums over time.
 
     Arrays that end in the neurons are ``[rows, neurons]`` unless said otherwise. An output without rows is not wanted.
 
@@ -385,9 +400,13 @@ def step(
         kind: of the noise.
         mechanism: of the reset.
         current: input; row r gets ``current[r % len(current)]``.
-        mem: membrane potential before the step.
         reset: spikes of the last step.
-        beta: leak, ``[neurons]``.
+        mem: membrane potential before the step.
+        syn: synaptic current before the step; empty where the input adds to the membrane potential at once.
+        new_syn: synaptic current after the step.
+        leak: what remains of the membrane potential, ``[neurons]``.
+        share: what the input, or the synaptic current, adds to it, ``[neurons]``.
+        alpha: what remains of the synaptic current, ``[neurons]``.
         threshold: threshold, ``[neurons]``.
         sigma: noise level, ``[neurons]``.
         gain: derivative of what is sampled by a constant current, ``[1, neurons]`` or in all rows; empty if it is one.
@@ -411,7 +430,11 @@ def step(
     for row in range(start, stop):
         here, fire = new[row], spikes[row]
         _uniform(u, words, keys[row // (batch * copies)], row % batch, first + row // batch % copies, half, draw)
-        _advance(here, mem[row], current[row % len(current)], reset[row], beta, threshold, mechanism)
+        drive = current[row % len(current)]
+        if len(syn):
+            _filter(new_syn[row], syn[row], drive, alpha)
+            drive = new_syn[row]
+        _advance(here, mem[row], drive, reset[row], leak, share, threshold, mechanism)
         factor = gain[row % len(gain)] if len(gain) else here
         if escapes:
             _distances(z, here, threshold, inverse)
