@@ -13,12 +13,12 @@ from .._messages import listed, markdown, versions
 from ..network import noisy_neurons
 from .attacks import NORMS, Attack
 from .corruptions import CORRUPTIONS
+from .figures import epsilon_figure, steps_figure, surrogates_figure
 from .gates import Gate, mark, verdict
 from .scoring import ROWS, McNemar, Share, mcnemar, share_of
 from .view import Target
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -127,6 +127,35 @@ class Findings:
 
 
 @dataclass(frozen=True)
+class Example:
+    """An image that an attack broke, to be looked at.
+
+    Attributes:
+        index: of the image among those attacked.
+        original: the image, ``[channels, height, width]``.
+        adversarial: what the attack made of it.
+        label: its class.
+        predicted: class that the network takes the adversarial image for.
+        attack: name of the attack.
+        epsilon: its budget.
+        place: among the images that this attack broke at this budget.
+        layer: name of the first neurons, with noise if any have it.
+        spikes: of some of them for the original and the adversarial image, ``[time, 2, neurons]``.
+    """
+
+    index: int
+    original: Tensor
+    adversarial: Tensor
+    label: int
+    predicted: int
+    attack: str
+    epsilon: float
+    place: int
+    layer: str = ""
+    spikes: Tensor = field(default_factory=lambda: torch.zeros(0, 2, 0))
+
+
+@dataclass(frozen=True)
 class Row:
     """Measurements of one network with its noise on or off.
 
@@ -138,6 +167,7 @@ class Row:
         right: images that are right under an attack, by its name and budget, Boolean, ``[images]``.
         corruptions: accuracy by corruption and severity.
         findings: gates and curves.
+        examples: a few images that attacks broke.
     """
 
     subject: Subject
@@ -147,6 +177,7 @@ class Row:
     right: Mapping[str, Mapping[float, Tensor]]
     corruptions: Mapping[str, Mapping[int, Share]]
     findings: Findings = Findings()
+    examples: tuple[Example, ...] = ()
 
     @property
     def marked(self) -> str:
@@ -295,7 +326,7 @@ class RobustnessReport:
         }
 
     def plot_epsilon(self) -> Figure:
-        """Figure of the worst case against the budget, and of the ladder of plain ascent down to zero.
+        """Figure of the worst case against the budget, and of plain ascent beyond the largest, which has to reach zero.
 
         Returns:
             A figure; ``figure.savefig(path)`` writes it.
@@ -303,59 +334,15 @@ class RobustnessReport:
         Raises:
             ImportError: if matplotlib is not installed.
         """
-        figure, (axes,) = _figure()
-        for color, row in self._colored():
-            shares = [share_of(row.clean), *(share_of(row.worst(e)) for e in self.epsilons)]
-            budgets, middle = [0.0, *self.epsilons], [100 * share.accuracy for share in shares]
-            ends = [100 * share.low for share in shares], [100 * share.high for share in shares]
-            axes.plot(budgets, middle, marker="o", color=color, label=row.marked)
-            axes.fill_between(budgets, *ends, color=color, alpha=0.15, lw=0)
-            # The ladder is measured on images that are right clean.
-            heights = [middle[0] * share for share in (1.0, *row.findings.ladder.values())]
-            axes.plot([0.0, *row.findings.ladder], heights, color=color, ls=":", lw=1)
-        axes.set_xscale("symlog", linthresh=self.epsilons[0])
-        ticks = sorted({0.0, *self.epsilons, *(e for row in self.rows for e in row.findings.ladder)})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45)
-        axes.minorticks_off()
-        axes.set(xlabel=f"ε ({self.protocol.norm})", ylabel="accuracy (%)", ylim=(0, 103))
-        axes.set_title("worst case over all attacks (solid), plain ascent from the image (dotted)", fontsize="medium")
-        return _with_legend(figure)
+        return epsilon_figure(self)
 
     def plot_steps(self) -> Figure:
         """Figure of the accuracy under plain ascent against its steps; flat at the end if the attack has converged."""
-        figure, (axes,) = _figure()
-        for color, row in self._colored():
-            label, curve = f"{row.marked}, ε = {row.findings.epsilon:g}", row.findings.steps
-            axes.plot(list(curve), [100 * share for share in curve.values()], marker="o", color=color, label=label)
-        counts = sorted({count for row in self.rows for count in row.findings.steps})
-        axes.set_xscale("log")
-        axes.set_xticks(counts, [str(count) for count in counts])
-        axes.minorticks_off()
-        axes.set(xlabel="steps", ylabel="accuracy on images that are right clean (%)", ylim=(0, 103))
-        return _with_legend(figure)
+        return steps_figure(self)
 
     def plot_surrogates(self) -> Figure:
         """Figure of the accuracy under the attacks through each surrogate, beside the worst case; a panel a budget."""
-        figure, panels = _figure(3 + 2.5 * len(self.epsilons), len(self.epsilons))
-        for axes, epsilon in zip(panels, self.epsilons, strict=True):
-            for index, (color, row) in enumerate(self._colored()):
-                found = {name: share_of(right[epsilon]) for name, right in row.by_surrogate().items()}
-                found["worst case"] = share_of(row.worst(epsilon))
-                places = [place + 0.6 * (index + 0.5) / len(self.rows) - 0.3 for place in range(len(found))]
-                # Rounding may put an end of the interval on the wrong side of its middle.
-                below = [100 * max(0.0, share.accuracy - share.low) for share in found.values()]
-                above = [100 * max(0.0, share.high - share.accuracy) for share in found.values()]
-                middle = [100 * share.accuracy for share in found.values()]
-                label = row.marked if axes is panels[0] else None
-                axes.errorbar(middle, places, xerr=[below, above], fmt="o", ms=4, lw=1, color=color, label=label)
-                axes.set_yticks(range(len(found)), list(found))
-            axes.set(title=f"ε = {epsilon:g}", xlabel="accuracy (%)", xlim=(-2, 103))
-            axes.grid(axis="x", alpha=0.3)
-        panels[0].invert_yaxis()
-        return _with_legend(figure)
-
-    def _colored(self) -> list[tuple[str, Row]]:
-        return [(f"C{index}", row) for index, row in enumerate(self.rows)]
+        return surrogates_figure(self)
 
     def _summary(self) -> str:
         row = self.headline
@@ -431,17 +418,3 @@ def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in (header, ["-" * width for width in widths], *lines)
     )
-
-
-def _figure(width: float = 7.0, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("matplotlib is missing: pip install 'snntorch-lr[experiments]'") from error
-    figure = Figure(figsize=(width, 4.5), layout="constrained")
-    return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
-
-
-def _with_legend(figure: Figure) -> Figure:
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    return figure
