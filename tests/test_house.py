@@ -39,7 +39,8 @@ TOUCH_SNNTORCH = {
 INNER = {
     "_files.load", "_files.replacing", "_files.save", "_messages.first_line", "_messages.listed", "_messages.markdown",
     "_messages.versions", "estimators.ESTIMATORS", "estimators.storing.Storing", "estimators.storing.StoringStep",
-    "network.noisy_neurons", "noise.KINDS", "objectives.OBJECTIVES", "objectives.vote",
+    "network.noisy_neurons", "noise.KINDS", "objectives.OBJECTIVES", "objectives.vote", "robustness.figures.colors_of",
+    "robustness.figures.new_figure", "robustness.figures.percent", "robustness.figures.with_legend",
 }  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._messages import markdown
-from ..robustness import SUITES, Protocol, RobustnessReport, evaluate, score, share_of, suite, verdict
+from ..robustness import SUITES, Protocol, RobustnessReport, Share, evaluate, score, share_of, suite, verdict, wilson
+from ..robustness.figures import colors_of, new_figure, percent, with_legend
 from . import data, files
 from .options import Place, check, command_line, option, recorded
 from .recipe import METHODS, Recipe, TrainingOptions
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 LIKELIHOOD_RATIO = "likelihood ratio"
 STOPPED = "surrogate, stopped"
-NOT_RUN = {"accuracy": float("nan"), "low": float("nan"), "high": float("nan")}
+NOT_RUN = {"accuracy": float("nan"), "low": float("nan"), "high": float("nan"), "images": 0}
 NOTE = (
     "Accuracy in percent, with the half-width of its 95 % Wilson interval: clean of all test images, the rest of those "
     "attacked. Noise on: majority of 32 draws. 'worst' counts an image as right only if it is right clean and under "
@@ -228,42 +229,48 @@ def _noise(row: dict[str, Any]) -> str:
 
 
 def _training_figure(results: dict[str, Any]) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for method, run in results["training"].items():
+    figure, (left, right) = new_figure(9, 4, 2)
+    colors = colors_of(results["training"])
+    images = {row["network"]: row["clean"]["images"] for row in results["rows"]}
+    for name, run in results["training"].items():
         epochs = [entry["epoch"] for entry in run["history"]]
-        left.plot(epochs, [entry["train_loss"] for entry in run["history"]], label=method)
-        right.plot(epochs, [100 * entry["test_accuracy"] for entry in run["history"]], label=method)
-    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    right.set(xlabel="epoch", ylabel="test accuracy, noise off (%)")
-    right.legend()
-    figure.suptitle(_title(results))
-    return figure
+        look: dict[str, Any] = {"color": colors[name], "marker": "o", "ms": 3, "label": name}
+        left.plot(epochs, [entry["train_loss"] for entry in run["history"]], **look)
+        shares = [wilson(round(images[name] * each["test_accuracy"]), images[name]) for each in run["history"]]
+        middle, bars = percent(shares)
+        # A band, and a bar at the end: of one epoch there is no band.
+        right.errorbar(
+            epochs, middle, bars, elinewidth=0.8, capsize=2, errorevery=(len(epochs) - 1, len(epochs)), **look
+        )
+        low, high = [100 * share.low for share in shares], [100 * share.high for share in shares]
+        right.fill_between(epochs, low, high, color=colors[name], alpha=0.1, lw=0)
+    left.set(xlabel="epoch", ylabel="mean training loss of the epoch", yscale="log")
+    right.set(xlabel="epoch", ylabel="accuracy on all test images, noise off (%)")
+    figure.suptitle(f"Training, with 95 % intervals: {_title(results)}", fontsize="medium")
+    return with_legend(figure, right, len(colors))
 
 
 def _attacks_figure(results: dict[str, Any]) -> Figure:
-    from matplotlib.figure import Figure
-
     groups = ["clean", *dict.fromkeys(attack for row in results["rows"] for attack in row["attacks"])]
-    figure = Figure(figsize=(1.1 * len(groups) + 2, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(1.1 * len(groups) + 2, 4.5)
+    colors = colors_of(results["training"])
     width = 0.8 / len(results["rows"])
     for index, row in enumerate(results["rows"]):
-        shares = [row["clean"], *(row["attacks"].get(attack, NOT_RUN) for attack in groups[1:])]
-        heights = [100 * share["accuracy"] for share in shares]
-        below = [max(0.0, 100 * (share["accuracy"] - share["low"])) for share in shares]
-        above = [max(0.0, 100 * (share["high"] - share["accuracy"])) for share in shares]
+        shares = [Share(**row["clean"]), *(Share(**row["attacks"].get(attack, NOT_RUN)) for attack in groups[1:])]
+        middle, bars = percent(shares)
         places = [place + (index - (len(results["rows"]) - 1) / 2) * width for place in range(len(groups))]
-        axes.bar(places, heights, width, yerr=[below, above], label=row["network"] + _noise(row), error_kw={"lw": 0.8})
+        color = colors[row["network"]]
+        look: dict[str, Any] = (
+            {"color": "white", "edgecolor": color, "hatch": "////"} if row["noise"] == "on" else {"color": color}
+        )
+        label = row["network"] + _noise(row)
+        axes.bar(places, middle, width, yerr=bars, label=label, error_kw={"lw": 0.8}, **look)
     axes.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
     axes.set(ylabel="accuracy (%)", ylim=(0, 105))
-    axes.set_title(_title(results))
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    return figure
+    axes.set_title(f"Clean and under attack, with 95 % intervals: {_title(results)}", fontsize="medium")
+    return with_legend(figure, axes)
 
 
 def _title(results: dict[str, Any]) -> str:
     settings = results["settings"]
-    return f"{settings['dataset']}, {settings['model']}, {settings['epochs']} epochs, K = {settings['copies']}"
+    return f"{settings['dataset']}, {settings['model']}, seed {settings['seed']}"

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .._files import replacing
 from .._messages import listed, markdown, versions
 from ..network import noisy_neurons
 from .attacks import NORMS, Attack
 from .corruptions import CORRUPTIONS
 from .figures import epsilon_figure, steps_figure, surrogates_figure
 from .gates import Gate, mark, verdict
+from .html import page
 from .scoring import ROWS, McNemar, Share, mcnemar, share_of
 from .view import Target
 
 if TYPE_CHECKING:
+    import pandas
     from matplotlib.figure import Figure
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -290,7 +296,7 @@ class RobustnessReport:
 
     def table(self) -> str:
         """All figures as aligned plain text, gates included."""
-        parts = [f"{title}\n{_aligned(header, lines)}" for title, header, lines in self._tables()]
+        parts = [f"{title}\n{_aligned(header, lines)}" for title, header, lines in self.tables()]
         return "\n\n".join([self._summary(), *parts, self._note()])
 
     def __str__(self) -> str:
@@ -306,7 +312,7 @@ class RobustnessReport:
             [attack.name, attack.access, ", ".join(f"{key} {value}" for key, value in attack.settings.items())]
             for attack in self.attacks
         ]
-        tables = [*self._tables(), ("Attacks", ["attack", "access", "settings"], settings)]
+        tables = [*self.tables(), ("Attacks", ["attack", "access", "settings"], settings)]
         parts = [f"{'#' * level} {title}\n\n{markdown(header, lines)}" for title, header, lines in tables]
         made = f"Seed {self.seed}. Versions: {listed(versions(*PACKAGES))}."
         return "\n\n".join([self._summary(), *parts, self._note(), made]) + "\n"
@@ -324,6 +330,60 @@ class RobustnessReport:
                 for each in self.comparisons
             ],
         }
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """All accuracies as comma-separated values, a line for each network, its noise, attack and budget.
+
+        Args:
+            path: file to write, too.
+
+        Returns:
+            The text. Columns: network, noise, attack, epsilon, severity (of corruptions), accuracy, low, high, images,
+            gates.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(self._records()[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._records())
+        if path is not None:
+            with replacing(Path(path)) as temporary:
+                temporary.write_text(text.getvalue(), encoding="utf-8")
+        return text.getvalue()
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """All accuracies as a pandas ``DataFrame``, with the columns of ``to_csv``.
+
+        Raises:
+            ImportError: if pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("pandas is missing: pip install pandas, or use to_csv()") from error
+        return pandas.DataFrame(self._records())
+
+    def html(self, path: str | Path, title: str = "Robustness", note: str = "") -> None:
+        """Writes one HTML page that needs nothing else: tables, gates, figures, and images that attacks broke.
+
+        Args:
+            path: file to write.
+            title: heading of the page.
+            note: Markdown for its end, such as the command that made it.
+
+        Raises:
+            ImportError: if matplotlib or markdown-it-py is not installed.
+            OSError: if the file cannot be written.
+        """
+        text = page(title, f"# {title}\n\n{self.to_markdown()}\n{note}", self.figures(), self.rows)
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def figures(self) -> dict[str, Figure]:
+        """The figures by name."""
+        return {"epsilon": self.plot_epsilon(), "steps": self.plot_steps(), "surrogates": self.plot_surrogates()}
 
     def plot_epsilon(self) -> Figure:
         """Figure of the worst case against the budget, and of plain ascent beyond the largest, which has to reach zero.
@@ -352,7 +412,29 @@ class RobustnessReport:
     def _note(self) -> str:
         return _NOTE.format(votes=self.protocol.votes) + ("" if self.protocol.gates else _WITHOUT_GATES)
 
-    def _tables(self) -> list[Table]:
+    def _records(self) -> list[dict[str, Any]]:
+        """A flat record of each accuracy; what a column does not apply to is None."""
+
+        def record(row: Row, attack: str, share: Share, epsilon: Any = None, severity: Any = None) -> dict[str, Any]:
+            about = {"network": row.subject.network, "noise": row.subject.noise, "attack": attack}
+            about |= {"epsilon": epsilon, "severity": severity}
+            return about | asdict(share) | {"gates": verdict(row.findings.gates)}
+
+        records = []
+        for row in self.rows:
+            records += [record(row, "clean", share_of(row.clean)), record(row, "clean, single draw", row.single)]
+            for epsilon in self.epsilons:
+                under = {
+                    **{name: right[epsilon] for name, right in row.right.items()},
+                    "worst case": row.worst(epsilon),
+                }
+                records += [record(row, name, share_of(right), epsilon) for name, right in under.items()]
+            for name, shares in row.corruptions.items():
+                records += [record(row, name, share, severity=severity) for severity, share in shares.items()]
+        return records
+
+    def tables(self) -> list[Table]:
+        """All figures as titles, headers and lines of text, gates included."""
         header = ["", *(row.subject.label for row in self.rows)]
         clean = [
             ["majority vote", *(str(share_of(row.clean)) for row in self.rows)],

@@ -136,7 +136,7 @@ def test_settings_name_what_a_network_has_of_its_own() -> None:
 
 
 def point(name: str, clean: float, right: int, images: int = 10) -> Point:
-    return Point(name, "", "", True, False, clean, np.array([1.0] * right + [0.0] * (images - right)))
+    return Point(name, "", "", True, False, clean, np.array([1.0] * right + [0.0] * (images - right)), images)
 
 
 def test_the_front_leaves_out_what_another_beats() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..._messages import listed, markdown
 from ...robustness import wilson
+from ...robustness.figures import colors_of, new_figure, percent, with_legend
 from .. import files
 from ..options import option
 from . import tables
@@ -183,38 +184,37 @@ def _fronts_figure(panels: Sequence[tuple[str, Sequence[Point]]]) -> Figure:
     Args:
         panels: budgets, and the networks.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure, axes = new_figure(11, 5.4, len(panels))
     families = list(dict.fromkeys(point.family for _, points in panels for point in points))
+    colors = colors_of(families)
     for axis, (epsilon, points) in zip(axes, panels, strict=True):
         for index, family in enumerate(families):
             mine = sorted((p for p in points if p.family == family), key=lambda p: p.clean)
             if not mine:
                 continue
-            shares = [wilson(int(point.right.sum()), len(point.right)) for point in mine]
+            middle, bars = percent([wilson(int(point.right.sum()), len(point.right)) for point in mine])
+            error, sides = percent([point.error for point in mine])
             axis.errorbar(
-                [100 * (1 - point.clean) for point in mine],
-                [100 * share.accuracy for share in shares],
-                yerr=[
-                    [max(0.0, 100 * (share.accuracy - share.low)) for share in shares],
-                    [max(0.0, 100 * (share.high - share.accuracy)) for share in shares],
-                ],
+                error,
+                middle,
+                yerr=bars,
+                xerr=sides,
                 marker=_MARKERS[index % len(_MARKERS)],
                 linestyle="-" if len(mine) > 2 else "none",
-                elinewidth=0.7,
-                color=f"C{index % 10}",
+                lw=1,
+                elinewidth=0.5,
+                color=colors[family],
                 markerfacecolor="white" if mine[0].surrogate else None,
                 label=family,
             )
         # Most networks differ by a point or two, and some by ten.
-        axis.set(xscale="log", xlabel="clean error (%)", ylabel="worst-case accuracy (%)", title=f"ε = {epsilon}")
+        axis.set(xscale="log", xlabel="error on all test images (%), smaller to the right", title=f"ε = {epsilon}")
+        axis.set_ylabel("worst-case accuracy, reduced suite (%)")
         axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0)))
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.invert_xaxis()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
-    return figure
+    figure.suptitle("Robust and accurate is at the top right; 95 % intervals, noise off; surrogate gradients hollow")
+    return with_legend(figure, axes[0], 3)
