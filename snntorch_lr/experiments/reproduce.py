@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._messages import markdown
-from ..robustness import SUITES, Protocol, RobustnessReport, Share, evaluate, score, share_of, suite, verdict, wilson
+from ..robustness import (
+    SUITES,
+    Gate,
+    Protocol,
+    RobustnessReport,
+    Share,
+    evaluate,
+    score,
+    share_of,
+    suite,
+    verdict,
+    wilson,
+)
 from ..robustness.figures import colors_of, new_figure, percent, with_legend
 from . import data, files
 from .options import Place, check, command_line, option, recorded
-from .recipe import METHODS, Recipe, TrainingOptions
-from .train import ALONE, AfterStep, Ranks, Trained, split, train, validation_accuracy
+from .recipe import METHODS, Recipe, TrainingOptions, noise_levels
+from .study.tables import difference
+from .train import ALONE, Observer, Ranks, Trained, split, train, validation_accuracy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor, nn
 
-    from ..robustness import Row
+    from ..robustness import Row, Scores
     from ..robustness.evaluate import Progress
 
 LIKELIHOOD_RATIO = "likelihood ratio"
 STOPPED = "surrogate, stopped"
+PASSED = verdict([Gate("", True, "")])
 NOT_RUN = {"accuracy": float("nan"), "low": float("nan"), "high": float("nan"), "images": 0}
 NOTE = (
     "Accuracy in percent, with the half-width of its 95 % Wilson interval: clean of all test images, the rest of those "
@@ -31,8 +47,8 @@ NOTE = (
     "every attack of that size, transfers from the other networks included. Unless all gates passed these figures "
     "compare training methods and are no robustness claim."
 )
-Announce = Callable[[str, int], AfterStep]
-"""Called before a network is trained, with its name and number of steps; returns what to call after each step."""
+Announce = Callable[[str, int, int], Observer]
+"""Called before a network is trained, with its name, epochs and steps; returns what watches its training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +61,9 @@ class Reproduce(Place, TrainingOptions):
     suite: str = option("quick", "attacks", choices=SUITES)
     resume: bool = option(False, "go on from the checkpoints in --out", recorded=False)
     out: Path | None = option(None, "folder for results and checkpoints; runs/DATASET-MODEL-seedSEED", recorded=False)
+    log: Path | None = option(
+        None, "folder for TensorBoard: loss of each step, accuracy of each epoch, noise levels", recorded=False
+    )
 
     @property
     def folder(self) -> Path:
@@ -64,9 +83,35 @@ def check_suite(name: str) -> None:
         raise ValueError(str(error)) from error
 
 
+class _Log(Observer):
+    """Observer that writes TensorBoard events, a run for each network, beside what another one does."""
+
+    def __init__(self, folder: Path, observer: Observer) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer, self.observer, self.done = SummaryWriter(str(folder)), observer, 0
+
+    def after_step(self, done: int, loss: float) -> None:
+        """Writes the loss."""
+        self.done = done
+        self._write("loss", loss)
+        self.observer.after_step(done, loss)
+
+    def after_epoch(self, entry: dict[str, float], net: nn.Module) -> None:
+        """Writes the accuracy, and the mean noise level of each layer."""
+        self._write("accuracy", entry["test_accuracy"])
+        for name, levels in noise_levels(net).items():
+            self._write(f"noise level/{name}", sum(levels) / len(levels))
+        self.writer.flush()
+        self.observer.after_epoch(entry, net)
+
+    def _write(self, what: str, value: float) -> None:
+        self.writer.add_scalar(what, value, self.done)
+
+
 def reproduce(
     options: Reproduce,
-    announce: Announce = lambda name, steps: lambda done, loss: None,
+    announce: Announce = lambda name, epochs, steps: Observer(),
     watch: Progress = lambda what, done, total: None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any] | None:
@@ -102,6 +147,10 @@ def reproduce(
         if options.copies < ranks.size:
             raise ValueError(f"{ranks.size} ranks cannot divide {options.copies} copies: give more --copies")
         files.check_writable(out)
+        if options.log:
+            files.check_writable(options.log)
+            if find_spec("tensorboard") is None:
+                raise ValueError("--log needs tensorboard, which is not installed: pip install tensorboard")
         held.enter_context(files.locked(out, command))
         there = [path.name for path in checkpoints.values() if path.exists()]
         if there and not options.resume:
@@ -119,8 +168,13 @@ def reproduce(
         steps = -(-len(split(recipes[LIKELIHOOD_RATIO], images)[0]) // batch_size)
 
         def run(name: str, ranks: Ranks = ALONE) -> Trained:
-            tell = announce(name, options.epochs * steps)
-            return train(recipes[name], images, checkpoints[name], device, options.resume, tell, ranks)
+            seen = announce(name, options.epochs, options.epochs * steps)
+            if options.log and ranks.rank == 0:
+                seen = _Log(options.log / checkpoints[name].stem, seen)
+            return train(
+                recipes[name], images, checkpoints[name], device, options.resume, seen.after_step, ranks,
+                seen.after_epoch,
+            )  # fmt: skip
 
         # What the ranks do together comes first, so that none of them waits while the first goes on alone.
         together = run(LIKELIHOOD_RATIO, ranks)
@@ -142,6 +196,12 @@ def reproduce(
             cache=out / "attacks",
             progress=watch,
         )
+        measured = [
+            (row, score(row.subject.target, images.test, images.test_labels, seed=options.seed))
+            for name in checkpoints
+            for row in evaluation.rows
+            if row.subject.network == name
+        ]
         results = files.origin(command, device) | {
             "ranks": ranks.size,
             "settings": recorded(options),
@@ -150,25 +210,66 @@ def reproduce(
                 name: {"seconds_per_epoch": run.seconds_per_epoch, "history": run.history}
                 for name, run in trained.items()
             },
-            "rows": [
-                _row(row, options, images)
-                for name in checkpoints
-                for row in evaluation.rows
-                if row.subject.network == name
-            ],
+            "rows": [_row(row, scores, options) for row, scores in measured],
+            "conclusions": conclusions(measured, options.suite),
             "evaluation": evaluation.to_json(),
         }
         files.write_json(out / "results.json", results)
         files.write_text(out / "table.md", to_markdown(results))
-        write_evaluation(evaluation, out, f"Command: `{command}`\n")
-        files.save_figure(out / "training.png", _training_figure(results))
-        files.save_figure(out / "attacks.png", _attacks_figure(results))
+        figures = {"training.png": _training_figure(results), "attacks.png": _attacks_figure(results)}
+        shown = "".join(f"\n\n![]({name})" for name in figures)
+        head = f"{_said(results)}\n\n{markdown(*table(results))}\n\n{NOTE}{shown}\n\n## Robustness"
+        write_evaluation(evaluation, out, files.origin_note(results), _title(results), head, figures)
     return results
 
 
-def _row(row: Row, options: Reproduce, images: data.Images) -> dict[str, Any]:
+def conclusions(measured: Sequence[tuple[Row, Scores]], suite: str) -> list[str]:
+    """Three sentences: the more accurate network, the more robust one, and what the gates allow.
+
+    The likelihood ratio is held against the best of the surrogate networks in each, all with their noise off.
+
+    Args:
+        measured: rows of the evaluation, with their scores on all test images.
+        suite: name of the attacks.
+    """
+    silent = [(row, scores) for row, scores in measured if row.subject.noise != "on"]
+    epsilons = [row.findings.epsilon for row, _ in silent if row.subject.network == LIKELIHOOD_RATIO]
+    epsilon = epsilons[0] or min(next(iter(silent[0][0].right.values())))
+    clean = {row.subject.network: scores.right for row, scores in silent}
+    worst = {row.subject.network: row.worst(epsilon) for row, _ in silent}
+    verdicts: dict[str, list[str]] = {}
+    for row, _ in measured:
+        verdicts.setdefault(verdict(row.findings.gates), []).append(row.subject.label)
+    if [*verdicts] == [PASSED]:
+        gates = f"All gates passed: worst cases over the suite {suite!r} may be claimed."
+    else:
+        found = [f"{said} for {', '.join(labels)}" for said, labels in verdicts.items() if said != PASSED]
+        found = [*verdicts] if len(verdicts) == 1 else found
+        needed = "" if suite == "standard" else "; they need --suite standard"
+        gates = f"The gates allow no claim of robustness: {'; '.join(found)}{needed}."
+    return [
+        _compared("On clean images", "accurate", clean),
+        _compared(f"In the worst case at ε = {epsilon:g}", "robust", worst),
+        gates,
+    ]
+
+
+def _compared(where: str, what: str, right: Mapping[str, Tensor]) -> str:
+    """The likelihood ratio and the best of the other networks on the same images, in a sentence."""
+    own = right[LIKELIHOOD_RATIO]
+    name = max((name for name in right if name != LIKELIHOOD_RATIO), key=lambda name: int(right[name].sum()))
+    apart = difference(own.double().numpy(), right[name].double().numpy())
+    shown = {key: f"{key} ({100 * float(right[key].double().mean()):.1f} %)" for key in (LIKELIHOOD_RATIO, name)}
+    paired = f"{apart} points, paired over {len(own)} images"
+    if apart.low <= 0 <= apart.high:
+        first, second = shown.values()
+        return f"{where} there is no difference beyond chance between {first} and {second}: {paired}."
+    better, worse = (LIKELIHOOD_RATIO, name) if apart.mean > 0 else (name, LIKELIHOOD_RATIO)
+    return f"{where} {shown[better]} is more {what} than {shown[worse]}; likelihood ratio minus {name}: {paired}."
+
+
+def _row(row: Row, scores: Scores, options: Reproduce) -> dict[str, Any]:
     """Figures of one network with its noise off or on; the clean ones are of all test images."""
-    scores = score(row.subject.target, images.test, images.test_labels, seed=options.seed)
     names = [attack.name for attack in suite(options.suite) if attack.name in row.right]
     shares = {f"{name} {e:g}": share_of(row.right[name][e]) for e in sorted(options.epsilons) for name in names}
     shares |= {f"worst {e:g}": share_of(row.worst(e)) for e in sorted(options.epsilons)}
@@ -199,29 +300,54 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def to_markdown(results: dict[str, Any]) -> str:
     """The table as Markdown, with what is needed to read and repeat it."""
-    settings = results["settings"]
     return (
-        f"# {settings['dataset']}, {settings['model']}, seed {settings['seed']}\n\n{markdown(*table(results))}\n\n"
+        f"# {_title(results)}\n\n{_said(results)}\n\n{markdown(*table(results))}\n\n"
         f"{NOTE}\n\nRanks: {results['ranks']}. {files.origin_note(results)}"
     )
 
 
-def write_evaluation(evaluation: RobustnessReport, out: Path, note: str) -> None:
-    """Writes ``robustness.md``, ``robustness.json`` and figures of an evaluation.
+def short_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the results for a terminal: a line for each network and each use of its noise."""
+    rows = results["rows"]
+    worst = [name for name in rows[0]["attacks"] if name.startswith("worst ")]
+    header = ["network", "clean", *(name.replace("worst ", "worst, ε = ") for name in worst), "gates"]
+    return header, [
+        [
+            row["network"] + _noise(row), files.share_text(row["clean"]),
+            *(files.share_text(row["attacks"][name]) for name in worst), row["verdict"],
+        ]
+        for row in rows
+    ]  # fmt: skip
+
+
+def write_evaluation(
+    evaluation: RobustnessReport,
+    out: Path,
+    note: str,
+    title: str = "Robustness",
+    head: str = "",
+    figures: Mapping[str, Figure] | None = None,
+) -> None:
+    """Writes ``robustness.md``, ``robustness.json``, figures, and ``report.html`` with all of it.
 
     Args:
         evaluation: the report.
         out: directory for the files.
-        note: what made it, for the end of the Markdown file.
+        note: what made it, for the end of the pages.
+        title: of ``report.html``.
+        head: Markdown for the beginning of ``report.html``.
+        figures: further ones, which ``head`` shows by these names.
     """
     files.write_text(out / "robustness.md", f"# Robustness\n\n{evaluation.to_markdown()}\n{note}")
     files.write_json(out / "robustness.json", evaluation.to_json())
-    for name, figure in (
-        ("epsilon", evaluation.plot_epsilon()),
-        ("steps", evaluation.plot_steps()),
-        ("surrogates", evaluation.plot_surrogates()),
-    ):
-        files.save_figure(out / f"{name}.png", figure)
+    own = {f"{name}.png": figure for name, figure in evaluation.figures().items()}
+    for name, figure in {**(figures or {}), **own}.items():
+        files.save_figure(out / name, figure)
+    evaluation.html(out / "report.html", title, head, note, figures)
+
+
+def _said(results: dict[str, Any]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in results["conclusions"])
 
 
 def _noise(row: dict[str, Any]) -> str:

@@ -42,7 +42,8 @@ code {{ font-size: .85em; background: var(--card); padding: .1em .3em; border-ra
 .scroll {{ overflow-x: auto; margin: 1rem 0; }}
 table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
-  min-width: 4.5rem; max-width: 32rem; }}
+  min-width: 5.5rem; max-width: 32rem; }}
+th:first-child, td:first-child {{ min-width: 8.5rem; }}
 th {{ color: var(--faint); }}
 figure {{ margin: 1rem 0; }}
 figure svg {{ display: block; width: 100%; min-width: 34rem; height: auto; }}
@@ -64,15 +65,14 @@ figcaption, .note {{ color: var(--faint); font-size: .85rem; max-width: 48rem; }
 """
 
 
-def page(title: str, markdown: str, figures: Mapping[str, Figure], rows: Sequence[Row] = ()) -> str:
+def page(title: str, markdown: str, figures: Mapping[str, Figure | str]) -> str:
     """A self-contained page: no style sheet, script, font or picture is loaded from elsewhere.
 
     Args:
         title: of the window.
         markdown: the text; HTML in it is shown as text.
-        figures: by the file name under which the text shows them, as in ``![words](name.png)``; those that it does not
-            show come at its end, with their names as captions.
-        rows: whose images that attacks broke are shown below.
+        figures: what takes the place of pictures, by file name: of ``![words](name.png)``, and of nothing else. A
+            string is HTML.
 
     Raises:
         ImportError: if markdown-it-py or matplotlib is not installed.
@@ -84,19 +84,15 @@ def page(title: str, markdown: str, figures: Mapping[str, Figure], rows: Sequenc
     body = MarkdownIt("js-default", {"linkify": False}).render(markdown)
     # A wide table scrolls inside the page.
     body = body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
-    for name, figure in figures.items():
-        drawn = _figure(figure)
-        shown = re.compile(rf'<p><img src="{re.escape(name)}" alt="([^"]*)"[^>]*></p>')
-        if shown.search(body):
-            body = shown.sub(lambda found, drawn=drawn: _captioned(drawn, found[1]), body)  # type: ignore[misc]
-        else:
-            body += _captioned(drawn, "")
-    return _PAGE.format(title=escape(title), body=body + _examples(rows))
 
+    def drawn(found: re.Match[str]) -> str:
+        figure, words = figures[found[1]], found[2]
+        if isinstance(figure, str):
+            return figure
+        return f'<figure><div class="scroll">{_figure(figure)}</div><figcaption>{words}</figcaption></figure>'
 
-def _captioned(drawn: str, words: str) -> str:
-    caption = f"<figcaption>{words}</figcaption>" if words else ""
-    return f'<figure><div class="scroll">{drawn}</div>{caption}</figure>\n'
+    body = re.sub(r'<p><img src="([^"]*)" alt="([^"]*)"[^>]*></p>', drawn, body)
+    return _PAGE.format(title=escape(title), body=body)
 
 
 def _figure(figure: Figure) -> str:
@@ -116,7 +112,8 @@ def _figure(figure: Figure) -> str:
     return drawn.replace("<svg ", '<svg fill="currentColor" ', 1)
 
 
-def _examples(rows: Sequence[Row]) -> str:
+def examples(rows: Sequence[Row]) -> str:
+    """Images that attacks broke beside their originals, with the spikes of both; nothing if there are none."""
     parts = []
     for row in rows:
         if row.examples:

@@ -19,7 +19,7 @@ from .attacks import NORMS, Attack
 from .corruptions import CORRUPTIONS
 from .figures import epsilon_figure, steps_figure, surrogates_figure
 from .gates import Gate, mark, verdict
-from .html import page
+from .html import examples, page
 from .scoring import ROWS, McNemar, Share, mcnemar, share_of
 from .view import Target
 
@@ -297,7 +297,7 @@ class RobustnessReport:
     def table(self) -> str:
         """All figures as aligned plain text, gates included."""
         parts = [f"{title}\n{_aligned(header, lines)}" for title, header, lines in self.tables()]
-        return "\n\n".join([self._summary(), *parts, self._note()])
+        return "\n\n".join([self.summary(), *parts, self._note()])
 
     def __str__(self) -> str:
         return self.table()
@@ -315,7 +315,8 @@ class RobustnessReport:
         tables = [*self.tables(), ("Attacks", ["attack", "access", "settings"], settings)]
         parts = [f"{'#' * level} {title}\n\n{markdown(header, lines)}" for title, header, lines in tables]
         made = f"Seed {self.seed}. Versions: {listed(versions(*PACKAGES))}."
-        return "\n\n".join([self._summary(), *parts, self._note(), made]) + "\n"
+        summary = self.summary().replace("\n  ", "\n- ")
+        return "\n\n".join([summary, *parts, self._note(), made]) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """All figures and settings as plain dicts and numbers, ready for ``json.dump``."""
@@ -365,21 +366,34 @@ class RobustnessReport:
             raise ImportError("pandas is missing: pip install pandas, or use to_csv()") from error
         return pandas.DataFrame(self._records())
 
-    def html(self, path: str | Path, title: str = "Robustness", note: str = "") -> None:
+    def html(
+        self,
+        path: str | Path,
+        title: str = "Robustness",
+        head: str = "",
+        note: str = "",
+        figures: Mapping[str, Figure] | None = None,
+    ) -> None:
         """Writes one HTML page that needs nothing else: tables, gates, figures, and images that attacks broke.
 
         Args:
             path: file to write.
             title: heading of the page.
+            head: Markdown for its beginning.
             note: Markdown for its end, such as the command that made it.
+            figures: by the file names under which ``head`` shows them, as in ``![caption](name.png)``.
 
         Raises:
             ImportError: if matplotlib or markdown-it-py is not installed.
             OSError: if the file cannot be written.
         """
-        text = page(title, f"# {title}\n\n{self.to_markdown()}\n{note}", self.figures(), self.rows)
+        own = {f"{name}.png": figure for name, figure in self.figures().items()}
+        shown = [f"![]({name})" for name in (*own, "examples")]
+        summary, _, rest = self.to_markdown().partition("\n\n")
+        text = "\n\n".join([f"# {title}", head, summary, *shown, rest, note])
         with replacing(Path(path)) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            written = page(title, text, {**(figures or {}), **own, "examples": examples(self.rows)})
+            temporary.write_text(written, encoding="utf-8")
 
     def figures(self) -> dict[str, Figure]:
         """The figures by name."""
@@ -404,7 +418,8 @@ class RobustnessReport:
         """Figure of the accuracy under the attacks through each surrogate, beside the worst case; a panel a budget."""
         return surrogates_figure(self)
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """The worst case of the headline row, a line for each budget."""
         row = self.headline
         first = f"{row.subject.label}: worst case over {len(row.attacks)} attacks, {self.protocol.norm}"
         return "\n".join([first, *(f"  ε = {epsilon:g}: {share}" for epsilon, share in self.worst_case.items())])

@@ -12,7 +12,7 @@ from ..._messages import listed, markdown
 from ...robustness import wilson
 from ...robustness.figures import colors_of, new_figure, percent, with_legend
 from .. import files
-from ..options import option
+from ..options import Printed, option
 from . import tables
 from .plan import REDUCED
 from .tables import Point, Result
@@ -25,7 +25,7 @@ _MARKERS = "osD^v<>PX*"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Printed):
     """Options of the command ``snntorch-lr report``."""
 
     results: Path = option(help="folder of results of a study", positional=True)
