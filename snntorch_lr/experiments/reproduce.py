@@ -57,13 +57,21 @@ class Reproduce(Place, TrainingOptions):
 
     epsilons: tuple[float, ...] = option((0.05, 0.1, 0.2), "attack budget, l∞", above=0, most=1, flag="--epsilon")
     attack_images: int = option(1000, "test images to attack", least=1)
-    draws: int = option(8, "noise draws that attacks average over where the noise is on", least=1)
+    draws: int = option(
+        None, "noise draws that attacks average over if noise is on; 4 for digits, 8 otherwise", least=1
+    )
     suite: str = option("quick", "attacks", choices=SUITES)
     resume: bool = option(False, "go on from the checkpoints in --out", recorded=False)
     out: Path | None = option(None, "folder for results and checkpoints; runs/DATASET-MODEL-seedSEED", recorded=False)
     log: Path | None = option(
         None, "folder for TensorBoard: loss of each step, accuracy of each epoch, noise levels", recorded=False
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("draws", 4 if self.dataset == "digits" else 8),):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
     @property
     def folder(self) -> Path:
@@ -245,8 +253,8 @@ def conclusions(measured: Sequence[tuple[Row, Scores]], suite: str) -> list[str]
     else:
         found = [f"{said} for {', '.join(labels)}" for said, labels in verdicts.items() if said != PASSED]
         found = [*verdicts] if len(verdicts) == 1 else found
-        needed = "" if suite == "standard" else "; they need --suite standard"
-        gates = f"The gates allow no claim of robustness: {'; '.join(found)}{needed}."
+        more = "" if suite == "standard" else f" What the suite {suite} leaves out --suite standard has."
+        gates = f"The gates allow no claim of robustness: {'; '.join(found)}.{more}"
     return [
         _compared("On clean images", "accurate", clean),
         _compared(f"In the worst case at ε = {epsilon:g}", "robust", worst),
@@ -310,14 +318,13 @@ def short_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the results for a terminal: a line for each network and each use of its noise."""
     rows = results["rows"]
     worst = [name for name in rows[0]["attacks"] if name.startswith("worst ")]
-    header = ["network", "clean", *(name.replace("worst ", "worst, ε = ") for name in worst), "gates"]
-    return header, [
-        [
-            row["network"] + _noise(row), files.share_text(row["clean"]),
-            *(files.share_text(row["attacks"][name]) for name in worst), row["verdict"],
-        ]
-        for row in rows
-    ]  # fmt: skip
+    header = ["network", "clean", *(name.replace(" ", " case, ε = ") for name in worst)]
+    lines = []
+    for row in rows:
+        sign = {PASSED: ""}.get(row["verdict"], " !" if "SUSPECTED" in row["verdict"] else " ?")
+        cells = [f"{files.share_text(row['attacks'][name])}{sign}" for name in worst]
+        lines.append([row["network"] + _noise(row), files.share_text(row["clean"]), *cells])
+    return header, lines
 
 
 def write_evaluation(

@@ -41,8 +41,10 @@ def show(header: Sequence[str], lines: Sequence[Sequence[str]], title: str = "")
 def _groups(header: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> Iterator[list[int]]:
     """Columns that fit beside each other, the first one always among them."""
     cells = zip(header, *lines, strict=True)
-    # Two spaces and a line between columns.
+    # Three spaces between columns.
     first, *needed = (3 + max(_least(column[1:]), _longest_word(column[0])) for column in cells)
+    # And one at each end.
+    first += 2
     columns, used = [0], first
     for column, need in enumerate(needed, start=1):
         if used + need > width and len(columns) > 1:
@@ -84,7 +86,7 @@ class Watch:
             if done == 0:
                 self.bars.start_task(task)
             if self.bars.disable:
-                print(f"attack {done + 1} of {total}{left.after(done, total)}: {what}", flush=True)
+                print(f"attacks: {done + 1} of {total}{left.after(done, total)}: {what}", flush=True)
             self.bars.update(task, completed=done, total=total, note=what, visible=True)
 
         return update

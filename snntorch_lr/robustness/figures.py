@@ -121,6 +121,8 @@ def steps_figure(report: RobustnessReport) -> Figure:
         label = f"{row.marked}, ε = {row.findings.epsilon:g}, {probed} images"
         middle, bars = percent([*curve.values()])
         axes.errorbar([*curve], middle, bars, label=label, capsize=2, elinewidth=0.8, **look)
+    if not any(row.findings.steps for row in report.rows):
+        axes.text(0.5, 0.5, "not measured: the gates were left out", ha="center", transform=axes.transAxes)
     counts = sorted({count for row in report.rows for count in row.findings.steps})
     axes.set_xscale("log")
     axes.set_xticks(counts, [str(count) for count in counts])

@@ -82,8 +82,12 @@ def page(title: str, markdown: str, figures: Mapping[str, Figure | str]) -> str:
     except ImportError as error:
         raise ImportError(f"markdown-it-py is missing: {_MISSING}") from error
     body = MarkdownIt("js-default", {"linkify": False}).render(markdown)
-    # A wide table scrolls inside the page.
-    body = body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    # A wide table scrolls inside the page, and an accuracy stays on its line.
+    body = (
+        body.replace("<table>", '<div class="scroll"><table>')
+        .replace("</table>", "</table></div>")
+        .replace(" ± ", "&nbsp;±&nbsp;")
+    )
 
     def drawn(found: re.Match[str]) -> str:
         figure, words = figures[found[1]], found[2]
@@ -108,7 +112,7 @@ def _figure(figure: Figure) -> str:
     drawn = re.sub(r'<g id="[^"]*">', "<g>", drawn)
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
     for color, name in (("#ffffff", "var(--back)"), ("#000000", "currentColor"), ("black", "currentColor")):
-        drawn = re.sub(rf"(fill|stroke): {color}\b", rf"\1: {name}", drawn)
+        drawn = re.sub(rf'(fill|stroke)(: |="){color}\b', rf"\1\2{name}", drawn)
     return drawn.replace("<svg ", '<svg fill="currentColor" ', 1)
 
 
