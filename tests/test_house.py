@@ -41,12 +41,13 @@ INNER = {
     "_messages.versions", "estimators.ESTIMATORS", "estimators.storing.Storing", "estimators.storing.StoringStep",
     "network.noisy_neurons", "noise.KINDS", "objectives.OBJECTIVES", "objectives.vote", "robustness.figures.colors_of",
     "robustness.figures.new_figure", "robustness.figures.percent", "robustness.figures.with_legend",
+    "robustness.html.page",
 }  # fmt: skip
 
 
 # One idea of its own each, though only one module asks for it.
 SINGLE_USE = {
-    "dynamics", "estimators.approximate", "estimators.shadows", "kernels.numba_steps", "robustness.html",
+    "dynamics", "estimators.approximate", "estimators.shadows", "kernels.numba_steps",
 }  # fmt: skip
 
 

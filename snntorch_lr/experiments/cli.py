@@ -144,15 +144,15 @@ def _study(options: run.Study) -> Any:
         print(f"{done} of {total} finished, about {left / 60:.0f} minutes left: {what}", flush=True)
 
     found = run.study(options, tell)
-    return _page(page.write_page(found, options.folder, options.folder))
+    return _page(page.write_page(found, options.folder, options.folder, html=True))
 
 
 def _report(options: page.Report) -> Any:
     """Write the tables and figures of a study again, from its results alone.
 
-    Example: snntorch-lr report runs/study/digits
+    Example: snntorch-lr report runs/study/digits --html
     """
-    return _page(page.write(options.results, options.out or options.results))
+    return _page(page.write(options.results, options.out or options.results, options.html))
 
 
 def _page(written: Sequence[Path]) -> Any:

@@ -256,13 +256,13 @@ def conclusions(measured: Sequence[tuple[Row, Scores]], suite: str) -> list[str]
         more = "" if suite == "standard" else f" What the suite {suite} leaves out --suite standard has."
         gates = f"The gates allow no claim of robustness: {'; '.join(found)}.{more}"
     return [
-        _compared("On clean images", "accurate", clean),
-        _compared(f"In the worst case at ε = {epsilon:g}", "robust", worst),
+        compared("On clean images", "accurate", clean),
+        compared(f"In the worst case at ε = {epsilon:g}", "robust", worst),
         gates,
     ]
 
 
-def _compared(where: str, what: str, right: Mapping[str, Tensor]) -> str:
+def compared(where: str, what: str, right: Mapping[str, Tensor]) -> str:
     """The likelihood ratio and the best of the other networks on the same images, in a sentence."""
     own = right[LIKELIHOOD_RATIO]
     name = max((name for name in right if name != LIKELIHOOD_RATIO), key=lambda name: int(right[name].sum()))

@@ -263,7 +263,7 @@ class _Evaluation:
         return replace(row, findings=self._findings(row, unchanged, failures), examples=tuple(self._examples(subject)))
 
     def _examples(self, subject: Subject) -> Iterator[Example]:
-        """A few images that attacks broke, different ones, of all attacks in turn and of the smallest budgets first."""
+        """A few images that attacks broke, different ones: those of the smallest budgets, and of the first attacks."""
         found = sorted(self.broken.pop(subject.label, []), key=lambda each: (each.epsilon, each.place))
         different = {each.index: each for each in reversed(found)}
         for each in sorted(different.values(), key=found.index)[:EXAMPLES]:

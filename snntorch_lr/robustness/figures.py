@@ -104,7 +104,7 @@ def epsilon_figure(report: RobustnessReport) -> Figure:
     axes.set_xscale("symlog", linthresh=report.epsilons[0])
     rungs = {e for row in report.rows for e in row.findings.ladder if e > report.epsilons[-1]}
     ticks = sorted({0.0, *report.epsilons, *rungs})
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45, ha="right")
     axes.minorticks_off()
     axes.set(xlabel=f"ε ({report.protocol.norm})", ylabel="accuracy (%)", ylim=(-2, 103))
     beyond_said = "; beyond them, plain ascent (dotted)" if rungs else ""

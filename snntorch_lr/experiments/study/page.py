@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..._messages import listed, markdown
 from ...robustness import wilson
 from ...robustness.figures import colors_of, new_figure, percent, with_legend
+from ...robustness.html import page as html_page
 from .. import files
 from ..options import Printed, option
 from . import tables
@@ -30,14 +31,16 @@ class Report(Printed):
 
     results: Path = option(help="folder of results of a study", positional=True)
     out: Path | None = option(None, "folder for the page and its figures; that of the results")
+    html: bool = option(False, "write report.html too, one page that needs nothing else")
 
 
-def write(results: Path, out: Path) -> list[Path]:
+def write(results: Path, out: Path, html: bool = False) -> list[Path]:
     """Writes ``index.md``, its figures, and ``results.json``, which is all that they are made from.
 
     Args:
         results: folder of JSON files of ``study``, one for each network, or of the ``results.json`` of them all.
         out: folder for the page.
+        html: write ``report.html`` too.
 
     Returns:
         The files.
@@ -46,10 +49,10 @@ def write(results: Path, out: Path) -> list[Path]:
         ValueError: if there is no result in the folder, a network is there twice, or a file cannot be read as one.
     """
     single = [path for path in sorted(results.glob("*.json")) if path.name != TOGETHER]
-    return write_page(single or list(results.glob(TOGETHER)), out, results)
+    return write_page(single or list(results.glob(TOGETHER)), out, results, html)
 
 
-def write_page(paths: Sequence[Path], out: Path, source: Path) -> list[Path]:
+def write_page(paths: Sequence[Path], out: Path, source: Path, html: bool) -> list[Path]:
     """Writes the page of some files of a folder, as ``write`` does of all."""
     found = [result for path in paths for result in _read(path)]
     if not found:
@@ -60,14 +63,19 @@ def write_page(paths: Sequence[Path], out: Path, source: Path) -> list[Path]:
     # A line for each network.
     lines = ",\n".join(json.dumps(result, ensure_ascii=False, allow_nan=False) for result in found)
     files.write_text(out / TOGETHER, f"[\n{lines}\n]\n")
-    written = [out / TOGETHER]
+    written, figures = [out / TOGETHER], {}
     if tables.of_group(found, "front"):
         written.append(out / "fronts.png")
         budgets = tables.budgets_of(tables.of_group(found, "front"))
         figure = _fronts_figure([(epsilon, tables.points(found, epsilon)) for epsilon in budgets])
         files.save_figure(written[-1], figure, dpi=120, metadata={"Software": None})
+        figures["fronts.png"] = figure
     page = out / "index.md"
-    files.write_text(page, to_markdown(found))
+    text = to_markdown(found)
+    files.write_text(page, text)
+    if html:
+        written.append(out / "report.html")
+        files.write_text(written[-1], html_page(f"The study: {', '.join(_about(found))}", text, figures))
     return [page, *written]
 
 
