@@ -253,7 +253,7 @@ def conclusions(measured: Sequence[tuple[Row, Scores]], suite: str) -> list[str]
     else:
         found = [f"{said} for {', '.join(labels)}" for said, labels in verdicts.items() if said != PASSED]
         found = [*verdicts] if len(verdicts) == 1 else found
-        more = "" if suite == "standard" else f" What the suite {suite} leaves out --suite standard has."
+        more = "" if suite == "standard" else f" The suite {suite} leaves attacks out; --suite standard has them all."
         gates = f"The gates allow no claim of robustness: {'; '.join(found)}.{more}"
     return [
         compared("On clean images", "accurate", clean),
@@ -318,7 +318,7 @@ def short_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the results for a terminal: a line for each network and each use of its noise."""
     rows = results["rows"]
     worst = [name for name in rows[0]["attacks"] if name.startswith("worst ")]
-    header = ["network", "clean", *(name.replace(" ", " case, ε = ") for name in worst)]
+    header = ["network", "clean", *(name.replace(" ", " case, ε=") for name in worst)]
     lines = []
     for row in rows:
         sign = {PASSED: ""}.get(row["verdict"], " !" if "SUSPECTED" in row["verdict"] else " ?")

@@ -107,7 +107,7 @@ def epsilon_figure(report: RobustnessReport) -> Figure:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45, ha="right")
     axes.minorticks_off()
     axes.set(xlabel=f"ε ({report.protocol.norm})", ylabel="accuracy (%)", ylim=(-2, 103))
-    beyond_said = "; beyond them, plain ascent (dotted)" if rungs else ""
+    beyond_said = "; beyond, plain ascent (dotted)" if rungs else ""
     axes.set_title(f"Worst case over all attacks, with 95 % intervals{beyond_said}", fontsize="medium")
     return with_legend(figure, axes, title=_signs(report))
 
