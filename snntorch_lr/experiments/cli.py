@@ -107,8 +107,9 @@ def _diagnose(options: diagnose.Diagnose) -> Any:
     """
     with console.status("measuring gradients"):
         report = diagnose.diagnose(options)
-    for header, lines in report.tables():
-        show(header, lines)
+    quality, cost = report.tables()
+    show(*quality, names=2)
+    show(*cost)
     for note in report.notes():
         _say(note)
     _say(f"Written: {options.folder}/gradients.json, gradients.md, gradients.png")

@@ -22,41 +22,47 @@ if TYPE_CHECKING:
     from ..robustness.evaluate import Progress as AttackProgress
 
 console = Console()
+_FIGURE = 20
 
 
-def show(header: Sequence[str], lines: Sequence[Sequence[str]], title: str = "") -> None:
-    """Prints a table; where it is too wide, one for as many columns as fit, each with the first column.
+def show(header: Sequence[str], lines: Sequence[Sequence[str]], title: str = "", names: int = 1) -> None:
+    """Prints a table; where it is too wide, one for as many columns as fit, each with the names of the lines.
 
     Words wrap, and nothing is cut.
+
+    Args:
+        header: of the columns.
+        lines: cells.
+        title: above the table.
+        names: columns at the left that name a line.
     """
-    for columns in _groups(header, lines, console.width):
+    least = [_least(column) for column in zip(header, *lines, strict=True)]
+    for columns in _groups(least, names, console.width):
         table = Table(title=Text(title, "bold") if title else None, title_justify="left", box=box.SIMPLE)
         for column in columns:
-            table.add_column(Text(header[column]), min_width=_least([line[column] for line in lines]), overflow="fold")
+            table.add_column(Text(header[column]), min_width=least[column], overflow="fold")
         for line in lines:
             table.add_row(*(Text(line[column]) for column in columns))
         console.print(table)
 
 
-def _groups(header: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> Iterator[list[int]]:
-    """Columns that fit beside each other, the first one always among them."""
-    cells = zip(header, *lines, strict=True)
-    # Three spaces between columns.
-    first, *needed = (3 + max(_least(column[1:]), _longest_word(column[0])) for column in cells)
-    # And one at each end.
-    first += 2
-    columns, used = [0], first
-    for column, need in enumerate(needed, start=1):
-        if used + need > width and len(columns) > 1:
+def _groups(least: Sequence[int], names: int, width: int) -> Iterator[list[int]]:
+    """Columns that fit beside each other, those of the names always among them."""
+    # A space at each end, and three between columns.
+    start = 2 + sum(each + 3 for each in least[:names])
+    columns, used = [*range(names)], start
+    for column in range(names, len(least)):
+        need = least[column] + 3
+        if used + need > width and len(columns) > names:
             yield columns
-            columns, used = [0], first
+            columns, used = [*range(names)], start
         columns, used = [*columns, column], used + need
     yield columns
 
 
 def _least(cells: Sequence[str]) -> int:
-    """Width below which an accuracy would wrap, or a word break."""
-    return max((len(cell) if "±" in cell else _longest_word(cell) for cell in cells), default=0)
+    """Width below which a figure with its interval or unit would wrap, or a word break."""
+    return max(len(cell) if cell[:1].isdigit() and len(cell) < _FIGURE else _longest_word(cell) for cell in cells)
 
 
 def _longest_word(text: str) -> int:

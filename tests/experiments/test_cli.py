@@ -83,7 +83,7 @@ def test_tables_fit_the_terminal_and_lose_nothing(
     monkeypatch.setattr(terminal.console, "width", width)
     header = ["", *(f"surrogate, noise [{index}] (noise off at test)" for index in range(7))]
     lines = [
-        ["FGSM 0.05", *(f"{index}7.5 ± 13.3 ?" for index in range(7))],
+        ["PGD 0.05", *(f"{index}7.5 ± 13.3 ?" for index in range(7))],
         ["gates", *(f"masking suspected{index} (G1 failed)" for index in range(7))],
     ]
     terminal.show(header, lines, "Accuracy")
@@ -92,9 +92,8 @@ def test_tables_fit_the_terminal_and_lose_nothing(
     for line in lines:
         for cell in line:
             assert cell in printed if "±" in cell else {*cell.split()} <= {*printed.split()}
-    assert all(f"[{index}]" in printed for index in range(7))
-    tables = printed.count("FGSM 0.05")
-    assert tables == {40: 7, 80: 2, 100: 2, 140: 1}[width]
+    assert {word for cell in header for word in cell.split()} <= {*printed.split()}
+    assert printed.count("0.05") == {40: 7, 80: 2, 100: 2, 140: 1}[width]
 
 
 @pytest.mark.parametrize(
