@@ -107,9 +107,9 @@ class GradientReport:
     zero: dict[str, str] = field(default_factory=dict)
     control: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def table(self) -> str:
-        """The figures as aligned plain text, with a key."""
-        rows = [
+    def tables(self) -> list[tuple[Sequence[str], list[Sequence[str]]]]:
+        """Headers and lines of text: the quality of the gradients, and what they cost."""
+        rows: list[Sequence[str]] = [
             (
                 parameter,
                 estimator,
@@ -123,20 +123,29 @@ class GradientReport:
             for parameter, by_estimator in self.quality.items()
             for estimator, figures in by_estimator.items()
         ]
-        costs = [
+        costs: list[Sequence[str]] = [
             (name, _text(cost.milliseconds, ".3g"), _text(cost.megabytes, ".3g")) for name, cost in self.cost.items()
         ]
+        return [(_HEADER, rows), (("estimator", "ms/call", "peak MB"), costs)]
+
+    def notes(self) -> list[str]:
+        """Words beside the tables: settings, gradients that are exactly zero and why, and a key."""
         settings = (
             f"{self.copies} copies, {self.repeats} calls of each estimator, {self.reference} calls of the reference "
             f"(vanilla), seed {self.seed}, {self.device}"
         )
-        tables = (_aligned(_HEADER, rows, left=2), _aligned(("estimator", "ms/call", "peak MB"), costs, left=1))
         zero = "\n".join(f"{name}: the gradient is exactly zero, {why}" for name, why in self.zero.items())
         fitted = "\n".join(
             f"λ of {name}: {', '.join(f'{neuron} {value:.2f}' for neuron, value in values.items())}"
             for name, values in self.control.items()
         )
-        return "\n\n".join((settings, *tables, *filter(None, [zero, fitted]), _NOTE))
+        return [settings, *filter(None, [zero, fitted]), _NOTE]
+
+    def table(self) -> str:
+        """The figures as aligned plain text, with a key."""
+        settings, *notes = self.notes()
+        aligned = [_aligned(*table, left=left) for table, left in zip(self.tables(), (2, 1), strict=True)]
+        return "\n\n".join((settings, *aligned, *notes))
 
     def __str__(self) -> str:
         return self.table()

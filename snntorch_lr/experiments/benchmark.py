@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._messages import markdown
+from ..robustness.figures import colors_of, new_figure, with_legend
 from . import data, files
 from .options import Place, check, command_line, option, recorded
 from .recipe import Recipe, make_network
@@ -286,19 +287,21 @@ def _take_step(
     return net, stepper(recipe, net, optimizer, make_estimators(recipe, net))
 
 
-def to_markdown(results: dict[str, Any]) -> str:
-    """All tables as Markdown, with what is needed to read and repeat them."""
-    settings = results["settings"]
-    tables: dict[str, Callable[[Rows, dict[str, Any]], Table]] = {
+def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Titles, headers and lines of what was measured."""
+    drawn: dict[str, Callable[[Rows, dict[str, Any]], Table]] = {
         "steps": _steps_table, "deep": partial(_ratio_table, "model", "method"),
         "data-parallel": partial(_ratio_table, "processes", "threads"), "memory": _memory_table,
         "growth": _growth_table, "accuracy": _accuracy_table,
     }  # fmt: skip
-    sections = [
-        f"## {PARTS[part]}\n\n{markdown(*draw(results[part], settings))}"
-        for part, draw in tables.items()
-        if part in results
-    ]
+    found = {part: draw(results[part], results["settings"]) for part, draw in drawn.items() if part in results}
+    return [(PARTS[part], *table) for part, table in found.items()]
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    """All tables as Markdown, with what is needed to read and repeat them."""
+    settings = results["settings"]
+    sections = [f"## {title}\n\n{markdown(header, lines)}" for title, header, lines in tables(results)]
     if not any(row["method"] == RIVAL for row in results.get("steps", [{"method": RIVAL}])):
         sections[0] += f"\n\n{_NO_RIVAL}"
     size = f"784-{settings['width']}-10, batch {settings['batch']}"
@@ -355,17 +358,15 @@ def _accuracy_table(rows: Rows, settings: dict[str, Any]) -> Table:
 
 def _figure(rows: Rows, x: str, y: str, labels: list[str]) -> Figure:
     """One line for each method; surrogates, which have no copies, are black."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in rows):
+    figure, (axes,) = new_figure(8, 5)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    colors = colors_of(method for method in methods if not method.startswith("surrogate"))
+    for method in methods:
         points = [(row[x], row[y]) for row in rows if row["method"] == method]
-        color = "black" if method.startswith("surrogate") else None
-        if color and x == "copies":
+        color = colors.get(method, "black")
+        if method not in colors and x == "copies":
             axes.axhline(points[0][1], color=color, linestyle="-" if method == "surrogate" else ":", label=method)
         else:
             axes.plot(*zip(*points, strict=True), marker="o", color=color, label=method)
     axes.set(xscale="log", yscale="log", xlabel=labels[0], ylabel=labels[1])
-    axes.legend(fontsize="small")
-    return figure
+    return with_legend(figure, axes, 3)

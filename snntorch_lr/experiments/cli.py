@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import json
 import sys
 from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from inspect import cleandoc
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 try:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Table
+    from .terminal import console, show, watching
 except ImportError as error:
     raise SystemExit(
         f"snntorch-lr: not installed: {error.name}; pip install 'snntorch-lr[experiments,attacks]'"
@@ -28,11 +28,6 @@ from .options import add_options, from_arguments
 from .study import page, run
 from .train import first_prints, joined
 
-if TYPE_CHECKING:
-    from ..robustness.evaluate import Progress as AttackProgress
-    from .train import AfterStep
-
-console = Console()
 # Of the extra "experiments", beside what this module imports: some are needed only after hours.
 _TOML = "tomllib" if sys.version_info >= (3, 11) else "tomli"
 _NEEDED = ("matplotlib", "psutil", "scipy", "sklearn", _TOML, "torchvision")
@@ -51,12 +46,12 @@ class Command:
     """One of the commands.
 
     Attributes:
-        run: does it with its options; the docstring is its help.
+        run: does it with its options, prints, and returns the results for JSON; the docstring is its help.
         options: dataclass that its options are made from.
         kept: said after Ctrl-C: the results that are left.
     """
 
-    run: Callable[[Any], None]
+    run: Callable[[Any], Any]
     options: type
     kept: str
 
@@ -70,94 +65,119 @@ class Command:
         return from_arguments(self.options, parser.parse_intermixed_args(words))
 
 
-def _reproduce(options: reproduce.Reproduce) -> None:
+def _reproduce(options: reproduce.Reproduce) -> Any:
     """Train surrogate baselines and the likelihood-ratio network, attack them, print and save a table.
 
-    Example: snntorch-lr reproduce --dataset mnist --data-root data --out runs/mnist
+    Example: snntorch-lr reproduce --dataset digits
 
-    Under torchrun the processes divide the copies; only the first reads and writes --data-root and --out:
+    MNIST and Fashion-MNIST are downloaded: --dataset mnist --data-root data. Under torchrun the processes divide the
+    copies; only the first reads and writes --data-root and --out:
     torchrun --nproc-per-node 4 -m snntorch_lr.experiments.cli reproduce --dataset mnist --copies 64
     """
-    with joined(options.torch_device()) as team, _progress() as bars:
-        announce = lambda name, steps: _announce(bars, name, steps)  # noqa: E731
-        results = reproduce.reproduce(options, announce, _watch(bars), team)
+    with joined(options.torch_device()) as team, watching() as watch:
+        results = reproduce.reproduce(options, watch.training, watch.attacks(), team)
     if results is None:
-        return
-    header, lines = reproduce.table(results)
-    table = Table(*header, title=f"{options.dataset}, {options.model}", caption=reproduce.NOTE)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
-    written = "results.json, table.md, robustness.md, training.png, attacks.png and other figures"
-    print(f"Written: {options.folder}/{written}")
+        return None
+    show(*reproduce.short_table(results), title=f"{options.dataset}, {options.model}, accuracy in percent")
+    for sentence in results["conclusions"]:
+        _say(sentence)
+    _say(f"Written: {options.folder}/report.html, table.md, robustness.md, results.json and figures")
+    return results
 
 
-def _benchmark(options: benchmark.Benchmark) -> None:
+def _benchmark(options: benchmark.Benchmark) -> Any:
     """Measure time and memory of a training step by every method, their growth, and the time to an accuracy.
 
     Example: snntorch-lr benchmark --part steps --part memory --out runs/benchmark
     """
     with console.status("benchmark") as status:
         results = benchmark.benchmark(options, status.update if console.is_terminal else console.print)
-    print(benchmark.to_markdown(results))
-    print(f"Written: {options.folder}/benchmark.json, benchmark.md and figures")
+    for title, header, lines in benchmark.tables(results):
+        show(header, lines, title)
+    _say(f"Written: {options.folder}/benchmark.json, benchmark.md and figures")
+    return results
 
 
-def _diagnose(options: diagnose.Diagnose) -> None:
+def _diagnose(options: diagnose.Diagnose) -> Any:
     """Measure the gradients of the estimators on one batch: cosine, signal-to-noise, bias, time, memory.
 
-    Example: snntorch-lr diagnose --checkpoint runs/digits/likelihood-ratio.pt --out runs/gradients
+    Example: snntorch-lr diagnose --dataset digits --out runs/gradients
+
+    With --checkpoint of a network that reproduce trained, in place of a fresh one.
     """
-    print(diagnose.diagnose(options))
-    print(f"Written: {options.folder}/gradients.json, gradients.md, gradients.png")
+    with console.status("measuring gradients"):
+        report = diagnose.diagnose(options)
+    quality, cost = report.tables()
+    show(*quality, names=2)
+    show(*cost)
+    for note in report.notes():
+        _say(note)
+    _say(f"Written: {options.folder}/gradients.json, gradients.md, gradients.png")
+    return report.to_json()
 
 
-def _evaluate(options: evaluate_checkpoints.Evaluate) -> None:
+def _evaluate(options: evaluate_checkpoints.Evaluate) -> Any:
     """Attack trained networks: worst case over a suite, transfers between them, and the gates that it has to pass.
 
-    Example: snntorch-lr evaluate runs/mnist/likelihood-ratio.pt runs/mnist/surrogate.pt --data-root data
+    Example: snntorch-lr evaluate runs/digits-mlp-seed0/likelihood-ratio.pt runs/digits-mlp-seed0/surrogate.pt
+
+    The checkpoints are those of: snntorch-lr reproduce --dataset digits
     """
-    with _progress() as bars:
-        print(evaluate_checkpoints.evaluate_checkpoints(options, _watch(bars)))
-    print(f"Written: {options.folder}/robustness.md, robustness.json, epsilon.png, steps.png, surrogates.png")
+    with watching() as watch:
+        report = evaluate_checkpoints.evaluate_checkpoints(options, watch.attacks())
+    for title, header, lines in report.tables():
+        show(header, lines, title)
+    _say(report.summary())
+    _say(f"Written: {options.folder}/report.html, robustness.md, robustness.json and figures")
+    return report.to_json()
 
 
-def _certify(options: evaluate_checkpoints.Certify) -> None:
+def _certify(options: evaluate_checkpoints.Certify) -> Any:
     """Certify trained networks by randomized smoothing: l2 radii within which no attack changes a prediction.
 
-    Example: snntorch-lr certify runs/mnist/likelihood-ratio.pt --sigma 0.25 --data-root data
+    Example: snntorch-lr certify runs/digits-mlp-seed0/likelihood-ratio.pt --sigma 0.25
+
+    The checkpoint is one of: snntorch-lr reproduce --dataset digits
     """
-    with _progress() as bars:
-        header, lines = evaluate_checkpoints.certify_checkpoints(options, _watch(bars))
-    table = Table(*header, title="certified accuracy (%) by l2 radius")
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
-    print(f"Written: {options.out}/certificates.md, certificates.json, certificates.png")
+    with watching() as watch:
+        header, lines = evaluate_checkpoints.certify_checkpoints(options, watch.attacks())
+    show(header, lines, "certified accuracy (%) by l2 radius")
+    _say(f"Written: {options.out}/certificates.md, certificates.json, certificates.png")
+    return [dict(zip(header, line, strict=True)) for line in lines]
 
 
-def _study(options: run.Study) -> None:
+def _study(options: run.Study) -> Any:
     """Train and attack all networks of a plan, or those that are not finished yet, and write its page.
 
-    Example: snntorch-lr study mnist --data-root data --jobs 2
+    Example: snntorch-lr study digits --jobs 2
 
-    Interrupted, it goes on with the same command. The large ones take hours; the remaining time is printed after each
-    network.
+    Interrupted, it goes on with the same command. The large ones, such as mnist, take hours; the remaining time is
+    printed after each network.
     """
 
     def tell(what: str, done: int, total: int, left: float) -> None:
         print(f"{done} of {total} finished, about {left / 60:.0f} minutes left: {what}", flush=True)
 
     found = run.study(options, tell)
-    print(f"Written: {', '.join(map(str, page.write_page(found, options.folder, options.folder)))}")
+    return _page(page.write_page(found, options.folder, options.folder, html=True))
 
 
-def _report(options: page.Report) -> None:
+def _report(options: page.Report) -> Any:
     """Write the tables and figures of a study again, from its results alone.
 
-    Example: snntorch-lr report docs/results/study-mnist --out docs/results/study-mnist
+    Example: snntorch-lr report runs/study/digits --html
     """
-    print(f"Written: {', '.join(map(str, page.write(options.results, options.out or options.results)))}")
+    return _page(page.write(options.results, options.out or options.results, options.html))
+
+
+def _page(written: Sequence[Path]) -> Any:
+    _say(f"Written: {', '.join(map(str, written))}")
+    return json.loads(next(path for path in written if path.name == page.TOGETHER).read_text(encoding="utf-8"))
+
+
+def _say(text: str) -> None:
+    """Prints words that wrap at the width of the terminal, and are no markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 _NOTHING = "nothing was written"
@@ -196,7 +216,13 @@ def call(words: Sequence[str]) -> None:
         _fail(f"not installed: {', '.join(missing)}; pip install 'snntorch-lr[experiments,attacks]'", 1)
     command = COMMANDS[given.command]
     try:
-        command.run(command.parse(given.command, given.options))
+        options = command.parse(given.command, given.options)
+        if options.json:
+            with redirect_stdout(sys.stderr):
+                results = command.run(options)
+            print(json.dumps(results, ensure_ascii=False, allow_nan=False))
+        else:
+            command.run(options)
     except KeyboardInterrupt:
         _fail(f"interrupted; {command.kept}", 130)
     except ValueError as error:
@@ -210,38 +236,6 @@ def call(words: Sequence[str]) -> None:
 def _fail(message: str, status: int) -> NoReturn:
     print(f"snntorch-lr: {message}", file=sys.stderr)
     sys.exit(status)
-
-
-def _progress() -> Progress:
-    # Names of checkpoints are no markup.
-    what, note = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]"))
-    columns = (what, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn())
-    quiet = not console.is_terminal or "CI" in os.environ
-    return Progress(*columns, console=console, disable=quiet)
-
-
-def _announce(bars: Progress, name: str, steps: int) -> AfterStep:
-    task = bars.add_task(name, total=steps, note="")
-    if bars.disable:
-        console.print(f"training: {name}")
-
-    def update(done: int, loss: float) -> None:
-        bars.update(task, completed=done, note=f"loss {loss:.3f}")
-
-    return update
-
-
-def _watch(bars: Progress) -> AttackProgress:
-    task = bars.add_task("attacks", start=False, note="", visible=False)
-
-    def update(what: str, done: int, total: int) -> None:
-        if done == 0:
-            bars.start_task(task)
-            if bars.disable:
-                console.print("attacks")
-        bars.update(task, completed=done, total=total, note=what, visible=True)
-
-    return update
 
 
 def main() -> None:

@@ -186,7 +186,14 @@ def command_line(name: str, options: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataPlace:
+class Printed:
+    """What a command prints."""
+
+    json: bool = option(False, "print the results as JSON, and all else to standard error", recorded=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPlace(Printed):
     """The place of the data."""
 
     data_root: Path | None = option(

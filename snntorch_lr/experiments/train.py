@@ -36,6 +36,18 @@ CHECKS = 20
 Step = Callable[[Tensor, Tensor], float]
 AfterStep = Callable[[int, float], None]
 """Called after each step with the number of steps done, resumed ones included, and the loss."""
+AfterEpoch = Callable[[dict[str, float], nn.Module], None]
+"""Called after each epoch with its entry of the history, and the network."""
+
+
+class Observer:
+    """Watches a training, and does nothing."""
+
+    def after_step(self, done: int, loss: float) -> None:
+        """As ``AfterStep``."""
+
+    def after_epoch(self, entry: dict[str, float], net: nn.Module) -> None:
+        """As ``AfterEpoch``."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +203,7 @@ def train(
     resume: bool = False,
     after_step: AfterStep = lambda done, loss: None,
     ranks: Ranks = ALONE,
+    after_epoch: AfterEpoch = lambda entry, net: None,
 ) -> Trained:
     """Trains a network, or goes on from its checkpoint.
 
@@ -207,6 +220,7 @@ def train(
         after_step: called after each step.
         ranks: the processes that call this together and divide the copies of the likelihood ratio. The first alone
             reads and writes the checkpoint, and tests.
+        after_epoch: called after each epoch, when its checkpoint is written.
 
     Raises:
         ValueError: if the recipe cannot be trained, or the checkpoint was written with other settings.
@@ -265,6 +279,7 @@ def train(
             }
         )
         ranks.from_first(save_state)
+        after_epoch(history[-1], net)
     return Trained(net, history)
 
 

@@ -87,7 +87,7 @@ def _normal(z):
 @triton.jit
 def _chances(z, KIND: tl.constexpr):
     """Probability of a spike at a distance z to the threshold, and its derivative."""
-    if KIND == _LOGISTIC or KIND == _LOGISTIC_ESCAPE:  # noqa: SIM109 (a kernel has no "in")
+    if KIND == _LOGISTIC or KIND == _LOGISTIC_ESCAPE:
         p = 1 / (1 + tl.exp(-z))
         density = p * (1 - p)
     elif KIND == _LAPLACE:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,20 +20,24 @@ from torch import Tensor, nn
 from .. import _files as atomic
 from .._messages import first_line, versions
 from ..left_as_found import left_as_found
-from ..network import noises, not_finite, reset
+from ..network import noises, noisy_neurons, not_finite, reset, spiking_neurons
 from ..noise_stream import mix
 from . import gates
 from .attacks import Attack, Budget, perturb
 from .corruptions import CORRUPTIONS
 from .gradient_attacks import COUNTERFACTUAL
 from .input_gradient import likelihood_ratio_input_gradient, with_noise
-from .report import PACKAGES, Findings, Protocol, RobustnessReport, Row, Subject
+from .report import PACKAGES, Example, Findings, Protocol, RobustnessReport, Row, Subject
 from .scoring import Scores, Share, batch_size, is_random, logits_of, pieces, score, seeded, share_of
 from .suites import SUITES, suite
 from .view import Forward, Target, device_of
 
 SEVERITIES = (1, 2, 3, 4, 5)
 FINGERPRINT_IMAGES = 8
+EXAMPLES, EXAMPLES_OF_AN_ATTACK = 8, 4
+"""Images that an attack broke, kept to be looked at: of a network, and of one attack at one budget."""
+RECORDED_NEURONS = 100
+"""Neurons of a layer whose spikes are kept with such an image."""
 Progress = Callable[[str, int, int], None]
 """Called with the name of the next piece, the number of pieces done, and their total."""
 
@@ -243,6 +247,7 @@ class _Evaluation:
         each = 2 + len(self.protocol.corruptions)
         self.total = sum(each + len(attacks) * len(self.epsilons) for attacks in self.attacks.values())
         self.done = 0
+        self.broken: dict[str, list[Example]] = {}
 
     def row(self, subject: Subject) -> Row:
         """Clean accuracy, all attacks, corruptions and gates of one subject."""
@@ -259,7 +264,16 @@ class _Evaluation:
         ran = tuple(attack for attack in self.attacks[subject.label] if attack.name in right)
         corrupted = {name: self._corrupted(subject, name) for name in self.protocol.corruptions}
         row = Row(subject, clean["right"], share_of(clean["single"]), ran, right, corrupted)
-        return replace(row, findings=self._findings(row, unchanged, failures))
+        return replace(row, findings=self._findings(row, unchanged, failures), examples=tuple(self._examples(subject)))
+
+    def _examples(self, subject: Subject) -> Iterator[Example]:
+        """A few images that attacks broke, different ones: those of the smallest budgets, and of the first attacks."""
+        found = sorted(self.broken.pop(subject.label, []), key=lambda each: (each.epsilon, each.place))
+        different = {each.index: each for each in reversed(found)}
+        for each in sorted(different.values(), key=found.index)[:EXAMPLES]:
+            shown = (each.original, each.adversarial)
+            layer, spikes = _recorded(subject.target, torch.stack(shown), mix(self.seed, each.index))
+            yield replace(each, layer=layer, spikes=spikes)
 
     def _attacks_on(self, subject: Subject) -> tuple[Attack, ...]:
         """The attacks that have the norm; transfers are always among them, one for each source."""
@@ -296,10 +310,17 @@ class _Evaluation:
             attacked += int(still.sum())
             unchanged += found["unchanged"]
             under[epsilon] = still = found["right"]
+            # Pieces that an earlier version kept have none.
+            for place, (index, predicted, adversarial) in enumerate(found.get("broken", ())):
+                image, label = self.images[index], int(self.labels[index])
+                example = Example(index, image, adversarial, label, predicted, attack.name, epsilon, place)
+                self.broken.setdefault(subject.label, []).append(example)
         return under, unchanged / max(1, attacked)
 
     def _attack(self, subject: Subject, attack: Attack, epsilon: float, still: Tensor) -> dict[str, Any]:
         right, unchanged = [], 0
+        broken: list[tuple[int, int, Tensor]] = []
+        rows = still.nonzero()[:, 0]
         seed = mix(self.seed, crc32(f"{attack.name} {epsilon:g}".encode()))
         budget = Budget(epsilon, self.protocol.norm)
         for index, (x, y) in enumerate(pieces(subject.target, self.images[still], self.labels[still], self.size)):
@@ -307,11 +328,15 @@ class _Evaluation:
                 adversarial = perturb(attack, subject.target, x, y, budget, mix(seed, index), self.protocol.rows)
             except (RuntimeError, ValueError) as error:
                 raise AttackFailedError(first_line(error)) from error
-            right.append(self._score(subject, adversarial, y, seed, index, 1).right)
+            scores = self._score(subject, adversarial, y, seed, index, 1)
+            for wrong in (~scores.right).nonzero()[: max(0, EXAMPLES_OF_AN_ATTACK - len(broken)), 0].tolist():
+                image = adversarial[wrong].detach().cpu().clone()
+                broken.append((int(rows[index * self.size + wrong]), int(scores.predicted[wrong]), image))
+            right.append(scores.right)
             unchanged += int((adversarial == x).flatten(1).all(1).sum())
         after = still.clone()
         after[still] = torch.cat([*right, still[:0]])
-        return {"right": after, "unchanged": unchanged}
+        return {"right": after, "unchanged": unchanged, "broken": broken}
 
     def _corrupted(self, subject: Subject, name: str) -> dict[int, Share]:
         """Accuracy by severity; the corrupted images are the same for all subjects."""
@@ -417,6 +442,28 @@ class _Evaluation:
             self.protocol.rows, versions(*PACKAGES), what, depends, *tensors,
         )  # fmt: skip
         return compute() if self.cache is None else cached(self.cache, f"{subject.label} {what}", mark, compute)
+
+
+def _recorded(target: Target, images: Tensor, seed: int) -> tuple[str, Tensor]:
+    """Name of the first neurons, with noise if any have it, and some of their spikes, ``[time, images, neurons]``."""
+    neurons: dict[str, nn.Module] = dict(noisy_neurons(target.net)) or dict(spiking_neurons(target.net))
+    spikes: list[list[Tensor]] = []
+
+    def keep(neuron: nn.Module, given: Any, output: Any) -> None:
+        fired = output[0] if isinstance(output, tuple) else output
+        spikes[-1].append(fired.detach().flatten()[:RECORDED_NEURONS].cpu())
+
+    for name, neuron in neurons.items():
+        hook = neuron.register_forward_hook(keep)
+        try:
+            for image in images:
+                spikes.append([])
+                # One at a time, so that both have the same noise.
+                logits_of(target, image[None].to(device_of(target.net)), seed)
+        finally:
+            hook.remove()
+        return name, torch.stack([torch.stack(steps) for steps in spikes], 1)
+    return "", torch.zeros(0, len(images), 0)
 
 
 def _is_source(other: Subject, victim: Subject) -> bool:

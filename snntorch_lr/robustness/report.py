@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .._files import replacing
 from .._messages import listed, markdown, versions
 from ..network import noises
 from .attacks import NORMS, Attack
 from .corruptions import CORRUPTIONS
+from .figures import epsilon_figure, steps_figure, surrogates_figure
 from .gates import Gate, mark, verdict
+from .html import examples, page
 from .scoring import ROWS, McNemar, Share, mcnemar, share_of
 from .view import Target
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    import pandas
     from matplotlib.figure import Figure
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -128,6 +134,35 @@ class Findings:
 
 
 @dataclass(frozen=True)
+class Example:
+    """An image that an attack broke, to be looked at.
+
+    Attributes:
+        index: of the image among those attacked.
+        original: the image, ``[channels, height, width]``.
+        adversarial: what the attack made of it.
+        label: its class.
+        predicted: class that the network takes the adversarial image for.
+        attack: name of the attack.
+        epsilon: its budget.
+        place: among the images that this attack broke at this budget.
+        layer: name of the first neurons, with noise if any have it.
+        spikes: of some of them for the original and the adversarial image, ``[time, 2, neurons]``.
+    """
+
+    index: int
+    original: Tensor
+    adversarial: Tensor
+    label: int
+    predicted: int
+    attack: str
+    epsilon: float
+    place: int
+    layer: str = ""
+    spikes: Tensor = field(default_factory=lambda: torch.zeros(0, 2, 0))
+
+
+@dataclass(frozen=True)
 class Row:
     """Measurements of one network with its noise on or off.
 
@@ -139,6 +174,7 @@ class Row:
         right: images that are right under an attack, by its name and budget, Boolean, ``[images]``.
         corruptions: accuracy by corruption and severity.
         findings: gates and curves.
+        examples: a few images that attacks broke.
     """
 
     subject: Subject
@@ -148,6 +184,7 @@ class Row:
     right: Mapping[str, Mapping[float, Tensor]]
     corruptions: Mapping[str, Mapping[int, Share]]
     findings: Findings = Findings()
+    examples: tuple[Example, ...] = ()
 
     @property
     def marked(self) -> str:
@@ -264,8 +301,8 @@ class RobustnessReport:
 
     def table(self) -> str:
         """All figures as aligned plain text, gates included."""
-        parts = [f"{title}\n{_aligned(header, lines)}" for title, header, lines in self._tables()]
-        return "\n\n".join([self._summary(), *parts, self._note()])
+        parts = [f"{title}\n{_aligned(header, lines)}" for title, header, lines in self.tables()]
+        return "\n\n".join([self.summary(), *parts, self._note()])
 
     def __str__(self) -> str:
         return self.table()
@@ -280,10 +317,11 @@ class RobustnessReport:
             [attack.name, attack.access, ", ".join(f"{key} {value}" for key, value in attack.settings.items())]
             for attack in self.attacks
         ]
-        tables = [*self._tables(), ("Attacks", ["attack", "access", "settings"], settings)]
+        tables = [*self.tables(), ("Attacks", ["attack", "access", "settings"], settings)]
         parts = [f"{'#' * level} {title}\n\n{markdown(header, lines)}" for title, header, lines in tables]
         made = f"Seed {self.seed}. Versions: {listed(versions(*PACKAGES))}."
-        return "\n\n".join([self._summary(), *parts, self._note(), made]) + "\n"
+        summary = self.summary().replace("\n  ", "\n- ")
+        return "\n\n".join([summary, *parts, self._note(), made]) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """All figures and settings as plain dicts and numbers, ready for ``json.dump``."""
@@ -299,8 +337,75 @@ class RobustnessReport:
             ],
         }
 
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """All accuracies as comma-separated values, a line for each network, its noise, attack and budget.
+
+        Args:
+            path: file to write, too.
+
+        Returns:
+            The text. Columns: network, noise, attack, epsilon, severity (of corruptions), accuracy, low, high, images,
+            gates.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(self._records()[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._records())
+        if path is not None:
+            with replacing(Path(path)) as temporary:
+                temporary.write_text(text.getvalue(), encoding="utf-8")
+        return text.getvalue()
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """All accuracies as a pandas ``DataFrame``, with the columns of ``to_csv``.
+
+        Raises:
+            ImportError: if pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("pandas is missing: pip install pandas, or use to_csv()") from error
+        return pandas.DataFrame(self._records())
+
+    def html(
+        self,
+        path: str | Path,
+        title: str = "Robustness",
+        head: str = "",
+        note: str = "",
+        figures: Mapping[str, Figure] | None = None,
+    ) -> None:
+        """Writes one HTML page that needs nothing else: tables, gates, figures, and images that attacks broke.
+
+        Args:
+            path: file to write.
+            title: heading of the page.
+            head: Markdown for its beginning.
+            note: Markdown for its end, such as the command that made it.
+            figures: by the file names under which ``head`` shows them, as in ``![caption](name.png)``.
+
+        Raises:
+            ImportError: if matplotlib or markdown-it-py is not installed.
+            OSError: if the file cannot be written.
+        """
+        own = {f"{name}.png": figure for name, figure in self.figures().items()}
+        shown = [f"![]({name})" for name in (*own, "examples")]
+        summary, _, rest = self.to_markdown().partition("\n\n")
+        text = "\n\n".join([f"# {title}", head, summary, *shown, rest, note])
+        with replacing(Path(path)) as temporary:
+            written = page(title, text, {**(figures or {}), **own, "examples": examples(self.rows)})
+            temporary.write_text(written, encoding="utf-8")
+
+    def figures(self) -> dict[str, Figure]:
+        """The figures by name."""
+        return {"epsilon": self.plot_epsilon(), "steps": self.plot_steps(), "surrogates": self.plot_surrogates()}
+
     def plot_epsilon(self) -> Figure:
-        """Figure of the worst case against the budget, and of the ladder of plain ascent down to zero.
+        """Figure of the worst case against the budget, and of plain ascent beyond the largest, which has to reach zero.
 
         Returns:
             A figure; ``figure.savefig(path)`` writes it.
@@ -308,61 +413,18 @@ class RobustnessReport:
         Raises:
             ImportError: if matplotlib is not installed.
         """
-        figure, (axes,) = _figure()
-        for color, row in self._colored():
-            shares = [share_of(row.clean), *(share_of(row.worst(e)) for e in self.epsilons)]
-            budgets, middle = [0.0, *self.epsilons], [100 * share.accuracy for share in shares]
-            ends = [100 * share.low for share in shares], [100 * share.high for share in shares]
-            axes.plot(budgets, middle, marker="o", color=color, label=row.marked)
-            axes.fill_between(budgets, *ends, color=color, alpha=0.15, lw=0)
-            # The ladder is measured on images that are right clean.
-            heights = [middle[0] * share for share in (1.0, *row.findings.ladder.values())]
-            axes.plot([0.0, *row.findings.ladder], heights, color=color, ls=":", lw=1)
-        axes.set_xscale("symlog", linthresh=self.epsilons[0])
-        ticks = sorted({0.0, *self.epsilons, *(e for row in self.rows for e in row.findings.ladder)})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45)
-        axes.minorticks_off()
-        axes.set(xlabel=f"ε ({self.protocol.norm})", ylabel="accuracy (%)", ylim=(0, 103))
-        axes.set_title("worst case over all attacks (solid), plain ascent from the image (dotted)", fontsize="medium")
-        return _with_legend(figure)
+        return epsilon_figure(self)
 
     def plot_steps(self) -> Figure:
         """Figure of the accuracy under plain ascent against its steps; flat at the end if the attack has converged."""
-        figure, (axes,) = _figure()
-        for color, row in self._colored():
-            label, curve = f"{row.marked}, ε = {row.findings.epsilon:g}", row.findings.steps
-            axes.plot(list(curve), [100 * share for share in curve.values()], marker="o", color=color, label=label)
-        counts = sorted({count for row in self.rows for count in row.findings.steps})
-        axes.set_xscale("log")
-        axes.set_xticks(counts, [str(count) for count in counts])
-        axes.minorticks_off()
-        axes.set(xlabel="steps", ylabel="accuracy on images that are right clean (%)", ylim=(0, 103))
-        return _with_legend(figure)
+        return steps_figure(self)
 
     def plot_surrogates(self) -> Figure:
         """Figure of the accuracy under the attacks through each surrogate, beside the worst case; a panel a budget."""
-        figure, panels = _figure(3 + 2.5 * len(self.epsilons), len(self.epsilons))
-        for axes, epsilon in zip(panels, self.epsilons, strict=True):
-            for index, (color, row) in enumerate(self._colored()):
-                found = {name: share_of(right[epsilon]) for name, right in row.by_surrogate().items()}
-                found["worst case"] = share_of(row.worst(epsilon))
-                places = [place + 0.6 * (index + 0.5) / len(self.rows) - 0.3 for place in range(len(found))]
-                # Rounding may put an end of the interval on the wrong side of its middle.
-                below = [100 * max(0.0, share.accuracy - share.low) for share in found.values()]
-                above = [100 * max(0.0, share.high - share.accuracy) for share in found.values()]
-                middle = [100 * share.accuracy for share in found.values()]
-                label = row.marked if axes is panels[0] else None
-                axes.errorbar(middle, places, xerr=[below, above], fmt="o", ms=4, lw=1, color=color, label=label)
-                axes.set_yticks(range(len(found)), list(found))
-            axes.set(title=f"ε = {epsilon:g}", xlabel="accuracy (%)", xlim=(-2, 103))
-            axes.grid(axis="x", alpha=0.3)
-        panels[0].invert_yaxis()
-        return _with_legend(figure)
+        return surrogates_figure(self)
 
-    def _colored(self) -> list[tuple[str, Row]]:
-        return [(f"C{index}", row) for index, row in enumerate(self.rows)]
-
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """The worst case of the headline row, a line for each budget."""
         row = self.headline
         first = f"{row.subject.label}: worst case over {len(row.attacks)} attacks, {self.protocol.norm}"
         return "\n".join([first, *(f"  ε = {epsilon:g}: {share}" for epsilon, share in self.worst_case.items())])
@@ -370,7 +432,29 @@ class RobustnessReport:
     def _note(self) -> str:
         return _NOTE.format(votes=self.protocol.votes) + ("" if self.protocol.gates else _WITHOUT_GATES)
 
-    def _tables(self) -> list[Table]:
+    def _records(self) -> list[dict[str, Any]]:
+        """A flat record of each accuracy; what a column does not apply to is None."""
+
+        def record(row: Row, attack: str, share: Share, epsilon: Any = None, severity: Any = None) -> dict[str, Any]:
+            about = {"network": row.subject.network, "noise": row.subject.noise, "attack": attack}
+            about |= {"epsilon": epsilon, "severity": severity}
+            return about | asdict(share) | {"gates": verdict(row.findings.gates)}
+
+        records = []
+        for row in self.rows:
+            records += [record(row, "clean", share_of(row.clean)), record(row, "clean, single draw", row.single)]
+            for epsilon in self.epsilons:
+                under = {
+                    **{name: right[epsilon] for name, right in row.right.items()},
+                    "worst case": row.worst(epsilon),
+                }
+                records += [record(row, name, share_of(right), epsilon) for name, right in under.items()]
+            for name, shares in row.corruptions.items():
+                records += [record(row, name, share, severity=severity) for severity, share in shares.items()]
+        return records
+
+    def tables(self) -> list[Table]:
+        """All figures as titles, headers and lines of text, gates included."""
         header = ["", *(row.subject.label for row in self.rows)]
         clean = [
             ["majority vote", *(str(share_of(row.clean)) for row in self.rows)],
@@ -436,17 +520,3 @@ def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in (header, ["-" * width for width in widths], *lines)
     )
-
-
-def _figure(width: float = 7.0, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("matplotlib is missing: pip install 'snntorch-lr[experiments]'") from error
-    figure = Figure(figsize=(width, 4.5), layout="constrained")
-    return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
-
-
-def _with_legend(figure: Figure) -> Figure:
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    return figure

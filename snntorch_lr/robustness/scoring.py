@@ -161,10 +161,12 @@ class Scores:
     Attributes:
         right: True where the majority of the votes is right, ``[images]``.
         single: expected accuracy of a single noise draw: fraction of the draws that are right, ``[images]``.
+        predicted: class that the majority of the votes has, ``[images]``.
     """
 
     right: Tensor
     single: Tensor
+    predicted: Tensor
 
 
 @contextmanager
@@ -198,9 +200,9 @@ def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed:
         tensor([ True, False])
     """
     if not len(images):
-        return Scores(torch.zeros(0, dtype=torch.bool), torch.zeros(0))
+        return Scores(torch.zeros(0, dtype=torch.bool), torch.zeros(0), torch.zeros(0, dtype=torch.long))
     votes = votes if is_random(target, images) else 1
-    right, single = [], []
+    right, single, predicted = [], [], []
     for index, (x, y) in enumerate(pieces(target, images, labels, max(1, rows // votes))):
         piece_seed = mix(seed, index)
         with torch.no_grad(), seeded(piece_seed):
@@ -216,9 +218,10 @@ def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed:
         chosen = logits.argmax(2)
         tally = torch.zeros_like(logits[0]).scatter_add_(1, chosen.T, torch.ones_like(chosen.T, dtype=logits.dtype))
         # Mean probabilities differ by less than a vote, and so decide ties only.
-        right.append(((tally + logits.softmax(2).mean(0)).argmax(1) == y).cpu())
+        predicted.append((tally + logits.softmax(2).mean(0)).argmax(1).cpu())
+        right.append(predicted[-1] == y.cpu())
         single.append((chosen == y).double().mean(0).cpu())
-    return Scores(torch.cat(right), torch.cat(single))
+    return Scores(torch.cat(right), torch.cat(single), torch.cat(predicted))
 
 
 def is_random(target: Target, images: Tensor) -> bool:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import snntorch_lr
-from snntorch_lr.experiments import cli
+from snntorch_lr.experiments import cli, terminal
 from snntorch_lr.experiments.options import check, command_line
+from snntorch_lr.experiments.recipe import METHODS, MODELS
 
 from .commands import is_one_line, run
 
@@ -58,6 +59,41 @@ def test_commands_of_committed_results_still_work(line: str) -> None:
     check(options)
     again = shlex.split(command_line(command, options))[2:]
     assert cli.COMMANDS[command].parse(command, again) == options
+
+
+def test_help_has_all_models() -> None:
+    for command in "reproduce", "diagnose":
+        assert ", ".join(MODELS) in " ".join(run(command, "--help").stdout.split())
+
+
+def test_examples_name_files_that_other_examples_write() -> None:
+    found = {name: re.findall(r"Example: snntorch-lr \w+ (.*)", run(name, "--help").stdout)[0] for name in COMMANDS}
+    made = cli.COMMANDS["reproduce"].parse("reproduce", shlex.split(found["reproduce"])).folder
+    checkpoints = cli.COMMANDS["evaluate"].parse("evaluate", shlex.split(found["evaluate"])).checkpoints
+    assert [path.parent for path in checkpoints] == [made] * 2
+    assert {path.stem for path in checkpoints} <= {name.replace(" ", "-") for name in METHODS}
+    study = cli.COMMANDS["study"].parse("study", shlex.split(found["study"])).folder
+    assert cli.COMMANDS["report"].parse("report", shlex.split(found["report"])).results == study
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 140])
+def test_tables_fit_the_terminal_and_lose_nothing(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal.console, "width", width)
+    header = ["", *(f"surrogate, noise [{index}] (noise off at test)" for index in range(7))]
+    lines = [
+        ["PGD 0.05", *(f"{index}7.5 ± 13.3 ?" for index in range(7))],
+        ["gates", *(f"masking suspected{index} (G1 failed)" for index in range(7))],
+    ]
+    terminal.show(header, lines, "Accuracy")
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= width
+    for line in lines:
+        for cell in line:
+            assert cell in printed if "±" in cell else {*cell.split()} <= {*printed.split()}
+    assert {word for cell in header for word in cell.split()} <= {*printed.split()}
+    assert printed.count("0.05") == {40: 7, 80: 2, 100: 2, 140: 1}[width]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+import io
 import json
+import re
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+from unittest import mock
 
 import pytest
+import torch
 
 import snntorch_lr
-from snntorch_lr.experiments import data
+from snntorch_lr.experiments import data, reproduce, terminal
 from snntorch_lr.experiments.recipe import Recipe, load_trained
+from snntorch_lr.experiments.reproduce import LIKELIHOOD_RATIO, compared
 from snntorch_lr.experiments.train import validation_accuracy
 
 from .commands import is_one_line, quick_gates, run
@@ -48,6 +58,96 @@ def test_worst_case_is_no_better_than_any_attack_or_clean(out: Path) -> None:
         assert row["attacks"]["FGSM 0.1"]["images"] == 5
         assert row["clean"]["images"] == 360
         assert row["clean"]["low"] <= row["clean"]["accuracy"] <= row["clean"]["high"]
+
+
+def test_lines_tell_how_far_it_is_where_there_is_no_terminal(out: Path, tmp_path: Path) -> None:
+    said = run("reproduce", *SMALL, "--out", str(out), "--resume").stdout
+    pieces = re.findall(r"^attacks: (\d+) of (\d+)(?:, about \d+ (?:s|min) left)?: ", said, re.MULTILINE)
+    assert [int(done) for done, _ in pieces] == list(range(1, int(pieces[0][1]) + 1))
+    with redirect_stdout(io.StringIO()) as text, terminal.watching() as watch:
+        seen = watch.training("net", 2, 10)
+        for step in range(1, 11):
+            seen.after_step(step, 0.5)
+            if step % 5 == 0:
+                seen.after_epoch({"epoch": step // 5, "train_loss": 0.5, "test_accuracy": 0.9}, torch.nn.Linear(1, 1))
+    told = text.getvalue().splitlines()
+    assert told[0] == "training: net"
+    assert re.fullmatch(r"net: epoch 1 of 2, about \d s left: loss 0.500, accuracy 90.0%", told[1])
+    assert len(told) == 3
+
+
+def test_the_last_words_are_what_the_table_says(out: Path) -> None:
+    said = run("reproduce", *SMALL, "--out", str(out), "--resume").stdout
+    results = json.loads((out / "results.json").read_text())
+    clean, worst, gates = results["conclusions"]
+    assert said.endswith(f"{clean}\n{worst}\n{gates}\nWritten: " + said.rpartition("Written: ")[2])
+    rows = {row["network"]: row for row in results["rows"] if row["noise"] != "on"}
+    assert f"likelihood ratio ({100 * rows['likelihood ratio']['clean']['accuracy']:.1f} %)" in clean
+    assert f"({100 * rows['likelihood ratio']['attacks']['worst 0.1']['accuracy']:.1f} %)" in worst
+    assert gates.startswith("The gates allow no claim of robustness: masking not ruled out (G0, ")
+    for text in (out / "table.md").read_text(), unescape((out / "report.html").read_text()):
+        assert all(sentence in text for sentence in (clean, worst, gates))
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "said"),
+    [
+        ([1] * 40 + [0] * 60, [1] + [0] * 99, "likelihood ratio (40.0 %) is more robust than b (1.0 %)"),
+        ([0] * 100, [1] * 40 + [0] * 60, "b (40.0 %) is more robust than likelihood ratio (0.0 %)"),
+        (
+            [1, 0] * 50,
+            [0, 1] * 49 + [0, 0],
+            "no difference beyond chance between likelihood ratio (50.0 %) and b (49.0 %)",
+        ),
+        ([1] * 100, [1] * 100, "is no difference beyond chance"),
+    ],
+)
+def test_networks_differ_only_beyond_chance(own: list[int], other: list[int], said: str) -> None:
+    masks = {"a": torch.zeros(100).bool(), "b": torch.tensor(other).bool(), LIKELIHOOD_RATIO: torch.tensor(own).bool()}
+    assert said in compared("There", "robust", masks)
+
+
+def test_results_are_all_that_json_prints(out: Path) -> None:
+    result = run("reproduce", *SMALL, "--out", str(out), "--resume", "--json")
+    assert json.loads(result.stdout) == json.loads((out / "results.json").read_text())
+    assert result.stdout.count("\n") == 1
+    assert "attacks: 1 of" in result.stderr
+    assert "Written:" in result.stderr
+
+
+class Writer:
+    """As much of TensorBoard's writer as there has to be; the tests do without that package."""
+
+    written: ClassVar[dict[str, list[tuple[str, int]]]] = {}
+
+    def __init__(self, folder: str) -> None:
+        self.events = self.written.setdefault(Path(folder).name, [])
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        assert value >= 0
+        self.events.append((tag, step))
+
+    def flush(self) -> None:
+        pass
+
+
+def test_losses_accuracies_and_noise_levels_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(reproduce, "find_spec", lambda name: name)
+    monkeypatch.setattr(reproduce, "evaluate", mock.Mock(side_effect=KeyboardInterrupt))
+    assert run("reproduce", *SMALL, "--out", str(tmp_path / "out"), "--log", str(tmp_path / "log")).exit_code == 130
+    assert {*Writer.written} == {"surrogate", "surrogate-noise", "likelihood-ratio", "surrogate-stopped"}
+    events = Writer.written["likelihood-ratio"]
+    steps = max(step for _, step in events)
+    assert [step for tag, step in events if tag == "loss"] == list(range(1, steps + 1))
+    assert events[-2:] == [("accuracy", steps), ("noise level/neurons.0", steps)]
+
+
+def test_without_tensorboard_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "find_spec", lambda name: None)
+    result = run("reproduce", *SMALL, "--out", str(tmp_path / "out"), "--log", str(tmp_path / "log"))
+    is_one_line(result, 2, "--log needs tensorboard", "pip install tensorboard")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_table_and_figures_are_written(out: Path) -> None:

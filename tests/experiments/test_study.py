@@ -90,6 +90,18 @@ def test_the_page_is_the_same_bytes_from_the_same_results(done: Study, tmp_path:
     assert {path.name: path.read_bytes() for path in (tmp_path / "three").iterdir()} == first
 
 
+def test_html_pages_need_nothing(done: Study, tmp_path: Path) -> None:
+    written = page.write(done.folder / "results", tmp_path, html=True)
+    assert tmp_path / "report.html" in written
+    text = (tmp_path / "report.html").read_text()
+    assert "<svg" in text
+    assert "fronts.png" not in text
+    assert "Table B" in text
+    reports = [path.read_text() for path in (done.folder / "reports").iterdir()]
+    assert any('class="broken"' in each for each in reports)
+    assert not any("<img src=" in each for each in [text, *reports])
+
+
 def test_each_way_of_attacking_has_a_row(done: Study, entries: list[Entry]) -> None:
     for entry in entries:
         result = json.loads(result_file(entry, done.folder).read_text())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -89,7 +89,7 @@ def row(right: int, of: int, noise: str = "off", epsilons: tuple[str, ...] = ("0
 
 
 def result(entry: Entry, clean: float, *rows: dict[str, Any]) -> dict[str, Any]:
-    share = {"accuracy": clean, "low": clean, "high": clean}
+    share = {"accuracy": clean, "low": clean, "high": clean, "images": 1000}
     return {
         "entry": asdict(entry), "seconds_per_epoch": 1.0, "validation": clean, "rows": list(rows),
         "history": [{"epoch": epoch, "seconds": 2.0} for epoch in (1, 2)],
@@ -192,7 +192,7 @@ def test_settings_name_what_a_network_has_of_its_own() -> None:
 
 
 def point(name: str, clean: float, right: int, images: int = 10) -> Point:
-    return Point(name, "", "", True, False, clean, np.array([1.0] * right + [0.0] * (images - right)))
+    return Point(name, "", "", True, False, clean, np.array([1.0] * right + [0.0] * (images - right)), images)
 
 
 def test_the_front_leaves_out_what_another_beats() -> None:
@@ -216,6 +216,12 @@ def test_below_the_front_its_least_accurate_network_counts() -> None:
 
 def test_above_the_front_there_is_nothing_to_compare_with() -> None:
     assert beside(point("x", 0.95, 7), [point("a", 0.9, 3)]) is None
+
+
+def test_the_error_has_wilsons_interval() -> None:
+    share = replace(point("x", 0.9, 3), images=1000).error
+    assert (share.accuracy, share.images) == (0.1, 1000)
+    assert share.low == pytest.approx(0.0829, abs=1e-4)
 
 
 def test_the_interval_is_students() -> None:

@@ -149,6 +149,35 @@ def test_a_seed_decides_everything_and_nothing_is_touched() -> None:
     assert run(net, epsilons=0.3, attacks=[RESEEDING, FAST], seed=1).to_json()["rows"] != first.to_json()["rows"]
 
 
+def test_the_images_kept_are_those_that_an_attack_broke(tmp_path: Path) -> None:
+    net = slr.add_noise(canaries.trained(), 0.3)
+    images, labels = canaries.digits()
+    report = run(net, cache=tmp_path, attacks=[FAST, replace(FAST, name="again")])
+    off, on = report.rows
+    assert 1 < len(off.examples) <= 8
+    assert len({each.index for each in off.examples}) == len(off.examples)
+    assert off.examples[0].epsilon == 0.1
+    for row in off, on:
+        for each in row.examples:
+            smaller = [e for e in report.epsilons if e < each.epsilon]
+            assert row.clean[each.index]
+            assert not row.right[each.attack][each.epsilon][each.index]
+            assert all(row.right[each.attack][e][each.index] for e in smaller)
+            assert each.label == labels[each.index] != each.predicted
+            assert torch.equal(each.original, images[each.index])
+            assert 0 < (each.adversarial - each.original).abs().max() <= each.epsilon + 1e-6
+            assert (each.layer, each.spikes.shape) == ("hidden", (2, 2, 32))
+    for each in off.examples:
+        with slr.noise_off(net.eval()), torch.no_grad():
+            slr.reset(net)
+            assert net(each.adversarial[None]).argmax() == each.predicted
+            slr.reset(net)
+            first = net.hidden(net.first(net.encode(each.adversarial[None])))[0]
+            assert torch.equal(first, each.spikes[0, 1])
+    again = run(net, cache=tmp_path, attacks=[FAST, replace(FAST, name="again")])
+    assert [each.index for each in again.rows[0].examples] == [each.index for each in off.examples]
+
+
 def counting(calls: list[float], name: str = "counting", **settings: Any) -> Attack:
     def attack(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
         calls.append(budget.epsilon)

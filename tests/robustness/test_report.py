@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import csv
+import io
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from html import unescape
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +28,7 @@ from snntorch_lr.robustness import (
     suite,
     verdict,
 )
+from snntorch_lr.robustness.figures import colors_of
 from snntorch_lr.robustness.report import Subject
 
 from . import canaries
@@ -103,6 +109,96 @@ def test_markdown_has_settings_tests_and_versions(report: RobustnessReport) -> N
     assert columns == {len(report.rows)}
 
 
+def test_csv_and_data_frames_hold_every_accuracy(report: RobustnessReport, tmp_path: Path) -> None:
+    text = report.to_csv(tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text(encoding="utf-8") == text
+    lines = list(csv.DictReader(io.StringIO(text)))
+    attacks = sum(len(row.right) + 1 for row in report.rows) * len(report.epsilons)
+    assert len(lines) == attacks + len(report.rows) * (2 + 5)
+    (worst,) = (
+        line for line in lines
+        if (line["network"], line["noise"], line["attack"], line["epsilon"]) == ("network", "on", "worst case", "0.3")
+    )  # fmt: skip
+    assert float(worst["accuracy"]) == share_of(report.rows[1].worst(0.3)).accuracy
+    assert worst["gates"] == verdict(report.rows[1].findings.gates)
+    frame = report.to_dataframe()
+    assert list(frame.columns) == list(lines[0])
+    assert (
+        frame.query("attack == 'clean' and network == 'blind'").accuracy.item()
+        == share_of(report.rows[2].clean).accuracy
+    )
+    assert frame.query("attack == 'contrast' and severity == 5").shape[0] == 3
+
+
+def test_data_frames_without_pandas_say_what_to_install(
+    report: RobustnessReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        report.to_dataframe()
+
+
+def test_the_html_page_has_everything_and_needs_nothing(report: RobustnessReport, tmp_path: Path) -> None:
+    named = replace(report, rows=tuple(
+        replace(row, subject=replace(row.subject, network=f"<b>{row.subject.network}")) for row in report.rows
+    ))  # fmt: skip
+    named.html(tmp_path / "report.html", "Tom & Jerry", note="Command: `run <me>`")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.findall(r"<script|<link|@import|(?:src|href)=[\"'](?!data:|#)|url\((?!#)", text)
+    assert "prefers-color-scheme: dark" in text
+    assert "<title>Tom &amp; Jerry</title>" in text
+    assert "run &lt;me&gt;" in text
+    assert "<b>" not in text
+    assert text.count("<svg") == 3
+    for row in report.rows:
+        for gate in row.findings.gates:
+            assert gate.detail in unescape(text).replace("\xa0", " ")
+    shown = sum(len(row.examples) for row in report.rows)
+    assert text.count('class="broken"') == shown > 0
+    assert text.count("data:image/png;base64,") == 4 * shown
+    assert "spikes of hidden" in text
+    assert len(re.findall("<table>", text)) == len(re.findall('<div class="scroll"><table>', text))
+
+
+def test_a_network_has_one_color_in_all_figures(report: RobustnessReport) -> None:
+    colors = colors_of(row.subject.network for row in report.rows)
+    assert len(set(colors.values())) == 2
+    for figure in report.figures().values():
+        for axes in figure.axes:
+            handles, labels = axes.get_legend_handles_labels()
+            for handle, row in zip(handles, report.rows, strict=True):
+                assert row.marked in labels[handles.index(handle)]
+                assert handle.lines[0].get_color() == colors[row.subject.network]
+                assert handle.lines[0].get_marker() == "o"
+                assert (handle.lines[0].get_markerfacecolor() == "white") == (row.subject.noise == "on")
+                assert handle.has_xerr or handle.has_yerr
+
+
+def test_colors_are_of_the_name_and_those_of_others_are_left() -> None:
+    fixed = {"surrogate": "#0072B2", "likelihood-ratio": "#D55E00", "surrogate, membrane noise": "#56B4E9"}
+    assert colors_of(fixed) == fixed
+    assert colors_of(reversed([*fixed])) == fixed
+    found = colors_of(["mine", "yours", *fixed])
+    assert found.items() >= fixed.items()
+    assert len(set(found.values())) == 5
+    assert len(colors_of(map(str, range(40)))) == 40
+
+
+def test_no_worst_case_is_drawn_above_a_curve_of_its_gates(report: RobustnessReport) -> None:
+    weak = replace(report, rows=tuple(
+        replace(row, findings=replace(row.findings, ladder={0.3: 0.2, 0.5: 0.9, 1.0: 0.0})) for row in report.rows
+    ))  # fmt: skip
+    for each in report, weak:
+        (axes,) = each.plot_epsilon().axes
+        dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
+        assert len(dotted) == len(each.rows)
+        for row, line in zip(each.rows, dotted, strict=True):
+            worst = 100 * share_of(row.worst(0.3)).accuracy
+            assert line.get_xdata()[0] == 0.3
+            assert line.get_ydata()[0] == pytest.approx(worst)
+            assert max(line.get_ydata()) <= worst + 1e-9
+
+
 def test_figures_show_every_row(report: RobustnessReport) -> None:
     for figure, panels in (report.plot_epsilon(), 1), (report.plot_steps(), 1), (report.plot_surrogates(), 2):
         assert len(figure.axes) == panels
@@ -112,6 +208,7 @@ def test_figures_show_every_row(report: RobustnessReport) -> None:
         assert labels[2].startswith("blind !")
     budgets = report.plot_epsilon().axes[0].lines[0].get_xdata()
     assert list(budgets) == [0, 0.1, 0.3]
+    assert report.plot_epsilon().legends[0].get_title().get_text().startswith("! a gate failed")
 
 
 def test_figures_without_matplotlib_say_what_to_install(

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from ..._messages import listed, markdown
 from ...robustness import wilson
+from ...robustness.figures import colors_of, new_figure, percent, with_legend
+from ...robustness.html import page as html_page
 from .. import files
-from ..options import option
+from ..options import Printed, option
 from . import tables
 from .plan import REDUCED
 from .tables import Point, Result
@@ -24,19 +26,21 @@ _MARKERS = "osD^v<>PX*"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Printed):
     """Options of the command ``snntorch-lr report``."""
 
     results: Path = option(help="folder of results of a study", positional=True)
     out: Path | None = option(None, "folder for the page and its figures; that of the results")
+    html: bool = option(False, "write report.html too, one page that needs nothing else")
 
 
-def write(results: Path, out: Path) -> list[Path]:
+def write(results: Path, out: Path, html: bool = False) -> list[Path]:
     """Writes ``index.md``, its figures, and ``results.json``, which is all that they are made from.
 
     Args:
         results: folder of JSON files of ``study``, one for each network, or of the ``results.json`` of them all.
         out: folder for the page.
+        html: write ``report.html`` too.
 
     Returns:
         The files.
@@ -45,10 +49,10 @@ def write(results: Path, out: Path) -> list[Path]:
         ValueError: if there is no result in the folder, a network is there twice, or a file cannot be read as one.
     """
     single = [path for path in sorted(results.glob("*.json")) if path.name != TOGETHER]
-    return write_page(single or list(results.glob(TOGETHER)), out, results)
+    return write_page(single or list(results.glob(TOGETHER)), out, results, html)
 
 
-def write_page(paths: Sequence[Path], out: Path, source: Path) -> list[Path]:
+def write_page(paths: Sequence[Path], out: Path, source: Path, html: bool) -> list[Path]:
     """Writes the page of some files of a folder, as ``write`` does of all."""
     found = [result for path in paths for result in _read(path)]
     if not found:
@@ -59,14 +63,19 @@ def write_page(paths: Sequence[Path], out: Path, source: Path) -> list[Path]:
     # A line for each network.
     lines = ",\n".join(json.dumps(result, ensure_ascii=False, allow_nan=False) for result in found)
     files.write_text(out / TOGETHER, f"[\n{lines}\n]\n")
-    written = [out / TOGETHER]
+    written, figures = [out / TOGETHER], {}
     if tables.of_group(found, "front"):
         written.append(out / "fronts.png")
         budgets = tables.budgets_of(tables.of_group(found, "front"))
         figure = _fronts_figure([(epsilon, tables.points(found, epsilon)) for epsilon in budgets])
         files.save_figure(written[-1], figure, dpi=120, metadata={"Software": None})
+        figures["fronts.png"] = figure
     page = out / "index.md"
-    files.write_text(page, to_markdown(found))
+    text = to_markdown(found)
+    files.write_text(page, text)
+    if html:
+        written.append(out / "report.html")
+        files.write_text(written[-1], html_page(f"The study: {', '.join(_about(found))}", text, figures))
     return [page, *written]
 
 
@@ -183,38 +192,37 @@ def _fronts_figure(panels: Sequence[tuple[str, Sequence[Point]]]) -> Figure:
     Args:
         panels: budgets, and the networks.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure, axes = new_figure(11, 5.4, len(panels))
     families = list(dict.fromkeys(point.family for _, points in panels for point in points))
+    colors = colors_of(families)
     for axis, (epsilon, points) in zip(axes, panels, strict=True):
         for index, family in enumerate(families):
             mine = sorted((p for p in points if p.family == family), key=lambda p: p.clean)
             if not mine:
                 continue
-            shares = [wilson(int(point.right.sum()), len(point.right)) for point in mine]
+            middle, bars = percent([wilson(int(point.right.sum()), len(point.right)) for point in mine])
+            error, sides = percent([point.error for point in mine])
             axis.errorbar(
-                [100 * (1 - point.clean) for point in mine],
-                [100 * share.accuracy for share in shares],
-                yerr=[
-                    [max(0.0, 100 * (share.accuracy - share.low)) for share in shares],
-                    [max(0.0, 100 * (share.high - share.accuracy)) for share in shares],
-                ],
+                error,
+                middle,
+                yerr=bars,
+                xerr=sides,
                 marker=_MARKERS[index % len(_MARKERS)],
                 linestyle="-" if len(mine) > 2 else "none",
-                elinewidth=0.7,
-                color=f"C{index % 10}",
+                lw=1,
+                elinewidth=0.5,
+                color=colors[family],
                 markerfacecolor="white" if mine[0].surrogate else None,
                 label=family,
             )
         # Most networks differ by a point or two, and some by ten.
-        axis.set(xscale="log", xlabel="clean error (%)", ylabel="worst-case accuracy (%)", title=f"ε = {epsilon}")
+        axis.set(xscale="log", xlabel="error on all test images (%), smaller to the right", title=f"ε = {epsilon}")
+        axis.set_ylabel("worst-case accuracy, reduced suite (%)")
         axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0)))
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.invert_xaxis()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
-    return figure
+    figure.suptitle("Robust and accurate is at the top right; 95 % intervals, noise off; surrogate gradients hollow")
+    return with_legend(figure, axes[0], 3)

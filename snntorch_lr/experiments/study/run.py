@@ -206,6 +206,9 @@ def _attacked(
         protocol=Protocol(noise=evaluation.noise, corruptions=tuple(CORRUPTIONS) if evaluation.corruptions else ()),
         cache=out / "attacks" / entry.slug,
     )
+    # With the images that attacks broke, which the results have no room for.
+    made = f"Command: `snntorch-lr study`, {entry.name}"
+    report.html(out / "reports" / f"{entry.slug}-noise-{evaluation.noise}.html", entry.name, note=made)
     return _rows(report)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from ..._messages import markdown
-from ...robustness import Gate, mcnemar
+from ...robustness import Gate, Share, mcnemar, wilson
 from ..files import share_text
 
 Result = dict[str, Any]
@@ -46,6 +46,7 @@ class Point:
         adversarial: it was trained on adversarial images.
         clean: accuracy, in [0, 1].
         right: what is right under attack, 0 or 1, ``[images]``.
+        images: whose clean accuracy it is.
     """
 
     name: str
@@ -55,6 +56,12 @@ class Point:
     adversarial: bool
     clean: float
     right: NDArray[np.float64]
+    images: int
+
+    @property
+    def error(self) -> Share:
+        """Fraction of the clean images that are wrong, with its interval."""
+        return wilson(round(self.images * (1 - self.clean)), self.images)
 
     @property
     def worst(self) -> float:
@@ -314,17 +321,17 @@ def points(results: Sequence[Result], epsilon: str) -> list[Point]:
     for result in [*of_group(results, "usual"), *of_group(results, "front")]:
         row = result["rows"][0]
         if epsilon in row["right"]["reduced"]:
-            clean = result["clean"][row["noise"]]["majority vote"]["accuracy"]
-            found.append(_point(result, clean, row["right"]["reduced"][epsilon]))
+            clean = result["clean"][row["noise"]]["majority vote"]
+            found.append(_point(result, clean["accuracy"], row["right"]["reduced"][epsilon], clean["images"]))
     return found
 
 
-def _point(result: Result, clean: float, right: str) -> Point:
+def _point(result: Result, clean: float, right: str, images: int) -> Point:
     entry = result["entry"]
     change = entry["name"].partition(": ")[2].removeprefix(entry["family"]).removeprefix(", ")
     adversarial = bool(entry["recipe"]["adversary"])
     return Point(
-        entry["name"], entry["family"], change, _is_surrogate(result), adversarial, clean, _array(right)
+        entry["name"], entry["family"], change, _is_surrogate(result), adversarial, clean, _array(right), images
     )  # fmt: skip
 
 
@@ -359,7 +366,10 @@ def tuning(results: Sequence[Result]) -> Table:
     budgets = budgets_of(tried)
     lines = [[r["entry"]["name"].partition(": ")[2], _percent(r["validation"])] for r in tried]
     for epsilon in budgets:
-        held_out = [_point(r, r["validation"], r["rows"][0]["right"]["worst"][epsilon]) for r in tried]
+        held_out = [
+            _point(r, r["validation"], r["rows"][0]["right"]["worst"][epsilon], r["entry"]["recipe"]["validation"])
+            for r in tried
+        ]
         for line, point in zip(lines, held_out, strict=True):
             apart = None if point.surrogate else beside(point, _rivals(held_out, point))
             line += [_percent(point.worst), "-" if apart is None else str(apart)]
