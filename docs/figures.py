@@ -109,9 +109,13 @@ def one_number_for_each(gradients: Gradients, dark: bool) -> Figure:
                 axes.text(place, 0, f"{number:.2f}" if column == 0 else f"{number:+.2f}", ha="center", va="center",
                           fontsize=8.5)  # fmt: skip
             axes = below[column]
-            axes.scatter(gradients.mean * 1000, found * 1000, s=3, alpha=0.4, color=color, linewidths=0, rasterized=True)
+            axes.scatter(
+                gradients.mean * 1000, found * 1000, s=3, alpha=0.4, color=color, linewidths=0, rasterized=True
+            )
             axes.axline((0, 0), slope=1, color=ink, lw=1)
-            axes.text(0.04, 0.93, f"{name}\ncosine {cosine(found, gradients.mean):.2f}", transform=axes.transAxes, va="top")
+            axes.text(
+                0.04, 0.93, f"{name}\ncosine {cosine(found, gradients.mean):.2f}", transform=axes.transAxes, va="top"
+            )
             axes.set_xlabel("expected gradient: mean of many (· 10⁻³)")
             axes.set_facecolor("none")
         below[0].set_ylabel("one gradient (· 10⁻³)")
