@@ -88,15 +88,15 @@ def one_number_for_each(gradients: Gradients, dark: bool) -> Figure:
     """The numbers that weight single neurons, above one gradient against the mean of many, component by component."""
     ink = "#e6edf3" if dark else "#1f2328"
     colors = ("#f0883e", "#58a6ff") if dark else (ORANGE, BLUE)
-    settings = {name: ink for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
+    settings = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
     with rc_context({**settings, "font.size": 11}):
         figure = Figure(figsize=(9, 4), layout="constrained")
         above, below = figure.subplots(2, 2, sharex="row", sharey="row", height_ratios=(1, 3))
+        many, few = "vanilla, 16 copies", "counterfactual, 2 copies"
         shown = [
-            ("One number for every neuron:\nthe loss", "vanilla, 16 copies", [gradients.loss] * NEURONS, gradients.vanilla),
-            ("A number for each neuron:\nits counterfactual", "counterfactual, 2 copies", gradients.differences,
-             gradients.counterfactual),
-        ]  # fmt: skip
+            ("One number for every neuron:\nthe loss", many, [gradients.loss] * NEURONS, gradients.vanilla),
+            ("A number for each neuron:\nits counterfactual", few, gradients.differences, gradients.counterfactual),
+        ]
         most = max(map(abs, gradients.differences))
         for column, (title, name, numbers, found) in enumerate(shown):
             axes, color = above[column], colors[column]

@@ -1,4 +1,4 @@
-"""Adds to the site: the tutorials, rendered from the outputs that they were committed with, and a search without a server."""
+"""Adds to the site: the tutorials, rendered from their committed outputs, and a search without a server."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 NOTEBOOKS = sorted(Path(__file__).parent.glob("*.ipynb"))
-LIMIT = 180
+LIMIT = 600
 """Seconds that a cell may take."""
 COMPILING = "snntorch_lr compiles its time steps"
 """What a slow machine says on standard error, when it needs more than a second for that."""
