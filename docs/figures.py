@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib import rc_context
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +19,7 @@ import snntorch_lr as slr
 
 FOLDER = Path(__file__).parent / "img"
 BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "black"
+NEURONS = 8
 
 
 def cosine(first: Tensor, second: Tensor) -> float:
@@ -22,8 +27,19 @@ def cosine(first: Tensor, second: Tensor) -> float:
     return float(first @ second / (first.norm() * second.norm()))
 
 
-def one_number_for_each() -> Figure:
-    """One gradient by two estimators, component by component, against the mean of many."""
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the first weights of one small network, and the numbers that weight its neurons."""
+
+    mean: Tensor
+    vanilla: Tensor
+    counterfactual: Tensor
+    loss: float
+    differences: list[float]
+
+
+def measure_gradients(calls: int = 600) -> Gradients:
+    """Trains 64-100-10 on the digits a little, and asks both estimators for the gradient of one batch."""
     torch.manual_seed(0)
     images, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16
@@ -38,31 +54,71 @@ def one_number_for_each() -> Figure:
     for rows in torch.randint(1500, (60, 64)):
         optimizer.step(slr.closure(loss_fn, images[rows], labels[rows]))
 
-    def gradient(estimator: slr.Vanilla | slr.Counterfactual) -> Tensor:
+    def gradient(estimator: slr.Estimator) -> Tensor:
         net.zero_grad()
         estimator.backward(loss_fn, images[:64], labels[:64])
         return net[0].weight.grad.flatten().clone()
 
     many = slr.Vanilla(net, copies=64, seed=1)
-    calls = torch.stack([gradient(many) for _ in range(600)])
-    mean = calls.mean(0)
-    noise = float(calls.var(0).sum() / len(calls) / mean.square().sum())
-    print(f"the mean of {len(calls)} calls has a cosine of {(1 - noise) ** 0.5:.3f} to its expectation")
+    found = torch.stack([gradient(many) for _ in range(calls)])
+    mean = found.mean(0)
+    noise = float(found.var(0).sum() / calls / mean.square().sum())
+    print(f"the mean of {calls} calls has a cosine of {(1 - noise) ** 0.5:.3f} to its expectation")
 
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    shown = [
-        ("vanilla, 16 copies", "one number for all neurons", gradient(slr.Vanilla(net, copies=16, seed=2)), ORANGE),
-        # With λ as training has fitted it.
-        ("counterfactual, 2 copies", "one number for each neuron", gradient(hook.estimator), BLUE),
-    ]
-    scale = 1000
-    for axes, (name, what, found, color) in zip(panels, shown, strict=True):
-        axes.scatter(mean * scale, found * scale, s=3, alpha=0.35, color=color, linewidths=0, rasterized=True)
-        axes.axline((0, 0), slope=1, color=BLACK, lw=1)
-        axes.set_title(f"{what}\n{name}: cosine {cosine(found, mean):.2f}", fontsize=11)
-        axes.set_xlabel("mean of 600 by vanilla, 64 copies (· 10⁻³)")
-    panels[0].set_ylabel("one gradient (· 10⁻³)")
+    with torch.no_grad():
+        row = int(loss_fn(images[:64], labels[:64]).argmax())
+        # The same currents, and other noise.
+        train, shadow = (slr.rollout(net[:2], images[row : row + 1], num_steps=8) for _ in range(2))
+
+    def loss(spikes: Tensor) -> float:
+        return F.cross_entropy(net[2](spikes).mean(0), labels[row : row + 1]).item()
+
+    differences = []
+    for index in range(train.shape[-1]):
+        other = train.clone()
+        other[..., index] = shadow[..., index]
+        differences.append(loss(train) - loss(other))
+    differences = sorted(sorted(differences, key=abs)[-NEURONS:])
+    return Gradients(
+        mean, gradient(slr.Vanilla(net, copies=16, seed=2)), gradient(hook.estimator), loss(train), differences
+    )  # hook.estimator has its λ as training has fitted it.
+
+
+def one_number_for_each(gradients: Gradients, dark: bool) -> Figure:
+    """The numbers that weight single neurons, above one gradient against the mean of many, component by component."""
+    ink = "#e6edf3" if dark else "#1f2328"
+    colors = ("#f0883e", "#58a6ff") if dark else (ORANGE, BLUE)
+    settings = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
+    with rc_context({**settings, "font.size": 11}):
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        above, below = figure.subplots(2, 2, sharex="row", sharey="row", height_ratios=(1, 3))
+        many, few = "vanilla, 16 copies", "counterfactual, 2 copies"
+        shown = [
+            ("One number for every neuron:\nthe loss", many, [gradients.loss] * NEURONS, gradients.vanilla),
+            ("A number for each neuron:\nits counterfactual", few, gradients.differences, gradients.counterfactual),
+        ]
+        most = max(map(abs, gradients.differences))
+        for column, (title, name, numbers, found) in enumerate(shown):
+            axes, color = above[column], colors[column]
+            axes.set_title(title, fontsize=12, fontweight="bold")
+            axes.set(xlim=(-0.6, NEURONS - 0.4), ylim=(-0.6, 0.6), aspect="equal")
+            axes.axis("off")
+            for place, number in enumerate(numbers):
+                strength = 0.5 if column == 0 else 0.15 + 0.6 * abs(number) / most
+                axes.add_patch(Circle((place, 0), 0.44, facecolor=(*to_rgb(color), strength), edgecolor=color))
+                axes.text(place, 0, f"{number:.2f}" if column == 0 else f"{number:+.2f}", ha="center", va="center",
+                          fontsize=8.5)  # fmt: skip
+            axes = below[column]
+            axes.scatter(
+                gradients.mean * 1000, found * 1000, s=3, alpha=0.4, color=color, linewidths=0, rasterized=True
+            )
+            axes.axline((0, 0), slope=1, color=ink, lw=1)
+            axes.text(
+                0.04, 0.93, f"{name}\ncosine {cosine(found, gradients.mean):.2f}", transform=axes.transAxes, va="top"
+            )
+            axes.set_xlabel("expected gradient: mean of many (· 10⁻³)")
+            axes.set_facecolor("none")
+        below[0].set_ylabel("one gradient (· 10⁻³)")
     return figure
 
 
@@ -143,5 +199,8 @@ def ignored_resets() -> Figure:
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for name, draw in (("one-number-for-each", one_number_for_each), ("ignored-resets", ignored_resets)):
-        draw().savefig(FOLDER / f"{name}.png", dpi=150)
+    ignored_resets().savefig(FOLDER / "ignored-resets.png", dpi=150)
+    measured = measure_gradients()
+    for dark in (False, True):
+        name = "one-number-for-each" + "-dark" * dark
+        one_number_for_each(measured, dark).savefig(FOLDER / f"{name}.png", dpi=150, transparent=True)

@@ -263,7 +263,7 @@ def table() -> str:
                     cells.append("refused")
                     refused.setdefault((feature, str(error).removeprefix(f"{name}: ")), []).append(name)
         lines.append(f"| {feature} | " + " | ".join(cells) + " |")
-    lines += ["", "What the errors say:", ""]
+    lines += ["", "The errors:", ""]
     alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (feature, message), names in refused.items():
         alike.setdefault((message, tuple(names)), []).append(feature)

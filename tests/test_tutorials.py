@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -21,9 +22,9 @@ MACHINE_PATH = re.compile(r"(?<![\w./])(?:/[\w.+-]+){2,}|\b[A-Z]:\\|~/")
 SMALLER = {
     "1": [("epochs=7", "epochs=1")],
     "2": [
-        ("count: int = 2_000_000", "count: int = 20_000"), ("range(100)", "range(3)"), ("repeats=20", "repeats=2"),
-        ("repeats=12, reference=48", "repeats=2, reference=4"), ("epochs=4", "epochs=1"),
-        ("range(1, 5)", "range(1, 2)"),
+        ("range(100):\n    weight", "range(3):\n    weight"), ("for _ in range(100)]", "for _ in range(3)]"),
+        ("range(20)", "range(1)"), ("repeats=12, reference=48", "repeats=2, reference=4"), ("epochs=2", "epochs=1"),
+        ("epochs=4", "epochs=1"),
     ],
     "3": [
         ("epochs=4", "epochs=1"), ("epochs=6", "epochs=1"), ("digits.test[:64]", "digits.test[:8]"),
@@ -31,7 +32,8 @@ SMALLER = {
         ("draws=4, votes=8, gate_images=16", "draws=1, votes=2, gate_images=4"),
         ('    "margin EOT-PGD-40x8",\n', ""),
     ],
-    "4": [("epochs=2", "epochs=1"), ("[8, 16, 32, 64]", "[4, 8]")],
+    "4": [("epochs=4", "epochs=1")],
+    "5": [("[100, 300, 1000]", "[4]"), ("updates=30", "updates=1"), ("num_steps: int = 1000", "num_steps: int = 20")],
 }  # fmt: skip
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -60,8 +62,13 @@ def write_stand_in_for_mnist(root: Path) -> None:
             (raw / f"{part}-{name}-ubyte").write_bytes(header + values.tobytes())
 
 
-def test_there_are_four() -> None:
-    assert [path.name[0] for path in NOTEBOOKS] == ["1", "2", "3", "4"]
+def test_are_numbered_and_listed() -> None:
+    assert [path.name[0] for path in NOTEBOOKS] == sorted(SMALLER)
+    listed = (FOLDER / "README.md").read_text(encoding="utf-8")
+    site = (FOLDER.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    for path in NOTEBOOKS:
+        assert f"({path.name})" in listed
+        assert f"tutorials/{path.stem}.md" in site
 
 
 @every_notebook
@@ -70,11 +77,13 @@ def test_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
     for words, fewer in SMALLER[path.name[0]]:
         (cell,) = (cell for cell in notebook.cells if words in cell.source and cell.cell_type == "code")
         cell.source = cell.source.replace(words, fewer)
-    (last,) = (cell for cell in notebook.cells if cell.source.startswith(FLAG))
-    # The cell before has run all attacks.
-    last.source = "ATTACKS, EPSILONS = ['FGSM'], [0.1]\n" + last.source.replace(FLAG, "RUN_ON_MNIST = True")
+    for cell in notebook.cells:
+        if cell.source.startswith(FLAG):
+            # The cell before has run all attacks.
+            cell.source = "ATTACKS, EPSILONS = ['FGSM'], [0.1]\n" + cell.source.replace(FLAG, "RUN_ON_MNIST = True")
     write_stand_in_for_mnist(tmp_path / "data")
     runpy.run_path(str(FOLDER / "execute.py"))["execute"](notebook, tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["data"], "a cell writes into the working directory"
     shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert [output.text for output in shown if output.get("name") == "stderr"] == []
 
@@ -87,6 +96,24 @@ def test_shows_its_outputs(path: Path) -> None:
     shown = outputs(path)
     assert any(output.output_type == "stream" for output in shown)
     assert any("image/png" in output.get("data", {}) for output in shown)
+
+
+@every_notebook
+def test_is_short(path: Path) -> None:
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert len(cells) <= 12
+    assert sum("image/png" in output.get("data", {}) for output in outputs(path)) <= 4
+
+
+@every_notebook
+def test_is_a_page_of_the_site(path: Path) -> None:
+    render = runpy.run_path(str(FOLDER.parent / "docs" / "hooks.py"))["render"]
+    text, pictures = render(json.loads(path.read_text(encoding="utf-8")), path.stem)
+    assert len(pictures) == sum("image/png" in output.get("data", {}) for output in outputs(path))
+    assert all(f"]({name})" in text and content.startswith(b"\x89PNG") for name, content in pictures.items())
+    for output in outputs(path):
+        assert "".join(output.get("text", "")).rstrip() in text
+    assert "](../docs/" not in text
 
 
 @every_notebook

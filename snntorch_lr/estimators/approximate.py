@@ -28,8 +28,7 @@ class Approximate(Estimator):
 
     Nothing is dropped where the input of a block does not change over time, such as an image as constant current, and
     in the gradients of noise levels, leaks, thresholds and other element-wise parameters, which are summed exactly.
-    Elsewhere there is a bias. On a trained 784-256-128-10 network on MNIST it was not resolved, at most about a fifth
-    of the gradient, whose noise was lower in turn (docs/estimators.md); measure yours with ``gradient_report``.
+    Elsewhere there is a bias: measure yours with ``gradient_report``.
 
     ``loss_fn`` is called twice; the second call ends with its first time step. Each noisy neuron must be called once
     in each time step, and what enters a deeper block besides spikes must be constant in time. LSTM cells are evaluated
