@@ -114,10 +114,11 @@ def reset(net: nn.Module) -> None:
         >>> bool(net[1].mem.any())
         False
     """
-    for _, neuron in spiking_neurons(net):
-        reset_state(neuron)
+    # First, for torch.compile walks no module that was changed before.
     for noise in noisy_inputs(net).values():
         noise.reset()
+    for _, neuron in spiking_neurons(net):
+        reset_state(neuron)
 
 
 def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) -> Any:

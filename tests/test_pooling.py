@@ -84,5 +84,5 @@ def test_pools_in_a_time_step_without_a_spike_are_known_by_a_later_one() -> None
         for _ in range(2):
             F.max_pool1d(current, 2)
             F.max_pool1d(silent, 2)
-            silent = spikes((1, 4), 2.0)
+            silent = torch.tensor([[0.0, 2.0, 0.0, 0.0]], requires_grad=True)
     assert pooling.of_one_step(2)[:2] == [0.0, 2.0]

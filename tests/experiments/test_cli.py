@@ -14,7 +14,7 @@ from snntorch_lr.experiments.recipe import METHODS, MODELS
 
 from .commands import is_one_line, run
 
-COMMANDS = ("benchmark", "diagnose", "evaluate", "report", "reproduce", "study")
+COMMANDS = ("benchmark", "certify", "diagnose", "evaluate", "report", "reproduce", "study")
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 

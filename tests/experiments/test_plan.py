@@ -12,7 +12,7 @@ from .. import pages
 
 # A change of these throws away finished results; see Entry.mark.
 MARKS = {
-    "digits": "97588e417ddf", "fashion-mnist": "944d6b9aed01", "mnist": "5a366f670c31", "mnist-conv": "44a726b9f850"
+    "digits": "bbb54c263658", "fashion-mnist": "987dd41686b0", "mnist": "a72f447caa18", "mnist-conv": "358ae0a0448b"
 }  # fmt: skip
 PLAN = """
 [recipes.surrogate]

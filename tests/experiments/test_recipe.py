@@ -108,7 +108,7 @@ def test_recipes_of_earlier_versions_are_read(path: Path) -> None:
 
 
 def test_defaults_depend_on_the_data_and_the_estimator() -> None:
-    assert (Recipe(method="surrogate").epochs, Recipe(method="surrogate").copies) == (30, 2)
+    assert (Recipe(method="surrogate").epochs, Recipe(method="surrogate").copies) == (20, 2)
     other = Recipe(method="surrogate", dataset="mnist", estimator="vanilla")
     assert (other.epochs, other.copies) == (4, 16)
     assert (replace(other, dataset="digits", estimator="counterfactual").copies) == 16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -316,14 +316,15 @@ def seeds(results: Sequence[Result]) -> Table:
 
 
 def points(results: Sequence[Result], epsilon: str) -> list[Point]:
-    """Every network of tables A and B, noise off."""
-    found = []
+    """Every network of tables A and B, noise off, on the images that all of them were attacked on."""
+    found: list[Point] = []
     for result in [*of_group(results, "usual"), *of_group(results, "front")]:
         row = result["rows"][0]
         if epsilon in row["right"]["reduced"]:
             clean = result["clean"][row["noise"]]["majority vote"]
             found.append(_point(result, clean["accuracy"], row["right"]["reduced"][epsilon], clean["images"]))
-    return found
+    shared = min((len(point.right) for point in found), default=0)
+    return [replace(point, right=point.right[:shared]) for point in found]
 
 
 def _point(result: Result, clean: float, right: str, images: int) -> Point:
