@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 NETWORKS = {
-    f"{path.parent.name}/{path.stem}": path for path in sorted((Path(__file__).parent / "networks").glob("*/*.pt"))
+    f"{path.parent.name}/{path.stem}": path
+    for path in sorted(
+        (Path(__file__).parent / "networks").glob("*/*.pt"), key=lambda path: (path.parent.name, path.stem)
+    )
 }
 """Trained networks that come with the package, by name."""
 

@@ -12,7 +12,7 @@ from .. import pages
 
 # A change of these throws away finished results; see Entry.mark.
 MARKS = {
-    "digits": "bbb54c263658", "fashion-mnist": "987dd41686b0", "mnist": "a72f447caa18", "mnist-conv": "358ae0a0448b"
+    "digits": "bbb54c263658", "fashion-mnist": "5308a98a4f75", "mnist": "a5dba996b81a", "mnist-conv": "358ae0a0448b"
 }  # fmt: skip
 PLAN = """
 [recipes.surrogate]

@@ -1,0 +1,62 @@
+"""Trained networks that come with the package are those of the committed study."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from snntorch_lr.experiments import NETWORKS, data, load
+from snntorch_lr.experiments.recipe import load_trained, noise_levels
+
+ROOT = Path(__file__).parents[2]
+RESULTS: list[dict[str, Any]] = json.loads((ROOT / "docs/results/study-mnist/results.json").read_text(encoding="utf-8"))
+FAMILIES = {
+    "mnist/surrogate": "surrogate",
+    "mnist/surrogate-same-noise": "surrogate, same noise",
+    "mnist/surrogate-adversarial": "surrogate, adversarial training",
+    "mnist/lr": "likelihood ratio",
+    "mnist/lr-noisy-input": "likelihood ratio, noisy input",
+    "mnist/lr-adversarial": "likelihood ratio, adversarial training",
+}
+
+
+def result(name: str) -> dict[str, Any]:
+    return next(each for each in RESULTS if each["entry"]["name"] == f"usual: {FAMILIES[name]}")
+
+
+def test_there_are_the_networks_of_the_readme() -> None:
+    assert set(NETWORKS) == set(FAMILIES)
+    assert all(path.stat().st_size < 1_000_000 for path in NETWORKS.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_network_is_the_one_of_the_results(name: str) -> None:
+    recipe, net = load_trained(NETWORKS[name])
+    entry = result(name)
+    assert recipe.method == entry["entry"]["recipe"]["method"]
+    assert recipe.adversary == entry["entry"]["recipe"]["adversary"]
+    assert noise_levels(net) == entry["sigma"]["after"]
+
+
+def test_a_network_has_the_accuracy_of_the_results() -> None:
+    if not (ROOT / "data" / "MNIST").is_dir():
+        pytest.skip("MNIST is not in data/")
+    images = data.load("mnist", ROOT / "data")
+    committed = result("mnist/lr-adversarial")["clean"]["off"]["majority vote"]["accuracy"]
+    with torch.no_grad():
+        found = load("mnist/lr-adversarial")(images.test).argmax(1) == images.test_labels
+    # A spike more or less at a threshold, where another processor rounds otherwise, changes one image.
+    assert float(found.float().mean()) == pytest.approx(committed, abs=2e-4)
+
+
+def test_an_unknown_network_is_told_with_those_that_there_are() -> None:
+    with pytest.raises(ValueError, match="choose one of mnist/lr, mnist/lr-adversarial"):
+        load("mnist/best")
+
+
+def test_a_loaded_network_takes_images() -> None:
+    assert load("mnist/lr-noisy-input")(torch.rand(2, 1, 28, 28)).shape == (2, 10)
