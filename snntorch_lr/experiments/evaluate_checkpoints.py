@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,8 @@ from torch import nn
 
 from .._messages import markdown
 from ..robustness import CORRUPTIONS, SUITES, Certificate, Protocol, RobustnessReport, certify, evaluate
-from . import data, files
+from ..robustness.figures import colors_of
+from . import NETWORKS, data, files
 from .options import Place, check, command_line, option
 from .recipe import Recipe, load_trained
 from .reproduce import check_suite, write_evaluation
@@ -33,7 +35,7 @@ class Evaluate(Place):
     """Options of the command ``snntorch-lr evaluate``."""
 
     checkpoints: tuple[Path, ...] = option(
-        help="checkpoints of reproduce: the network, then its baselines", positional=True
+        help="the network, then its baselines: checkpoints of reproduce, or names such as mnist/lr", positional=True
     )
     suite: str = option("standard", "attacks", choices=SUITES)
     dataset: str | None = option(None, "data set of the test images, by default of the checkpoints", choices=data.NAMES)
@@ -51,7 +53,7 @@ class Evaluate(Place):
         """Folder for the results; without ``out`` the first checkpoint is read for it."""
         if self.out:
             return self.out
-        recipe, _ = load_trained(self.checkpoints[0])
+        recipe, _ = load_trained(_file(self.checkpoints[0]))
         return Path("runs/robustness") / files.run_name(self.dataset or recipe.dataset, recipe.model, self.seed)
 
 
@@ -103,7 +105,7 @@ def evaluate_checkpoints(options: Evaluate, progress: Progress = lambda what, do
 class Certify(Place):
     """Options of the command ``snntorch-lr certify``."""
 
-    checkpoints: tuple[Path, ...] = option(help="checkpoints of reproduce", positional=True)
+    checkpoints: tuple[Path, ...] = option(help="checkpoints of reproduce, or names such as mnist/lr", positional=True)
     sigmas: tuple[float, ...] = option((0.25, 0.5), "level of the noise on the input", flag="--sigma", above=0)
     dataset: str | None = option(None, "data set of the test images, by default of the checkpoints", choices=data.NAMES)
     images: int = option(500, "test images to certify, from the first", least=1)
@@ -168,15 +170,24 @@ def _certified_figure(found: Mapping[str, Certificate]) -> Figure:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
+    colors = colors_of(label.rpartition(", ")[0] for label in found)
+    dashes = dict(zip(dict.fromkeys(label.rpartition(", ")[2] for label in found), cycle(("-", "--", ":", "-."))))
     for label, each in found.items():
+        name, _, sigma = label.rpartition(", ")
         radii = sorted({0.0, *each.radii.tolist()})
         shares = [each.accuracy(radius) for radius in radii]
-        (line,) = axes.step(radii, [100 * share.accuracy for share in shares], where="pre", label=label)
+        middle = [100 * share.accuracy for share in shares]
+        axes.step(radii, middle, where="pre", label=label, color=colors[name], linestyle=dashes[sigma])
         ends = [100 * share.low for share in shares], [100 * share.high for share in shares]
-        axes.fill_between(radii, *ends, step="pre", color=line.get_color(), alpha=0.15, lw=0)
+        axes.fill_between(radii, *ends, step="pre", color=colors[name], alpha=0.15, lw=0)
     axes.set(xlabel="l2 radius", ylabel="certified accuracy (%)", ylim=(0, 103), xlim=(0, None))
     figure.legend(loc="outside lower center", fontsize="small")
     return figure
+
+
+def _file(checkpoint: Path) -> Path:
+    """The file of a checkpoint, which may be the name of a network that comes with the package."""
+    return checkpoint if checkpoint.exists() else NETWORKS.get(checkpoint.as_posix(), checkpoint)
 
 
 def _load(checkpoints: Sequence[Path], device: torch.device) -> tuple[list[Recipe], dict[str, nn.Module]]:
@@ -185,7 +196,7 @@ def _load(checkpoints: Sequence[Path], device: torch.device) -> tuple[list[Recip
     names = short if len(set(short)) == len(short) else [str(path.with_suffix("")) for path in checkpoints]
     if len(set(names)) < len(names):
         raise ValueError("a checkpoint is given more than once")
-    loaded = [load_trained(path) for path in checkpoints]
+    loaded = [load_trained(_file(path)) for path in checkpoints]
     return [recipe for recipe, _ in loaded], {
         name: net.to(device).eval() for name, (_, net) in zip(names, loaded, strict=True)
     }

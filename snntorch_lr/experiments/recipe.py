@@ -25,36 +25,42 @@ ATTACKERS = ("surrogate", "counterfactual")
 """Gradients that adversarial training may follow."""
 INCOMPLETE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 """Errors of a checkpoint that lacks something, or has something else in its place."""
-MODELS = ("mlp", "wide-mlp", "deep-mlp", "conv")
+MODELS = ("mlp", "wide-mlp", "deep-mlp", "spiking-mlp", "conv")
 """Spiking networks. There is also ``"ann"``, with rectified linear units, to transfer adversarial images from."""
 
 
 class SpikingClassifier(nn.Module):
-    """Blocks with leaky neurons between them, and a readout by the mean membrane potential.
+    """Blocks with leaky neurons between them, and a readout by the mean membrane potential or by spike counts.
 
     The image is the constant input current of every time step (direct coding), so the first block runs once, unless
     the module ``input`` in front of it draws noise in each time step.
 
     Args:
         blocks: modules in front of the hidden neurons, in order.
-        readout: module in front of the output neurons, which integrate and never reset.
+        readout: module in front of the output neurons.
         num_steps: time steps.
         beta: leak of all neurons.
+        counts: the logits are the spike counts of the output neurons; otherwise these integrate and never reset.
     """
 
-    def __init__(self, blocks: list[nn.Module], readout: nn.Module, num_steps: int = 8, beta: float = 0.9) -> None:
+    def __init__(
+        self, blocks: list[nn.Module], readout: nn.Module, num_steps: int = 8, beta: float = 0.9, counts: bool = False
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.neurons = nn.ModuleList(snn.Leaky(beta=beta, init_hidden=True) for _ in blocks)
         self.input: nn.Module = nn.Identity()
         self.readout = readout
-        self.output = snn.Leaky(beta=beta, init_hidden=True, output=True, reset_mechanism="none")
+        mechanism = "subtract" if counts else "none"
+        self.output = snn.Leaky(beta=beta, init_hidden=True, output=True, reset_mechanism=mechanism)
         self.num_steps = num_steps
+        self.counts = counts
 
     @property
-    def hidden(self) -> list[str]:
-        """Names of the hidden neurons: those that get noise."""
-        return [f"neurons.{index}" for index in range(len(self.neurons))]
+    def spiking(self) -> list[str]:
+        """Names of the neurons whose spikes count: those that get noise."""
+        hidden = [f"neurons.{index}" for index in range(len(self.neurons))]
+        return [*hidden, "output"] if self.counts else hidden
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[batch, classes]`` from images ``[batch, channels, height, width]``."""
@@ -69,17 +75,18 @@ class SpikingClassifier(nn.Module):
             spikes = self.neurons[0](current)
             for block, neuron in zip(list(self.blocks)[1:], list(self.neurons)[1:], strict=True):
                 spikes = neuron(block(spikes))
-            _, mem = self.output(self.readout(spikes))
-            total = total + mem
-        return total / self.num_steps
+            spikes, mem = self.output(self.readout(spikes))
+            total = total + (spikes if self.counts else mem)
+        return total if self.counts else total / self.num_steps
 
 
 def build(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps: int = 8) -> nn.Module:
     """A network for images of a given shape.
 
     Args:
-        model: ``"mlp"`` (256 hidden neurons), ``"wide-mlp"`` (1000), ``"deep-mlp"`` (256 and 128), ``"conv"``
-            (8 and 16 channels, 5 × 5 kernels, each with max pooling by 2), or ``"ann"`` (256 rectified linear units).
+        model: ``"mlp"`` (256 hidden neurons), ``"wide-mlp"`` (1000), ``"deep-mlp"`` (256 and 128),
+            ``"spiking-mlp"`` (256, and a readout by spike counts), ``"conv"`` (8 and 16 channels, 5 × 5 kernels, each
+            with max pooling by 2), or ``"ann"`` (256 rectified linear units).
         shape: channels, height, width.
         classes: number of outputs.
         num_steps: time steps.
@@ -91,11 +98,11 @@ def build(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps:
     pixels = channels * height * width
     if model == "ann":
         return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 256), nn.ReLU(), nn.Linear(256, classes))
-    if model in ("mlp", "wide-mlp", "deep-mlp"):
+    if model in ("mlp", "wide-mlp", "deep-mlp", "spiking-mlp"):
         hidden = 1000 if model == "wide-mlp" else 256
         first = nn.Sequential(nn.Flatten(), nn.Linear(pixels, hidden))
         if model != "deep-mlp":
-            return SpikingClassifier([first], nn.Linear(hidden, classes), num_steps)
+            return SpikingClassifier([first], nn.Linear(hidden, classes), num_steps, counts=model == "spiking-mlp")
         return SpikingClassifier([first, nn.Linear(256, 128)], nn.Linear(128, classes), num_steps)
     if model == "conv":
         blocks: list[nn.Module] = [
@@ -238,9 +245,9 @@ def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
         net.input = NoisyInput(recipe.input_noise, recipe.learn_input_noise, frozen=frozen)
     if recipe.method == "surrogate" or not isinstance(net, SpikingClassifier):
         return net
-    for name in net.hidden:
+    for name in net.spiking:
         add_noise(net, _level(recipe, net, name), recipe.learn_sigma, [name], recipe.noise, recipe.distribution)
-    if recipe.objective in FLAT:
+    if recipe.objective in FLAT and not net.counts:
         # What is learned without a gradient of the loss has to be sampled, and the loss reads membrane potentials.
         add_noise(net, recipe.sigma, recipe.learn_sigma, ["output"])
     return net
@@ -250,7 +257,7 @@ def _level(recipe: Recipe, net: SpikingClassifier, name: str) -> float | Tensor:
     """Initial σ of a neuron: one number, or one for each feature or channel of the block in front of it."""
     if not recipe.per_neuron:
         return recipe.sigma
-    block = net.blocks[int(name.rpartition(".")[2])]
+    block = net.readout if name == "output" else net.blocks[int(name.rpartition(".")[2])]
     weight = [module for module in block.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1].weight
     return torch.full((weight.shape[0], *[1] * (weight.dim() - 2)), recipe.sigma)
 

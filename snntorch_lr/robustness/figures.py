@@ -19,31 +19,41 @@ if TYPE_CHECKING:
 COLORS = {
     "likelihood ratio": "#D55E00",
     "surrogate": "#0072B2",
-    "surrogate noise": "#56B4E9",
+    "surrogate same noise": "#56B4E9",
     "surrogate stopped": "#009E73",
-    "surrogate input noise": "#CC79A7",
-    "likelihood ratio input noise": "#E69F00",
-    "surrogate pgd trained": "#7F7F7F",
+    "surrogate noisy input": "#882255",
+    "likelihood ratio noisy input": "#E69F00",
+    "surrogate adversarial training": "#332288",
+    "likelihood ratio adversarial training": "#CC79A7",
 }
 """Colours of networks by name, warm for the likelihood ratio and cold for the surrogate.
 
 Source: Okabe & Ito (2008), "Color Universal Design", which people with any colour vision tell apart.
 """
-_FURTHER = ("#882255", "#332288", "#999933", "#44AA99", "#661100")
+_LONG = {
+    "surrogate noise": "surrogate same noise",
+    "surrogate adversarial": "surrogate adversarial training",
+    "lr": "likelihood ratio",
+    "lr noisy input": "likelihood ratio noisy input",
+    "lr adversarial": "likelihood ratio adversarial training",
+}
+_FURTHER = ("#7F7F7F", "#999933", "#44AA99", "#661100")
 _SIGNS = {" !": "! a gate failed: masking suspected", " ?": "? a gate was not run: masking not ruled out"}
 
 
 def colors_of(names: Iterable[str]) -> dict[str, str]:
     """Colours by name: the fixed ones of ``COLORS``, and for other names those that are left, in order.
 
-    Hyphens and commas in a name do not matter: checkpoints are called like their networks.
+    Hyphens and commas in a name do not matter, and ``lr`` is the likelihood ratio: checkpoints are called like their
+    networks.
 
     Examples:
         >>> colors_of(["network", "surrogate"])
         {'surrogate': '#0072B2', 'network': '#D55E00'}
     """
     names = list(dict.fromkeys(names))
-    plain = {name: " ".join(re.findall(r"\w+", name.lower())).replace("membrane ", "") for name in names}
+    plain = {name: " ".join(re.findall(r"[^\W_]+", name.lower())) for name in names}
+    plain = {name: _LONG.get(said, said) for name, said in plain.items()}
     found = {name: COLORS[plain[name]] for name in names if plain[name] in COLORS}
     left = [color for color in (*COLORS.values(), *_FURTHER) if color not in found.values()]
     rest = [name for name in names if name not in found]
