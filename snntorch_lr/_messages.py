@@ -34,6 +34,11 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
+def install(extra: str) -> str:
+    """How to install an extra of this package."""
+    return f"pip install 'snntorch-lr[{extra}]', or in a clone pip install '.[{extra}]'"
+
+
 _INSIDE = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._messages import positive_integer, warn
+from ._messages import install, positive_integer, warn
 from .estimators import ESTIMATORS
 from .estimators.base import Estimator, Firing, LossFn
 from .estimators.counterfactual import Counterfactual
@@ -166,7 +166,7 @@ class GradientReport:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("matplotlib is missing: pip install 'snntorch-lr[experiments]'") from error
+            raise ImportError(f"matplotlib is missing: {install('experiments')}") from error
         parameters = list(self.quality)
         estimators = list(self.quality[parameters[0]])
         figure = Figure(figsize=(11, 1.5 + 0.3 * len(parameters) * (1 + len(estimators) / 2)), layout="constrained")

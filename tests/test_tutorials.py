@@ -35,8 +35,10 @@ SMALLER = {
     "4": [("epochs=4", "epochs=1")],
     "5": [("[100, 300, 1000]", "[4]"), ("updates=30", "updates=1"), ("num_steps: int = 1000", "num_steps: int = 20")],
     "6": [
-        ("epochs=16", "epochs=2"), ("digits.test[:128], digits.test_labels[:128])", "digits.test[:4], digits.test_labels[:4])"),
-        ("digits.test[:128], digits.test_labels[:128], SIGMA, draws=1000", "digits.test[:4], digits.test_labels[:4], SIGMA, 9"),
+        ("epochs=16", "epochs=2"), ("attack(nets, digits.test[:128], digits.test_labels[:128]",
+                                    "attack(nets, digits.test[:4], digits.test_labels[:4]"),
+        ("digits.test[:128], digits.test_labels[:128], SIGMA, draws=1000",
+         "digits.test[:4], digits.test_labels[:4], SIGMA, draws=9"),
     ],
 }  # fmt: skip
 

@@ -13,12 +13,12 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .._messages import install
+
 try:
     from .terminal import console, show, watching
 except ImportError as error:
-    raise SystemExit(
-        f"snntorch-lr: not installed: {error.name}; pip install 'snntorch-lr[experiments,attacks]'"
-    ) from error
+    raise SystemExit(f"snntorch-lr: not installed: {error.name}; {install('experiments,attacks')}") from error
 
 from .. import __version__
 from ..distributed import RankError
@@ -213,7 +213,7 @@ def call(words: Sequence[str]) -> None:
         sys.exit(2)
     given = root.parse_args(words)
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        _fail(f"not installed: {', '.join(missing)}; pip install 'snntorch-lr[experiments,attacks]'", 1)
+        _fail(f"not installed: {', '.join(missing)}; {install('experiments,attacks')}", 1)
     command = COMMANDS[given.command]
     try:
         options = command.parse(given.command, given.options)

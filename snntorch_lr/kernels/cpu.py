@@ -111,9 +111,9 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 @contextmanager
 def _tell_about_compiling() -> Iterator[None]:
-    """Says what takes so long, if it does: only the first call on a machine compiles."""
+    """Says what takes so long, if it does: only the first call on a machine compiles, later ones load."""
     message = "snntorch_lr compiles its time steps, once on this machine ..."
-    timer = threading.Timer(1.0, print, [message], {"file": sys.stderr})
+    timer = threading.Timer(3.0, print, [message], {"file": sys.stderr})
     timer.daemon = True
     timer.start()
     try:

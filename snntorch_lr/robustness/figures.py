@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from .._messages import install
 from .gates import mark
 from .scoring import Share, share_of, wilson
 
@@ -78,7 +79,7 @@ def new_figure(width: float = 7.0, height: float = 4.8, panels: int = 1, **share
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("matplotlib is missing: pip install 'snntorch-lr[experiments]'") from error
+        raise ImportError(f"matplotlib is missing: {install('experiments')}") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, panels, squeeze=False, **shared)[0])
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._messages import install
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .report import Example, Row
 
-_MISSING = "pip install 'snntorch-lr[experiments]'"
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -80,7 +81,7 @@ def page(title: str, markdown: str, figures: Mapping[str, Figure | str]) -> str:
     try:
         from markdown_it import MarkdownIt
     except ImportError as error:
-        raise ImportError(f"markdown-it-py is missing: {_MISSING}") from error
+        raise ImportError(f"markdown-it-py is missing: {install('experiments')}") from error
     body = MarkdownIt("js-default", {"linkify": False}).render(markdown)
     # A wide table scrolls inside the page, and an accuracy stays on its line.
     body = (
@@ -164,7 +165,7 @@ def _png(pixels: Tensor) -> str:
     try:
         from matplotlib.image import imsave
     except ImportError as error:
-        raise ImportError(f"matplotlib is missing: {_MISSING}") from error
+        raise ImportError(f"matplotlib is missing: {install('experiments')}") from error
     file = io.BytesIO()
     options: dict[str, Any] = {"format": "png", "metadata": {"Software": None}}
     imsave(file, pixels.contiguous().numpy(), **options)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._messages import install
 from ..left_as_found import left_as_found
 from ..noise_stream import mix
 from .view import Target, device_of
@@ -150,7 +151,7 @@ def _scipy() -> Any:
     try:
         from scipy import stats
     except ImportError as error:
-        raise ImportError("scipy is missing: pip install 'snntorch-lr[experiments]'") from error
+        raise ImportError(f"scipy is missing: {install('experiments')}") from error
     return stats
 
 

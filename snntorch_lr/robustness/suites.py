@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._messages import install
 from .attacks import NORMS, Attack, Budget, margin
 from .gradient_attacks import Best, Descent, gradient_attack
 from .view import Target
@@ -25,7 +26,7 @@ def import_torchattacks() -> Any:
     try:
         import torchattacks
     except ImportError as error:
-        raise ImportError("torchattacks is missing: pip install 'snntorch-lr[attacks]'") from error
+        raise ImportError(f"torchattacks is missing: {install('attacks')}") from error
     return torchattacks
 
 

@@ -117,5 +117,6 @@ def test_missing_packages_are_told_before_the_work(
     result = run(command, "--out", str(tmp_path / "x"))
     assert result.exit_code == 1
     assert result.stderr == (
-        "snntorch-lr: not installed: matplotlib, sklearn; pip install 'snntorch-lr[experiments,attacks]'\n"
+        "snntorch-lr: not installed: matplotlib, sklearn; pip install 'snntorch-lr[experiments,attacks]', "
+        "or in a clone pip install '.[experiments,attacks]'\n"
     )
