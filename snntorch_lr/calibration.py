@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._messages import markdown, warn
+from ._messages import aligned, warn
 from .left_as_found import left_as_found
 from .network import reset_state, spiking_neurons
 from .noisy_neuron import NoisyNeuron
@@ -59,8 +59,8 @@ class Calibration:
     layers: tuple[CalibratedLayer, ...]
 
     def __str__(self) -> str:
-        """A Markdown table."""
-        return markdown(
+        """An aligned table."""
+        return aligned(
             ["layer", "rate, noise off", "rate, noise on", "spread", "σ", "gain"],
             [
                 [

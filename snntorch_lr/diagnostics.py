@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._messages import install, positive_integer, warn
+from ._messages import aligned, install, positive_integer, warn
 from .estimators import ESTIMATORS
 from .estimators.base import Estimator, Firing, LossFn
 from .estimators.counterfactual import Counterfactual
@@ -144,8 +144,8 @@ class GradientReport:
     def table(self) -> str:
         """The figures as aligned plain text, with a key."""
         settings, *notes = self.notes()
-        aligned = [_aligned(*table, left=left) for table, left in zip(self.tables(), (2, 1), strict=True)]
-        return "\n\n".join((settings, *aligned, *notes))
+        texts = [aligned(*table, left=left) for table, left in zip(self.tables(), (2, 1), strict=True)]
+        return "\n\n".join((settings, *texts, *notes))
 
     def __str__(self) -> str:
         return self.table()
@@ -195,20 +195,6 @@ class GradientReport:
 
 def _text(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None else format(value, form)
-
-
-def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Columns of text, the first ``left`` of them flush left."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *rows)
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
 
 
 def gradient_report(

@@ -155,6 +155,6 @@ def test_the_table_says_what_was_done() -> None:
     net = slr.add_noise(deep(threshold=0.2))
     found: slr.Calibration = slr.calibrate(net, data(), over_time(net), scale_weights=True)
     lines = str(found).splitlines()
-    assert lines[0] == "| layer | rate, noise off | rate, noise on | spread | σ | gain |"
-    assert lines[-1].startswith("| 5 (readout) | 0.")
+    assert lines[0].split("  ")[0] == "layer"
+    assert lines[-1].startswith("5 (readout)  ")
     assert f"{found.layers[-1].gain:.3g}" in lines[-1]

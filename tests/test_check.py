@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -148,3 +149,20 @@ def test_documented_old_names_still_import() -> None:
     with pytest.warns(DeprecationWarning, match="snntorch_lr.experiments.models is snntorch_lr.experiments.recipe now"):
         from snntorch_lr.experiments import models
     assert isinstance(models.build("mlp", (1, 8, 8)), torch.nn.Module)
+
+
+def test_an_error_of_shapes_says_how_many_rows_there_are() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.lif, self.readout = nn.Linear(4, 4), slr.Leaky(beta=0.9, noise=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            current = self.fc(x)
+            spikes, _ = self.lif(current, self.lif.reset_mem())
+            return self.readout(torch.cat([spikes, current], 1))
+
+    net = Skip()
+    (found,) = slr.check(net, lambda x, y: nn.functional.cross_entropy(net(x), y, reduction="none"), X, Y).errors
+    assert "Sizes of tensors must match" in found.message
+    assert sys.version_info < (3, 11) or "per_copy(x)" in found.message

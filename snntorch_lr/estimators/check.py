@@ -81,7 +81,8 @@ class _Collector:
                 yield
             except Exception as error:
                 known = isinstance(error, (ValueError, TypeError))
-                self.add(True, str(error) if known else f"{type(error).__name__} in loss_fn: {error}")
+                message = str(error) if known else f"{type(error).__name__} in loss_fn: {error}"
+                self.add(True, "\n  ".join([message, *getattr(error, "__notes__", ())]))
         for each in said:
             if issubclass(each.category, UserWarning):
                 self.add(False, str(each.message))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._files import replacing
-from .._messages import listed, markdown, versions
+from .._messages import aligned, listed, markdown, versions
 from ..network import noises
 from .attacks import NORMS, Attack
 from .corruptions import CORRUPTIONS
@@ -301,7 +301,7 @@ class RobustnessReport:
 
     def table(self) -> str:
         """All figures as aligned plain text, gates included."""
-        parts = [f"{title}\n{_aligned(header, lines)}" for title, header, lines in self.tables()]
+        parts = [f"{title}\n{aligned(header, lines)}" for title, header, lines in self.tables()]
         return "\n\n".join([self.summary(), *parts, self._note()])
 
     def __str__(self) -> str:
@@ -512,11 +512,3 @@ def _row(row: Row, epsilons: Sequence[float]) -> dict[str, Any]:
         "ladder": {f"{epsilon:g}": share for epsilon, share in row.findings.ladder.items()},
         "steps": {"epsilon": row.findings.epsilon, "right": {str(n): s for n, s in row.findings.steps.items()}},
     }
-
-
-def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in (header, ["-" * width for width in widths], *lines)
-    )

@@ -28,7 +28,7 @@ from snntorch_lr.robustness import (
     suite,
     verdict,
 )
-from snntorch_lr.robustness.figures import colors_of
+from snntorch_lr.robustness.figures import COLORS, colors_of
 from snntorch_lr.robustness.report import Subject
 
 from . import canaries
@@ -175,13 +175,14 @@ def test_a_network_has_one_color_in_all_figures(report: RobustnessReport) -> Non
 
 
 def test_colors_are_of_the_name_and_those_of_others_are_left() -> None:
-    fixed = {"surrogate": "#0072B2", "likelihood-ratio": "#D55E00", "surrogate, membrane noise": "#56B4E9"}
+    fixed = {"surrogate": "#0072B2", "likelihood-ratio": "#D55E00", "surrogate, noise": "#56B4E9"}
     assert colors_of(fixed) == fixed
     assert colors_of(reversed([*fixed])) == fixed
     found = colors_of(["mine", "yours", *fixed])
     assert found.items() >= fixed.items()
     assert len(set(found.values())) == 5
     assert len(colors_of(map(str, range(40)))) == 40
+    assert colors_of(["lr-noisy-input"])["lr-noisy-input"] == COLORS["likelihood ratio noisy input"]
 
 
 def test_no_worst_case_is_drawn_above_a_curve_of_its_gates(report: RobustnessReport) -> None:
