@@ -158,6 +158,15 @@ def test_the_front_leaves_the_pgd_trained_out(usual: list[dict[str, Any]]) -> No
     assert "1 more are more accurate than all of these" in said
 
 
+def test_the_front_is_of_the_images_that_all_were_attacked_on(usual: list[dict[str, Any]]) -> None:
+    header, lines = tables.fronts([*usual, result(MNIST["front: surrogate, decay 5"], 0.96, row(30, 50, "none"))])
+    found = {", ".join(line[:2]): dict(zip(header, line, strict=True)) for line in lines}
+    # Of the first 50 images: 40 of the surrogate, 30 with decay, all of the likelihood ratio.
+    assert found["surrogate, "]["worst, ε = 0.05"] == "80.0 *"
+    assert found["surrogate, decay 5"]["worst, ε = 0.05"] == "60.0"
+    assert found["likelihood ratio, escape, vanilla, "]["to the front"].startswith("+20.0 ")
+
+
 def test_seeds_count_the_network_of_table_a_as_one(usual: list[dict[str, Any]]) -> None:
     seeds = [
         result(MNIST[f"seed: likelihood ratio, escape, vanilla, seed {seed}"], 0.95, row(right, 100))
