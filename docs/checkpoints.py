@@ -17,6 +17,7 @@ from snntorch_lr.experiments.study.run import checkpoint_file
 NAMES = {
     "surrogate": "surrogate",
     "surrogate, same noise": "surrogate-same-noise",
+    "surrogate, noisy input": "surrogate-noisy-input",
     "surrogate, adversarial training": "surrogate-adversarial",
     "likelihood ratio": "lr",
     "likelihood ratio, noisy input": "lr-noisy-input",

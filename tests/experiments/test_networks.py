@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ RESULTS: list[dict[str, Any]] = json.loads((ROOT / "docs/results/study-mnist/res
 FAMILIES = {
     "mnist/surrogate": "surrogate",
     "mnist/surrogate-same-noise": "surrogate, same noise",
+    "mnist/surrogate-noisy-input": "surrogate, noisy input",
     "mnist/surrogate-adversarial": "surrogate, adversarial training",
     "mnist/lr": "likelihood ratio",
     "mnist/lr-noisy-input": "likelihood ratio, noisy input",
@@ -28,7 +30,7 @@ def result(name: str) -> dict[str, Any]:
     return next(each for each in RESULTS if each["entry"]["name"] == f"usual: {FAMILIES[name]}")
 
 
-def test_there_are_the_networks_of_the_readme() -> None:
+def test_there_are_the_networks_of_the_study() -> None:
     assert set(NETWORKS) == set(FAMILIES)
     assert all(path.stat().st_size < 1_000_000 for path in NETWORKS.values())
 
@@ -37,8 +39,7 @@ def test_there_are_the_networks_of_the_readme() -> None:
 def test_a_network_is_the_one_of_the_results(name: str) -> None:
     recipe, net = load_trained(NETWORKS[name])
     entry = result(name)
-    assert recipe.method == entry["entry"]["recipe"]["method"]
-    assert recipe.adversary == entry["entry"]["recipe"]["adversary"]
+    assert asdict(recipe) == entry["entry"]["recipe"]
     assert noise_levels(net) == entry["sigma"]["after"]
 
 
