@@ -75,7 +75,7 @@ def _reproduce(options: reproduce.Reproduce) -> Any:
     torchrun --nproc-per-node 4 -m snntorch_lr.experiments.cli reproduce --dataset mnist --copies 64
     """
     with joined(options.torch_device()) as team, watching() as watch:
-        results = reproduce.reproduce(options, watch.training, watch.attacks(), team)
+        results = reproduce.reproduce(options, watch.training, watch.pieces("attacks"), team)
     if results is None:
         return None
     show(*reproduce.short_table(results), title=f"{options.dataset}, {options.model}, accuracy in percent")
@@ -124,7 +124,7 @@ def _evaluate(options: evaluate_checkpoints.Evaluate) -> Any:
     The checkpoints are those of: snntorch-lr reproduce --dataset digits
     """
     with watching() as watch:
-        report = evaluate_checkpoints.evaluate_checkpoints(options, watch.attacks())
+        report = evaluate_checkpoints.evaluate_checkpoints(options, watch.pieces("attacks"))
     for title, header, lines in report.tables():
         show(header, lines, title)
     _say(report.summary())
@@ -140,7 +140,7 @@ def _certify(options: evaluate_checkpoints.Certify) -> Any:
     The checkpoint is one of: snntorch-lr reproduce --dataset digits
     """
     with watching() as watch:
-        header, lines = evaluate_checkpoints.certify_checkpoints(options, watch.attacks())
+        header, lines = evaluate_checkpoints.certify_checkpoints(options, watch.pieces("images", apart=10))
     show(header, lines, "certified accuracy (%) by l2 radius")
     _say(f"Written: {options.out}/certificates.md, certificates.json, certificates.png")
     return [dict(zip(header, line, strict=True)) for line in lines]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -83,16 +84,19 @@ class Watch:
         """Called before a network is trained, with the number of its epochs and steps."""
         return _Training(self.bars, name, epochs, steps)
 
-    def attacks(self) -> AttackProgress:
-        """The progress of an evaluation."""
-        task = self.bars.add_task("attacks", start=False, note="", visible=False)
-        left = _Left()
+    def pieces(self, title: str, apart: float = 0.0) -> AttackProgress:
+        """The progress of many pieces, told before each; without a terminal in lines that are so many seconds apart."""
+        task = self.bars.add_task(title, start=False, note="", visible=False)
+        left, said = _Left(), -math.inf
 
         def update(what: str, done: int, total: int) -> None:
-            if done == 0:
+            nonlocal said
+            if left.first is None:
                 self.bars.start_task(task)
-            if self.bars.disable:
-                print(f"attacks: {done + 1} of {total}{left.after(done, total)}: {what}", flush=True)
+            now, remaining = time.monotonic(), left.after(done, total)
+            if self.bars.disable and done < total and now >= said + apart:
+                said = now
+                print(f"{title}: {done + 1} of {total}{remaining}: {what}", flush=True)
             self.bars.update(task, completed=done, total=total, note=what, visible=True)
 
         return update

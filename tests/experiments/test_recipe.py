@@ -122,7 +122,10 @@ def test_training_images_are_disturbed(method: str, images: data.Images, tmp_pat
     if method != "surrogate":
         changes += [{"adversary": 0.2, "attacker": "counterfactual"}]
     for number, change in enumerate(changes):
-        assert losses(replace(RECIPE, method=method, attacker_steps=2, **change), images, tmp_path / str(number))[-1] > plain
+        assert (
+            losses(replace(RECIPE, method=method, attacker_steps=2, **change), images, tmp_path / str(number))[-1]
+            > plain
+        )
 
 
 @pytest.mark.parametrize("method", ["surrogate", "likelihood ratio"])
