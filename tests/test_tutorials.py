@@ -19,6 +19,7 @@ FLAG = "RUN_ON_MNIST = False"
 # Two or more names after a slash, at the beginning of a word, or a drive.
 MACHINE_PATH = re.compile(r"(?<![\w./])(?:/[\w.+-]+){2,}|\b[A-Z]:\\|~/")
 # In tests the cells compute less: numbers that a notebook shows come from `make tutorials`.
+SLOW = ("EOT-PGD gaussian", "EOT-PGD atan", "EOT-PGD ste", "RGA", "BPTR", "ASSG", "margin EOT-PGD-40x8")
 SMALLER = {
     "1": [("epochs=7", "epochs=1")],
     "2": [
@@ -29,8 +30,8 @@ SMALLER = {
     "3": [
         ("epochs=4", "epochs=1"), ("epochs=6", "epochs=1"), ("digits.test[:64]", "digits.test[:8]"),
         ("labels[:64]", "labels[:8]"), ("votes=8, gate_images=24", "votes=2, gate_images=4"),
-        ("draws=4, votes=8, gate_images=16", "draws=1, votes=2, gate_images=4"),
-        ('    "margin EOT-PGD-40x8",\n', ""),
+        ("draws=4, votes=8, gate_images=16", "draws=1, votes=2, gates=False"),
+        ("\n".join(f'    "{name}",' for name in SLOW), ""),
     ],
     "4": [("epochs=4", "epochs=1")],
     "5": [("[100, 300, 1000]", "[4]"), ("updates=30", "updates=1"), ("num_steps: int = 1000", "num_steps: int = 20")],
@@ -41,6 +42,17 @@ SMALLER = {
          "digits.test[:4], digits.test_labels[:4], SIGMA, draws=9"),
     ],
 }  # fmt: skip
+
+# Runs before the first cell.
+FEWER_IMAGES = """
+from dataclasses import replace
+from snntorch_lr.experiments import data
+load = data.load
+def fewer(*args, **options):
+    images = load(*args, **options)
+    return replace(images, train=images.train[:128], train_labels=images.train_labels[:128])
+data.load = fewer
+"""
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -87,6 +99,7 @@ def test_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
         if cell.source.startswith(FLAG):
             fewer = "ATTACKS, EPSILONS = ['FGSM'], [0.1, 0.2]\n"  # the cell before has run all attacks
             cell.source = fewer + cell.source.replace(FLAG, "RUN_ON_MNIST = True")
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(FEWER_IMAGES))
     write_stand_in_for_mnist(tmp_path / "data")
     runpy.run_path(str(FOLDER / "execute.py"))["execute"](notebook, tmp_path)
     assert [each.name for each in tmp_path.iterdir()] == ["data"], "a cell writes into the working directory"

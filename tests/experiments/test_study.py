@@ -19,7 +19,7 @@ def small_plan(folder: Path) -> Path:
     """The plan "digits" with less of everything."""
     text = PRESETS["digits"].read_text()
     for old, new in (
-        ("epochs = 20", "epochs = 1"),
+        ("epochs = 20", "epochs = 1\nnum_steps = 3"),
         ("copies = 8", "copies = 2"),
         ('"reduced", images = 200', '["FGSM", "EOT-PGD training"], images = 8'),
     ):
