@@ -304,8 +304,10 @@ def to_markdown(results: dict[str, Any]) -> str:
     sections = [f"## {title}\n\n{markdown(header, lines)}" for title, header, lines in tables(results)]
     if not any(row["method"] == RIVAL for row in results.get("steps", [{"method": RIVAL}])):
         sections[0] += f"\n\n{_NO_RIVAL}"
-    size = f"784-{settings['width']}-10, batch {settings['batch']}"
-    return f"# Benchmark: {size}\n\n" + "\n\n".join(sections) + f"\n\n{files.origin_note(results)}"
+    # The other parts train networks of the recipes.
+    sized = {"steps", "data-parallel", "memory", "growth"} & results.keys()
+    size = f"784-{settings['width']}-10 and batch {settings['batch']} where no other is named.\n\n" if sized else ""
+    return f"# Benchmark\n\n{size}" + "\n\n".join(sections) + f"\n\n{files.origin_note(results)}"
 
 
 def _steps_table(rows: Rows, settings: dict[str, Any]) -> Table:
@@ -346,7 +348,7 @@ def _growth_table(rows: Rows, settings: dict[str, Any]) -> Table:
 
 
 def _accuracy_table(rows: Rows, settings: dict[str, Any]) -> Table:
-    header = [f"{settings['dataset']}, test accuracy", "target", "seconds", "steps", "best seen"]
+    header = [f"{settings['dataset']}, mlp, test accuracy", "target", "seconds", "steps", "best seen"]
     return header, [
         [
             row["method"], f"{row['target']:.0%}", "not reached" if row["seconds"] is None else f"{row['seconds']:.1f}",
