@@ -17,6 +17,7 @@ from ._messages import warn
 from .graph import ancestors
 from .network import named_parameters, noises, noisy_neurons, spiking_neurons
 from .noise import Noise
+from .noise_stream import resolved
 from .noisy_neuron import NoisyNeuron
 
 
@@ -158,11 +159,14 @@ def check_gradients(net: nn.Module, inputs: Any, half: bool, checks: Checks) -> 
         checks: where that is filed.
     """
     found = {name: p.grad for name, p in named_parameters(net).items() if p.requires_grad and p.grad is not None}
-    # Not the sum: that of half-precision numbers overflows. Of sparse gradients it is not known.
-    finite = {name: gradient.to_dense().isfinite().all() for name, gradient in found.items()}
+    # A sum takes a tenth of the time of a look at each number. Sparse gradients know neither.
+    sums = {name: gradient.to_dense().sum(dtype=resolved(gradient.dtype)) for name, gradient in found.items()}
 
     def error() -> str | None:
-        bad = [name for name, each in finite.items() if not bool(each)]
+        # The sum of finite numbers may overflow.
+        bad = [name for name, gradient in found.items() if not bool(gradient.to_dense().isfinite().all())]
+        if not bad:
+            return None
         tensors = [each for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)]
         count, total = sum(int((~each.isfinite()).sum()) for each in tensors), sum(each.numel() for each in tensors)
         if half and not count:
@@ -170,8 +174,8 @@ def check_gradients(net: nn.Module, inputs: Any, half: bool, checks: Checks) -> 
         cause = f". {count} of {total} numbers in the inputs are not finite" if count else ": lower the learning rate"
         return f"the new gradient is not finite in {', '.join(bad)}; no .grad and no weight changed{cause}"
 
-    for each in finite.values():
-        checks.file(each, error)
+    for each in sums.values():
+        checks.file(each.isfinite(), error)
 
 
 def warn_about_batch_norm(net: nn.Module, known: Set[str] = frozenset()) -> set[str]:

@@ -196,6 +196,15 @@ def test_a_step_whose_gradient_overflows_leaves_the_control_as_it_was(estimator:
 
 
 @with_credit
+def test_a_finite_gradient_whose_sum_overflows_is_taken(estimator: str) -> None:
+    net = Net()
+    net.fc1.weight.register_hook(lambda gradient: torch.full_like(gradient, 3e38))
+    MAKERS[estimator](net, COPIES, seed=0).backward(net.loss, *data())
+    assert net.fc1.weight.grad is not None
+    assert torch.equal(net.fc1.weight.grad, torch.full_like(net.fc1.weight, 3e38))
+
+
+@with_credit
 def test_an_error_in_the_backward_pass_has_no_part_in_later_steps(estimator: str) -> None:
     found = []
     for fails in (False, True):
