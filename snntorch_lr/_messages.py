@@ -23,6 +23,17 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
+def place(name: str, module: object) -> str:
+    """A module in messages: its name in the network, and its class, without which a name like 1 reads as a number."""
+    kind = type(module).__name__
+    return f"{name} ({kind})" if name else kind
+
+
+def places(modules: Mapping[str, object]) -> str:
+    """Where modules are, in a row."""
+    return ", ".join(place(name, module) for name, module in modules.items())
+
+
 def listed(versions: Mapping[str, str]) -> str:
     """Packages and their versions, in a row."""
     return ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._messages import aligned, warn
+from ._messages import aligned, places, warn
 from .left_as_found import left_as_found
 from .network import reset_state, spiking_neurons
 from .noisy_neuron import NoisyNeuron
@@ -151,7 +151,7 @@ def calibrate(
         off = run.meters()
     run.reset()
     layers = tuple(CalibratedLayer(*each, off[each[0]].rate, on[each[0]].rate) for each in measured)
-    _warn_about_silence(layers)
+    _warn_about_silence(layers, neurons)
     return Calibration(layers)
 
 
@@ -206,10 +206,10 @@ class _Run:
         self._watch([*self._spiking, *self._blocks], lambda module, _: called.setdefault(module))
         names: dict[nn.Module, str] = {neuron: name for name, neuron in self._neurons.items()}
         way = list(called)
-        missing = [name for name, neuron in self._neurons.items() if neuron not in called]
+        missing = {name: neuron for name, neuron in self._neurons.items() if neuron not in called}
         if missing:
             raise ValueError(
-                f"the forward pass did not run {', '.join(missing)}, whose membrane potentials are to be measured: "
+                f"the forward pass did not run {places(missing)}, whose membrane potentials are to be measured: "
                 "pass forward=, a function that runs the whole network on the sample"
             )
         return [
@@ -267,10 +267,10 @@ def _force(neurons: Iterable[NoisyNeuron], on: bool) -> None:
             neuron.noise.forced = on
 
 
-def _warn_about_silence(layers: Iterable[CalibratedLayer]) -> None:
-    silent = [each.name for each in layers if each.rate_on == 0]
+def _warn_about_silence(layers: Iterable[CalibratedLayer], neurons: Mapping[str, NoisyNeuron]) -> None:
+    silent = {each.name: neurons[each.name] for each in layers if each.rate_on == 0}
     if silent:
         warn(
-            f"{', '.join(silent)} never fired on the sample, even with noise: nothing before it can learn. For a fresh "
+            f"{places(silent)} never fired on the sample, even with noise: nothing before it can learn. For a fresh "
             "network use scale_weights=True; otherwise a higher sigma, or check the inputs"
         )

@@ -10,7 +10,7 @@ import snntorch as snn
 import torch
 from torch import Tensor, nn
 
-from ._messages import positive_integer
+from ._messages import place, positive_integer
 from .noise import Noise, NoisyInput
 from .noisy_neuron import UNSUPPORTED, NoisyNeuron
 
@@ -179,7 +179,7 @@ def _check(net: nn.Sequential) -> None:
     while isinstance(last, nn.Sequential) and len(last):
         last = last[-1]
     for name, neuron in spiking_neurons(net):
-        where = f"{name} ({type(neuron).__name__})"
+        where = place(name, neuron)
         if not getattr(neuron, "init_hidden", True):
             raise ValueError(f"{where} does not hold its state: make it with init_hidden=True")
         if getattr(neuron, "output", False) and neuron is not last:

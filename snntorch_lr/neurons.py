@@ -9,6 +9,7 @@ from typing import Any
 import snntorch as snn
 from torch import Tensor, nn
 
+from ._messages import place
 from .noise import Noise
 from .noisy_neuron import UNSUPPORTED, NoisyNeuron, check_defects
 
@@ -158,7 +159,7 @@ def to_noisy(neuron: nn.Module, noise: Noise, name: str = "") -> None:
         ValueError: if the class of the neuron has no noisy counterpart, or one of its options is broken in snnTorch.
     """
     cls = type(neuron)
-    where = f"{name} ({cls.__name__})" if name else cls.__name__
+    where = place(name, neuron)
     if isinstance(neuron, NoisyNeuron):
         check_defects(neuron, noise, name)
         neuron.noise = noise

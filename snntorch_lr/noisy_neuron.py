@@ -14,7 +14,7 @@ import snntorch as snn
 import torch
 from torch import Tensor, nn
 
-from ._messages import warn
+from ._messages import place, warn
 from .dynamics import Dynamics
 from .graph import same_numbers, version
 from .noise import EscapeNoise, MembraneNoise, Noise, hint, make_noise
@@ -42,7 +42,7 @@ def check_defects(neuron: nn.Module, noise: Noise | None, name: str = "") -> Non
     pooling = vars(neuron).get("max_pool") or vars(neuron).get("avg_pool")
     if isinstance(noise, EscapeNoise) and (neuron.inhibition or pooling):
         raise ValueError(
-            f"{name or type(neuron).__name__}: escape noise decides for each neuron alone; with inhibition or pooling "
+            f"{place(name, neuron)}: escape noise decides for each neuron alone; with inhibition or pooling "
             "inside the neuron use membrane noise"
         )
     if isinstance(neuron, snn.RSynaptic) and not neuron.reset_delay:
@@ -51,12 +51,12 @@ def check_defects(neuron: nn.Module, noise: Noise | None, name: str = "") -> Non
         defect = "snnTorch derives C from beta once, so that learn_beta=True fails at the second backward; use Leaky"
     elif isinstance(neuron, snn.SLSTM) and neuron.input_size != neuron.hidden_size:
         warn(
-            f"{name or 'SLSTM'}: snnTorch zeroes the state of an SLSTM at each step unless input_size == hidden_size; "
-            "put a torch.nn.Linear in front of it to make them equal"
+            f"{place(name, neuron)}: snnTorch zeroes the state of an SLSTM at each step unless input_size == "
+            "hidden_size; put a torch.nn.Linear in front of it to make them equal"
         )
     if defect is None:
         return
-    message = f"{name or type(neuron).__name__}: {defect}"
+    message = f"{place(name, neuron)}: {defect}"
     if noise is not None:
         raise ValueError(message)
     warn(message)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
-from ._messages import warn
+from ._messages import place, places, warn
 from .graph import ancestors
 from .network import named_parameters, noises, noisy_neurons, spiking_neurons
 from .noise import Noise
@@ -71,13 +71,13 @@ def network_errors(net: nn.Module) -> Iterator[str]:
     active = _active(neurons)
     if not active:
         yield (
-            f"the noise of {', '.join(neurons)} is off: call net.train(), leave noise_off(net), or make the noise with "
+            f"the noise of {places(neurons)} is off: call net.train(), leave noise_off(net), or make the noise with "
             "at_eval=True"
         )
     for name, neuron in active.items():
         if neuron.meets_threshold_twice:
             yield (
-                f"{name or type(neuron).__name__}: with reset_delay=False snnTorch compares the membrane that was "
+                f"{place(name, neuron)}: with reset_delay=False snnTorch compares the membrane that was "
                 "reset with the threshold once more, so that the gradient of a learned threshold would be biased; use "
                 "reset_delay=True, reset_mechanism='zero', escape noise, or learn_threshold=False"
             )
@@ -283,7 +283,7 @@ def _first_non_finite(net: nn.Module) -> str:
     for name, neuron in spiking_neurons(net):
         mem = getattr(neuron, "mem", None)
         if isinstance(mem, Tensor) and not bool(mem.isfinite().all()):
-            return f", nor is the membrane potential of {name}"
+            return f", nor is the membrane potential of {place(name, neuron)}"
     return ""
 
 
@@ -307,7 +307,7 @@ class NoiseFreeNeurons:
 
     def __enter__(self) -> NoiseFreeNeurons:
         for name, neuron in self._watched:
-            self._handles.append(neuron.register_forward_hook(self._hook(name)))
+            self._handles.append(neuron.register_forward_hook(self._hook(place(name, neuron))))
         return self
 
     def __exit__(self, *_: object) -> None:

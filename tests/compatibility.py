@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -261,7 +262,8 @@ def table() -> str:
                     cells.append(attempt(name))
                 except ValueError as error:
                     cells.append("refused")
-                    refused.setdefault((feature, str(error).removeprefix(f"{name}: ")), []).append(name)
+                    said = re.sub(rf"^(neuron \({name}\)|{name}): ", "", str(error))
+                    refused.setdefault((feature, said), []).append(name)
         lines.append(f"| {feature} | " + " | ".join(cells) + " |")
     lines += ["", "The errors:", ""]
     alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}

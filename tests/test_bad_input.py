@@ -112,8 +112,8 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "few targets": (estimate(slr.Vanilla, X, Y[:3]), ValueError, r"lif1 \(Leaky\) .*shape \(5, 4\), .* 3 targets"),
     "time first": (estimate(slr.Vanilla, X.transpose(0, 1)), ValueError, r"lif1 .* one time step with the batch first"),
     "integers": (estimate(slr.Vanilla, X.long()), RuntimeError, "same dtype, but got Long and Float"),
-    "shared neuron": (one_neuron_for_two_layers, ValueError, "lif1 did not go on from .* a neuron for each layer.*van"),
-    "two sequences": (two_sequences, ValueError, "lif1 did not go on from .* one presentation .*vanilla"),
+    "shared neuron": (one_neuron_for_two_layers, ValueError, r"lif1 \(Leaky\) did not .* a neuron for each layer.*van"),
+    "two sequences": (two_sequences, ValueError, r"lif1 \(Leaky\) did not go on from .* one presentation .*vanilla"),
     # noise
     "σ = 0": (lambda _: slr.add_noise(plain(), 0), ValueError,
         "sigma must be positive and finite, got 0; .*noise=False"),
@@ -151,7 +151,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "integer inputs": (lambda net: slr.input_gradient(net, net.loss, X.long(), Y), TypeError,
         "inputs .*floating.*int64"),
     "noise off": (lambda net: slr.input_gradient(net.eval(), net.loss, X, Y), ValueError,
-        r"noise of lif1, .*net.train\(\)"),
+        r"noise of lif1 \(Leaky\), .*net.train\(\)"),
     # evaluate
     "ε < 0": (evaluate(epsilons=-0.1), ValueError, r"epsilons must be positive numbers .* got \[-0.1\]"),
     "ε is text": (evaluate(epsilons="a"), ValueError, r"epsilons must be positive numbers .* got \['a'\]"),

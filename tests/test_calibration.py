@@ -48,7 +48,7 @@ def test_scaled_weights_make_every_layer_of_a_fresh_network_fire(kind: str, thre
 
 def test_levels_are_relative_to_the_spread_of_membranes_and_that_of_a_readout_is_its_threshold() -> None:
     net = deep(threshold=2.0)
-    with pytest.warns(UserWarning, match=r"^3 never fired on the sample.*scale_weights=True"):
+    with pytest.warns(UserWarning, match=r"^3 \(Leaky\) never fired on the sample.*scale_weights=True"):
         found = slr.calibrate(slr.add_noise(net, kind="escape"), data(), over_time(net), sigma=0.3, min_rate=0)
     assert [layer.name for layer in found.layers] == ["1", "3", "5"]
     assert [layer.readout for layer in found.layers] == [False, False, True]
@@ -146,7 +146,7 @@ def test_each_neuron_keeps_its_own_level_relative_to_the_spread() -> None:
 
 def test_a_forward_pass_that_leaves_a_neuron_out_is_refused() -> None:
     net = slr.add_noise(deep())
-    with pytest.raises(ValueError, match=r"did not run 3, 5.*forward="):
+    with pytest.raises(ValueError, match=r"did not run 3 \(Leaky\), 5 \(Leaky\),.*forward="):
         slr.calibrate(net, data(), lambda x: net[1](net[0](x)))
     assert net[1].noise.forced is None
 

@@ -265,7 +265,7 @@ def test_neurons_whose_trains_are_not_independent_are_refused_by_name(neuron: An
     def loss(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(slr.rollout(net, x[:, 0], num_steps=2).sum(0), y, reduction="none")
 
-    with nothing_changes(net), pytest.raises(ValueError, match=f"1: {reason}.*vanilla"):
+    with nothing_changes(net), pytest.raises(ValueError, match=rf"^1 \({type(neuron).__name__}\): {reason}.*vanilla"):
         slr.Counterfactual(net).backward(loss, *data())
 
 
@@ -317,7 +317,7 @@ def test_noise_free_neurons_in_front_of_noisy_ones_are_refused() -> None:
         return F.cross_entropy(slr.rollout(net, x[:, 0], num_steps=2).sum(0), y, reduction="none")
 
     for over_time in OVER_TIME:
-        with nothing_changes(net), pytest.raises(ValueError, match="the spikes of 1 have no noise"):
+        with nothing_changes(net), pytest.raises(ValueError, match=r"the spikes of 1 \(Leaky\) have no noise"):
             slr.Counterfactual(net, over_time=over_time).backward(loss, *data())
 
 

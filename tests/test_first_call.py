@@ -140,7 +140,10 @@ def test_a_loss_that_runs_another_network_is_refused(make: Any) -> None:
     def loss(x: Tensor, y: Tensor) -> Tensor:
         return other.loss(x.repeat(len(y) // len(x), 1, 1), y)
 
-    with nothing_changes(net), pytest.raises(ValueError, match=r"ran none of lif1, lif2, the noisy neurons of Net"):
+    with (
+        nothing_changes(net),
+        pytest.raises(ValueError, match=r"ran none of lif1 \(Leaky\), lif2 \(Leaky\), the noisy neurons of Net"),
+    ):
         make(net).backward(loss, *data())
 
 
@@ -161,7 +164,9 @@ def test_an_optimizer_of_another_network_is_refused() -> None:
 
 
 @every_estimator
-@pytest.mark.parametrize(("threshold", "said"), [(1e3, "lif1 never fired"), (-1e3, "all of lif1 fired in every step")])
+@pytest.mark.parametrize(
+    ("threshold", "said"), [(1e3, r"lif1 \(Leaky\) never fired"), (-1e3, r"all of lif1 \(Leaky\) fired in every step")]
+)
 def test_layers_that_never_or_always_fire_are_named_once(make: Any, threshold: float, said: str) -> None:
     net = Net(reset_mechanism="zero")
     net.lif1.threshold.fill_(threshold)
@@ -186,9 +191,9 @@ def test_the_report_says_what_is_exactly_zero_and_why() -> None:
     net = Net()
     net.lif2.threshold.fill_(1e3)
     net.unused = nn.Linear(1, 1, bias=False)
-    with pytest.warns(UserWarning, match="lif2 never fired"):
+    with pytest.warns(UserWarning, match=r"lif2 \(Leaky\) never fired"):
         report = slr.gradient_report(net, net.loss, *data(), estimators=["vanilla"], repeats=2, reference=4)
     assert report.zero["unused.weight"] == "the loss does not depend on it"
-    assert report.zero["fc1.weight"] == "lif2 never fired"
+    assert report.zero["fc1.weight"] == "lif2 (Leaky) never fired"
     assert "readout.bias" not in report.zero
-    assert "fc1.weight: the gradient is exactly zero, lif2 never fired" in report.table()
+    assert "fc1.weight: the gradient is exactly zero, lif2 (Leaky) never fired" in report.table()

@@ -43,7 +43,9 @@ def test_noise_free_layer_before_a_noisy_one_is_refused(estimator: str, name: st
     net = Chain(build(slr if ours else snn, name, init_hidden=True), build(slr, "Leaky", init_hidden=True, noise=True))
     with (
         nothing_changes(net),
-        pytest.raises(ValueError, match=r"spikes of first have no noise.*noise=True.*add_noise\(net\).*requires_grad_"),
+        pytest.raises(
+            ValueError, match=r"spikes of first \(\w+\) have no noise.*noise=True.*add_noise\(net\).*requires_grad_"
+        ),
     ):
         backward(net, None, estimator)
     # Still so at the next attempt, and cured by the remedy.
@@ -58,7 +60,7 @@ def test_noise_free_layer_between_noisy_ones_is_refused(estimator: str) -> None:
     first = nn.Sequential(build(slr, "Leaky", init_hidden=True, noise=True), nn.Linear(3, 3), snn.Leaky(0.9, 0.1))
     first[2].init_hidden = True
     net = Chain(first, build(slr, "Leaky", init_hidden=True, noise=True))
-    with nothing_changes(net), pytest.raises(ValueError, match=r"spikes of first\.2 have no noise"):
+    with nothing_changes(net), pytest.raises(ValueError, match=r"spikes of first\.2 \(Leaky\) have no noise"):
         backward(net, None, estimator)
 
 
@@ -66,7 +68,7 @@ def test_noise_free_layer_between_noisy_ones_is_refused(estimator: str) -> None:
 def test_layer_whose_noise_is_off_counts_as_noise_free(estimator: str) -> None:
     net = Chain(*(build(slr, "Leaky", init_hidden=True, noise=True) for _ in range(2)))
     net.first.eval()
-    with nothing_changes(net), pytest.raises(ValueError, match="spikes of first have no noise"):
+    with nothing_changes(net), pytest.raises(ValueError, match=r"spikes of first \(Leaky\) have no noise"):
         backward(net, None, estimator)
 
 
@@ -95,7 +97,9 @@ def test_noise_free_encoder_with_a_learned_leak_is_refused() -> None:
 @watching
 def test_noise_free_spikes_in_the_loss_are_warned_of(estimator: str) -> None:
     net = Chain(build(slr, "Leaky", init_hidden=True, noise=True), build(snn, "Leaky", init_hidden=True))
-    with pytest.warns(UserWarning, match=r"spikes of second, which has no noise.*reset_mechanism='none'") as caught:
+    with pytest.warns(
+        UserWarning, match=r"spikes of second \(Leaky\), which has no noise.*reset_mechanism='none'"
+    ) as caught:
         backward(net, None, estimator)
     assert len(caught) == 1
 
@@ -158,13 +162,13 @@ def test_membrane_that_never_resets_is_a_fine_readout(estimator: str, read: str,
 @watching
 def test_membrane_that_resets_is_warned_of_as_a_readout(estimator: str, read: str, reset: str) -> None:
     net = MembraneReadout(read, reset)
-    with pytest.warns(UserWarning, match=r"membrane potential of out, which has no noise and resets.*'none'"):
+    with pytest.warns(UserWarning, match=r"membrane potential of out \(Leaky\), which has no noise and resets.*'none'"):
         backward(net, None, estimator)
 
 
 @pytest.mark.parametrize("name", ["RLeaky", "RSynaptic"])
 def test_recurrent_readout_is_warned_of(name: str) -> None:
-    with pytest.warns(UserWarning, match="spikes of out, which has no noise"):
+    with pytest.warns(UserWarning, match=rf"spikes of out \({name}\), which has no noise"):
         backward(MembraneReadout("returned", "none", name))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from .._messages import place
 from ..graph import ancestors, same_numbers
 from ..left_as_found import Buffers, RandomState
 from ..noisy_neuron import NoisyNeuron
@@ -66,7 +67,7 @@ class Approximate(Estimator):
             def keep(neuron: Any, *_: Any) -> None:
                 left[name] = neuron.mem
                 if neuron.mem.grad_fn is not None:
-                    membranes[neuron.mem.grad_fn] = name
+                    membranes[neuron.mem.grad_fn] = place(name, neuron)
 
             return keep
 
@@ -75,7 +76,7 @@ class Approximate(Estimator):
                 mem = args[-1] if len(args) > 1 else named.get("mem", neuron.mem)
                 if name in left and isinstance(mem, Tensor) and not same_numbers(mem, left[name]):
                     raise ValueError(
-                        f"{name or type(neuron).__name__} did not go on from the state that it had returned; sums over "
+                        f"{place(name, neuron)} did not go on from the state that it had returned; sums over "
                         "time need one presentation in each call of loss_fn, and a neuron for each layer. Use the "
                         "vanilla estimator"
                     )

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from .._messages import positive_integer, warn
+from .._messages import place, places, positive_integer, warn
 from ..baselines import BASELINES, Baseline
 from ..distributed import SingleProcess
 from ..graph import leaves
@@ -72,13 +72,13 @@ class Firing:
         """Layers whose spikes tell nothing, and why."""
         found = {}
         for name, neuron in self._neurons.items():
-            place = name or type(neuron).__name__
+            where = place(name, neuron)
             if name not in self._most:
-                found[name] = f"{place} was not called"
+                found[name] = f"{where} was not called"
             elif not bool(self._most[name]):
-                found[name] = f"{place} never fired"
+                found[name] = f"{where} never fired"
             elif bool(self._least[name]):
-                found[name] = f"all of {place} fired in every step"
+                found[name] = f"all of {where} fired in every step"
         return found
 
     def warn(self) -> None:
@@ -419,7 +419,7 @@ class Estimator(ABC):
         self.half |= recording.half
         if not recording.emits_bits:
             raise ValueError(
-                f"loss_fn ran none of {', '.join(recording.neurons)}, the noisy neurons of {type(self.net).__name__}: "
+                f"loss_fn ran none of {places(recording.neurons)}, the noisy neurons of {type(self.net).__name__}: "
                 "call in it the very network that the estimator was made for, and no copy"
             )
         return check_losses(losses, recording.copies, recording.batch or 0, self.net, self.checks)

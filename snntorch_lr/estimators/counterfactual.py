@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._messages import positive_integer
+from .._messages import place, positive_integer
 from ..graph import ancestors, nodes_behind, normalises
 from ..left_as_found import Buffers, RandomState
 from ..network import noisy_inputs, parameters
@@ -376,7 +376,7 @@ def check_independent(neurons: Mapping[str, NoisyNeuron]) -> None:
             reason = "inhibition lets only one neuron of a layer fire"
         if reason is not None:
             raise ValueError(
-                f"{name or type(neuron).__name__}: {reason}, so that no neuron's spikes can be changed alone, as "
+                f"{place(name, neuron)}: {reason}, so that no neuron's spikes can be changed alone, as "
                 'counterfactual credit does; use estimator="vanilla"'
             )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._messages import warn
+from .._messages import place, warn
 from ..graph import version
 from ..kernels import fused_on, memory
 from ..noise import EscapeNoise, MembraneNoise
@@ -462,8 +462,7 @@ class Recording:
 
     def name(self, neuron: NoisyNeuron) -> str:
         """Name of a neuron in errors: its place in the network and its class."""
-        place = next((name for name, known in self.neurons.items() if known is neuron), "")
-        return f"{place} ({type(neuron).__name__})" if place else type(neuron).__name__
+        return place(next((name for name, known in self.neurons.items() if known is neuron), ""), neuron)
 
     def fits(self, x: Tensor) -> bool:
         """The first dimension is the batch, or the copies of it."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._messages import place
 from ..graph import version
 from ..kernels import memory
 from ..noise import EscapeNoise, MembraneNoise
@@ -340,10 +341,10 @@ def check_calls(sums: Mapping[NoisyNeuron, Sums], neurons: Mapping[str, NoisyNeu
     Raises:
         ValueError: if there is one.
     """
-    steps = {name: sums[neuron].steps for name, neuron in neurons.items() if neuron in sums}
+    steps = {place(name, neuron): sums[neuron].steps for name, neuron in neurons.items() if neuron in sums}
     if len(set(steps.values())) > 1:
         raise ValueError(
             "sums over time need each noisy neuron to be called once in each time step, but the calls were "
-            f"{', '.join(f'{name}: {count}' for name, count in steps.items())}; give each layer a neuron of its own, "
+            f"{', '.join(f'{where}: {count}' for where, count in steps.items())}; give each layer a neuron of its own, "
             f"or {remedy}"
         )
