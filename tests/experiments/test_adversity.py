@@ -330,6 +330,17 @@ def test_ctrl_c_ends_the_processes_of_a_command_too(command: str, tmp_path: Path
     assert not list((tmp_path / "out").rglob("*.json"))
 
 
+def test_processes_of_a_study_end_when_it_is_killed(tmp_path: Path) -> None:
+    process = started("study", tmp_path / "out")
+    left = workers(process)
+    process.kill()
+    alive = psutil.wait_procs(left, timeout=PATIENCE)[1]
+    for worker in alive:
+        worker.kill()
+    process.communicate()
+    assert not alive
+
+
 def test_a_process_of_a_study_that_is_killed_is_one_line(tmp_path: Path) -> None:
     process = started("study", tmp_path / "out")
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -75,7 +77,7 @@ def study(options: Study, tell: Tell = lambda what, done, total, left: None) -> 
     strangers = set(multiprocessing.active_children())
     with (
         files.locked(out, command_line("study", options)),
-        ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _end_with_parent) as pool,
     ):
         running: dict[Future[None], Entry] = {}
         try:
@@ -112,6 +114,18 @@ def _interrupts_wait() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """Ends a process of the pool once the one that started it is killed: it would go on beside its successor."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def finished(entry: Entry, out: Path) -> bool:
