@@ -76,6 +76,10 @@ def test_pooling_whose_windows_are_not_known_is_refused_for_spikes_only(pool: Ca
         pool(torch.rand(1, 1, 4, 4, requires_grad=True))
         with pytest.raises(ValueError, match="max-pooling of spikes"):
             pool(spikes((1, 1, 4, 4)))
+    pooled = spikes((1, 1, 4, 4))
+    with SpikePooling(strict=False):
+        lenient = torch.autograd.grad(pool(pooled).sum(), pooled)
+    assert torch.equal(*lenient, *torch.autograd.grad(pool(pooled).sum(), pooled))
 
 
 def test_pools_in_a_time_step_without_a_spike_are_known_by_a_later_one() -> None:

@@ -378,6 +378,7 @@ class Rate(torch.autograd.Function):
 
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_SUMS: dict[int, Callable[..., Tensor]] = {2: F.avg_pool2d, 3: F.avg_pool3d}
 _POOLS = {getattr(place, f"max_pool{dims}d"): dims for dims in _CONVOLUTIONS for place in (torch, F)}
 _REFUSED = {
     getattr(F, f"{name}{dims}d{ending}")
@@ -401,22 +402,28 @@ class SpikePooling(TorchFunctionMode):
             but zeros has been pooled yet. What is not known is looked for, and added.
         checks: where it is filed that the others still hold.
         rates: rates are pooled in place of spikes, which nobody can tell from currents: nothing is looked for.
+        strict: kinds of pooling whose windows are not known here are refused; they keep torch's derivative otherwise.
 
     Attributes:
         calls: how many there were.
 
     Raises:
-        ValueError: for a kind of max-pooling whose windows are not known here, if it pools spikes.
+        ValueError: for a kind of max-pooling whose windows are not known here, if it pools spikes and that is strict.
     """
 
     def __init__(
-        self, heights: list[float | None] | None = None, checks: Checks | None = None, rates: bool = False
+        self,
+        heights: list[float | None] | None = None,
+        checks: Checks | None = None,
+        rates: bool = False,
+        strict: bool = True,
     ) -> None:
         super().__init__()
         self.heights = [] if heights is None else heights
         self.calls = 0
         self._checks = Checks() if checks is None else checks
         self._rates = rates
+        self._strict = strict
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -429,6 +436,8 @@ class SpikePooling(TorchFunctionMode):
         if not height:
             return func(*args, **kwargs)
         if func in _REFUSED or kwargs.get("return_indices"):
+            if not self._strict:
+                return func(*args, **kwargs)
             raise ValueError(
                 "max-pooling of spikes that is adaptive, or with return_indices=True, has no derivative here that "
                 "tells what one spike does: use torch.nn.MaxPool2d or AvgPool2d, or pool the currents before the neuron"
@@ -487,6 +496,13 @@ def _product(x: Tensor, shape: torch.Size, height: float, dims: int, options: di
     pads: list[int] = []
     for size, out, k, s, p, d in zip(x.shape[-dims:], shape[-dims:], kernel, stride, padding, dilation, strict=True):
         pads = [p, (out - 1) * s + d * (k - 1) + 1 - size - p, *pads]
-    window = torch.ones(1, 1, *kernel, dtype=x.dtype, device=x.device)
-    summed = _CONVOLUTIONS[dims](F.pad(silent, pads), window, stride=stride, dilation=dilation)
+    silent = F.pad(silent, pads)
+    if set(dilation) == {1}:
+        # Several times as fast; there is none of one dimension that sums.
+        if dims == 1:
+            silent, kernel, stride = silent.unsqueeze(2), [1, *kernel], [1, *stride]
+        summed = _SUMS[len(kernel)](silent, kernel, stride, divisor_override=1)
+    else:
+        window = torch.ones(1, 1, *kernel, dtype=x.dtype, device=x.device)
+        summed = _CONVOLUTIONS[dims](silent, window, stride=stride, dilation=dilation)
     return (-height * torch.expm1(summed)).view(shape)

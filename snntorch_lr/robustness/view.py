@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import noise_off, noise_on
+from ..estimators.credit import SpikePooling
 from ..left_as_found import left_as_found
 from ..network import reset
 from .surrogates import Surrogate, make_surrogate
@@ -24,7 +25,8 @@ class AttackableView(nn.Module):
     Each call resets every neuron's state, draws fresh noise from a generator of its own, averages the logits over the
     draws (which makes its gradient an expectation over transformations, EOT), and leaves the network in the mode and
     state it found: ``train()`` and ``eval()`` of the view, which attack libraries call, do not reach the network, and
-    it always runs in evaluation mode, with noise or without as asked.
+    it always runs in evaluation mode, with noise or without as asked. Max-pooling of spikes is differentiated as what a
+    flip of one spike does: torch's derivative, which goes to the first of several equal spikes, hides the gradient.
 
     Args:
         net: the network.
@@ -84,7 +86,7 @@ class AttackableView(nn.Module):
             )
         rows = images.repeat(self.draws, *[1] * (images.dim() - 1))
         switch = noise_on(self.net, self._generator) if self.noise else noise_off(self.net)
-        with evaluating(self.net), switch, self.surrogate.applied_to(self.net):
+        with evaluating(self.net), switch, self.surrogate.applied_to(self.net), _pooling():
             reset(self.net)
             logits = self.read(self.net_forward(self.net, rows))
             reset(self.net)
@@ -168,6 +170,10 @@ class Target:
             scale=self.scale,
             surrogate=surrogate or "training",
         )
+
+
+def _pooling() -> AbstractContextManager[Any]:
+    return SpikePooling(strict=False) if torch.is_grad_enabled() else nullcontext()
 
 
 def device_of(net: nn.Module) -> torch.device:

@@ -83,6 +83,28 @@ def test_gradient_reaches_the_images(images: Tensor) -> None:
     assert (x.grad.flatten(1).norm(dim=1) > 0).all()
 
 
+def test_the_gradient_of_pooled_spikes_reaches_all_that_could_have_fired() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lif = snn.Leaky(beta=0.9, init_hidden=True)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return nn.functional.max_pool1d(self.lif(images.flatten(1)), 2)
+
+    images = torch.tensor([[[[0.5, 0.5, 0.4, 0.5]]], [[[1.0, 1.0, 0.0, 0.0]]]]) * torch.tensor(0.9)
+    net, x = Pooled(), images.clone().requires_grad_()
+    net.lif.threshold.fill_(0.8)
+    logits = AttackableView(net)(x)
+    assert logits.tolist() == [[0, 0], [1, 0]]
+    logits.sum().backward()
+    silent, (both_fire, none_fires) = x.grad[0].flatten(), x.grad[1].view(2, 2)
+    assert (silent > 0).all()
+    assert (none_fires > 0).all()
+    # One of two spikes may go without a difference.
+    assert (both_fire < 1e-4).all()
+
+
 def test_a_gradient_that_is_cut_is_zero_and_no_error(images: Tensor) -> None:
     x = images.clone().requires_grad_()
     cut = AttackableView(Net(), forward=lambda net, x: net.out(net.record(x).detach().mean(0)))
