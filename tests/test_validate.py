@@ -48,7 +48,9 @@ def test_network_that_lost_its_noise_is_refused() -> None:
 def test_network_whose_noise_is_off_is_refused() -> None:
     net = Net()
     estimator = slr.Vanilla(net, COPIES)
-    message = r"noise of lif1, lif2 is off: call net.train\(\), leave noise_off\(net\), or .*at_eval=True"
+    message = (
+        r"noise of lif1 \(Leaky\), lif2 \(Leaky\) is off: call net.train\(\), leave noise_off\(net\), or .*at_eval=True"
+    )
     with nothing_changes(net), slr.noise_off(net), pytest.raises(ValueError, match=message):
         estimator.backward(net.loss, *data())
     net.eval()
