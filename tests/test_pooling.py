@@ -51,6 +51,18 @@ def test_derivative_is_what_a_flip_does(kind: str, height: float) -> None:
     torch.testing.assert_close(found.view(-1), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_derivative_in_half_precision_is_finite_and_the_same(dtype: torch.dtype) -> None:
+    found = []
+    for precision in (torch.float32, dtype):
+        x = spikes((2, 3, 6, 6)).detach().to(precision).requires_grad_()
+        with SpikePooling():
+            pooled = F.max_pool2d(x, 2)
+        assert pooled.dtype == precision
+        found += [gradient.float() for gradient in torch.autograd.grad(pooled.sum(), x)]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-2)
+
+
 def test_currents_are_pooled_as_ever() -> None:
     x = torch.rand(2, 3, 6, 6, requires_grad=True)
     with SpikePooling() as pooling:
@@ -77,7 +89,7 @@ def test_pooling_whose_windows_are_not_known_is_refused_for_spikes_only(pool: Ca
         with pytest.raises(ValueError, match="max-pooling of spikes"):
             pool(spikes((1, 1, 4, 4)))
     pooled = spikes((1, 1, 4, 4))
-    with SpikePooling(strict=False):
+    with SpikePooling(strict=False), pytest.warns(UserWarning, match="hides the gradient from attacks"):
         lenient = torch.autograd.grad(pool(pooled).sum(), pooled)
     assert torch.equal(*lenient, *torch.autograd.grad(pool(pooled).sum(), pooled))
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .._messages import warn
 from ..noise import EscapeNoise, MembraneNoise
+from ..noise_stream import resolved
 from ..validate import Checks
 from .recording import over_copies, unpack
 from .sums import Sums, add
@@ -402,7 +404,8 @@ class SpikePooling(TorchFunctionMode):
             but zeros has been pooled yet. What is not known is looked for, and added.
         checks: where it is filed that the others still hold.
         rates: rates are pooled in place of spikes, which nobody can tell from currents: nothing is looked for.
-        strict: kinds of pooling whose windows are not known here are refused; they keep torch's derivative otherwise.
+        strict: kinds of pooling whose windows are not known here are refused; otherwise they keep torch's derivative,
+            with a warning.
 
     Attributes:
         calls: how many there were.
@@ -436,12 +439,10 @@ class SpikePooling(TorchFunctionMode):
         if not height:
             return func(*args, **kwargs)
         if func in _REFUSED or kwargs.get("return_indices"):
-            if not self._strict:
-                return func(*args, **kwargs)
-            raise ValueError(
-                "max-pooling of spikes that is adaptive, or with return_indices=True, has no derivative here that "
-                "tells what one spike does: use torch.nn.MaxPool2d or AvgPool2d, or pool the currents before the neuron"
-            )
+            if self._strict:
+                raise ValueError(f"{_UNKNOWN}: {_KNOWN}")
+            warn(f"{_UNKNOWN}; that of torch hides the gradient from attacks: {_KNOWN}")
+            return func(*args, **kwargs)
         options = {"stride": None, "padding": 0, "dilation": 1} | dict(zip(_NAMES, args, strict=False)) | kwargs
         value = func(*args, **kwargs)
         product = _product(x, value.shape, height, _POOLS[func], options)
@@ -474,6 +475,11 @@ class SpikePooling(TorchFunctionMode):
         ]
 
 
+_UNKNOWN = (
+    "max-pooling of spikes that is adaptive, or with return_indices=True, has no derivative here that tells what one "
+    "spike does"
+)
+_KNOWN = "use torch.nn.MaxPool2d or AvgPool2d, or pool the currents before the neuron"
 _CHANGED = "a max-pooling pools {} now, which it did not in the first call: make a new estimator after such a change"
 
 
@@ -491,7 +497,9 @@ def _product(x: Tensor, shape: torch.Size, height: float, dims: int, options: di
 
     kernel, padding, dilation = each("kernel_size"), each("padding"), each("dilation")
     stride = each("stride") if options["stride"] else kernel
-    silent = torch.log1p(x.reshape(-1, 1, *x.shape[-dims:]) * (-_NEARLY_ONE / height))
+    # In half precision nearly one is one.
+    chances = x.to(resolved(x.dtype)).reshape(-1, 1, *x.shape[-dims:])
+    silent = torch.log1p(chances * (-_NEARLY_ONE / height))
     # Padded by hand, because ceil_mode looks beyond the border.
     pads: list[int] = []
     for size, out, k, s, p, d in zip(x.shape[-dims:], shape[-dims:], kernel, stride, padding, dilation, strict=True):
@@ -503,6 +511,6 @@ def _product(x: Tensor, shape: torch.Size, height: float, dims: int, options: di
             silent, kernel, stride = silent.unsqueeze(2), [1, *kernel], [1, *stride]
         summed = _SUMS[len(kernel)](silent, kernel, stride, divisor_override=1)
     else:
-        window = torch.ones(1, 1, *kernel, dtype=x.dtype, device=x.device)
+        window = torch.ones(1, 1, *kernel, dtype=silent.dtype, device=x.device)
         summed = _CONVOLUTIONS[dims](silent, window, stride=stride, dilation=dilation)
-    return (-height * torch.expm1(summed)).view(shape)
+    return (-height * torch.expm1(summed)).view(shape).to(x.dtype)
