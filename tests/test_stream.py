@@ -97,8 +97,14 @@ def test_numba_and_torch_draw_the_same(noise: Drawn, antithetic: bool, dtype: to
         assert torch.equal(draw(1, 5, 1003, antithetic, 2**61 + 5, noise=noise, dtype=dtype), fused)
 
 
+@pytest.mark.parametrize("openmp", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_draw_the_same(dtype: torch.dtype) -> None:
+def test_threads_draw_the_same(dtype: torch.dtype, openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    from snntorch_lr.kernels import cpu
+
+    if not openmp:
+        monkeypatch.setattr(cpu, "_openmp", lambda: None)
     one = draw(0, COPIES, 40_000, dtype=dtype)
     before = torch.get_num_threads()
     try:
@@ -109,19 +115,30 @@ def test_threads_draw_the_same(dtype: torch.dtype) -> None:
     assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("openmp", [True, False])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_process_has_threads_of_its_own() -> None:
+def test_a_forked_process_has_threads_of_its_own(openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
     from snntorch_lr.kernels import cpu
 
-    first = cpu._threads(2)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writer, b"new" if cpu._threads(2) is not first else b"old")
-        os._exit(0)
+    if not openmp:
+        monkeypatch.setattr(cpu, "_openmp", lambda: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        drawn = draw(0, COPIES, 40_000)
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.write(writer, b"same" if draw(0, COPIES, 40_000).tolist() == drawn.tolist() else b"other")
+            finally:
+                os._exit(0)
+    finally:
+        torch.set_num_threads(before)
+    os.close(writer)
+    assert os.read(reader, 5) == b"same"
     os.waitpid(child, 0)
-    assert os.read(reader, 3) == b"new"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,13 +1,15 @@
-"""Fused time steps and noise on a CPU, by Numba, and their threads."""
+"""Fused time steps and noise on a CPU, by Numba, in torch's own threads."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,94 +21,152 @@ from .._messages import first_line
 from . import memory, numba_steps
 
 DTYPES = (torch.float32, torch.float64)
-# Fewer numbers than this are computed sooner than another thread wakes up.
-_WORTH_A_THREAD = 1 << 16
+# Fewer numbers than this are computed sooner than another thread takes its part.
+_WORTH_A_THREAD = 1 << 15
+# So that a thread that is held up leaves rows to others.
+_CLAIMS_OF_A_THREAD = 4
 
-_compiled: set[tuple[Callable[..., None], Any]] = set()
-_executor: tuple[int, int, ThreadPoolExecutor] | None = None
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-def noise(out: Tensor, key: int, *arguments: int) -> None:
-    """Fills ``[rows, numbers]`` with noise; see ``numba_steps.noise``."""
-    _run(numba_steps.noise, out.numpy(), np.uint64(key), *arguments)
+class _Step(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_double if name == "weight" else ctypes.c_int64) for name in numba_steps.STEP]
+
+
+class _Noise(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in numba_steps.NOISE]
+
+
+class _Pack(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in numba_steps.PACK]
+
+
+def noise(out: Tensor, key: int, batch: int, first: int, half: int, draw: int, kind: int) -> None:
+    """Fills ``[rows, numbers]`` with noise; see ``snntorch_lr.noise_stream.NoiseStream``."""
+    rows, numbers = out.shape
+    given = (_address(out), numbers, key, batch, first, half, draw, kind)
+    _run(numba_steps.noise, out.dtype, _Noise, rows, numbers, given)
 
 
 def pack(values: Tensor) -> Tensor:
     """Numbers as bits, eight to a byte: whether they are zero."""
-    flat = values.numpy().reshape(-1)
-    packed = memory.slab.empty(-(-flat.size // 8))
-    _run(numba_steps.pack, packed.numpy(), flat)
+    count = values.numel()
+    packed = memory.slab.empty(-(-count // 8))
+    given = (packed.data_ptr(), _address(values), count)
+    _run(numba_steps.pack, values.dtype, _Pack, len(packed), 8, given)
     return packed
 
 
 def unpack(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The inverse of ``pack``: zeros and ones."""
     values = memory.pool.empty(shape, dtype)
-    # Bytes are shared among threads, and each of them is eight numbers.
-    _run(numba_steps.unpack, packed.numpy(), values.numpy().reshape(-1))
+    given = (packed.data_ptr(), values.data_ptr(), values.numel())
+    _run(numba_steps.unpack, dtype, _Pack, len(packed), 8, given)
     return values
 
 
-def step(new: Tensor, spikes: Tensor, keys: Tensor, *arguments: Any) -> None:
-    """One time step of a neuron; see ``numba_steps.step``.
+def step(
+    new: Tensor, spikes: Tensor, keys: Tensor, batch: int, copies: int, first: int, half: int, draw: int, kind: int,
+    mechanism: int, current: Tensor, *arguments: Any,
+) -> None:  # fmt: skip
+    """One time step of a neuron; see ``numba_steps._step``.
 
     Args:
         new: ``[rows, ...]``, filled, as the spikes.
         spikes: zeros and ones.
         keys: of the noise, one for each set of rows, as int64.
+        batch: number of samples.
+        copies: number of copies.
+        first: the first of these.
+        half: copies from here on get negated noise.
+        draw: index of the draw.
+        kind: of the noise.
+        mechanism: of the reset.
+        current: ``[fewer rows, ...]``.
         arguments: the others in their order, as tensors ``[rows, ...]``, ``[neurons]`` or numbers; None for a sum that
             is not wanted, or a gain of one.
     """
-    neurons = new[0].numel()
-    empty = np.empty((0, neurons), new.numpy().dtype)
+    rows, dtype = len(new), new.dtype
+    neurons = new.numel() // rows
+    # Held until the end: what was copied to lie in one piece has no other owner.
+    held = [value.contiguous() if isinstance(value, Tensor) else value for value in (new, spikes, current, *arguments)]
+    assert all(not isinstance(value, Tensor) or value.dtype == dtype for value in held)
+    new_at, spikes_at, current_at, *others = (
+        value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in held
+    )
+    gain, pull = arguments[9], arguments[-2]
+    given = (
+        neurons, new_at, spikes_at, keys.data_ptr(), batch, copies, first, half, draw, kind, mechanism, current_at,
+        *others, len(current), 0 if gain is None else len(gain), 0 if pull is None else len(pull),
+    )  # fmt: skip
+    _run(numba_steps.step, dtype, _Step, rows, neurons, given)
 
-    def array(value: Any) -> Any:
-        if value is None:
-            return empty
-        if isinstance(value, float):
-            return empty.dtype.type(value)
-        if not isinstance(value, Tensor):
-            return value
-        return value.numpy() if value.dim() == 1 else value.reshape(len(value), neurons).contiguous().numpy()
 
-    outputs = (each.numpy().reshape(len(new), neurons) for each in (new, spikes))
-    _run(numba_steps.step, *outputs, keys.numpy().view(np.uint64), *map(array, arguments))
+def _address(x: Tensor) -> int:
+    assert x.is_contiguous()
+    return x.data_ptr()
 
 
-def _run(kernel: Callable[..., None], out: Any, *arguments: Any) -> None:
-    """Shares the rows of an output among as many threads as torch has."""
-    rows = len(out)
-    threads = max(1, min(torch.get_num_threads(), out.size // _WORTH_A_THREAD, rows))
-    if (kernel, out.dtype) not in _compiled:
-        try:
-            with _tell_about_compiling():
-                kernel(0, rows, out, *arguments)
-        except NumbaError as error:
-            raise RuntimeError(
-                f"a fused time step does not compile: {first_line(error)}; torch computes the same in the context "
-                "snntorch_lr.kernels.off()"
-            ) from error
-        _compiled.add((kernel, out.dtype))
-        return
+def _run(
+    kernel: Callable[[Any], Any], dtype: torch.dtype, block_type: Any, rows: int, size: int, given: Sequence[Any]
+) -> None:
+    """Shares rows of so many numbers among as many threads as torch has, at most."""
+    threads = max(1, min(torch.get_num_threads(), rows * size // _WORTH_A_THREAD))
+    claim = rows if threads == 1 else max(1, rows // (threads * _CLAIMS_OF_A_THREAD))
+    block = block_type(0, rows, claim, *given)
+    function, address = _compiled(kernel, dtype), ctypes.addressof(block)
     if threads == 1:
-        kernel(0, rows, out, *arguments)
+        function.ctypes(address)
+    else:
+        _in_threads(function, address, threads)
+
+
+@cache
+def _compiled(kernel: Callable[[Any], Any], dtype: torch.dtype) -> Any:
+    try:
+        with _tell_about_compiling():
+            return kernel(_NUMPY[dtype])
+    except NumbaError as error:
+        raise RuntimeError(
+            f"a fused time step does not compile: {first_line(error)}; torch computes the same in the context "
+            "snntorch_lr.kernels.off()"
+        ) from error
+
+
+def _in_threads(function: Any, address: int, threads: int) -> None:
+    """Runs a function in several threads at once: in those of torch, if their library can be asked.
+
+    Two sets of threads would get into each other's way: OpenMP's go on for a while, looking for work.
+    """
+    team = _openmp()
+    if team is not None and _process == os.getpid():
+        team(function.address, address, threads, 0)
         return
-    edges = [rows * index // threads for index in range(threads + 1)]
-    others = [
-        _threads(threads - 1).submit(kernel, edges[index], edges[index + 1], out, *arguments)
-        for index in range(1, threads)
-    ]
-    kernel(edges[0], edges[1], out, *arguments)
+    others = [_executor(os.getpid(), threads - 1).submit(function.ctypes, address) for _ in range(threads - 1)]
+    function.ctypes(address)
     for other in others:
         other.result()
 
 
-def _threads(count: int) -> ThreadPoolExecutor:
-    """A pool of this process; one that was inherited through a fork has no threads."""
-    global _executor
-    if _executor is None or _executor[:2] != (os.getpid(), count):
-        _executor = (os.getpid(), count, ThreadPoolExecutor(count, "snntorch_lr"))
-    return _executor[2]
+# OpenMP's threads do not come along when a process forks.
+_process = os.getpid()
+
+
+@cache
+def _openmp() -> Any:
+    """``GOMP_parallel`` of the library that torch has loaded; None where it has another one."""
+    try:
+        team = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    team.argtypes, team.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return team
+
+
+@cache
+def _executor(process: int, count: int) -> ThreadPoolExecutor:
+    """Threads of this process; those of one that it was forked from did not come along."""
+    return ThreadPoolExecutor(count, "snntorch_lr")
 
 
 @contextmanager

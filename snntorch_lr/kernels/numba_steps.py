@@ -4,6 +4,10 @@ A row is one copy of one sample. All intermediate numbers of a row stay in the c
 of a row, so that LLVM turns it into vector instructions. In single precision nothing calls a mathematical library,
 which it could not: polynomials take its place, whose errors are below 2 · 10⁻⁶. In double precision, which is for
 tests, accuracy comes first.
+
+``noise``, ``pack``, ``unpack`` and ``step`` make functions for a dtype that C code can call. Such a function takes the
+address of a block, ``next``, ``rows``, ``claim`` and its arguments, in which arrays are addresses, and zero where they
+are not wanted. Any number of threads may run it on one block at once: each claims the next rows until none is left.
 """
 
 from __future__ import annotations
@@ -12,8 +16,8 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic, overload
 
 from .kinds import (
     ERASE,
@@ -55,6 +59,20 @@ _LEAST_EXPONENT = np.float32(-87)
 # Bytes of spikes at a time, so that they stay in the cache for eight passes.
 _CHUNK = 2048
 _SQRT_HALF_BITS = np.int32(0x3F3504F3)
+
+_CLAIMS = ("next", "rows", "claim")
+NOISE = (*_CLAIMS, "out", "numbers", "key", "batch", "first", "half", "draw", "kind")
+"""What a block of ``noise`` holds, integers of 64 bits all of them; rows of a block of ``pack`` are its bytes."""
+PACK = (*_CLAIMS, "packed", "values", "count")
+STEP = (
+    *_CLAIMS, "neurons", "new", "spikes", "keys", "batch", "copies", "first", "half", "draw", "kind", "mechanism",
+    "current", "reset", "mem", "syn", "new_syn", "leak", "share", "alpha", "threshold", "sigma", "gain", "weight",
+    "score", "scale", "fired", "expected", "pull", "pull_scale", "currents", "gains", "pulled",
+)  # fmt: skip
+"""The same of ``step``; ``weight`` is a floating-point number."""
+_NOISE, _PACK, _STEP = (
+    np.dtype([(name, np.float64 if name == "weight" else np.int64) for name in names]) for names in (NOISE, PACK, STEP)
+)
 
 
 @njit(**_OPTIONS)
@@ -199,8 +217,8 @@ def _to_noise(epsilon: Any, u: Any, kind: int) -> None:
             epsilon[i] = _log(_1 + u[i]) - _log(_1 - u[i])
 
 
-@njit(cache=True, **_OPTIONS)
-def noise(start: int, stop: int, out: Any, key: Any, batch: int, first: int, half: int, draw: int, kind: int) -> None:
+@njit(**_OPTIONS)
+def _noise(start: int, stop: int, out: Any, key: Any, batch: int, first: int, half: int, draw: int, kind: int) -> None:
     """Fills rows from ``start`` to ``stop`` with noise; see ``snntorch_lr.noise_stream.NoiseStream``."""
     words = np.empty((4, (out.shape[1] + 3) // 4), np.int32)
     for row in range(start, stop):
@@ -208,8 +226,8 @@ def noise(start: int, stop: int, out: Any, key: Any, batch: int, first: int, hal
         _to_noise(out[row], out[row], kind)
 
 
-@njit(cache=True, **_OPTIONS)
-def pack(start: int, stop: int, packed: Any, values: Any) -> None:
+@njit(**_OPTIONS)
+def _pack(start: int, stop: int, packed: Any, values: Any) -> None:
     """Bytes from ``start`` to ``stop``: bit b of byte j says whether value b · bytes + j is not zero."""
     for left in range(start, stop, _CHUNK):
         own = packed[left : min(left + _CHUNK, stop)]
@@ -221,9 +239,9 @@ def pack(start: int, stop: int, packed: Any, values: Any) -> None:
                 own[place] |= np.uint8(np.uint8(chunk[place] != _0) << np.uint8(bit))
 
 
-@njit(cache=True, **_OPTIONS)
-def unpack(start: int, stop: int, packed: Any, values: Any) -> None:
-    """Zeros and ones from bytes; the inverse of ``pack``."""
+@njit(**_OPTIONS)
+def _unpack(start: int, stop: int, packed: Any, values: Any) -> None:
+    """Zeros and ones from bytes; the inverse of ``_pack``."""
     for left in range(start, stop, _CHUNK):
         own = packed[left : min(left + _CHUNK, stop)]
         for bit in range(8):
@@ -375,8 +393,8 @@ def _add_scale_scores(total: Any, score: Any, value: Any, escapes: bool) -> None
             total[i] += score[i] * value[i] - _1
 
 
-@njit(cache=True, **_OPTIONS)
-def step(
+@njit(**_OPTIONS)
+def _step(
     start: int, stop: int, new: Any, spikes: Any, keys: Any, batch: int, copies: int, first: int, half: int,
     draw: int, kind: int, mechanism: int, current: Any, reset: Any, mem: Any, syn: Any, new_syn: Any, leak: Any,
     share: Any, alpha: Any, threshold: Any, sigma: Any, gain: Any, weight: Any, score: Any, scale: Any, fired: Any,
@@ -460,3 +478,137 @@ def step(
             _add_product(pull[row], density, factor, len(gain) > 0)
             if len(pull_scale):
                 _add_scale_scores(pull_scale[row], density, z, True)
+
+
+@intrinsic
+def _pointer(context: Any, address: Any, like: Any) -> Any:
+    """An address as that of numbers like another one."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(address, like), build
+
+
+@intrinsic
+def _claim(context: Any, block: Any, count: Any) -> Any:
+    """The first of the next rows, which no other thread gets: adds to the word at the start of a block."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.bitcast(arguments[0], context.get_value_type(types.CPointer(types.int64)))
+        return builder.atomic_rmw("add", pointer, arguments[1], "monotonic")
+
+    return types.int64(types.voidptr, types.int64), build
+
+
+@njit(**_OPTIONS)
+def _list(address: int, numbers: int, like: Any) -> Any:
+    return carray(_pointer(address, like), (numbers if address else 0,))
+
+
+@njit(**_OPTIONS)
+def _array(address: int, rows: int, numbers: int, like: Any) -> Any:
+    return carray(_pointer(address, like), (rows if address else 0, numbers))
+
+
+@njit(**_OPTIONS)
+def _run_noise(address: Any, like: Any) -> None:
+    block = carray(address, (1,), _NOISE)[0]
+    rows, count = block.rows, block.claim
+    out = _array(block.out, rows, block.numbers, like)
+    while True:
+        start = _claim(address, count)
+        if start >= rows:
+            return
+        _noise(
+            start, min(start + count, rows), out, np.uint64(block.key), block.batch, block.first, block.half,
+            block.draw, block.kind,
+        )  # fmt: skip
+
+
+@njit(**_OPTIONS)
+def _run_pack(address: Any, like: Any, unpacks: bool) -> None:
+    block = carray(address, (1,), _PACK)[0]
+    rows, count = block.rows, block.claim
+    packed, values = _list(block.packed, rows, np.uint8(0)), _list(block.values, block.count, like)
+    while True:
+        start = _claim(address, count)
+        if start >= rows:
+            return
+        if unpacks:
+            _unpack(start, min(start + count, rows), packed, values)
+        else:
+            _pack(start, min(start + count, rows), packed, values)
+
+
+@njit(**_OPTIONS)
+def _run_step(address: Any, like: Any) -> None:
+    block = carray(address, (1,), _STEP)[0]
+    rows, count, neurons, pulled = block.rows, block.claim, block.neurons, block.pulled
+    keys = _list(block.keys, rows // (block.batch * block.copies), np.uint64(0))
+    current, gain = _array(block.current, block.currents, neurons, like), _array(block.gain, block.gains, neurons, like)
+    new, spikes = _array(block.new, rows, neurons, like), _array(block.spikes, rows, neurons, like)
+    reset, mem = _array(block.reset, rows, neurons, like), _array(block.mem, rows, neurons, like)
+    syn, new_syn = _array(block.syn, rows, neurons, like), _array(block.new_syn, rows, neurons, like)
+    leak, share = _list(block.leak, neurons, like), _list(block.share, neurons, like)
+    alpha, threshold = _list(block.alpha, neurons, like), _list(block.threshold, neurons, like)
+    sigma, weight = _list(block.sigma, neurons, like), np.full(1, block.weight, new.dtype)[0]
+    score, scale = _array(block.score, rows, neurons, like), _array(block.scale, rows, neurons, like)
+    fired, expected = _array(block.fired, rows, neurons, like), _array(block.expected, rows, neurons, like)
+    pull, pull_scale = _array(block.pull, pulled, neurons, like), _array(block.pull_scale, pulled, neurons, like)
+    while True:
+        start = _claim(address, count)
+        if start >= rows:
+            return
+        _step(
+            start, min(start + count, rows), new, spikes, keys, block.batch, block.copies, block.first, block.half,
+            block.draw, block.kind, block.mechanism, current, reset, mem, syn, new_syn, leak, share, alpha, threshold,
+            sigma, gain, weight, score, scale, fired, expected, pull, pull_scale,
+        )  # fmt: skip
+
+
+_ENTRY = types.void(types.voidptr)
+
+
+def noise(dtype: Any) -> Any:
+    """A function that fills rows with noise; see ``snntorch_lr.noise_stream.NoiseStream``."""
+    like = dtype(0)
+
+    @cfunc(_ENTRY, cache=True)
+    def run(address: Any) -> None:
+        _run_noise(address, like)
+
+    return run
+
+
+def pack(dtype: Any) -> Any:
+    """A function that makes bits of numbers, whether they are zero, eight to a byte."""
+    like = dtype(0)
+
+    @cfunc(_ENTRY, cache=True)
+    def run(address: Any) -> None:
+        _run_pack(address, like, False)
+
+    return run
+
+
+def unpack(dtype: Any) -> Any:
+    """A function that makes zeros and ones of bits."""
+    like = dtype(0)
+
+    @cfunc(_ENTRY, cache=True)
+    def run(address: Any) -> None:
+        _run_pack(address, like, True)
+
+    return run
+
+
+def step(dtype: Any) -> Any:
+    """A function that takes one time step of a neuron, with its sums over time; see ``_step``."""
+    like = dtype(0)
+
+    @cfunc(_ENTRY, cache=True)
+    def run(address: Any) -> None:
+        _run_step(address, like)
+
+    return run
