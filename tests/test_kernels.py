@@ -154,7 +154,7 @@ def test_neurons_are_fused_where_they_can_be(neuron: str, monkeypatch: pytest.Mo
 
     calls = []
     step = cpu.step
-    monkeypatch.setattr(cpu, "step", lambda *args: (calls.append(1), step(*args)))
+    monkeypatch.setattr(cpu, "step", lambda *args, **named: (calls.append(1), step(*args, **named)))
     net = Net(NOISES["escape, logistic"], "subtract", False, neuron)
     slr.Vanilla(net, 2, seed=0).backward(net.loss, *data(torch.float32))
     assert len(calls) >= 12

@@ -19,7 +19,7 @@ from ..noisy_neuron import NoisyNeuron
 from .base import Call, Estimator
 from .credit import Control, CreditSums, Rate, SpikePooling
 from .recording import Copies
-from .shadows import Shadowed
+from .shadows import Plan, Shadowed
 from .sums import RatePass, RatesCaptured, check_calls
 
 OVER_TIME = ("rates", "exact")
@@ -101,6 +101,7 @@ class Counterfactual(Estimator):
         self._timed: Collection[str] = ()
         self._internal: Collection[str] = ()
         self._profiles: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+        self._plans: dict[str, Plan] = {}
 
     @property
     def control(self) -> dict[str, float]:
@@ -149,7 +150,8 @@ class Counterfactual(Estimator):
         timed = None if exact else [neurons[name] for name in self._timed if name in neurons]
         internal = [neurons[name] for name in self._internal if name in neurons]
         profiles = {neurons[name]: profile for name, profile in self._profiles.items() if name in neurons}
-        recording = self._recording(copies, timed, internal, profiles)
+        plans = {neurons[name]: plan for name, plan in self._plans.items() if name in neurons}
+        recording = self._recording(copies, timed, internal, profiles, plans)
         before, pooling = RandomState.capture(), SpikePooling(self._pooled, self.checks)
         with pooling:
             if exact:
@@ -160,6 +162,7 @@ class Counterfactual(Estimator):
                 with recording.spikes:
                     losses = self.run(recording, call, grad=True)
         check_calls(recording.sums, neurons, 'use over_time="exact"')
+        self._plans = {name: recording.plans[neuron] for name, neuron in neurons.items() if neuron in recording.plans}
         everyone = self.gather(losses.view(recording.copies, -1))
         rates = self._rates(recording, call, before, pooling)
         self._push(losses, everyone.numel(), recording, rates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class Fused:
         dtype: of all.
         placeholder: a number that takes any shape.
         given: the tensors of the neuron that these are made of, with how often they had been changed.
+        known_weights: those that were asked for.
     """
 
     kernels: Any
@@ -68,6 +69,7 @@ class Fused:
     dtype: torch.dtype
     placeholder: Tensor
     given: tuple[tuple[Tensor, int], ...]
+    known_weights: dict[tuple[float, ...], Tensor] = field(default_factory=dict)
 
     @staticmethod
     def can_be(neuron: NoisyNeuron, x: Tensor) -> bool:
@@ -114,6 +116,13 @@ class Fused:
             one,
             tuple((value, version(value)) for value in _given(neuron)),
         )
+
+    def weights(self, values: tuple[float, ...]) -> Tensor:
+        """Weights of time steps in sums of spikes, as a kernel takes them."""
+        if values not in self.known_weights:
+            found = torch.tensor(values, dtype=self.dtype)
+            self.known_weights[values] = found.to(self.placeholder.device, non_blocking=True)
+        return self.known_weights[values]
 
     def suits(self, neuron: NoisyNeuron, x: Tensor) -> bool:
         """The constants still hold: a neuron may serve layers of several sizes, and its threshold may be changed."""

@@ -191,8 +191,6 @@ def per_copy(x: Tensor) -> Tensor:
 
 
 _UNFUSED = frozenset({"update", "sample", "fire", "draw", "draw_spikes", "file_membrane", "file_spikes", "add", "file"})
-# In the order of the arguments of a fused step.
-_SUMS = ("score", "scale", "fired", "expected", "pull", "pull_scale")
 
 
 class Step:
@@ -259,13 +257,17 @@ class Step:
             return None
         return self.recording.fused.get(self.neuron)
 
-    def fuse(self, gain: Tensor | None = None, weight: float = 1.0, **sums: Tensor | None) -> Any:
-        """One fused time step: the next states as snnTorch returns them, without a graph.
+    def fuse(
+        self, gain: Tensor | None = None, weights: tuple[float, ...] = (1.0,), stride: int = 0, **tensors: Tensor | None
+    ) -> Any:
+        """Fused time steps with the same current: the next states as snnTorch returns them, without a graph.
 
         Args:
             gain: derivative of what is sampled by a constant current; None if it is one.
-            weight: of this step in the sums of spikes.
-            sums: what is added up, in place, by the names of ``kernels.numba_steps.step``; None for what is not wanted.
+            weights: of the steps in the sums of spikes.
+            stride: from the number of a step's draw to that of the next.
+            tensors: what is added up or filled, by the names of ``kernels.numba_steps._step``; None for what is not
+                wanted.
         """
         fused, neuron, recording = self.fused, self.neuron, self.recording
         assert fused is not None
@@ -275,13 +277,14 @@ class Step:
         )
         spikes, *new_syn, new = (memory.empty_like(mem) for _ in range(1 + len(states)))
         self.decided = spikes
-        if gain is not None and gain.shape != mem.shape:
+        if gain is not None and gain.shape[1:] != mem.shape[1:]:
             gain = gain.to(mem.dtype).expand(1, *mem.shape[1:])
         fused.kernels.step(
             new, spikes, fused.keys, recording.batch, recording.copies, recording.stream.first, recording.stream.half,
-            recording.next_draw(), fused.kind, fused.mechanism, raw, reset, mem, syn[0] if syn else None,
-            new_syn[0] if syn else None, fused.leak, fused.share, fused.alpha, fused.threshold, fused.sigma, gain,
-            weight, *(sums.get(name) for name in _SUMS),
+            recording.next_draw(), stride, fused.kind, fused.mechanism, current=raw, reset=reset, mem=mem,
+            syn=syn[0] if syn else None, new_syn=new_syn[0] if syn else None, leak=fused.leak, share=fused.share,
+            alpha=fused.alpha, threshold=fused.threshold, sigma=fused.sigma, gain=gain, weights=fused.weights(weights),
+            **tensors,
         )  # fmt: skip
         return (*new_syn, new) if syn else new
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,17 +31,17 @@ class Continuation:
     Attributes:
         full: states by name, in all rows.
         fired: spikes of the last step, which reset the membrane potential.
-        visible: the same states in the rows of the train that goes on, with how often they had been changed; weakly,
-            because who remembers this by its membrane potential would keep both for good.
         link: orders the backward passes of the steps; None where there is no graph.
         chain: what these hand to each other.
+        visible: the same states in the rows of the train that goes on, with how often they had been changed; weakly,
+            because who remembers this by its membrane potential would keep both for good.
     """
 
     full: Mapping[str, Rows]
     fired: tuple[Tensor, Tensor, int] | None
-    visible: Mapping[str, tuple[weakref.ref[Tensor], int]]
-    link: Tensor | None
-    chain: Chain | None
+    link: Tensor | None = None
+    chain: Chain | None = None
+    visible: dict[str, tuple[weakref.ref[Tensor], int]] = field(default_factory=dict)
 
     def holds(self, name: str, state: Any) -> bool:
         """A state is the one that was given out, unchanged."""
@@ -47,6 +50,91 @@ class Continuation:
         if given is None or not isinstance(state, Tensor):
             return False
         return same_numbers(state, given) and version(given) == count
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one pass tells the next about a neuron: how many time steps had the same current.
+
+    Attributes:
+        steps: their number; one if that current changed.
+        stride: from the number of a step's draw to that of the next.
+    """
+
+    steps: int = 1
+    stride: int = 0
+
+
+class Ahead:
+    """Time steps of a neuron in one pass, of which some are computed before they are asked for.
+
+    As long as a current stays the same, a neuron needs nobody else to go on. If it was so in the last pass, several
+    steps are computed at once, without going to memory in between. If it is otherwise this time, they are computed
+    again, from the start; the noise is the same, since it comes from a counter.
+
+    Args:
+        plan: from the last pass.
+
+    Attributes:
+        current: of the first step.
+        start: membrane potential and reset before that, in all rows.
+        steps: number of those that were asked for.
+        waiting: spikes and membrane potentials of the train that goes on, in steps that were not.
+        full: the states after these, in all rows, and the spikes that they are to be reset by.
+        stride: from the number of a step's draw to that of the next.
+    """
+
+    # Of what waits; a few steps at once are as good as many.
+    most_bytes = 8_000_000
+
+    def __init__(self, plan: Plan) -> None:
+        self.current: Current | None = None
+        self.start: tuple[Tensor, Tensor] | None = None
+        self.steps = 0
+        self.waiting: deque[tuple[Tensor, Tensor]] = deque()
+        self.full: tuple[Mapping[str, Rows], tuple[Tensor, Tensor, int] | None] = ({}, None)
+        self._plan = plan
+        self._first = 0
+        self.stride = plan.stride
+        self._regular = True
+
+    @property
+    def found(self) -> Plan:
+        """For the next pass."""
+        return Plan(self.steps, self.stride) if self._regular and self.steps > 1 else Plan()
+
+    @property
+    def next_draw(self) -> int:
+        """Number of the next step's draw."""
+        return self._first + self.steps * self.stride
+
+    def ask(self, neuron: NoisyNeuron, current: Current, draw: int, size: int) -> int:
+        """How many steps are worth computing, the one that is asked for among them.
+
+        Args:
+            neuron: the neuron, with the states before the step.
+            current: its current.
+            draw: number of the step's draw.
+            size: bytes of what waits of a step.
+        """
+        if not self.steps:
+            self.current, self.start, self._first = current, (neuron.mem, neuron.reset), draw
+        elif self.steps == 1:
+            self._regular &= self._plan.steps == 1 or self.stride == draw - self._first
+            self.stride = draw - self._first
+        self._regular &= current is self.current and draw == self.next_draw
+        left = self._plan.steps - self.steps
+        # Otherwise the derivative by the current depends on the spikes in between.
+        same_gain = neuron.reset_mechanism != "zero" or neuron.has_unit_gain
+        if left < 2 or not (self._regular and same_gain and neuron.state_names == ("mem",)):
+            return 1
+        runs = math.ceil(left / max(1, self.most_bytes // size))
+        return math.ceil(left / runs)
+
+    def give_up(self) -> None:
+        """Computes no more steps before they are asked for."""
+        self.waiting.clear()
+        self._regular = False
 
 
 class ShadowedStep(Step):
@@ -63,7 +151,6 @@ class ShadowedStep(Step):
         self.spikes: Rows | None = None
         if not self.timed:
             self.sums = recording.sums_of(neuron, current.raw)
-            self.sums.receive(current.raw)
 
     def enter(self) -> Tensor:
         """The current; without its graph if the neuron is not timed."""
@@ -101,20 +188,43 @@ class ShadowedStep(Step):
         """The next states, and their derivatives if the neuron is not timed."""
         if self.timed:
             return super().update(input_)
-        sums, noise = self.sums, self.neuron.noise
-        sums.begin_step(self.neuron, input_)
-        if self.fused is None or noise is None:
+        if self.fused is None:
+            self.sums.receive(self.current.raw)
+            self.sums.begin_step(self.neuron, input_)
             return super().update(input_)
-        own = input_[: self.recording.rows]
+        recording, ahead = self.recording, self.recording.ahead_of(self.neuron)
+        size = 2 * recording.rows * input_[0].numel() * input_.element_size()
+        count = ahead.ask(self.neuron, self.current, recording.draws + 1, size)
+        return self.run(input_, count, ahead.stride)
+
+    def run(self, input_: Tensor, count: int, stride: int) -> Any:
+        """Fused time steps with the same current, and what they add to the sums."""
+        sums, neuron, rows = self.sums, self.neuron, self.recording.rows
+        assert neuron.noise is not None
+        gains, weights = [], []
+        for _ in range(count):
+            sums.receive(self.current.raw)
+            sums.begin_step(neuron, input_)
+            gains.append(sums.gain)
+            weights.append(sums.weigh())
+            sums.end_step(neuron, None)
+        gain = gains[0]
+        if gain is not None and count > 1:
+            row = (1, *input_.shape[1:])
+            gain = torch.cat([each.to(input_.dtype).expand(row) for each in gains if each is not None])
+        own = input_[:rows]
         sums.make(("score", "fired", "expected"), input_)
         if None not in sums.pull:
             sums.pull[None] = memory.zeros_like(own)
-        if noise.log_sigma.requires_grad:
+        if neuron.noise.log_sigma.requires_grad:
             sums.make(("scale",), input_)
             sums.make(("pull_scale",), own)
+        seen = [memory.empty_like(own.unsqueeze(0).expand(count, *own.shape)) for _ in range(2)]
+        # Each step's own: what is done to one of them in place is nothing to the others.
+        self.seen = [(spikes.data, mem.data) for spikes, mem in zip(*seen, strict=True)]
         return self.fuse(
-            sums.gain, sums.weigh(), score=sums.score, scale=sums.scale, fired=sums.fired, expected=sums.expected,
-            pull=sums.pull[None], pull_scale=sums.pull_scale,
+            gain, tuple(weights), stride, score=sums.score, scale=sums.scale, fired=sums.fired, expected=sums.expected,
+            pull=sums.pull[None], pull_scale=sums.pull_scale, seen_spikes=seen[0], seen_mem=seen[1],
         )  # fmt: skip
 
     def sample(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
@@ -143,28 +253,19 @@ class ShadowedStep(Step):
         neuron, drawn, spikes = self.neuron, self.drawn, self.spikes
         assert spikes is not None
         full = {name: getattr(neuron, name) for name in neuron.all_states}
-        link: Tensor | None = None
-        chain: Chain | None = None
+        fired = neuron.fired
+        as_tuple = isinstance(output, tuple)
         if self.timed:
             assert drawn is not None
             emitted, states, link, chain = self._keep(drawn, spikes, full)
-        else:
-            if drawn is not None:
-                self.sums.add(drawn, spikes, self.recording.rows, neuron.fires_above_threshold)
-            bits = self.recording.emits_bits[neuron]
-            self.sums.end_step(neuron, spikes if bits else spikes * neuron.graded_spikes_factor.detach())
-            emitted, states = self._read(spikes, full)
-        graded = self.grade(emitted)
-        if "spk" in full:
-            states["spk"] = graded
-        visible = {name: (weakref.ref(state), version(state)) for name, state in states.items()}
-        self.recording.give_out(neuron, states, Continuation(full, neuron.fired, visible, link, chain))
-        for name, state in states.items():
-            setattr(neuron, name, state)
-        if neuron.fired is not None:
-            kept = neuron.fired[1][: self.recording.rows]
-            neuron.fired = (states["mem"], kept, version(kept))
-        return (graded, *(states[name] for name in neuron.state_names)) if isinstance(output, tuple) else graded
+            return self.recording.give_out(neuron, emitted, states, Continuation(full, fired, link, chain), as_tuple)
+        if drawn is None:
+            return self.recording.run_ahead(neuron, self.seen, full, as_tuple)
+        rows, bits = self.recording.rows, self.recording.emits_bits[neuron]
+        self.sums.add(drawn, spikes, rows, neuron.fires_above_threshold)
+        self.sums.end_step(neuron, spikes if bits else spikes * neuron.graded_spikes_factor.detach())
+        own = {name: memory.clone(full[name][:rows]) for name in neuron.state_names}
+        return self.recording.read(neuron, memory.clone(spikes[:rows]), own, Continuation(full, fired), as_tuple)
 
     def _keep(
         self, drawn: Draw, spikes: Rows, full: Mapping[str, Rows]
@@ -201,20 +302,6 @@ class ShadowedStep(Step):
                 emitted = emitted.clone()
         return emitted, dict(zip(neuron.state_names, given, strict=True)), link, chain
 
-    def _read(self, spikes: Rows, full: Mapping[str, Rows]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The spikes with a leaf that collects what they do to the loss, and states that may not be read."""
-        neuron, recording = self.neuron, self.recording
-        own = spikes[: recording.rows]
-        reader = recording.reader(neuron, own)
-        with torch.set_grad_enabled(recording.grad):
-            emitted = _Emit.apply(reader, own)
-            states = {name: full[name][: recording.rows] for name in neuron.state_names}
-            if not neuron.init_hidden or neuron.output:
-                where = recording.name(neuron)
-                states = {name: _Unread.apply(reader, state, where) for name, state in states.items()}
-        return emitted, states
-
-
 class Shadowed(Recording):
     """A forward pass in which the currents of each neuron drive shadows too: trains with noise of their own.
 
@@ -228,6 +315,7 @@ class Shadowed(Recording):
         internal: the neurons that spikes of other ones feed.
         profiles: how what a spike, and a current, does to the loss changes over time, for neurons that are not timed
             and have something to learn, in front of them or of their own.
+        plans: what the last pass tells about neurons that are not timed.
 
     Attributes:
         sums: what the neurons that are not timed added up.
@@ -250,6 +338,7 @@ class Shadowed(Recording):
         timed: Collection[NoisyNeuron] | None = None,
         internal: Collection[NoisyNeuron] = (),
         profiles: Mapping[NoisyNeuron, tuple[Sequence[float], Sequence[float]]] | None = None,
+        plans: Mapping[NoisyNeuron, Plan] | None = None,
     ) -> None:
         super().__init__(copies)
         self.sets = 1 + shadows
@@ -264,6 +353,8 @@ class Shadowed(Recording):
         self._controls = controls
         self._internal = internal
         self._profiles = profiles or {}
+        self._plans = plans or {}
+        self._ahead: dict[NoisyNeuron, Ahead] = {}
         self.given: set[NoisyNeuron] = set()
         stream = copies.stream
         self._streams = [
@@ -292,13 +383,91 @@ class Shadowed(Recording):
         super().__enter__()
         step = self.run
 
-        def run(*args: Any, **named: Any) -> Any:
+        def run(neuron: NoisyNeuron, input_: Tensor, *states: Any, **named: Any) -> Any:
             # ``SpikePooling`` looks at every function of torch; a neuron calls most of them, and pools nothing.
             with torch._C.DisableTorchFunction():
-                return step(*args, **named)
+                ahead = self._ahead.get(neuron)
+                if ahead is not None and ahead.waiting:
+                    if self._goes_on(neuron, ahead, input_, states, named):
+                        self.draws = ahead.next_draw
+                        self.numbers += math.prod(input_.shape[1:])
+                        return self._next(neuron, ahead, not neuron.init_hidden or neuron.output)
+                    self._turn_back(neuron, ahead)
+                return step(neuron, input_, *states, **named)
 
         self.run = run
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            for neuron, ahead in self._ahead.items():
+                if ahead.waiting:
+                    self._turn_back(neuron, ahead)
+        super().__exit__(kind, error, trace)
+
+    def ahead_of(self, neuron: NoisyNeuron) -> Ahead:
+        """What is computed ahead of a neuron's time."""
+        if neuron not in self._ahead:
+            self._ahead[neuron] = Ahead(self._plans.get(neuron, Plan()))
+        return self._ahead[neuron]
+
+    @property
+    def plans(self) -> dict[NoisyNeuron, Plan]:
+        """For the next pass."""
+        return {neuron: ahead.found for neuron, ahead in self._ahead.items()}
+
+    def run_ahead(
+        self, neuron: NoisyNeuron, seen: Sequence[tuple[Tensor, Tensor]], full: Mapping[str, Rows], as_tuple: bool
+    ) -> Any:
+        """The output of the first of some time steps that were computed at once; the others wait."""
+        ahead = self.ahead_of(neuron)
+        ahead.waiting.extend(seen)
+        ahead.full = full, neuron.fired
+        return self._next(neuron, ahead, as_tuple)
+
+    def _next(self, neuron: NoisyNeuron, ahead: Ahead, as_tuple: bool) -> Any:
+        """The output of a time step that waits."""
+        ahead.steps += 1
+        spikes, mem = ahead.waiting.popleft()
+        full, fired = ({}, None) if ahead.waiting else ahead.full
+        states = {name: memory.clone(full[name][: self.rows]) for name in neuron.state_names[:-1]} | {"mem": mem}
+        return self.read(neuron, spikes, states, Continuation(full, fired), as_tuple)
+
+    def _goes_on(
+        self, neuron: NoisyNeuron, ahead: Ahead, x: Tensor, states: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> bool:
+        """A time step that waits is the one that is asked for."""
+        mem = states[0] if states else named.get("mem")
+        return (
+            ahead.current is not None
+            and ahead.current.still_is(x)
+            and self.draws + 1 == ahead.next_draw
+            and self._last[neuron].holds("mem", neuron.mem if mem is None else mem)
+            and self.fused[neuron].suits(neuron, x)
+            and neuron.noise is not None
+            and neuron.noise.active
+            and torch._C._current_graph_task_id() == -1
+        )
+
+    def _turn_back(self, neuron: NoisyNeuron, ahead: Ahead) -> None:
+        """Leaves a neuron as if no time step had been computed but those that were asked for."""
+        assert ahead.current is not None
+        assert ahead.start is not None
+        ahead.give_up()
+        del self.sums[neuron]
+        draws, self.draws = self.draws, ahead.next_draw - ahead.steps * ahead.stride - 1
+        now = neuron.mem, neuron.reset
+        neuron.mem, neuron.reset = ahead.start
+        step = self.step_type(self, neuron, ahead.current)
+        fused = self.fused[neuron]
+        mem = step.run(fused.shaped(ahead.current.raw, self.rows * self.sets), ahead.steps, ahead.stride)
+        neuron.mem, neuron.reset = now
+        self.draws = draws
+        last = self._last[neuron]
+        fired = (mem, step.decided, version(step.decided))
+        self._last[neuron] = replace(last, full={"mem": mem}, fired=fired)
 
     @property
     def streams(self) -> Sequence[NoiseStream]:
@@ -358,10 +527,49 @@ class Shadowed(Recording):
             self.given.add(neuron)
         return known
 
-    def give_out(self, neuron: NoisyNeuron, states: Mapping[str, Tensor], continuation: Continuation) -> None:
-        """Remembers what a neuron continues from, by the membrane potential that others see."""
-        self._states[states["mem"]] = self._last[neuron] = continuation
+    def read(
+        self, neuron: NoisyNeuron, spikes: Tensor, states: dict[str, Tensor], after: Continuation, as_tuple: bool
+    ) -> Any:
+        """Gives out spikes with a leaf that collects what they do to the loss, and states that may not be read.
+
+        Args:
+            neuron: one that is not timed.
+            spikes: of the train that goes on; nobody else's, as the next.
+            states: of the train that goes on.
+            after: what the neuron continues from.
+            as_tuple: the neuron returns its states.
+        """
+        reader = self.reader(neuron, spikes)
+        with torch.set_grad_enabled(self.grad):
+            emitted = _Emit.apply(reader, (spikes,))
+            if not neuron.init_hidden or neuron.output:
+                where = self.name(neuron)
+                states = {name: _Unread.apply(reader, (state,), where) for name, state in states.items()}
+        return self.give_out(neuron, emitted, states, after, as_tuple)
+
+    def give_out(
+        self, neuron: NoisyNeuron, emitted: Tensor, states: dict[str, Tensor], after: Continuation, as_tuple: bool
+    ) -> Any:
+        """Gives out spikes and states, and remembers what the neuron continues from."""
+        bits = self.emits_bits[neuron]
+        if bits:
+            self.spikes.announce(emitted)
+        else:
+            with torch.set_grad_enabled(self.grad):
+                emitted = emitted * neuron.graded_spikes_factor
+        if "spk" in neuron.all_states:
+            states["spk"] = emitted
+        after.visible.update({name: (weakref.ref(state), version(state)) for name, state in states.items()})
+        self._last[neuron] = after
+        if self.is_timed(neuron):
+            self._states[states["mem"]] = after
         self._given[neuron] = states
+        for name, state in states.items():
+            setattr(neuron, name, state)
+        if after.fired is not None:
+            kept = after.fired[1][: self.rows]
+            neuron.fired = (states["mem"], kept, version(kept))
+        return (emitted, *(states[name] for name in neuron.state_names)) if as_tuple else emitted
 
     def new_chain(self, neuron: NoisyNeuron, like: Tensor) -> Chain:
         """A chain for a train that starts."""
@@ -389,11 +597,11 @@ class Shadowed(Recording):
 
 
 class _Emit(torch.autograd.Function):
-    """Spikes as they are, whose gradient a leaf collects."""
+    """Spikes as they are, whose gradient a leaf collects; in a tuple, so that they are no view of an input."""
 
     @staticmethod
-    def forward(ctx: Any, reader: Tensor, spikes: Tensor) -> Tensor:
-        return memory.clone(spikes)
+    def forward(ctx: Any, reader: Tensor, spikes: tuple[Tensor]) -> Tensor:
+        return spikes[0]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -404,9 +612,9 @@ class _Unread(torch.autograd.Function):
     """A state as it is, which the loss did not depend on when the network was looked at."""
 
     @staticmethod
-    def forward(ctx: Any, reader: Tensor, state: Tensor, where: str) -> Tensor:
+    def forward(ctx: Any, reader: Tensor, state: tuple[Tensor], where: str) -> Tensor:
         ctx.where = where
-        return memory.clone(state)
+        return state[0]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:

@@ -126,14 +126,19 @@ class Sums:
                 tangent = -torch.ones_like(like) if tangent is None else tangent - 1
             yield name, tangent
 
-    def end_step(self, neuron: NoisyNeuron, spikes: Tensor) -> None:
-        """Carries the derivatives of the states on, as the sample and the reset leave them."""
+    def end_step(self, neuron: NoisyNeuron, spikes: Tensor | None) -> None:
+        """Carries the derivatives of the states on, as the sample and the reset leave them.
+
+        Args:
+            neuron: the neuron.
+            spikes: of the step, as they were emitted; None is enough if they reset the next one only.
+        """
         for name, tangents in self.derived.items():
             *rest, mem = tangents
             if isinstance(neuron.noise, MembraneNoise):
                 # What is sampled is a constant; with a learned threshold that is the margin, u - threshold.
                 mem = torch.ones_like(neuron.mem) if name == "threshold" else None
-            if not getattr(neuron, "reset_delay", True):
+            if spikes is not None and not getattr(neuron, "reset_delay", True):
                 mem = _after_reset(neuron, spikes, name, mem)
             self.tangents[name] = (*rest, mem)
         self.derived = {}

@@ -30,7 +30,10 @@ _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class _Step(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_double if name == "weight" else ctypes.c_int64) for name in numba_steps.STEP]
+    _fields_ = [(name, ctypes.c_int64) for name in numba_steps.STEP]
+
+
+_TENSORS = numba_steps.STEP[numba_steps.STEP.index("mechanism") + 1 : numba_steps.STEP.index("steps")]
 
 
 class _Noise(ctypes.Structure):
@@ -66,10 +69,10 @@ def unpack(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def step(
-    new: Tensor, spikes: Tensor, keys: Tensor, batch: int, copies: int, first: int, half: int, draw: int, kind: int,
-    mechanism: int, current: Tensor, *arguments: Any,
+    new: Tensor, spikes: Tensor, keys: Tensor, batch: int, copies: int, first: int, half: int, draw: int, stride: int,
+    kind: int, mechanism: int, **tensors: Tensor | None,
 ) -> None:  # fmt: skip
-    """One time step of a neuron; see ``numba_steps._step``.
+    """Time steps of a neuron with the same current; see ``numba_steps._step``.
 
     Args:
         new: ``[rows, ...]``, filled, as the spikes.
@@ -79,27 +82,27 @@ def step(
         copies: number of copies.
         first: the first of these.
         half: copies from here on get negated noise.
-        draw: index of the draw.
+        draw: index of the first draw.
+        stride: from one step to the next.
         kind: of the noise.
         mechanism: of the reset.
-        current: ``[fewer rows, ...]``.
-        arguments: the others in their order, as tensors ``[rows, ...]``, ``[neurons]`` or numbers; None for a sum that
-            is not wanted, or a gain of one.
+        tensors: the others by name; None, or left out, for what is not wanted, or a gain of one.
     """
     rows, dtype = len(new), new.dtype
-    neurons = new.numel() // rows
     # Held until the end: what was copied to lie in one piece has no other owner.
-    held = [value.contiguous() if isinstance(value, Tensor) else value for value in (new, spikes, current, *arguments)]
-    assert all(not isinstance(value, Tensor) or value.dtype == dtype for value in held)
-    new_at, spikes_at, current_at, *others = (
-        value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in held
-    )
-    gain, pull = arguments[9], arguments[-2]
+    held = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    assert new.is_contiguous()
+    assert spikes.is_contiguous()
+    assert all(tensor.dtype == dtype for tensor in (new, spikes, *held.values()))
+    addresses = {name: tensor.data_ptr() for name, tensor in held.items()}
+    steps, *lengths = (len(held[name]) if name in held else 0 for name in ("weights", "current", "gain", "pull"))
+    neurons = new.numel() // rows
     given = (
-        neurons, new_at, spikes_at, keys.data_ptr(), batch, copies, first, half, draw, kind, mechanism, current_at,
-        *others, len(current), 0 if gain is None else len(gain), 0 if pull is None else len(pull),
+        neurons, new.data_ptr(), spikes.data_ptr(), keys.data_ptr(), batch, copies, first, half, draw,
+        stride, kind, mechanism, *(addresses.get(name, 0) for name in _TENSORS), steps, *lengths,
+        held["seen_mem"].shape[1] if "seen_mem" in held else 0,
     )  # fmt: skip
-    _run(numba_steps.step, dtype, _Step, rows, neurons, given)
+    _run(numba_steps.step, dtype, _Step, rows, neurons * steps, given)
 
 
 def _address(x: Tensor) -> int:

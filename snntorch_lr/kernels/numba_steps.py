@@ -65,14 +65,12 @@ NOISE = (*_CLAIMS, "out", "numbers", "key", "batch", "first", "half", "draw", "k
 """What a block of ``noise`` holds, integers of 64 bits all of them; rows of a block of ``pack`` are its bytes."""
 PACK = (*_CLAIMS, "packed", "values", "count")
 STEP = (
-    *_CLAIMS, "neurons", "new", "spikes", "keys", "batch", "copies", "first", "half", "draw", "kind", "mechanism",
-    "current", "reset", "mem", "syn", "new_syn", "leak", "share", "alpha", "threshold", "sigma", "gain", "weight",
-    "score", "scale", "fired", "expected", "pull", "pull_scale", "currents", "gains", "pulled",
+    *_CLAIMS, "neurons", "new", "spikes", "keys", "batch", "copies", "first", "half", "draw", "stride", "kind",
+    "mechanism", "current", "reset", "mem", "syn", "new_syn", "leak", "share", "alpha", "threshold", "sigma", "weights",
+    "gain", "score", "scale", "fired", "expected", "pull", "pull_scale", "seen_spikes", "seen_mem", "steps", "currents",
+    "gains", "pulled", "seen",
 )  # fmt: skip
-"""The same of ``step``; ``weight`` is a floating-point number."""
-_NOISE, _PACK, _STEP = (
-    np.dtype([(name, np.float64 if name == "weight" else np.int64) for name in names]) for names in (NOISE, PACK, STEP)
-)
+_NOISE, _PACK, _STEP = (np.dtype([(name, np.int64) for name in names]) for names in (NOISE, PACK, STEP))
 
 
 @njit(**_OPTIONS)
@@ -368,6 +366,12 @@ def _sample(mem: Any, spikes: Any, epsilon: Any, sigma: Any, threshold: Any) -> 
 
 
 @njit(**_OPTIONS)
+def _copy(to: Any, value: Any) -> None:
+    for i in range(len(to)):
+        to[i] = value[i]
+
+
+@njit(**_OPTIONS)
 def _add_product(total: Any, value: Any, factor: Any, times: bool) -> None:
     if times:
         for i in range(len(total)):
@@ -396,39 +400,41 @@ def _add_scale_scores(total: Any, score: Any, value: Any, escapes: bool) -> None
 @njit(**_OPTIONS)
 def _step(
     start: int, stop: int, new: Any, spikes: Any, keys: Any, batch: int, copies: int, first: int, half: int,
-    draw: int, kind: int, mechanism: int, current: Any, reset: Any, mem: Any, syn: Any, new_syn: Any, leak: Any,
-    share: Any, alpha: Any, threshold: Any, sigma: Any, gain: Any, weight: Any, score: Any, scale: Any, fired: Any,
-    expected: Any, pull: Any, pull_scale: Any,
+    draw: int, stride: int, kind: int, mechanism: int, current: Any, reset: Any, mem: Any, syn: Any, new_syn: Any,
+    leak: Any, share: Any, alpha: Any, threshold: Any, sigma: Any, weights: Any, gain: Any, score: Any, scale: Any,
+    fired: Any, expected: Any, pull: Any, pull_scale: Any, seen_spikes: Any, seen_mem: Any,
 ) -> None:  # fmt: skip
-    """One time step of a neuron in rows from ``start`` to ``stop``, with its sums over time.
+    """Time steps of a neuron with the same current in rows from ``start`` to ``stop``, with its sums over time.
 
     Arrays that end in the neurons are ``[rows, neurons]`` unless said otherwise. An output without rows is not wanted.
 
     Args:
         start: first row.
         stop: end of the rows.
-        new: membrane potential after the step.
-        spikes: zeros and ones.
+        new: membrane potential after the last step.
+        spikes: of the last step, zeros and ones.
         keys: of the noise, one for each set: the train that goes on, and its shadows.
         batch: number of samples; row r is copy ``first + r // batch % copies`` of sample ``r % batch``.
         copies: number of copies here.
         first: the first of these.
         half: copies from here on get negated noise.
-        draw: index of the draw.
+        draw: index of the first draw.
+        stride: from one step to the next.
         kind: of the noise.
         mechanism: of the reset.
         current: input; row r gets ``current[r % len(current)]``.
-        reset: spikes of the last step.
-        mem: membrane potential before the step.
-        syn: synaptic current before the step; empty where the input adds to the membrane potential at once.
-        new_syn: synaptic current after the step.
+        reset: spikes of the step before.
+        mem: membrane potential before.
+        syn: synaptic current before a single step; empty where the input adds to the membrane potential at once.
+        new_syn: synaptic current after it.
         leak: what remains of the membrane potential, ``[neurons]``.
         share: what the input, or the synaptic current, adds to it, ``[neurons]``.
         alpha: what remains of the synaptic current, ``[neurons]``.
         threshold: threshold, ``[neurons]``.
         sigma: noise level, ``[neurons]``.
-        gain: derivative of what is sampled by a constant current, ``[1, neurons]`` or in all rows; empty if it is one.
-        weight: of this step in sums of spikes.
+        weights: of the steps in sums of spikes, ``[steps]``.
+        gain: derivative of what is sampled by a constant current, ``[steps, neurons]``, or in all rows of a single
+            step; empty if it is one.
         score: Σ scores of the current, times σ.
         scale: Σ scores of log σ.
         fired: Σ weight · spikes.
@@ -436,6 +442,8 @@ def _step(
         pull: Σ weight · derivatives of these by the current, times σ, in the rows of the train that goes on; needs
             ``expected``.
         pull_scale: the same by log σ; needs ``pull``.
+        seen_spikes: spikes of each step in the first rows, ``[steps, rows, neurons]``.
+        seen_mem: membrane potentials after each step, alike.
     """
     neurons = new.shape[1]
     words = np.empty((4, (neurons + 3) // 4), np.int32)
@@ -444,40 +452,54 @@ def _step(
         np.empty(neurons, new.dtype),
     )  # fmt: skip
     p, density, inverse = np.empty(neurons, new.dtype), np.empty(neurons, new.dtype), _1 / sigma
+    last_mem, last_spikes = np.empty(neurons, new.dtype), np.empty(neurons, new.dtype)
     escapes = kind in (LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE)
     for row in range(start, stop):
-        here, fire = new[row], spikes[row]
-        _uniform(u, words, keys[row // (batch * copies)], row % batch, first + row // batch % copies, half, draw)
-        drive = current[row % len(current)]
-        if len(syn):
-            _filter(new_syn[row], syn[row], drive, alpha)
-            drive = new_syn[row]
-        _advance(here, mem[row], drive, reset[row], leak, share, threshold, mechanism)
-        factor = gain[row % len(gain)] if len(gain) else here
-        if escapes:
-            _distances(z, here, threshold, inverse)
-            _escape(fire, one, p, density, z, u, kind)
-        else:
-            if len(expected):
+        here, fire, before, fired_before = new[row], spikes[row], mem[row], reset[row]
+        for step in range(len(weights)):
+            weight = weights[step]
+            _uniform(
+                u, words, keys[row // (batch * copies)], row % batch, first + row // batch % copies, half,
+                draw + step * stride,
+            )  # fmt: skip
+            drive = current[row % len(current)]
+            if len(syn):
+                _filter(new_syn[row], syn[row], drive, alpha)
+                drive = new_syn[row]
+            _advance(here, before, drive, fired_before, leak, share, threshold, mechanism)
+            factor = gain[step if len(weights) > 1 else row % len(gain)] if len(gain) else here
+            if escapes:
                 _distances(z, here, threshold, inverse)
-                _probabilities(p, density, z, kind)
-            _to_noise(epsilon, u, kind)
-            _sample(here, fire, epsilon, sigma, threshold)
-            _membrane_scores(one, epsilon, u, kind)
-        if len(score):
-            _add_product(score[row], one, factor, len(gain) > 0)
-        if len(scale):
-            _add_scale_scores(scale[row], one, z if escapes else epsilon, escapes)
-        if len(fired):
-            _add_weighted(fired[row], fire, weight)
-        if len(expected):
-            _add_weighted(expected[row], p, weight)
-        if row < len(pull):
-            for i in range(neurons):
-                density[i] *= weight
-            _add_product(pull[row], density, factor, len(gain) > 0)
-            if len(pull_scale):
-                _add_scale_scores(pull_scale[row], density, z, True)
+                _escape(fire, one, p, density, z, u, kind)
+            else:
+                if len(expected):
+                    _distances(z, here, threshold, inverse)
+                    _probabilities(p, density, z, kind)
+                _to_noise(epsilon, u, kind)
+                _sample(here, fire, epsilon, sigma, threshold)
+                _membrane_scores(one, epsilon, u, kind)
+            if len(score):
+                _add_product(score[row], one, factor, len(gain) > 0)
+            if len(scale):
+                _add_scale_scores(scale[row], one, z if escapes else epsilon, escapes)
+            if len(fired):
+                _add_weighted(fired[row], fire, weight)
+            if len(expected):
+                _add_weighted(expected[row], p, weight)
+            if row < len(pull):
+                for i in range(neurons):
+                    density[i] *= weight
+                _add_product(pull[row], density, factor, len(gain) > 0)
+                if len(pull_scale):
+                    _add_scale_scores(pull_scale[row], density, z, True)
+            if row < seen_mem.shape[1]:
+                _copy(seen_spikes[step, row], fire)
+                _copy(seen_mem[step, row], here)
+            if step + 1 < len(weights):
+                # Copies: LLVM does not vectorise what may overlap.
+                _copy(last_mem, here)
+                _copy(last_spikes, fire)
+                before, fired_before = last_mem, last_spikes
 
 
 @intrinsic
@@ -552,18 +574,21 @@ def _run_step(address: Any, like: Any) -> None:
     syn, new_syn = _array(block.syn, rows, neurons, like), _array(block.new_syn, rows, neurons, like)
     leak, share = _list(block.leak, neurons, like), _list(block.share, neurons, like)
     alpha, threshold = _list(block.alpha, neurons, like), _list(block.threshold, neurons, like)
-    sigma, weight = _list(block.sigma, neurons, like), np.full(1, block.weight, new.dtype)[0]
+    sigma, weights = _list(block.sigma, neurons, like), _list(block.weights, block.steps, like)
     score, scale = _array(block.score, rows, neurons, like), _array(block.scale, rows, neurons, like)
     fired, expected = _array(block.fired, rows, neurons, like), _array(block.expected, rows, neurons, like)
     pull, pull_scale = _array(block.pull, pulled, neurons, like), _array(block.pull_scale, pulled, neurons, like)
+    shape = (block.steps, block.seen, neurons)
+    seen_spikes, seen_mem = carray(_pointer(block.seen_spikes, like), shape), carray(_pointer(block.seen_mem, like), shape)
     while True:
         start = _claim(address, count)
         if start >= rows:
             return
         _step(
             start, min(start + count, rows), new, spikes, keys, block.batch, block.copies, block.first, block.half,
-            block.draw, block.kind, block.mechanism, current, reset, mem, syn, new_syn, leak, share, alpha, threshold,
-            sigma, gain, weight, score, scale, fired, expected, pull, pull_scale,
+            block.draw, block.stride, block.kind, block.mechanism, current, reset, mem, syn, new_syn, leak, share,
+            alpha, threshold, sigma, weights, gain, score, scale, fired, expected, pull, pull_scale, seen_spikes,
+            seen_mem,
         )  # fmt: skip
 
 
@@ -604,7 +629,7 @@ def unpack(dtype: Any) -> Any:
 
 
 def step(dtype: Any) -> Any:
-    """A function that takes one time step of a neuron, with its sums over time; see ``_step``."""
+    """A function that takes time steps of a neuron, with its sums over time; see ``_step``."""
     like = dtype(0)
 
     @cfunc(_ENTRY, cache=True)
