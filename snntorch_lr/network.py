@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import snntorch as snn
@@ -19,12 +20,30 @@ _SPIKING_TYPES = (snn.SpikingNeuron, *(getattr(snn, name) for name in UNSUPPORTE
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 
 
-def spiking_neurons(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+_found: ContextVar[dict[nn.Module, Sequence[tuple[str, nn.Module]]] | None] = ContextVar("snntorch_lr_found", default=None)
+
+
+@contextmanager
+def looking_once() -> Iterator[None]:
+    """Context in which a network is searched for its neurons once: it keeps the same ones."""
+    token = _found.set({})
+    try:
+        yield
+    finally:
+        _found.reset(token)
+
+
+def spiking_neurons(net: nn.Module) -> Sequence[tuple[str, nn.Module]]:
     """All snnTorch neurons of a network, with their names, each once.
 
     Finds them at any depth, and also in plain lists, tuples and dicts, which ``net.modules()`` does not see.
     """
-    yield from _visit("", net, set())
+    found = _found.get()
+    if found is None:
+        return list(_visit("", net, set()))
+    if net not in found:
+        found[net] = list(_visit("", net, set()))
+    return found[net]
 
 
 def _visit(name: str, value: object, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:

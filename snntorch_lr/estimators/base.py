@@ -22,7 +22,7 @@ from ..distributed import SingleProcess
 from ..graph import leaves
 from ..kernels import memory
 from ..left_as_found import Buffers, left_as_found
-from ..network import noisy_inputs, spiking_neurons
+from ..network import looking_once, noisy_inputs, spiking_neurons
 from ..noise import EscapeNoise, MembraneNoise
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
@@ -324,7 +324,7 @@ class Estimator(ABC):
         for neuron in call.neurons.values():
             neuron.estimating = True
         try:
-            with self.checking():
+            with looking_once(), self.checking():
                 check_levels(self.net, self.checks)
                 loss = self.estimate(call)
                 check_gradients(self.net, call.inputs, self.half, self.checks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..network import noisy_inputs, parameters
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
 from .base import Call, Estimator
-from .credit import Control, CreditSums, Rate, SpikePooling
+from .credit import Control, CreditSums, Rate, SpikePooling, check_nothing_is_pooled
 from .recording import Copies
 from .shadows import Plan, Shadowed
 from .sums import RatePass, RatesCaptured, check_calls
@@ -153,7 +153,8 @@ class Counterfactual(Estimator):
         plans = {neurons[name]: plan for name, plan in self._plans.items() if name in neurons}
         recording = self._recording(copies, timed, internal, profiles, plans)
         before, pooling = RandomState.capture(), SpikePooling(self._pooled, self.checks)
-        with pooling:
+        # It looks at every function of torch, which takes time for nothing where nothing is pooled.
+        with pooling if exact or self._pooled else nullcontext():
             if exact:
                 losses = self.run_watched(recording, call)
                 if not self.inspected:
@@ -161,6 +162,8 @@ class Counterfactual(Estimator):
             else:
                 with recording.spikes:
                     losses = self.run(recording, call, grad=True)
+        if not pooling.calls:
+            check_nothing_is_pooled(losses)
         check_calls(recording.sums, neurons, 'use over_time="exact"')
         self._plans = {name: recording.plans[neuron] for name, neuron in neurons.items() if neuron in recording.plans}
         everyone = self.gather(losses.view(recording.copies, -1))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .._messages import warn
+from ..graph import ancestors
 from ..noise import EscapeNoise, MembraneNoise
 from ..noise_stream import resolved
 from ..validate import Checks
@@ -451,6 +452,8 @@ class SpikePooling(TorchFunctionMode):
     def _height(self, x: Tensor) -> float | None:
         """Height of the spikes that are pooled in this call; 0 or None where that makes no difference."""
         index, self.calls = self.calls, self.calls + 1
+        if self._rates and index >= len(self.heights):
+            raise ValueError(_CHANGED.format("something"))
         self.heights += [None] * (self.calls - len(self.heights))
         known = self.heights[index]
         if self._rates or not (x.requires_grad and x.numel()):
@@ -475,12 +478,22 @@ class SpikePooling(TorchFunctionMode):
         ]
 
 
+def check_nothing_is_pooled(losses: Tensor) -> None:
+    """Refuses losses that pool something, where nothing was pooled before.
+
+    Raises:
+        ValueError: if they do.
+    """
+    if any("MaxPool" in node.name() for node in ancestors([losses])):
+        raise ValueError(_CHANGED.format("something"))
+
+
 _UNKNOWN = (
     "max-pooling of spikes that is adaptive, or with return_indices=True, has no derivative here that tells what one "
     "spike does"
 )
 _KNOWN = "use torch.nn.MaxPool2d or AvgPool2d, or pool the currents before the neuron"
-_CHANGED = "a max-pooling pools {} now, which it did not in the first call: make a new estimator after such a change"
+_CHANGED = "max-pooling pools {} now, which it did not in the first call: make a new estimator after such a change"
 
 
 def _are_spikes(x: Tensor, height: Tensor | float) -> Tensor:

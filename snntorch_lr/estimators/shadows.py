@@ -202,9 +202,13 @@ class ShadowedStep(Step):
         sums, neuron, rows = self.sums, self.neuron, self.recording.rows
         assert neuron.noise is not None
         gains, weights = [], []
-        for _ in range(count):
+        for step in range(count):
             sums.receive(self.current.raw)
-            sums.begin_step(neuron, input_)
+            if step:
+                sums.steps += 1
+                sums.derived = {name: neuron.gains_after(tangents) for name, tangents in sums.tangents.items()}
+            else:
+                sums.begin_step(neuron, input_)
             gains.append(sums.gain)
             weights.append(sums.weigh())
             sums.end_step(neuron, None)
