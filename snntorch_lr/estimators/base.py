@@ -317,14 +317,15 @@ class Estimator(ABC):
             self.inspected = True
             return loss
 
-        return self.division.run(self.net, own_part)
+        with looking_once():
+            return self.division.run(self.net, own_part)
 
     def checked_estimate(self, call: Call) -> Tensor:
         """``estimate``, whose gradients are finite, and which runs no neuron in a backward pass."""
         for neuron in call.neurons.values():
             neuron.estimating = True
         try:
-            with looking_once(), self.checking():
+            with self.checking():
                 check_levels(self.net, self.checks)
                 loss = self.estimate(call)
                 check_gradients(self.net, call.inputs, self.half, self.checks)
