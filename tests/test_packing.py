@@ -21,7 +21,7 @@ def test_unpacks_what_was_packed_in_an_eighth_of_a_byte_each(shape: tuple[int, .
 def test_a_graph_saves_announced_spikes_as_bits_and_has_the_same_gradient() -> None:
     linear = nn.Linear(64, 3)
     spikes, other = (torch.rand(2, 10, 64) > 0.5).float()
-    hooks = PackedSpikes()
+    hooks = PackedSpikes(0)
     hooks.announce(spikes)
     with hooks:
         out = linear(spikes).square().sum() + linear(other).sum() + linear(spikes[:, :].flatten(1)).sum()

@@ -152,7 +152,7 @@ class Counterfactual(Estimator):
         profiles = {neurons[name]: profile for name, profile in self._profiles.items() if name in neurons}
         plans = {neurons[name]: plan for name, plan in self._plans.items() if name in neurons}
         recording = self._recording(copies, timed, internal, profiles, plans)
-        before, pooling = RandomState.capture(), SpikePooling(self._pooled, self.checks)
+        before, pooling = RandomState.capture(), SpikePooling(self._pooled, self.checks, recording.spikes.knows)
         # It looks at every function of torch, which takes time for nothing where nothing is pooled.
         with pooling if exact or self._pooled else nullcontext():
             if exact:
@@ -190,7 +190,7 @@ class Counterfactual(Estimator):
         recording.keeps_steps = True
         neurons = call.neurons
         with self.trial():
-            with SpikePooling(self._pooled, self.checks):
+            with SpikePooling(self._pooled, self.checks, recording.spikes.knows):
                 losses = self.run_watched(recording, call)
             check_derivative(recording, losses)
         wiring = Wiring.of(recording, losses)

@@ -404,6 +404,7 @@ class SpikePooling(TorchFunctionMode):
         heights: the height of the spikes that each call pools, in their order, and 0 for currents; None where nothing
             but zeros has been pooled yet. What is not known is looked for, and added.
         checks: where it is filed that the others still hold.
+        knows: tells a tensor of zeros and ones by where it comes from, so that its numbers need not be looked at.
         rates: rates are pooled in place of spikes, which nobody can tell from currents: nothing is looked for.
         strict: kinds of pooling whose windows are not known here are refused; otherwise they keep torch's derivative,
             with a warning.
@@ -419,6 +420,7 @@ class SpikePooling(TorchFunctionMode):
         self,
         heights: list[float | None] | None = None,
         checks: Checks | None = None,
+        knows: Callable[[Tensor], bool] = lambda x: False,
         rates: bool = False,
         strict: bool = True,
     ) -> None:
@@ -426,6 +428,7 @@ class SpikePooling(TorchFunctionMode):
         self.heights = [] if heights is None else heights
         self.calls = 0
         self._checks = Checks() if checks is None else checks
+        self._knows = knows
         self._rates = rates
         self._strict = strict
 
@@ -445,9 +448,10 @@ class SpikePooling(TorchFunctionMode):
             warn(f"{_UNKNOWN}; that of torch hides the gradient from attacks: {_KNOWN}")
             return func(*args, **kwargs)
         options = {"stride": None, "padding": 0, "dilation": 1} | dict(zip(_NAMES, args, strict=False)) | kwargs
-        value = func(*args, **kwargs)
-        product = _product(x, value.shape, height, _POOLS[func], options)
-        return product if self._rates else value.detach() + (product - product.detach())
+        with torch.no_grad():
+            value = func(*args, **kwargs)
+        given = height, _POOLS[func], options
+        return _product(x, value.shape, *given) if self._rates else _Maximum.apply(x, (value,), *given)
 
     def _height(self, x: Tensor) -> float | None:
         """Height of the spikes that are pooled in this call; 0 or None where that makes no difference."""
@@ -458,6 +462,9 @@ class SpikePooling(TorchFunctionMode):
         known = self.heights[index]
         if self._rates or not (x.requires_grad and x.numel()):
             return known if x.requires_grad else None
+        if known in (None, 1.0) and self._knows(x):
+            self.heights[index] = 1.0
+            return 1.0
         x = x.detach()
         top = x.amax()
         if known is None:
@@ -499,6 +506,26 @@ _CHANGED = "max-pooling pools {} now, which it did not in the first call: make a
 def _are_spikes(x: Tensor, height: Tensor | float) -> Tensor:
     """There are no numbers but zero and one other."""
     return ((x == 0) | (x == height)).all()
+
+
+class _Maximum(torch.autograd.Function):
+    """The maximum of spikes in each window as it is, in a tuple; backwards, 1 − Π(1 − s)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, value: tuple[Tensor], height: float, dims: int, options: dict[str, Any]
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.given = value[0].shape, height, dims, options
+        return value[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (found,) = torch.autograd.grad(_product(x, *ctx.given), x, gradient)
+        return found, None, None, None, None
 
 
 def _product(x: Tensor, shape: torch.Size, height: float, dims: int, options: dict[str, Any]) -> Tensor:

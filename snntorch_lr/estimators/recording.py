@@ -66,28 +66,36 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
 
     Spikes are recognised by identity: only tensors that were announced are packed, so that no value is looked at.
     What was changed in place before it is saved is no longer spikes. What is changed after that, unless it was packed,
-    is an error in the backward pass: autograd leaves it to these hooks to look.
+    is an error in the backward pass: autograd leaves it to these hooks to look. As long as they take little memory,
+    spikes are left as they are, too: to pack them takes time, and much of what is saved is let go before it is used.
+
+    Args:
+        most_bytes: of spikes that are left as they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int = 8_000_000) -> None:
         known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         packed: dict[int, Tensor] = {}
+        whole = _Whole()
 
         def save(saved: Tensor) -> Any:
-            key = saved.data_ptr()
-            reference, count = known.get(key, (None, 0))
-            spikes = reference() if reference is not None else None
-            changed = spikes is not None and version(spikes) != count
-            if spikes is None or changed or saved.numel() != spikes.numel() or not saved.is_contiguous():
-                # Not the tensor itself: an operation that saves its own output would keep itself alive.
-                return saved.detach(), version(saved)
-            if key not in packed:
-                packed[key] = pack(spikes)
-            return packed[key], saved.shape, saved.dtype
+            spikes = _known_spikes(known, saved)
+            size = saved.numel() * saved.element_size()
+            if spikes is not None and whole.bytes + size > most_bytes:
+                key = saved.data_ptr()
+                if key not in packed:
+                    packed[key] = pack(spikes)
+                return packed[key], saved.shape, saved.dtype
+            # Not the tensor itself: an operation that saves its own output would keep itself alive.
+            return saved.detach(), version(saved) if spikes is None else _Share(whole, size, version(saved))
 
         # Functions and not methods: a graph that held this object would be part of a cycle.
         super().__init__(save, _restore)
         self._known, self._packed = known, packed
+
+    def knows(self, x: Tensor) -> bool:
+        """The tensor holds spikes that were announced, and nothing else."""
+        return _known_spikes(self._known, x) is not None
 
     def announce(self, spikes: Tensor) -> None:
         """Says that a tensor holds zeros and ones only, as it is now."""
@@ -102,11 +110,37 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
         known[key] = weakref.ref(spikes, forget), version(spikes)
 
 
+class _Whole:
+    """How many bytes of spikes a graph holds that were left as they are."""
+
+    bytes = 0
+
+
+class _Share:
+    """A part of these; it is given back when the graph lets go of it."""
+
+    def __init__(self, whole: _Whole, size: int, version: int) -> None:
+        self.whole, self.size, self.version = whole, size, version
+        whole.bytes += size
+
+    def __del__(self) -> None:
+        self.whole.bytes -= self.size
+
+
+def _known_spikes(known: Mapping[int, tuple[weakref.ref[Tensor], int]], x: Tensor) -> Tensor | None:
+    """The announced spikes that a tensor shares all of its memory with, if they have not been changed since."""
+    reference, count = known.get(x.data_ptr(), (None, 0))
+    spikes = reference() if reference is not None else None
+    if spikes is None or version(spikes) != count or x.numel() != spikes.numel() or not x.is_contiguous():
+        return None
+    return spikes
+
+
 def _restore(saved: Any) -> Tensor:
     if len(saved) == 3:
         return unpack(*saved)
-    tensor: Tensor = saved[0]
-    if version(tensor) != saved[1]:
+    tensor, count = saved
+    if version(tensor) != (count.version if isinstance(count, _Share) else count):
         raise RuntimeError(
             f"a tensor of shape {tuple(tensor.shape)} that the gradient needs was changed in place after it had been "
             "used: change a copy, or leave out inplace=True"
