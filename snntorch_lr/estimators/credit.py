@@ -512,9 +512,7 @@ class _Maximum(torch.autograd.Function):
     """The maximum of spikes in each window as it is, in a tuple; backwards, 1 − Π(1 − s)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, value: tuple[Tensor], height: float, dims: int, options: dict[str, Any]
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, value: tuple[Tensor], height: float, dims: int, options: dict[str, Any]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.given = value[0].shape, height, dims, options
         return value[0]

@@ -16,6 +16,11 @@ from ..noise import EscapeNoise, MembraneNoise
 from ..noisy_neuron import NoisyNeuron
 from .recording import Copies, Current, Recording, Step, sigma_gradient, weighted
 
+CHANGED_CURRENT = (
+    "a current was changed in place after a noisy neuron had got it, and sums over time need it as it was: write "
+    'current = current + change in place of current += change, or use estimator="vanilla"'
+)
+
 
 @dataclass
 class Sums:
@@ -69,10 +74,7 @@ class Sums:
         """
         if self.last_current is not None:
             if version(self.last_current) != self.last_version:
-                raise ValueError(
-                    "a current was changed in place after a noisy neuron had got it, and sums over time need it as it "
-                    'was: write current = current + change in place of current += change, or use estimator="vanilla"'
-                )
+                raise ValueError(CHANGED_CURRENT)
             share = self.last_current * self.repeats if self.repeats != 1 else self.last_current
             self.current = share if self.current is None else self.current + share
             self.last_current, self.repeats = None, 0

@@ -1,7 +1,7 @@
 """Noise and time steps of neurons, fused for a CPU by Numba: one pass over memory for all of it.
 
 A row is one copy of one sample. All intermediate numbers of a row stay in the cache, and each loop is over the neurons
-of a row, so that LLVM turns it into vector instructions. In single precision nothing calls a mathematical library,
+of a row, or of a few rows if they are short, so that LLVM turns it into vector instructions. In single precision nothing calls a mathematical library,
 which it could not: polynomials take its place, whose errors are below 2 · 10⁻⁶. In double precision, which is for
 tests, accuracy comes first.
 
@@ -58,6 +58,8 @@ _ROUND = np.float32(1.5 * 2**23)
 _LEAST_EXPONENT = np.float32(-87)
 # Bytes of spikes at a time, so that they stay in the cache for eight passes.
 _CHUNK = 2048
+# Neurons of short rows that are computed together.
+_BLOCK = 1024
 _SQRT_HALF_BITS = np.int32(0x3F3504F3)
 
 _CLAIMS = ("next", "rows", "claim")
@@ -155,10 +157,21 @@ def _overload_normal(z: Any) -> Any:
 
 
 @njit(**_OPTIONS)
-def _words(words: Any, key: Any, sample: int, copy: int, draw: int) -> None:
-    """Random words of a row, ``[4, a quarter of the neurons]``: Philox 4x32-10 of (column, sample, copy, draw)."""
-    for column in range(words.shape[1]):
-        c0, c1, c2, c3 = np.uint32(column), np.uint32(sample), np.uint32(copy), np.uint32(draw)
+def _words(words: Any, columns: Any, samples: Any, key: Any, sample: int, copy: int, draw: int) -> None:
+    """Random words of rows that follow each other: Philox 4x32-10 of (column, sample, copy, draw).
+
+    Args:
+        words: filled, ``[4, at least rows * quarter]``, a quarter being that of the neurons of a row, rounded up.
+        columns: ``[rows * quarter]``.
+        samples: alike, counted from the first one.
+        key: of 64 bits.
+        sample: the first one.
+        copy: of all rows.
+        draw: of all rows.
+    """
+    for place in range(len(columns)):
+        c0, c1 = np.uint32(columns[place]), np.uint32(np.uint32(sample) + np.uint32(samples[place]))
+        c2, c3 = np.uint32(copy), np.uint32(draw)
         k0, k1 = np.uint32(key), np.uint32(key >> np.uint64(32))
         for _ in range(10):
             low = np.uint64(np.uint32(0xD2511F53)) * np.uint64(c0)
@@ -167,8 +180,20 @@ def _words(words: Any, key: Any, sample: int, copy: int, draw: int) -> None:
             c2 = np.uint32(np.uint32(low >> np.uint64(32)) ^ c3 ^ k1)
             c1, c3 = np.uint32(high), np.uint32(low)
             k0, k1 = np.uint32(k0 + np.uint32(0x9E3779B9)), np.uint32(k1 + np.uint32(0xBB67AE85))
-        words[0, column], words[1, column] = np.int32(c0), np.int32(c1)
-        words[2, column], words[3, column] = np.int32(c2), np.int32(c3)
+        words[0, place], words[1, place] = np.int32(c0), np.int32(c1)
+        words[2, place], words[3, place] = np.int32(c2), np.int32(c3)
+
+
+@njit(**_OPTIONS)
+def _counters(rows: int, neurons: int) -> tuple[Any, Any, Any]:
+    """Memory for the words of so many rows, and the first two numbers of their counters."""
+    quarter = (neurons + 3) // 4
+    columns, samples = np.empty(rows * quarter, np.int32), np.empty(rows * quarter, np.int32)
+    for row in range(rows):
+        samples[row * quarter : (row + 1) * quarter] = row
+        for column in range(quarter):
+            columns[row * quarter + column] = column
+    return np.empty((4, rows * quarter), np.int32), columns, samples
 
 
 def _to_uniform(u: Any, word: Any, sign: Any) -> Any:
@@ -188,16 +213,21 @@ def _overload_to_uniform(u: Any, word: Any, sign: Any) -> Any:
 
 
 @njit(**_OPTIONS)
-def _uniform(u: Any, words: Any, key: Any, sample: int, copy: int, half: int, draw: int) -> None:
-    """Uniform numbers in (−1, 1) of a row; those of an antithetic copy are negated."""
+def _uniform(
+    u: Any, words: Any, columns: Any, samples: Any, neurons: int, key: Any, sample: int, copy: int, half: int, draw: int
+) -> None:
+    """Uniform numbers in (−1, 1) of rows of one copy; those of an antithetic copy are negated."""
     sign = -1 if copy >= half else 1
-    _words(words, key, sample, copy - half if copy >= half else copy, draw)
-    quarter = words.shape[1]
-    for part in range(4):
-        # Slices: an index that could be negative keeps LLVM from vectorising.
-        numbers, own = u[part * quarter : (part + 1) * quarter], words[part]
-        for column in range(len(numbers)):
-            numbers[column] = _to_uniform(u, own[column], sign)
+    quarter, rows = (neurons + 3) // 4, len(u) // neurons
+    count = rows * quarter
+    _words(words, columns[:count], samples[:count], key, sample, copy - half if copy >= half else copy, draw)
+    for row in range(rows):
+        for part in range(4):
+            # Slices: an index that could be negative keeps LLVM from vectorising.
+            numbers = u[row * neurons + part * quarter : min(row * neurons + (part + 1) * quarter, (row + 1) * neurons)]
+            own = words[part, row * quarter : (row + 1) * quarter]
+            for column in range(len(numbers)):
+                numbers[column] = _to_uniform(u, own[column], sign)
 
 
 @njit(**_OPTIONS)
@@ -216,12 +246,25 @@ def _to_noise(epsilon: Any, u: Any, kind: int) -> None:
 
 
 @njit(**_OPTIONS)
-def _noise(start: int, stop: int, out: Any, key: Any, batch: int, first: int, half: int, draw: int, kind: int) -> None:
+def _rows_together(row: int, stop: int, batch: int, most: int) -> int:
+    """How many rows of one copy, from a row on, are computed together."""
+    return min(stop - row, most, batch - row % batch)
+
+
+@njit(**_OPTIONS)
+def _noise(
+    start: int, stop: int, out: Any, neurons: int, key: Any, batch: int, first: int, half: int, draw: int, kind: int
+) -> None:
     """Fills rows from ``start`` to ``stop`` with noise; see ``snntorch_lr.noise_stream.NoiseStream``."""
-    words = np.empty((4, (out.shape[1] + 3) // 4), np.int32)
-    for row in range(start, stop):
-        _uniform(out[row], words, key, row % batch, first + row // batch, half, draw)
-        _to_noise(out[row], out[row], kind)
+    most = max(1, _BLOCK // neurons)
+    words, columns, samples = _counters(most, neurons)
+    row = start
+    while row < stop:
+        count = _rows_together(row, stop, batch, most)
+        own = out[row * neurons : (row + count) * neurons]
+        _uniform(own, words, columns, samples, neurons, key, row % batch, first + row // batch, half, draw)
+        _to_noise(own, own, kind)
+        row += count
 
 
 @njit(**_OPTIONS)
@@ -399,18 +442,19 @@ def _add_scale_scores(total: Any, score: Any, value: Any, escapes: bool) -> None
 
 @njit(**_OPTIONS)
 def _step(
-    start: int, stop: int, new: Any, spikes: Any, keys: Any, batch: int, copies: int, first: int, half: int,
+    start: int, stop: int, neurons: int, new: Any, spikes: Any, keys: Any, batch: int, copies: int, first: int, half: int,
     draw: int, stride: int, kind: int, mechanism: int, current: Any, reset: Any, mem: Any, syn: Any, new_syn: Any,
     leak: Any, share: Any, alpha: Any, threshold: Any, sigma: Any, weights: Any, gain: Any, score: Any, scale: Any,
     fired: Any, expected: Any, pull: Any, pull_scale: Any, seen_spikes: Any, seen_mem: Any,
 ) -> None:  # fmt: skip
     """Time steps of a neuron with the same current in rows from ``start`` to ``stop``, with its sums over time.
 
-    Arrays that end in the neurons are ``[rows, neurons]`` unless said otherwise. An output without rows is not wanted.
+    Arrays are flat, ``[rows, neurons]`` in one dimension unless said otherwise. An empty output is not wanted.
 
     Args:
         start: first row.
         stop: end of the rows.
+        neurons: of a row.
         new: membrane potential after the last step.
         spikes: of the last step, zeros and ones.
         keys: of the noise, one for each set: the train that goes on, and its shadows.
@@ -422,7 +466,7 @@ def _step(
         stride: from one step to the next.
         kind: of the noise.
         mechanism: of the reset.
-        current: input; row r gets ``current[r % len(current)]``.
+        current: input, of the samples, or of the train that goes on; the other rows get the same.
         reset: spikes of the step before.
         mem: membrane potential before.
         syn: synaptic current before a single step; empty where the input adds to the membrane potential at once.
@@ -445,29 +489,40 @@ def _step(
         seen_spikes: spikes of each step in the first rows, ``[steps, rows, neurons]``.
         seen_mem: membrane potentials after each step, alike.
     """
-    neurons = new.shape[1]
-    words = np.empty((4, (neurons + 3) // 4), np.int32)
-    u, z, one, epsilon = (
-        np.empty(neurons, new.dtype), np.empty(neurons, new.dtype), np.empty(neurons, new.dtype),
-        np.empty(neurons, new.dtype),
-    )  # fmt: skip
-    p, density, inverse = np.empty(neurons, new.dtype), np.empty(neurons, new.dtype), _1 / sigma
-    last_mem, last_spikes = np.empty(neurons, new.dtype), np.empty(neurons, new.dtype)
+    steps, most = len(weights), max(1, _BLOCK // neurons)
+    words, columns, samples = _counters(most, neurons)
+    leak, share, alpha = _repeat(leak, most), _repeat(share, most), _repeat(alpha, most)
+    threshold, sigma = _repeat(threshold, most), _repeat(sigma, most)
+    inverse = _1 / sigma
+    memory = np.empty((9, most * neurons), new.dtype)
     escapes = kind in (LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE)
-    for row in range(start, stop):
-        here, fire, before, fired_before = new[row], spikes[row], mem[row], reset[row]
-        for step in range(len(weights)):
-            weight = weights[step]
+    row = start
+    while row < stop:
+        rows = _rows_together(row, stop, batch, most)
+        size, left = rows * neurons, row * neurons
+        u, z, one, epsilon = memory[0, :size], memory[1, :size], memory[2, :size], memory[3, :size]
+        p, density, factor = memory[4, :size], memory[5, :size], memory[6, :size]
+        here, fire = new[left : left + size], spikes[left : left + size]
+        before, fired_before = mem[left : left + size], reset[left : left + size]
+        own = left % len(current)
+        drive = current[own : own + size]
+        if len(syn):
+            _filter(new_syn[left : left + size], syn[left : left + size], drive, alpha)
+            drive = new_syn[left : left + size]
+        for step in range(steps):
+            weight, copy = weights[step], first + row // batch % copies
             _uniform(
-                u, words, keys[row // (batch * copies)], row % batch, first + row // batch % copies, half,
+                u, words, columns, samples, neurons, keys[row // (batch * copies)], row % batch, copy, half,
                 draw + step * stride,
             )  # fmt: skip
-            drive = current[row % len(current)]
-            if len(syn):
-                _filter(new_syn[row], syn[row], drive, alpha)
-                drive = new_syn[row]
             _advance(here, before, drive, fired_before, leak, share, threshold, mechanism)
-            factor = gain[step if len(weights) > 1 else row % len(gain)] if len(gain) else here
+            if len(gain) == steps * neurons:
+                factor = gain[step * neurons : (step + 1) * neurons]
+                if rows > 1:
+                    _spread(memory[6, :size], factor)
+                    factor = memory[6, :size]
+            elif len(gain):
+                factor = gain[left : left + size]
             if escapes:
                 _distances(z, here, threshold, inverse)
                 _escape(fire, one, p, density, z, u, kind)
@@ -479,27 +534,41 @@ def _step(
                 _sample(here, fire, epsilon, sigma, threshold)
                 _membrane_scores(one, epsilon, u, kind)
             if len(score):
-                _add_product(score[row], one, factor, len(gain) > 0)
+                _add_product(score[left : left + size], one, factor, len(gain) > 0)
             if len(scale):
-                _add_scale_scores(scale[row], one, z if escapes else epsilon, escapes)
+                _add_scale_scores(scale[left : left + size], one, z if escapes else epsilon, escapes)
             if len(fired):
-                _add_weighted(fired[row], fire, weight)
+                _add_weighted(fired[left : left + size], fire, weight)
             if len(expected):
-                _add_weighted(expected[row], p, weight)
-            if row < len(pull):
-                for i in range(neurons):
+                _add_weighted(expected[left : left + size], p, weight)
+            if left < len(pull):
+                for i in range(size):
                     density[i] *= weight
-                _add_product(pull[row], density, factor, len(gain) > 0)
+                _add_product(pull[left : left + size], density, factor, len(gain) > 0)
                 if len(pull_scale):
-                    _add_scale_scores(pull_scale[row], density, z, True)
-            if row < seen_mem.shape[1]:
-                _copy(seen_spikes[step, row], fire)
-                _copy(seen_mem[step, row], here)
-            if step + 1 < len(weights):
+                    _add_scale_scores(pull_scale[left : left + size], density, z, True)
+            if left < seen_mem.shape[1]:
+                _copy(seen_spikes[step, left : left + size], fire)
+                _copy(seen_mem[step, left : left + size], here)
+            if step + 1 < steps:
                 # Copies: LLVM does not vectorise what may overlap.
-                _copy(last_mem, here)
-                _copy(last_spikes, fire)
-                before, fired_before = last_mem, last_spikes
+                before, fired_before = memory[7, :size], memory[8, :size]
+                _copy(before, here)
+                _copy(fired_before, fire)
+        row += rows
+
+
+@njit(**_OPTIONS)
+def _spread(to: Any, values: Any) -> None:
+    for start in range(0, len(to), len(values)):
+        _copy(to[start : start + len(values)], values)
+
+
+@njit(**_OPTIONS)
+def _repeat(values: Any, times: int) -> Any:
+    out = np.empty(times * len(values), values.dtype)
+    _spread(out, values)
+    return out
 
 
 @intrinsic
@@ -529,21 +598,16 @@ def _list(address: int, numbers: int, like: Any) -> Any:
 
 
 @njit(**_OPTIONS)
-def _array(address: int, rows: int, numbers: int, like: Any) -> Any:
-    return carray(_pointer(address, like), (rows if address else 0, numbers))
-
-
-@njit(**_OPTIONS)
 def _run_noise(address: Any, like: Any) -> None:
     block = carray(address, (1,), _NOISE)[0]
-    rows, count = block.rows, block.claim
-    out = _array(block.out, rows, block.numbers, like)
+    rows, count, neurons = block.rows, block.claim, block.numbers
+    out = _list(block.out, rows * neurons, like)
     while True:
         start = _claim(address, count)
         if start >= rows:
             return
         _noise(
-            start, min(start + count, rows), out, np.uint64(block.key), block.batch, block.first, block.half,
+            start, min(start + count, rows), out, neurons, np.uint64(block.key), block.batch, block.first, block.half,
             block.draw, block.kind,
         )  # fmt: skip
 
@@ -566,28 +630,30 @@ def _run_pack(address: Any, like: Any, unpacks: bool) -> None:
 @njit(**_OPTIONS)
 def _run_step(address: Any, like: Any) -> None:
     block = carray(address, (1,), _STEP)[0]
-    rows, count, neurons, pulled = block.rows, block.claim, block.neurons, block.pulled
+    rows, count, neurons, steps = block.rows, block.claim, block.neurons, block.steps
+    size, pulled = rows * neurons, block.pulled * neurons
     keys = _list(block.keys, rows // (block.batch * block.copies), np.uint64(0))
-    current, gain = _array(block.current, block.currents, neurons, like), _array(block.gain, block.gains, neurons, like)
-    new, spikes = _array(block.new, rows, neurons, like), _array(block.spikes, rows, neurons, like)
-    reset, mem = _array(block.reset, rows, neurons, like), _array(block.mem, rows, neurons, like)
-    syn, new_syn = _array(block.syn, rows, neurons, like), _array(block.new_syn, rows, neurons, like)
+    current, gain = _list(block.current, block.currents * neurons, like), _list(block.gain, block.gains * neurons, like)
+    new, spikes = _list(block.new, size, like), _list(block.spikes, size, like)
+    reset, mem = _list(block.reset, size, like), _list(block.mem, size, like)
+    syn, new_syn = _list(block.syn, size, like), _list(block.new_syn, size, like)
     leak, share = _list(block.leak, neurons, like), _list(block.share, neurons, like)
     alpha, threshold = _list(block.alpha, neurons, like), _list(block.threshold, neurons, like)
-    sigma, weights = _list(block.sigma, neurons, like), _list(block.weights, block.steps, like)
-    score, scale = _array(block.score, rows, neurons, like), _array(block.scale, rows, neurons, like)
-    fired, expected = _array(block.fired, rows, neurons, like), _array(block.expected, rows, neurons, like)
-    pull, pull_scale = _array(block.pull, pulled, neurons, like), _array(block.pull_scale, pulled, neurons, like)
-    shape = (block.steps, block.seen, neurons)
-    seen_spikes, seen_mem = carray(_pointer(block.seen_spikes, like), shape), carray(_pointer(block.seen_mem, like), shape)
+    sigma, weights = _list(block.sigma, neurons, like), _list(block.weights, steps, like)
+    score, scale = _list(block.score, size, like), _list(block.scale, size, like)
+    fired, expected = _list(block.fired, size, like), _list(block.expected, size, like)
+    pull, pull_scale = _list(block.pull, pulled, like), _list(block.pull_scale, pulled, like)
+    shape = (steps, block.seen * neurons)
+    seen_spikes = carray(_pointer(block.seen_spikes, like), shape)
+    seen_mem = carray(_pointer(block.seen_mem, like), shape)
     while True:
         start = _claim(address, count)
         if start >= rows:
             return
         _step(
-            start, min(start + count, rows), new, spikes, keys, block.batch, block.copies, block.first, block.half,
-            block.draw, block.stride, block.kind, block.mechanism, current, reset, mem, syn, new_syn, leak, share,
-            alpha, threshold, sigma, weights, gain, score, scale, fired, expected, pull, pull_scale, seen_spikes,
+            start, min(start + count, rows), neurons, new, spikes, keys, block.batch, block.copies, block.first,
+            block.half, block.draw, block.stride, block.kind, block.mechanism, current, reset, mem, syn, new_syn, leak,
+            share, alpha, threshold, sigma, weights, gain, score, scale, fired, expected, pull, pull_scale, seen_spikes,
             seen_mem,
         )  # fmt: skip
 

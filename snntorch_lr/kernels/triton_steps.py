@@ -20,6 +20,10 @@ from .._messages import first_line
 from . import kinds
 
 DTYPES = (torch.float32,)
+_TENSORS = (
+    "current", "reset", "mem", "syn", "new_syn", "leak", "share", "alpha", "threshold", "sigma", "weights", "gain",
+    "score", "scale", "fired", "expected", "pull", "pull_scale", "seen_spikes", "seen_mem",
+)  # fmt: skip
 # Counters, or bytes, of a program at most.
 _BLOCK = 256
 
@@ -156,62 +160,90 @@ def _noise(out, key, batch, first, half, draw, neurons, KIND: tl.constexpr, BLOC
         tl.store(out + row.to(tl.int64) * neurons + neuron, _to_noise(_uniform(words[part], sign), KIND), inside)
 
 
-@triton.jit(do_not_specialize=["batch", "copies", "first", "half", "draw", "currents", "gains", "pulled"])
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "copies",
+        "first",
+        "half",
+        "draw",
+        "stride",
+        "currents",
+        "gains",
+        "pulled",
+        "seen",
+        "steps",
+    ]
+)
 def _step(
-    new, spikes, keys, batch, copies, first, half, draw, current, reset, mem, syn, new_syn, leak, share, alpha,
-    threshold, sigma, gain, weight, score, scale, fired, expected, pull, pull_scale, neurons, currents, gains, pulled,
+    new, spikes, keys, batch, copies, first, half, draw, stride, current, reset, mem, syn, new_syn, leak, share, alpha,
+    threshold, sigma, weights, gain, score, scale, fired, expected, pull, pull_scale, seen_spikes, seen_mem, neurons,
+    steps, currents, gains, pulled, seen,
     KIND: tl.constexpr, MECHANISM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As ``numba_steps.step``, with None for what is empty there, and numbers of rows of what may have fewer."""
+    """As ``numba_steps._step``, with None for what is empty there, and numbers of rows of what may have fewer."""
     escapes: tl.constexpr = KIND == _LOGISTIC_ESCAPE or KIND == _GAUSSIAN_ESCAPE
     row = tl.program_id(0)
     quarter = (neurons + 3) // 4
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(keys + row // (batch * copies))
-    words, sign = _words(key, column, row % batch, first + row // batch % copies, half, draw)
     start = row.to(tl.int64) * neurons
-    for part in tl.static_range(4):
-        neuron = part * quarter + column
-        inside = (column < quarter) & (neuron < neurons)
-        place = start + neuron
-        level, limit = tl.load(sigma + neuron, inside, 1.0), tl.load(threshold + neuron, inside)
-        drive = tl.load(current + (row % currents).to(tl.int64) * neurons + neuron, inside)
-        if syn is not None:
-            drive += tl.load(syn + place, inside) * tl.load(alpha + neuron, inside)
-            tl.store(new_syn + place, drive, inside)
-        mean = _advance(
-            tl.load(mem + place, inside), drive, tl.load(reset + place, inside), tl.load(leak + neuron, inside),
-            tl.load(share + neuron, inside), limit, MECHANISM,
-        )  # fmt: skip
-        u = _uniform(words[part], sign)
-        z = (mean - limit) / level
-        if escapes:
-            spike, one = _escape(z, u, KIND)
-            scale_score = -one * z
-        else:
-            epsilon = _to_noise(u, KIND)
-            mean += level * epsilon
-            spike = tl.where(mean > limit, 1.0, 0.0)
-            one = _membrane_score(epsilon, u, KIND)
-            scale_score = one * epsilon - 1
-        tl.store(new + place, mean, inside)
-        tl.store(spikes + place, spike, inside)
-        factor = 1.0
-        if gain is not None:
-            factor = tl.load(gain + (row % gains).to(tl.int64) * neurons + neuron, inside)
-        if score is not None:
-            _add(score, place, one * factor, inside)
-        if scale is not None:
-            _add(scale, place, scale_score, inside)
-        if fired is not None:
-            _add(fired, place, spike * weight, inside)
-        if expected is not None:
-            p, density = _chances(z, KIND)
-            _add(expected, place, p * weight, inside)
-            if pull is not None:
-                _add(pull, place, density * weight * factor, inside & (row < pulled))
-            if pull_scale is not None:
-                _add(pull_scale, place, -density * weight * z, inside & (row < pulled))
+    for step in range(steps):
+        words, sign = _words(key, column, row % batch, first + row // batch % copies, half, draw + step * stride)
+        weight = tl.load(weights + step)
+        for part in tl.static_range(4):
+            neuron = part * quarter + column
+            inside = (column < quarter) & (neuron < neurons)
+            place = start + neuron
+            level, limit = tl.load(sigma + neuron, inside, 1.0), tl.load(threshold + neuron, inside)
+            drive = tl.load(current + (row % currents).to(tl.int64) * neurons + neuron, inside)
+            if syn is not None:
+                drive += tl.load(syn + place, inside) * tl.load(alpha + neuron, inside)
+                tl.store(new_syn + place, drive, inside)
+            # Of the step before, which is the same program's.
+            before = tl.load(mem + place, inside & (step == 0), 0.0) + tl.load(new + place, inside & (step > 0), 0.0)
+            spiked = tl.load(reset + place, inside & (step == 0), 0.0) + tl.load(
+                spikes + place, inside & (step > 0), 0.0
+            )
+            mean = _advance(
+                before, drive, spiked, tl.load(leak + neuron, inside), tl.load(share + neuron, inside), limit, MECHANISM
+            )
+            u = _uniform(words[part], sign)
+            z = (mean - limit) / level
+            if escapes:
+                spike, one = _escape(z, u, KIND)
+                scale_score = -one * z
+            else:
+                epsilon = _to_noise(u, KIND)
+                mean += level * epsilon
+                spike = tl.where(mean > limit, 1.0, 0.0)
+                one = _membrane_score(epsilon, u, KIND)
+                scale_score = one * epsilon - 1
+            tl.store(new + place, mean, inside)
+            tl.store(spikes + place, spike, inside)
+            factor = 1.0
+            if gain is not None:
+                gain_row = tl.where(steps > 1, step, row % gains)
+                factor = tl.load(gain + gain_row.to(tl.int64) * neurons + neuron, inside)
+            if score is not None:
+                _add(score, place, one * factor, inside)
+            if scale is not None:
+                _add(scale, place, scale_score, inside)
+            if fired is not None:
+                _add(fired, place, spike * weight, inside)
+            if expected is not None:
+                p, density = _chances(z, KIND)
+                _add(expected, place, p * weight, inside)
+                if pull is not None:
+                    _add(pull, place, density * weight * factor, inside & (row < pulled))
+                if pull_scale is not None:
+                    _add(pull_scale, place, -density * weight * z, inside & (row < pulled))
+            if seen_mem is not None:
+                visible = (step * seen + row).to(tl.int64) * neurons + neuron
+                tl.store(seen_spikes + visible, spike, inside & (row < seen))
+                tl.store(seen_mem + visible, mean, inside & (row < seen))
+        # The threads of a program may load what another one of them has stored.
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -256,17 +288,18 @@ def unpack(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def step(
-    new: Tensor, spikes: Tensor, keys: Tensor, batch: int, copies: int, first: int, half: int, draw: int, kind: int,
-    mechanism: int, current: Tensor, *arguments: Tensor | float | None,
+    new: Tensor, spikes: Tensor, keys: Tensor, batch: int, copies: int, first: int, half: int, draw: int, stride: int,
+    kind: int, mechanism: int, **tensors: Tensor | None,
 ) -> None:  # fmt: skip
-    """One time step of a neuron; see ``cpu.step``."""
+    """Time steps of a neuron with the same current; see ``cpu.step``."""
     grid, block = _grid(new)
-    inputs = [each.contiguous() if isinstance(each, Tensor) else each for each in (current, *arguments[:-6])]
-    gain, pull = inputs[-2], arguments[-2]
-    rows = (len(each) if isinstance(each, Tensor) else 1 for each in (current, gain, pull))
+    given = [tensors.get(name) for name in _TENSORS]
+    held = dict(zip(_TENSORS, (None if each is None else each.contiguous() for each in given), strict=True))
+    rows = (1 if (each := held[name]) is None else len(each) for name in ("weights", "current", "gain", "pull"))
+    seen = held["seen_mem"]
     _launch(
-        _step, grid, new, spikes, keys, batch, copies, first, half, draw, *inputs, *arguments[-6:], new[0].numel(),
-        *rows, KIND=kind, MECHANISM=mechanism, BLOCK=block,
+        _step, grid, new, spikes, keys, batch, copies, first, half, draw, stride, *held.values(), new[0].numel(), *rows,
+        0 if seen is None else seen.shape[1], KIND=kind, MECHANISM=mechanism, BLOCK=block,
     )  # fmt: skip
 
 
