@@ -50,7 +50,7 @@ def test_memory_that_is_used_again_is_not_taken_for_spikes() -> None:
 
 
 def test_spikes_that_were_changed_in_place_are_saved_as_they_are() -> None:
-    hooks, linear = PackedSpikes(), nn.Linear(4, 2)
+    hooks, linear = PackedSpikes(0), nn.Linear(4, 2)
     spikes = torch.ones(3, 4)
     hooks.announce(spikes)
     with hooks:
@@ -59,3 +59,23 @@ def test_spikes_that_were_changed_in_place_are_saved_as_they_are() -> None:
         after = linear(spikes.mul_(0.5)).sum()
     (before + after).backward()
     torch.testing.assert_close(linear.weight.grad, torch.full((2, 4), 4.5))
+
+
+def test_few_spikes_are_saved_as_they_are_as_long_as_a_graph_holds_them() -> None:
+    hooks, linear = PackedSpikes(most_bytes=100), nn.Linear(4, 2)
+    outputs = []
+    with hooks:
+        for _ in range(3):
+            spikes = torch.ones(3, 4)
+            hooks.announce(spikes)
+            outputs.append((spikes, linear(spikes).sum()))
+    # Of 48 bytes each, two fit.
+    assert len(hooks._packed) == 1
+    sum(output for _, output in outputs).backward()
+    torch.testing.assert_close(linear.weight.grad, torch.full((2, 4), 9.0))
+    outputs.clear()
+    with hooks:
+        again = linear(spikes).sum()
+        spikes.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place after it had been"):
+        again.backward()

@@ -69,6 +69,10 @@ class Ahead:
         """Number of the next step's draw."""
         return self._first + self.steps * self.stride
 
+    def is_next(self, x: Tensor, draw: int) -> bool:
+        """A step waits, and it is the one with this current and this draw."""
+        return bool(self.waiting) and self.current is not None and self.current.still_is(x) and draw == self.next_draw
+
     def ask(self, neuron: NoisyNeuron, current: Current, draw: int, size: int) -> int:
         """How many steps are worth computing, the one that is asked for among them.
 

@@ -81,6 +81,7 @@ class Fused:
             and neuron.has_known_graph
             and neuron.fires_above_threshold
             and type(neuron).fire is NoisyNeuron.fire
+            and type(neuron).mem_reset is NoisyNeuron.mem_reset
             and x.dim() > 1
             and x.numel() > 0
             and all(_fits(value, x) for value in _given(neuron))

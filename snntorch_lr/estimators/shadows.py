@@ -105,7 +105,7 @@ class ShadowedStep(Step):
         if self.timed:
             return super().update(input_)
         if self.fused is None:
-            self.sums.receive(self.current.raw)
+            self._receive()
             self.sums.begin_step(self.neuron, input_)
             return super().update(input_)
         recording, ahead = self.recording, self.recording.ahead_of(self.neuron)
@@ -113,13 +113,19 @@ class ShadowedStep(Step):
         count = ahead.ask(self.neuron, self.current, recording.draws + 1, size)
         return self.run(input_, count, ahead.stride)
 
+    def _receive(self) -> None:
+        # The current has a graph, other than all that is computed from it here.
+        with torch.set_grad_enabled(self.recording.grad):
+            self.sums.receive(self.current.raw)
+
+    @torch.no_grad()
     def run(self, input_: Tensor, count: int, stride: int) -> Any:
         """Fused time steps with the same current, and what they add to the sums."""
         sums, neuron, rows = self.sums, self.neuron, self.recording.rows
         assert neuron.noise is not None
         gains, weights = [], []
         for step in range(count):
-            sums.receive(self.current.raw)
+            self._receive()
             if step:
                 sums.steps += 1
                 sums.derived = {name: neuron.gains_after(tangents) for name, tangents in sums.tangents.items()}
@@ -180,7 +186,7 @@ class ShadowedStep(Step):
             emitted, states, link, chain = self._keep(drawn, spikes, full)
             return self.recording.give_out(neuron, emitted, states, Continuation(full, fired, link, chain), as_tuple)
         if drawn is None:
-            return self.recording.run_ahead(neuron, self.seen, full, as_tuple)
+            return self.recording.wait(neuron, self, full)
         rows, bits = self.recording.rows, self.recording.emits_bits[neuron]
         self.sums.add(drawn, spikes, rows, neuron.fires_above_threshold)
         self.sums.end_step(neuron, spikes if bits else spikes * neuron.graded_spikes_factor.detach())
@@ -308,12 +314,16 @@ class Shadowed(Recording):
             # ``SpikePooling`` looks at every function of torch; a neuron calls most of them, and pools nothing.
             with torch._C.DisableTorchFunction():
                 ahead = self._ahead.get(neuron)
-                if ahead is not None and ahead.waiting:
-                    if self._goes_on(neuron, ahead, input_, states, named):
+                if ahead is not None:
+                    goes_on = self._goes_on(neuron, input_, states, named)
+                    if goes_on and ahead.is_next(input_, self.draws + 1):
                         self.draws = ahead.next_draw
                         self.numbers += math.prod(input_.shape[1:])
-                        return self._next(neuron, ahead, not neuron.init_hidden or neuron.output)
-                    self._turn_back(neuron, ahead)
+                        return self._next(neuron, ahead)
+                    if ahead.waiting:
+                        self._turn_back(neuron, ahead)
+                    if goes_on:
+                        return self._go_on(neuron, input_)
                 return step(neuron, input_, *states, **named)
 
         self.run = run
@@ -339,38 +349,51 @@ class Shadowed(Recording):
         """For the next pass."""
         return {neuron: ahead.found for neuron, ahead in self._ahead.items()}
 
-    def run_ahead(
-        self, neuron: NoisyNeuron, seen: Sequence[tuple[Tensor, Tensor]], full: Mapping[str, Rows], as_tuple: bool
-    ) -> Any:
-        """The output of the first of some time steps that were computed at once; the others wait."""
-        ahead = self.ahead_of(neuron)
-        ahead.waiting.extend(seen)
-        ahead.full = full, neuron.fired
-        return self._next(neuron, ahead, as_tuple)
+    def wait(self, neuron: NoisyNeuron, step: ShadowedStep, states: Mapping[str, Rows]) -> Any:
+        """Keeps time steps that were computed at once until they are asked for; the output of the first one."""
+        ahead, spikes = self.ahead_of(neuron), step.decided
+        assert spikes is not None
+        ahead.waiting.extend(step.seen)
+        ahead.full = states, (states["mem"], spikes, version(spikes))
+        return self._next(neuron, ahead)
 
-    def _next(self, neuron: NoisyNeuron, ahead: Ahead, as_tuple: bool) -> Any:
+    def _next(self, neuron: NoisyNeuron, ahead: Ahead) -> Any:
         """The output of a time step that waits."""
         ahead.steps += 1
         spikes, mem = ahead.waiting.popleft()
         full, fired = ({}, None) if ahead.waiting else ahead.full
         states = {name: memory.clone(full[name][: self.rows]) for name in neuron.state_names[:-1]} | {"mem": mem}
+        as_tuple = not neuron.init_hidden or neuron.output
         return self.read(neuron, spikes, states, Continuation(full, fired), as_tuple)
 
-    def _goes_on(
-        self, neuron: NoisyNeuron, ahead: Ahead, x: Tensor, states: tuple[Any, ...], named: Mapping[str, Any]
-    ) -> bool:
-        """A time step that waits is the one that is asked for."""
-        mem = states[0] if states else named.get("mem")
+    def _goes_on(self, neuron: NoisyNeuron, x: Tensor, states: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
+        """A fused neuron gets another current, and nothing else is new."""
+        given = dict(zip(neuron.state_names, states, strict=False)) | named
+        last = self._last.get(neuron)
         return (
-            ahead.current is not None
-            and ahead.current.still_is(x)
-            and self.draws + 1 == ahead.next_draw
-            and self._last[neuron].holds("mem", neuron.mem if mem is None else mem)
+            last is not None
+            and all(last.holds(n, getattr(neuron, n) if given.get(n) is None else given[n]) for n in neuron.state_names)
+            and len(x) in (self.samples, self.rows)
             and self.fused[neuron].suits(neuron, x)
             and neuron.noise is not None
             and neuron.noise.active
             and torch._C._current_graph_task_id() == -1
         )
+
+    def _go_on(self, neuron: NoisyNeuron, x: Tensor) -> Any:
+        """A fused time step from the last states: what snnTorch's forward would do for it is known."""
+        current, last = self._received[neuron], self._last[neuron]
+        if not current.still_is(x):
+            current = self._received[neuron] = Current(x)
+        for name, state in last.full.items():
+            setattr(neuron, name, state)
+        assert last.fired is not None
+        neuron.reset = last.fired[1]
+        self.numbers += math.prod(x.shape[1:])
+        step = self.step_type(self, neuron, current)
+        states = step.update(self.fused[neuron].shaped(x, self.rows * self.sets))
+        states = states if isinstance(states, tuple) else (states,)
+        return self.wait(neuron, step, dict(zip(neuron.state_names, states, strict=True)))
 
     def _turn_back(self, neuron: NoisyNeuron, ahead: Ahead) -> None:
         """Leaves a neuron as if no time step had been computed but those that were asked for."""
