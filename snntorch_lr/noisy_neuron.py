@@ -101,10 +101,13 @@ class Sampler(Protocol):
     """A forward pass of noise copies, as a neuron sees it.
 
     Attributes:
-        run: a neuron's time step; compiled code leaves its graph there.
+        run_apart: ``run``, for which compiled code leaves its graph.
     """
 
-    run: Callable[..., Any]
+    run_apart: Callable[..., Any]
+
+    def run(self, neuron: Any, input_: Tensor, *states: Any, **named: Any) -> Any:
+        """A neuron's time step."""
 
     def begin(self, neuron: Any, input_: Tensor, states: tuple[Any, ...], named: dict[str, Any]) -> TimeStep:
         """A time step from its input and the states that the user gave."""
@@ -157,7 +160,10 @@ class NoisyNeuron(Portable, Dynamics, snn.SpikingNeuron):
         """One time step with snnTorch's arguments, shapes and return values."""
         if self.noise is None:
             return super().forward(input_, *states, **named_states)
-        run = NoisyNeuron.noisy_step if self.sampler is None else self.sampler.run
+        sampler = self.sampler
+        if sampler is None:
+            return self.noisy_step(input_, *states, **named_states)
+        run = sampler.run_apart if torch.compiler.is_compiling() else sampler.run
         return run(self, input_, *states, **named_states)
 
     def noisy_step(self, input_: Tensor, *states: Any, **named_states: Any) -> Any:

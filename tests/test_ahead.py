@@ -69,7 +69,7 @@ NOISES = {"escape": lambda: slr.EscapeNoise(0.4), "membrane": lambda: slr.Membra
 
 
 def found(estimator: str, net: Net, change: str, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Tensor], int]:
-    """The gradient after a pass as it is, one with a change, and one as it is; and how often a kernel ran in the second."""
+    """The gradient after passes with and without a change, and how often a kernel ran in that."""
     x, y = torch.rand(6, 12, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 4
     own = ESTIMATORS[estimator](net)
     calls: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from types import TracebackType
@@ -139,7 +139,8 @@ def _known_spikes(known: Mapping[int, tuple[weakref.ref[Tensor], int]], x: Tenso
 def _restore(saved: Any) -> Tensor:
     if len(saved) == 3:
         return unpack(*saved)
-    tensor, count = saved
+    tensor: Tensor = saved[0]
+    count = saved[1]
     if version(tensor) != (count.version if isinstance(count, _Share) else count):
         raise RuntimeError(
             f"a tensor of shape {tuple(tensor.shape)} that the gradient needs was changed in place after it had been "
@@ -387,7 +388,7 @@ class Recording:
         numbers: how many numbers that were, for each row.
         samples: number of samples of the inputs.
         grad: the forward pass runs with gradients.
-        run: a neuron's time step; compiled code leaves its graph there, which could not follow scores being filed.
+        run_apart: ``run`` for compiled code, which leaves its graph there: that could not follow scores being filed.
     """
 
     step_type: type[Step] = Step
@@ -400,7 +401,7 @@ class Recording:
         self.samples = copies.batch
         self._first_samples = copies.first_samples
         self.grad = True
-        self.run = NoisyNeuron.noisy_step
+        self.run_apart: Callable[..., Any] = self.run
         self._handles: list[RemovableHandle] = []
         self._token: Token[Recording | None] | None = None
         self.spikes = PackedSpikes()
@@ -417,7 +418,7 @@ class Recording:
         self.grad = torch.is_grad_enabled()
         # Where nothing was compiled, the compiler is not worth being imported: it takes seconds and much memory.
         if "torch._dynamo" in sys.modules:
-            self.run = torch.compiler.disable(NoisyNeuron.noisy_step)  # type: ignore[no-untyped-call]
+            self.run_apart = torch.compiler.disable(self.run)  # type: ignore[no-untyped-call]
         for neuron in self.neurons.values():
             neuron.sampler = self
         for other in self.others:
@@ -434,6 +435,10 @@ class Recording:
             del neuron.sampler
         while self._handles:
             self._handles.pop().remove()
+
+    def run(self, neuron: NoisyNeuron, input_: Tensor, *states: Any, **named: Any) -> Any:
+        """A neuron's time step."""
+        return neuron.noisy_step(input_, *states, **named)
 
     def begin(self, neuron: NoisyNeuron, input_: Tensor, states: tuple[Any, ...], named: dict[str, Any]) -> Step:
         """The time step of a neuron that got an input, and states if the user keeps them."""

@@ -306,28 +306,22 @@ class Shadowed(Recording):
         """The tokens of all neurons."""
         return list(self.tokens.values())
 
-    def __enter__(self) -> Shadowed:
-        super().__enter__()
-        step = self.run
-
-        def run(neuron: NoisyNeuron, input_: Tensor, *states: Any, **named: Any) -> Any:
-            # ``SpikePooling`` looks at every function of torch; a neuron calls most of them, and pools nothing.
-            with torch._C.DisableTorchFunction():
-                ahead = self._ahead.get(neuron)
-                if ahead is not None:
-                    goes_on = self._goes_on(neuron, input_, states, named)
-                    if goes_on and ahead.is_next(input_, self.draws + 1):
-                        self.draws = ahead.next_draw
-                        self.numbers += math.prod(input_.shape[1:])
-                        return self._next(neuron, ahead)
-                    if ahead.waiting:
-                        self._turn_back(neuron, ahead)
-                    if goes_on:
-                        return self._go_on(neuron, input_)
-                return step(neuron, input_, *states, **named)
-
-        self.run = run
-        return self
+    def run(self, neuron: NoisyNeuron, input_: Tensor, *states: Any, **named: Any) -> Any:
+        """A neuron's time step, if it need not be computed any more: the first of those that wait."""
+        # ``SpikePooling`` looks at every function of torch; a neuron calls most of them, and pools nothing.
+        with torch._C.DisableTorchFunction():
+            ahead = self._ahead.get(neuron)
+            if ahead is not None:
+                goes_on = self._goes_on(neuron, input_, states, named)
+                if goes_on and ahead.is_next(input_, self.draws + 1):
+                    self.draws = ahead.next_draw
+                    self.numbers += math.prod(input_.shape[1:])
+                    return self._next(neuron, ahead)
+                if ahead.waiting:
+                    self._turn_back(neuron, ahead)
+                if goes_on:
+                    return self._go_on(neuron, input_)
+            return super().run(neuron, input_, *states, **named)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -368,7 +362,7 @@ class Shadowed(Recording):
 
     def _goes_on(self, neuron: NoisyNeuron, x: Tensor, states: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
         """A fused neuron gets another current, and nothing else is new."""
-        given = dict(zip(neuron.state_names, states, strict=False)) | named
+        given = dict(zip(neuron.state_names, states, strict=False)) | dict(named)
         last = self._last.get(neuron)
         return (
             last is not None
@@ -412,8 +406,8 @@ class Shadowed(Recording):
         neuron.mem, neuron.reset = now
         self.draws = draws
         last = self._last[neuron]
-        fired = (mem, step.decided, version(step.decided))
-        self._last[neuron] = replace(last, full={"mem": mem}, fired=fired)
+        assert step.decided is not None
+        self._last[neuron] = replace(last, full={"mem": mem}, fired=(mem, step.decided, version(step.decided)))
 
     @property
     def streams(self) -> Sequence[NoiseStream]:

@@ -1,9 +1,9 @@
 """Noise and time steps of neurons, fused for a CPU by Numba: one pass over memory for all of it.
 
 A row is one copy of one sample. All intermediate numbers of a row stay in the cache, and each loop is over the neurons
-of a row, or of a few rows if they are short, so that LLVM turns it into vector instructions. In single precision nothing calls a mathematical library,
-which it could not: polynomials take its place, whose errors are below 2 · 10⁻⁶. In double precision, which is for
-tests, accuracy comes first.
+of a row, or of a few rows if they are short, so that LLVM turns it into vector instructions. In single precision
+nothing calls a mathematical library, which it could not: polynomials take its place, whose errors are below 2 · 10⁻⁶.
+In double precision, which is for tests, accuracy comes first.
 
 ``noise``, ``pack``, ``unpack`` and ``step`` make functions for a dtype that C code can call. Such a function takes the
 address of a block, ``next``, ``rows``, ``claim`` and its arguments, in which arrays are addresses, and zero where they
@@ -16,7 +16,7 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic, overload
 
 from .kinds import (
@@ -36,6 +36,9 @@ from .kinds import (
 # No leave to reorder sums, on which rounding to an integer and the exactness of the uniform numbers depend, nor to take
 # for granted that there is no NaN, which has to reach the gradient to be found.
 _OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
+
+_INTRINSIC: Any = intrinsic
+_WORD = types.CPointer(types.int64)  # type: ignore[no-untyped-call]
 
 # Constants of single precision, so that they do not turn the numbers beside them into double precision.
 _0, _HALF, _1, _2 = (np.float32(value) for value in (0, 0.5, 1, 2))
@@ -442,10 +445,10 @@ def _add_scale_scores(total: Any, score: Any, value: Any, escapes: bool) -> None
 
 @njit(**_OPTIONS)
 def _step(
-    start: int, stop: int, neurons: int, new: Any, spikes: Any, keys: Any, batch: int, copies: int, first: int, half: int,
-    draw: int, stride: int, kind: int, mechanism: int, current: Any, reset: Any, mem: Any, syn: Any, new_syn: Any,
-    leak: Any, share: Any, alpha: Any, threshold: Any, sigma: Any, weights: Any, gain: Any, score: Any, scale: Any,
-    fired: Any, expected: Any, pull: Any, pull_scale: Any, seen_spikes: Any, seen_mem: Any,
+    start: int, stop: int, neurons: int, new: Any, spikes: Any, keys: Any, batch: int, copies: int, first: int,
+    half: int, draw: int, stride: int, kind: int, mechanism: int, current: Any, reset: Any, mem: Any, syn: Any,
+    new_syn: Any, leak: Any, share: Any, alpha: Any, threshold: Any, sigma: Any, weights: Any, gain: Any, score: Any,
+    scale: Any, fired: Any, expected: Any, pull: Any, pull_scale: Any, seen_spikes: Any, seen_mem: Any,
 ) -> None:  # fmt: skip
     """Time steps of a neuron with the same current in rows from ``start`` to ``stop``, with its sums over time.
 
@@ -571,22 +574,22 @@ def _repeat(values: Any, times: int) -> Any:
     return out
 
 
-@intrinsic
+@_INTRINSIC
 def _pointer(context: Any, address: Any, like: Any) -> Any:
     """An address as that of numbers like another one."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(like)(address, like), build
+    return types.CPointer(like)(address, like), build  # type: ignore[no-untyped-call]
 
 
-@intrinsic
+@_INTRINSIC
 def _claim(context: Any, block: Any, count: Any) -> Any:
     """The first of the next rows, which no other thread gets: adds to the word at the start of a block."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.bitcast(arguments[0], context.get_value_type(types.CPointer(types.int64)))
+        pointer = builder.bitcast(arguments[0], context.get_value_type(_WORD))
         return builder.atomic_rmw("add", pointer, arguments[1], "monotonic")
 
     return types.int64(types.voidptr, types.int64), build
