@@ -101,7 +101,7 @@ class Sampler(Protocol):
     """A forward pass of noise copies, as a neuron sees it.
 
     Attributes:
-        run_apart: ``run``, for which compiled code leaves its graph.
+        run_apart: ``run`` of a sampler that it is given, for which compiled code leaves its graph.
     """
 
     run_apart: Callable[..., Any]
@@ -163,8 +163,9 @@ class NoisyNeuron(Portable, Dynamics, snn.SpikingNeuron):
         sampler = self.sampler
         if sampler is None:
             return self.noisy_step(input_, *states, **named_states)
-        run = sampler.run_apart if torch.compiler.is_compiling() else sampler.run
-        return run(self, input_, *states, **named_states)
+        if torch.compiler.is_compiling():
+            return sampler.run_apart(sampler, self, input_, *states, **named_states)
+        return sampler.run(self, input_, *states, **named_states)
 
     def noisy_step(self, input_: Tensor, *states: Any, **named_states: Any) -> Any:
         """One time step with noise.

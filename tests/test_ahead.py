@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.estimators.ahead import Ahead
+from snntorch_lr.estimators.fused import Ahead
 from snntorch_lr.kernels import cpu
 
 from .helpers import assert_same, gradients

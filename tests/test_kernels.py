@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import snntorch_lr as slr
 from snntorch_lr import kernels
-from snntorch_lr.estimators.recording import Copies, Recording, Step, pack, unpack
+from snntorch_lr.estimators.packing import pack, unpack
+from snntorch_lr.estimators.recording import Copies, Recording, Step
 from snntorch_lr.estimators.shadows import Continuation
 from snntorch_lr.estimators.storing import StoringStep
 from snntorch_lr.kernels import memory

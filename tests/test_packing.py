@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from snntorch_lr.estimators.recording import PackedSpikes, pack, unpack
+from snntorch_lr.estimators.packing import PackedSpikes, pack, unpack
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from snntorch_lr import kernels
-from snntorch_lr.estimators.recording import pack, unpack
+from snntorch_lr.estimators.packing import pack, unpack
 from snntorch_lr.kernels import kinds
 from snntorch_lr.noise_stream import NoiseStream
 

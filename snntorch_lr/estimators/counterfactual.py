@@ -16,9 +16,9 @@ from ..left_as_found import Buffers, RandomState
 from ..network import noisy_inputs, parameters
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
-from .ahead import Plan
 from .base import Call, Estimator
 from .credit import Control, CreditSums, Rate, SpikePooling, check_nothing_is_pooled
+from .fused import Plan
 from .recording import Copies
 from .shadows import Shadowed
 from .sums import RatePass, RatesCaptured, check_calls

@@ -16,7 +16,8 @@ from ..graph import ancestors
 from ..noise import EscapeNoise, MembraneNoise
 from ..noise_stream import resolved
 from ..validate import Checks
-from .recording import over_copies, unpack
+from .packing import unpack
+from .recording import over_copies
 from .sums import Sums, add
 
 Rows = Tensor

@@ -19,9 +19,10 @@ from ..kernels import memory
 from ..noise import EscapeNoise, MembraneNoise, Noise
 from ..noise_stream import NoiseStream, mix, resolved
 from ..noisy_neuron import NoisyNeuron
-from .ahead import Ahead, Plan
 from .credit import Chain, Control, Credit, CreditSums, Draw, Kept, Rows
-from .recording import Copies, Current, Recording, Step, pack
+from .fused import Ahead, Current, Plan
+from .packing import pack
+from .recording import Copies, Recording, Step
 from .sums import CHANGED_CURRENT
 
 

@@ -13,18 +13,9 @@ from ..graph import version
 from ..kernels import memory
 from ..noise import EscapeNoise, MembraneNoise, Noise
 from ..noisy_neuron import NoisyNeuron
-from .fused import Fused
-from .recording import (
-    Copies,
-    Current,
-    Recording,
-    Step,
-    over_copies,
-    pack,
-    sigma_gradient,
-    unpack,
-    weighted,
-)
+from .fused import Current, Fused
+from .packing import pack, unpack
+from .recording import Copies, Recording, Step, over_copies, sigma_gradient, weighted
 
 Scores = Callable[[], tuple[Tensor, Tensor]]
 """Scores of the mean (times σ) and of log σ, ``[copies * batch, ...]`` each."""

@@ -14,7 +14,8 @@ from ..graph import version
 from ..kernels import memory
 from ..noise import EscapeNoise, MembraneNoise
 from ..noisy_neuron import NoisyNeuron
-from .recording import Copies, Current, Recording, Step, sigma_gradient, weighted
+from .fused import Current
+from .recording import Copies, Recording, Step, sigma_gradient, weighted
 
 CHANGED_CURRENT = (
     "a current was changed in place after a noisy neuron had got it, and sums over time need it as it was: write "

@@ -14,7 +14,8 @@ from ..left_as_found import Buffers, RandomState
 from ..noise import Noise
 from ..validate import check_repeats
 from .base import Call, Estimator
-from .recording import Copies, PackedSpikes, Recording
+from .packing import PackedSpikes
+from .recording import Copies, Recording
 from .storing import Replaying, Scores, Storing, StoringStep, push
 
 
