@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..graph import version
+from ..graph import origin, version
 from ..kernels import fused_on
 from ..kernels.kinds import ERASE, NONE, SUBTRACT, ZERO
 from ..noise_stream import NoiseStream
@@ -142,19 +142,28 @@ class Current:
 
     Args:
         raw: as it came.
+        may_come_again: whether it is worth finding out if another tensor was computed like this one, as that of a layer
+            is that gets the same input in each time step.
 
     Attributes:
         repeated: for all rows; None as long as nobody has asked for it.
     """
 
-    def __init__(self, raw: Tensor) -> None:
+    def __init__(self, raw: Tensor, may_come_again: bool = True) -> None:
         self.raw = raw
         self.repeated: Tensor | None = None
         self.count = version(raw)
+        self._origin = origin(raw) if may_come_again else None
 
     def still_is(self, x: Tensor) -> bool:
-        """The tensor is this very one, with the same numbers."""
-        return self.raw is x and version(x) == self.count
+        """The tensor is this very one, with the same numbers, or was computed from the same in the same way."""
+        if self.raw is x or self._origin is None:
+            return self.raw is x and version(x) == self.count
+        return version(self.raw) == self.count and origin(x) == self._origin
+
+    def then(self, x: Tensor) -> Current:
+        """The current of the next time step, the same one if it still is."""
+        return self if self.still_is(x) else Current(x, may_come_again=False)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class PackedSpikes(torch.autograd.graph.saved_tensors_hooks):
         most_bytes: of spikes that are left as they are.
     """
 
-    def __init__(self, most_bytes: int = 8_000_000) -> None:
+    def __init__(self, most_bytes: int = 4_000_000) -> None:
         known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         packed: dict[int, Tensor] = {}
         whole = _Whole()

@@ -43,6 +43,9 @@ class Copies:
     first_samples: int | None = None
 
 
+# It takes about as long as a time step; most presentations are over before.
+_STEPS_UNTIL_TIDY = 26
+
 _running: ContextVar[Recording | None] = ContextVar("snntorch_lr_recording", default=None)
 
 
@@ -261,7 +264,7 @@ class Recording:
         self._handles: list[RemovableHandle] = []
         self._token: Token[Recording | None] | None = None
         self.spikes = PackedSpikes()
-        self.draws = 0
+        self.draws = self._tidied = 0
         self.numbers = 0
         self.emits_bits: dict[NoisyNeuron, bool] = {}
         self.fused: dict[NoisyNeuron, Fused] = {}
@@ -302,9 +305,10 @@ class Recording:
         first = neuron not in self.emits_bits
         if first and self.samples is not None and len(input_) == self.rows != self.samples:
             self.fed_by_copies.add(neuron)
-        if current is None or not current.still_is(input_):
+        following = Current(input_) if current is None else current.then(input_)
+        if following is not current:
             self.check(input_, neuron)
-            self._received[neuron] = current = Current(input_)
+            self._received[neuron] = current = following
             self.half |= input_.dtype == torch.float16
         if first:
             self.emits_bits[neuron] = neuron.emits_zeros_and_ones()
@@ -434,6 +438,9 @@ class Recording:
     def next_draw(self) -> int:
         """Number of the next draw, from one on."""
         self.draws += 1
+        if self.draws - self._tidied >= _STEPS_UNTIL_TIDY * len(self.neurons):
+            self._tidied = self.draws
+            memory.tidy()
         return self.draws
 
     def roots(self) -> Collection[Tensor]:

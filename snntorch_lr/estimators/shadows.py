@@ -377,9 +377,8 @@ class Shadowed(Recording):
 
     def _go_on(self, neuron: NoisyNeuron, x: Tensor) -> Any:
         """A fused time step from the last states: what snnTorch's forward would do for it is known."""
-        current, last = self._received[neuron], self._last[neuron]
-        if not current.still_is(x):
-            current = self._received[neuron] = Current(x)
+        last = self._last[neuron]
+        current = self._received[neuron] = self._received[neuron].then(x)
         for name, state in last.full.items():
             setattr(neuron, name, state)
         assert last.fired is not None

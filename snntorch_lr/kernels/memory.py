@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import weakref
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +76,25 @@ class Slab:
         given = self._block[self._next : self._next + size]
         self._next += size
         return torch.from_numpy(given)
+
+
+@cache
+def _malloc_trim() -> Any:
+    """The C library's function that gives free memory back to the system; None where it has none."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, TypeError, AttributeError):
+        return None
+
+
+def tidy() -> None:
+    """Gives back what is free between small pieces that stay, such as the nodes of a graph.
+
+    A large tensor of each time step leaves a gap there that the next one does not fit in.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
 
 
 pool = Pool()
