@@ -132,3 +132,42 @@ def test_a_current_that_is_changed_in_place_is_refused(learned: bool, monkeypatc
 def test_another_state_than_was_returned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="lif1 \\(Leaky\\) did not go on from the state that it had returned"):
         found("counterfactual", Net(NOISES["escape"], "subtract"), "other state", monkeypatch)
+
+
+@pytest.mark.parametrize("changes", [False, True])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        lambda net: slr.Vanilla(net, 4, seed=3),
+        lambda net: slr.Vanilla(net, 4, memory="replay", seed=3),
+        lambda net: slr.Approximate(net, 4, seed=3),
+        lambda net: slr.Counterfactual(net, 2, seed=3),
+        lambda net: slr.Counterfactual(net, 2, over_time="exact", seed=3),
+    ],
+    ids=["vanilla", "replay", "approximate", "rates", "exact"],
+)
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_layer_in_the_loop_is_as_one_in_front_of_it(
+    noise: str, estimator: Callable[[nn.Module], slr.Estimator], changes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleList([nn.Linear(12, 30), slr.Leaky(0.9, noise=NOISES[noise]()), nn.Linear(30, 4)]).double()
+    x, y = torch.rand(6, 12, dtype=torch.float64), torch.arange(6) % 4
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        mem, total = net[1].reset_mem(), torch.zeros(())
+        for step in range(5):
+            spikes, mem = net[1](net[0](x * (step + 1) if changes else x), mem)
+            total = total + net[2](spikes)
+        return nn.functional.cross_entropy(total, y, reduction="none")
+
+    def result() -> dict[str, Tensor]:
+        own = estimator(net)
+        for _ in range(2):
+            net.zero_grad()
+            own.backward(loss, x, y)
+        return gradients(net)
+
+    recognised = result()
+    monkeypatch.setattr("snntorch_lr.estimators.fused.origin", lambda _: None)
+    assert_same(recognised, result(), rtol=1e-9, atol=1e-12)
