@@ -97,17 +97,20 @@ class Dynamics:
                 share = rest if share is None else share * rest
         return leak, share
 
-    def gains_after(self, before: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    def gains_after(
+        self, before: Sequence[Tensor | None], slopes: tuple[Tensor, Tensor | None] | None = None
+    ) -> tuple[Tensor, ...]:
         """Derivatives of the next states, before noise, by a current that never changes; of a known update.
 
         Args:
             before: those of the last states, in the order of ``state_names``; None where they are zero.
+            slopes: what ``slopes`` returns, where that is known.
 
         Returns:
             Tensors that broadcast against the states, in the same order.
         """
         *syn, mem = before
-        leak, share = self.slopes()
+        leak, share = self.slopes() if slopes is None else slopes
         drive = self.mem.new_ones(())
         if syn and syn[0] is not None:
             drive = drive + syn[0] * self.alpha.detach().clamp(0, 1)

@@ -124,12 +124,12 @@ class ShadowedStep(Step):
         """Fused time steps with the same current, and what they add to the sums."""
         sums, neuron, rows = self.sums, self.neuron, self.recording.rows
         assert neuron.noise is not None
-        gains, weights = [], []
+        gains, weights, slopes = [], [], neuron.slopes() if count > 1 else None
         for step in range(count):
             self._receive()
             if step:
                 sums.steps += 1
-                sums.derived = {name: neuron.gains_after(tangents) for name, tangents in sums.tangents.items()}
+                sums.derived = {name: neuron.gains_after(tangents, slopes) for name, tangents in sums.tangents.items()}
             else:
                 sums.begin_step(neuron, input_)
             gains.append(sums.gain)

@@ -239,10 +239,10 @@ def _accuracy(options: Benchmark, images: data.Images, device: torch.device, tel
         "approximate, membrane, K = 16": replace(membrane, estimator="approximate"),
         "vanilla, escape, K = 16": escape,
         **{
-            f"counterfactual, {noise}, K = 2, learning rate {rate:g}": replace(
-                recipe, estimator="counterfactual", copies=2, learning_rate=rate
+            f"counterfactual, {noise}, K = {copies}, learning rate {rate:g}": replace(
+                recipe, estimator="counterfactual", copies=copies, learning_rate=rate
             )
-            for noise, recipe in (("membrane", membrane), ("escape", escape))
+            for noise, recipe, copies in (("membrane", membrane, 2), ("escape", escape, 1), ("escape", escape, 2))
             for rate in (1e-3, 3e-3)
         },
     }
