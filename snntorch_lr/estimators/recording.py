@@ -317,7 +317,7 @@ class Recording:
         known = self.fused.get(neuron)
         if first or (known is not None and not known.suits(neuron, input_)):
             self.fused.pop(neuron, None)
-            if Fused.can_be(neuron, input_):
+            if self.step_type.fuses and Fused.can_be(neuron, input_):
                 self.fused[neuron] = Fused.of(neuron, input_, self.streams)
         self.numbers += math.prod(input_.shape[1:])
         step = self.step_type(self, neuron, current)

@@ -129,7 +129,17 @@ def save_figure(path: Path, figure: Figure, **options: Any) -> None:
 
 def origin(command: str, device: torch.device) -> dict[str, Any]:
     """The command that makes results, the versions of the packages that they depend on, and the machine."""
-    packages = ("snntorch-lr", "snntorch", "torch", "torchvision", "torchattacks", "numpy", "numba", "scikit-learn")
+    packages = (
+        "snntorch-lr",
+        "snntorch",
+        "torch",
+        "torchvision",
+        "torchattacks",
+        "numpy",
+        "numba",
+        "scikit-learn",
+        "spikingjelly",
+    )
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"
     return {"command": command, "versions": versions(*packages), "machine": machine}
 
