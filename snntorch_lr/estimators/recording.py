@@ -43,7 +43,7 @@ class Copies:
     first_samples: int | None = None
 
 
-# It takes about as long as a time step; most presentations are over before.
+# It takes as long as a few time steps; most presentations are over before.
 _STEPS_UNTIL_TIDY = 26
 
 _running: ContextVar[Recording | None] = ContextVar("snntorch_lr_recording", default=None)

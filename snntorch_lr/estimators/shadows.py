@@ -112,7 +112,7 @@ class ShadowedStep(Step):
         recording, ahead = self.recording, self.recording.ahead_of(self.neuron)
         size = 2 * recording.rows * input_[0].numel() * input_.element_size()
         count = ahead.ask(self.neuron, self.current, recording.draws + 1, size)
-        return self.run(input_, count, ahead.stride)
+        return self.advance(input_, count, ahead.stride)
 
     def _receive(self) -> None:
         # The current has a graph, other than all that is computed from it here.
@@ -120,7 +120,7 @@ class ShadowedStep(Step):
             self.sums.receive(self.current.raw)
 
     @torch.no_grad()
-    def run(self, input_: Tensor, count: int, stride: int) -> Any:
+    def advance(self, input_: Tensor, count: int, stride: int) -> Any:
         """Fused time steps with the same current, and what they add to the sums."""
         sums, neuron, rows = self.sums, self.neuron, self.recording.rows
         assert neuron.noise is not None
@@ -308,7 +308,7 @@ class Shadowed(Recording):
         return list(self.tokens.values())
 
     def run(self, neuron: NoisyNeuron, input_: Tensor, *states: Any, **named: Any) -> Any:
-        """A neuron's time step, if it need not be computed any more: the first of those that wait."""
+        """A neuron's time step: one that waits, one of a fused neuron that only goes on, or one through snnTorch."""
         # ``SpikePooling`` looks at every function of torch; a neuron calls most of them, and pools nothing.
         with torch._C.DisableTorchFunction():
             ahead = self._ahead.get(neuron)
@@ -402,7 +402,7 @@ class Shadowed(Recording):
         neuron.mem, neuron.reset = ahead.start
         step = self.step_type(self, neuron, ahead.current)
         fused = self.fused[neuron]
-        mem = step.run(fused.shaped(ahead.current.raw, self.rows * self.sets), ahead.steps, ahead.stride)
+        mem = step.advance(fused.shaped(ahead.current.raw, self.rows * self.sets), ahead.steps, ahead.stride)
         neuron.mem, neuron.reset = now
         self.draws = draws
         last = self._last[neuron]
