@@ -281,7 +281,9 @@ class Shadowed(Recording):
         self._controls = controls
         self._internal = internal
         self._profiles = profiles or {}
-        self._plans = plans or {}
+        # A derived step may do more than is known here.
+        self._is_known = self.step_type is ShadowedStep
+        self._plans = plans if plans and self._is_known else {}
         self._ahead: dict[NoisyNeuron, Ahead] = {}
         self.given: set[NoisyNeuron] = set()
         stream = copies.stream
@@ -312,7 +314,7 @@ class Shadowed(Recording):
         # ``SpikePooling`` looks at every function of torch; a neuron calls most of them, and pools nothing.
         with torch._C.DisableTorchFunction():
             ahead = self._ahead.get(neuron)
-            if ahead is not None:
+            if ahead is not None and self._is_known:
                 goes_on = self._goes_on(neuron, input_, states, named)
                 if goes_on and ahead.is_next(input_, self.draws + 1):
                     self.draws = ahead.next_draw
