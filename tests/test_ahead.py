@@ -171,3 +171,28 @@ def test_a_layer_in_the_loop_is_as_one_in_front_of_it(
     recognised = result()
     monkeypatch.setattr("snntorch_lr.estimators.fused.origin", lambda _: None)
     assert_same(recognised, result(), rtol=1e-9, atol=1e-12)
+
+
+def test_weights_that_are_changed_in_the_loop_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.ModuleList([nn.Linear(12, 30), slr.Leaky(0.9, noise=NOISES["escape"]()), nn.Linear(30, 4)])
+    first = net[0].weight.detach().clone()
+    membranes: list[Tensor] = []
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        # Through data, which torch does not count.
+        net[0].weight.data.copy_(first)
+        mem, total = net[1].reset_mem(), torch.zeros(())
+        for _ in range(4):
+            net[0].weight.data.mul_(2)
+            spikes, mem = net[1](net[0](x), mem)
+            membranes.append(mem.detach().clone())
+            total = total + net[2](spikes)
+        return nn.functional.cross_entropy(total, y, reduction="none")
+
+    def last() -> Tensor:
+        slr.Vanilla(net, 4, seed=0).backward(loss, torch.ones(6, 12), torch.arange(6) % 4)
+        return membranes[-1]
+
+    known = last()
+    monkeypatch.setattr("snntorch_lr.estimators.fused.origin", lambda _: None)
+    assert torch.equal(known, last())

@@ -159,7 +159,10 @@ class Current:
         """The tensor is this very one, with the same numbers, or was computed from the same in the same way."""
         if self.raw is x or self._origin is None:
             return self.raw is x and version(x) == self.count
-        return version(self.raw) == self.count and origin(x) == self._origin
+        if version(self.raw) != self.count or origin(x) != self._origin:
+            return False
+        # What is changed through ``.data`` is not counted; on other devices a look would wait for them.
+        return x.device.type != "cpu" or torch.equal(x, self.raw)
 
     def then(self, x: Tensor) -> Current:
         """The current of the next time step, the same one if it still is."""
