@@ -235,7 +235,7 @@ def _uniform(
 
 @njit(**_OPTIONS)
 def _to_noise(epsilon: Any, u: Any, kind: int) -> None:
-    """Standard membrane noise of uniform numbers, which may be the same array; nothing for escape noise."""
+    """Standard membrane noise of uniform numbers; these themselves for escape noise."""
     if kind == GAUSSIAN:
         for i in range(len(u)):
             epsilon[i] = _normal_quantile(u[i])
@@ -246,6 +246,8 @@ def _to_noise(epsilon: Any, u: Any, kind: int) -> None:
     elif kind == LOGISTIC:
         for i in range(len(u)):
             epsilon[i] = _log(_1 + u[i]) - _log(_1 - u[i])
+    else:
+        _copy(epsilon, u)
 
 
 @njit(**_OPTIONS)
@@ -261,12 +263,15 @@ def _noise(
     """Fills rows from ``start`` to ``stop`` with noise; see ``snntorch_lr.noise_stream.NoiseStream``."""
     most = max(1, _BLOCK // neurons)
     words, columns, samples = _counters(most, neurons)
+    memory = np.empty(most * neurons, out.dtype)
     row = start
     while row < stop:
         count = _rows_together(row, stop, batch, most)
         own = out[row * neurons : (row + count) * neurons]
-        _uniform(own, words, columns, samples, neurons, key, row % batch, first + row // batch, half, draw)
-        _to_noise(own, own, kind)
+        # Apart: LLVM does not vectorise what overlaps.
+        u = memory[: len(own)]
+        _uniform(u, words, columns, samples, neurons, key, row % batch, first + row // batch, half, draw)
+        _to_noise(own, u, kind)
         row += count
 
 
