@@ -21,11 +21,13 @@ from .options import Place, check, command_line, option, recorded
 from .recipe import Recipe, make_network
 from .train import accuracy, make_estimators, stepper
 from .workloads import (
+    KERNEL_COLUMNS,
     METHODS,
     NOISES,
     RIVAL,
     Workload,
     data_parallel_milliseconds,
+    kernel_nanoseconds,
     make_step,
     median_milliseconds,
     peak_megabytes,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 PARTS = {
     "steps": "Training step",
+    "kernels": "Fused time steps on one thread of a CPU, and what they cannot do without",
     "deep": "Training step of networks with two hidden layers",
     "data-parallel": "Training step of several processes on a CPU, counterfactual, K = 2",
     "memory": "Peak memory of the first training step, K = 1",
@@ -107,7 +110,8 @@ def benchmark(options: Benchmark, tell: Tell = lambda what: None) -> dict[str, A
         with _threads(options.threads):
             results = files.origin(command, device) | {"settings": recorded(options)}
             measures = {
-                "steps": _steps, "deep": _deep, "data-parallel": _data_parallel, "memory": _memory, "growth": _growth
+                "steps": _steps, "kernels": _kernels, "deep": _deep, "data-parallel": _data_parallel, "memory": _memory,
+                "growth": _growth,
             }  # fmt: skip
             for part, measure in measures.items():
                 if part in options.parts:
@@ -158,6 +162,13 @@ def _steps(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
         }
         for name, workload in named.items()
     ]  # fmt: skip
+
+
+def _kernels(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
+    """Nanoseconds for each neuron and time step, without Python and one thread."""
+    tell("kernels")
+    found = kernel_nanoseconds(options.batch, options.width, 10 * options.repeats)
+    return [{"noise": name, **times} for name, times in found.items()]
 
 
 def _deep(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
@@ -290,7 +301,7 @@ def _take_step(
 def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Titles, headers and lines of what was measured."""
     drawn: dict[str, Callable[[Rows, dict[str, Any]], Table]] = {
-        "steps": _steps_table, "deep": partial(_ratio_table, "model", "method"),
+        "steps": _steps_table, "kernels": _kernels_table, "deep": partial(_ratio_table, "model", "method"),
         "data-parallel": partial(_ratio_table, "processes", "threads"), "memory": _memory_table,
         "growth": _growth_table, "accuracy": _accuracy_table,
     }  # fmt: skip
@@ -305,7 +316,7 @@ def to_markdown(results: dict[str, Any]) -> str:
     if not any(row["method"] == RIVAL for row in results.get("steps", [{"method": RIVAL}])):
         sections[0] += f"\n\n{_NO_RIVAL}"
     # The other parts train networks of the recipes.
-    sized = {"steps", "data-parallel", "memory", "growth"} & results.keys()
+    sized = {"steps", "kernels", "data-parallel", "memory", "growth"} & results.keys()
     size = f"784-{settings['width']}-10 and batch {settings['batch']} where no other is named.\n\n" if sized else ""
     return f"# Benchmark\n\n{size}" + "\n\n".join(sections) + f"\n\n{files.origin_note(results)}"
 
@@ -316,6 +327,11 @@ def _steps_table(rows: Rows, settings: dict[str, Any]) -> Table:
 
     header = ["median of turns; ms (ratio)", *(f"K = {copies}" for copies in settings["copies"])]
     return header, _by_method(rows, "copies", settings["copies"], cell)
+
+
+def _kernels_table(rows: Rows, settings: dict[str, Any]) -> Table:
+    header = ["ns for a neuron and time step", *KERNEL_COLUMNS]
+    return header, [[row["noise"], *(f"{row[column]:.2f}" for column in KERNEL_COLUMNS)] for row in rows]
 
 
 def _ratio_table(first: str, second: str, rows: Rows, settings: dict[str, Any]) -> Table:

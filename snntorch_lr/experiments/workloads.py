@@ -414,6 +414,79 @@ def _textbook_step(workload: Workload, net: Classifier, x: Tensor, y: Tensor) ->
     return step
 
 
+KERNEL_COLUMNS = ("vanilla", "counterfactual", "8 steps at once", "random numbers", "memory traffic")
+"""What ``kernel_nanoseconds`` measures: time steps, the last of them those of counterfactual, and what they need."""
+
+
+def kernel_nanoseconds(batch: int, width: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Nanoseconds for each neuron and time step of the fused steps on one thread of a CPU, by noise.
+
+    Beside them are what no step can do without: to make its random numbers, and to read and write what it reads and
+    writes, by torch. Counterfactual has a shadow for each row.
+
+    Args:
+        batch: number of samples.
+        width: number of neurons.
+        repeats: of each; the median counts.
+
+    Returns:
+        Numbers by the name of the noise, and ``KERNEL_COLUMNS``; nothing where Numba is not installed.
+    """
+    try:
+        from ..kernels import cpu, kinds
+    except ImportError:
+        return {}
+    ones = torch.ones(width)
+    current, keys = torch.rand(batch, width), torch.tensor([5, 6])
+
+    def sums(counts: Sequence[int]) -> list[Tensor]:
+        return [torch.zeros(count * batch, width) for count in counts]
+
+    def step(kind: int, sets: int, steps: int) -> Callable[[], object]:
+        new, spikes, reset, mem, score, scale = sums([sets] * 6)
+        given = {
+            "current": current, "reset": reset, "mem": mem, "leak": 0.9 * ones, "share": ones, "alpha": 0 * ones,
+            "threshold": ones, "sigma": 0.5 * ones, "weights": torch.ones(steps), "gain": ones.expand(steps, width),
+            "score": score, "scale": scale,
+        }  # fmt: skip
+        if sets > 1:
+            given |= zip(("fired", "expected", "pull", "pull_scale"), sums([sets, sets, 1, 1]), strict=True)
+            seen = torch.zeros(2, steps, batch, width)
+            given |= {"seen_spikes": seen[0], "seen_mem": seen[1]}
+        return lambda: cpu.step(new, spikes, keys, batch, 1, 0, 9, 1, 1, kind, kinds.SUBTRACT, **given)
+
+    def traffic() -> None:
+        for total in totals:
+            total.add_(1)
+        for to, values in zip(written, read, strict=True):
+            to.copy_(values)
+
+    def nanoseconds(call: Callable[[], object], numbers: int) -> float:
+        taken = [_milliseconds(call, torch.device("cpu")) for _ in range(repeats + 1)][1:]
+        return 1e6 * statistics.median(taken) / numbers
+
+    size, out = batch * width, torch.empty(2 * batch, width)
+    totals, written, read = sums([2, 2, 2, 2, 1, 1]), sums([2, 2, 1, 1]), sums([2, 2, 1, 1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        memory = nanoseconds(traffic, 2 * size)
+        return {
+            name: dict(zip(KERNEL_COLUMNS, (
+                nanoseconds(step(kind, 1, 1), size), nanoseconds(step(kind, 2, 1), 2 * size),
+                nanoseconds(step(kind, 2, 8), 16 * size),
+                nanoseconds(partial(cpu.noise, out, 5, batch, 0, 9, 1, kind), 2 * size), memory,
+            ), strict=True))
+            for name, kind in (
+                ("escape, logistic", kinds.LOGISTIC_ESCAPE), ("escape, Gaussian", kinds.GAUSSIAN_ESCAPE),
+                ("membrane, Gaussian", kinds.GAUSSIAN), ("membrane, Laplace", kinds.LAPLACE),
+                ("membrane, logistic", kinds.LOGISTIC),
+            )
+        }  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+
+
 if __name__ == "__main__" and len(sys.argv) > 1:
     _run_rank(*pickle.loads(bytes.fromhex(sys.argv[1])))
 # Nothing is given by a process that Ctrl-C ends while it starts this one.

@@ -145,7 +145,7 @@ def test_the_command_runs_chosen_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--part", "speed"], "steps, deep, data-parallel, memory, growth, accuracy"),
+        (["--part", "speed"], "steps, kernels, deep, data-parallel, memory, growth, accuracy"),
         (["--dataset", "cifar"], "mnist, fashion-mnist, digits"),
         (["--repeats", "0"], "--repeats must be at least 1"),
         (["--copies", "0"], "--copies must be at least 1"),
