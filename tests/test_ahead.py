@@ -100,6 +100,7 @@ def test_what_is_computed_ahead_is_what_one_step_after_the_other_is(
     noise: str, estimator: str, change: str, most_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Ahead, "most_bytes", most_bytes)
+    monkeypatch.setattr(Ahead, "steps_of_large_layers", 1)
     ahead, calls = found(estimator, Net(NOISES[noise], "subtract"), change, monkeypatch)
     monkeypatch.setattr(Ahead, "ask", lambda *_: 1)
     one_by_one, all_calls = found(estimator, Net(NOISES[noise], "subtract"), change, monkeypatch)

@@ -201,8 +201,8 @@ class Ahead:
         stride: from the number of a step's draw to that of the next.
     """
 
-    # Of what waits; a few steps at once are as good as many.
-    most_bytes = 8_000_000
+    # Of what waits; of large layers so many steps all the same, which take as much memory as their sums over time.
+    most_bytes, steps_of_large_layers = 8_000_000, 6
 
     def __init__(self, plan: Plan) -> None:
         self.current: Current | None = None
@@ -249,7 +249,7 @@ class Ahead:
         same_gain = neuron.reset_mechanism != "zero" or neuron.has_unit_gain
         if left < 2 or not (self._regular and same_gain and neuron.state_names == ("mem",)):
             return 1
-        runs = math.ceil(left / max(1, self.most_bytes // size))
+        runs = math.ceil(left / max(self.steps_of_large_layers, self.most_bytes // size))
         return math.ceil(left / runs)
 
     def give_up(self) -> None:
