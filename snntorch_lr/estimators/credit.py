@@ -351,27 +351,33 @@ class Rate(torch.autograd.Function):
         rows, sigma = len(gradient), ctx.sigma
         a = gradient / sums.total
 
-        fired = by_set(sums.fired, rows)
-        pairs = _pairs(a, fired)
+        def differences(values: Rows) -> Tensor:
+            parts = by_set(values, rows)
+            return parts[0] - parts[1:]
+
+        def over_shadows(values: Tensor) -> Tensor:
+            return values[0] if len(values) == 1 else values.mean(0)
+
+        pairs = differences(sums.fired).mul_(a / 2)
         control = ctx.control.value.to(pairs)
-        direct = None
-        if sums.expected is not None:
-            controlled = _pairs(-a, fired - by_set(sums.expected, rows))
-            score = by_set(sums.score, rows)
-            difference = score[0] - score[1:]
-            direct = a * sums.pull[None]
-            ctx.control.add((pairs * difference).mean(0), (controlled * difference).mean(0) + direct)
-            pairs = pairs + control * controlled
+        to_current = to_sigma = None
+        if sums.expected is None:
+            total = over_shadows(pairs * differences(sums.score))
+        else:
+            controlled = differences(sums.expected).mul_(a / 2).sub_(pairs)
+            score = differences(sums.score)
+            total, multiplied = over_shadows(pairs * score), over_shadows(score.mul_(controlled))
+            multiplied = multiplied.addcmul_(a, sums.pull[None])
+            ctx.control.add(total, multiplied)
+            total = total.addcmul_(control, multiplied)
+            pairs = pairs.addcmul_(control, controlled)
 
         def estimate(scores: Tensor, pull: Tensor | None) -> Tensor:
-            parts = by_set(scores, rows)
-            total: Tensor = (pairs * (parts[0] - parts[1:])).mean(0)
-            return total if pull is None else total + control * a * pull
+            found = over_shadows(differences(scores).mul_(pairs))
+            return found if pull is None else found.addcmul_(control * a, pull)
 
-        to_current = to_sigma = None
         if ctx.needs_input_grad[3]:
-            total = estimate(sums.score, sums.pull.get(None)) / sigma
-            to_current = over_copies(total, ctx.shape)
+            to_current = over_copies(total / sigma, ctx.shape)
         if ctx.needs_input_grad[4] and sums.scale is not None:
             total = estimate(sums.scale, sums.pull_scale).sum(0, keepdim=True)
             to_sigma = (total / sigma).sum_to_size(sigma.shape)
