@@ -80,6 +80,15 @@ def test_rates_have_the_chance_that_any_of_them_fires() -> None:
     torch.testing.assert_close(pooled.squeeze(), 1 - (1 - rates).prod(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_weighted_rates_beyond_those_of_spikes_count_as_never_or_always(dtype: torch.dtype) -> None:
+    rates = torch.tensor([[[-0.4, 1.4, 0.3]]], dtype=dtype, requires_grad=True)
+    with SpikePooling([1.0], rates=True):
+        pooled = F.max_pool1d(rates, 3)
+    (found,) = torch.autograd.grad(pooled, rates)
+    torch.testing.assert_close(found, torch.tensor([[[0.0, 0.7, 0.0]]], dtype=dtype), rtol=1e-2, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "pool", [nn.AdaptiveMaxPool2d(2), lambda x: F.max_pool2d(x, 2, return_indices=True)[0]], ids=["adaptive", "indices"]
 )

@@ -459,7 +459,9 @@ class SpikePooling(TorchFunctionMode):
         with torch.no_grad():
             value = func(*args, **kwargs)
         given = height, _POOLS[func], options
-        return _product(x, value.shape, *given) if self._rates else _Maximum.apply(x, (value,), *given)
+        if self._rates:
+            return _product(_between(x, height), value.shape, *given)
+        return _Maximum.apply(x, (value,), *given)
 
     def _height(self, x: Tensor) -> float | None:
         """Height of the spikes that are pooled in this call; 0 or None where that makes no difference."""
@@ -533,6 +535,14 @@ class _Maximum(torch.autograd.Function):
             x = x.detach().requires_grad_()
             (found,) = torch.autograd.grad(_product(x, *ctx.given), x, gradient)
         return found, None, None, None, None
+
+
+def _between(rates: Tensor, height: float) -> Tensor:
+    """Rates no further than those of neurons that never fire, or always; the derivative is that of all rates.
+
+    Weighted by a profile of both signs, rates may lie beyond.
+    """
+    return rates.detach().clamp(0, height) + (rates - rates.detach())
 
 
 def _product(x: Tensor, shape: torch.Size, height: float, dims: int, options: dict[str, Any]) -> Tensor:
