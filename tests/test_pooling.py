@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snntorch_lr.estimators.credit import SpikePooling
+from snntorch_lr.estimators.pooling import SpikePooling
 
 POOLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "1d": ((2, 3, 9), lambda x: F.max_pool1d(x, 2)),
@@ -18,6 +18,9 @@ POOLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "unbatched": ((3, 6, 7), nn.MaxPool2d(2)),
     "overlapping": ((2, 2, 6, 7), lambda x: F.max_pool2d(x, kernel_size=3, stride=2, padding=1)),
     "beyond the border": ((2, 2, 6, 7), nn.MaxPool2d(3, stride=2, ceil_mode=True)),
+    "overlapping inside": ((2, 2, 6, 7), nn.MaxPool2d(3, stride=2)),
+    "all at once": ((1, 1, 9), nn.MaxPool1d(9)),
+    "nothing": ((2, 2, 3, 3), nn.MaxPool2d(1)),
     "dilated": ((2, 2, 6, 7), nn.MaxPool2d((2, 3), dilation=(1, 2))),
     "torch's": ((2, 2, 6, 7), lambda x: torch.max_pool2d(x, 2)),
     "3d": ((1, 2, 4, 4, 4), nn.MaxPool3d(2)),
@@ -49,6 +52,11 @@ def test_derivative_is_what_a_flip_does(kind: str, height: float) -> None:
                 flipped.append(float((weights * pool(changed.view(shape))).sum()))
         expected[index] = (flipped[0] - flipped[1]) / height
     torch.testing.assert_close(found.view(-1), expected, rtol=0, atol=1e-4)
+
+
+def test_windows_that_do_not_fit_are_refused_as_ever() -> None:
+    with SpikePooling(), pytest.raises(RuntimeError, match="too small"):
+        F.max_pool2d(spikes((1, 2, 3, 3)), 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -17,8 +17,9 @@ from ..network import noisy_inputs, parameters
 from ..noise_stream import NoiseStream
 from ..noisy_neuron import NoisyNeuron
 from .base import Call, Estimator
-from .credit import Control, CreditSums, Rate, SpikePooling, check_nothing_is_pooled
+from .credit import Control, CreditSums, Rate
 from .fused import Plan
+from .pooling import SpikePooling, check_nothing_is_pooled
 from .recording import Copies
 from .shadows import Shadowed
 from .sums import RatePass, RatesCaptured, check_calls

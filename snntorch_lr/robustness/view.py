@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import noise_off, noise_on
-from ..estimators.credit import SpikePooling
+from ..estimators.pooling import SpikePooling
 from ..left_as_found import left_as_found
 from ..network import reset
 from .surrogates import Surrogate, make_surrogate

@@ -214,7 +214,7 @@ def test_convolution_pooled_spikes_and_a_residual_branch_in_front_of_a_spiking_r
 
 
 def test_notices_pooled_spikes_whose_derivative_goes_to_one_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("snntorch_lr.estimators.credit._are_spikes", lambda x, height: torch.tensor(False))
+    monkeypatch.setattr("snntorch_lr.estimators.pooling._are_spikes", lambda x, height: torch.tensor(False))
     monkeypatch.setattr("snntorch_lr.estimators.recording.PackedSpikes.knows", lambda self, x: False)
     assert bias_of_branches()[0] > 0.03
 
