@@ -22,7 +22,7 @@ from . import memory, numba_steps
 
 DTYPES = (torch.float32, torch.float64)
 # Fewer numbers than this are computed sooner than another thread takes its part.
-_WORTH_A_THREAD = 1 << 16
+_WORTH_A_THREAD = 1 << 15
 # So that a thread that is held up leaves rows to others.
 _CLAIMS_OF_A_THREAD = 4
 
