@@ -330,7 +330,7 @@ class Estimator(ABC):
                 loss = self.estimate(call)
                 check_gradients(self.net, call.inputs, self.half, self.checks)
         finally:
-            memory.pool.trim()
+            memory.end_call(first=not self.inspected)
             for neuron in call.neurons.values():
                 del neuron.estimating
         return loss

@@ -359,15 +359,18 @@ def profiles_over_time(losses: Tensor, sequences: Sequence[Sequence[Tensor]], co
 def _profile(steps: Sequence[Tensor], effects: Mapping[int, Tensor], copies: int, rows: int) -> list[float]:
     if len({id(step) for step in steps}) < len(steps) or not any(id(step) in effects for step in steps):
         return [1.0]
-    given = [effects.get(id(step), torch.zeros_like(step)) for step in steps]
-    by_copy = torch.stack([effect.reshape(-1, rows, *effect.shape[1:]).sum(0) for effect in given])
-    by_copy = by_copy.reshape(len(steps), copies, -1)
+    # Of long presentations this is large: no more of it is there at a time than needed.
+    totals = steps[0].new_zeros(len(steps), rows, *steps[0].shape[1:])
+    for total, step in zip(totals, steps, strict=True):
+        if id(step) in effects:
+            torch.sum(effects[id(step)].reshape(-1, *total.shape), 0, out=total)
+    by_copy = totals.view(len(steps), copies, -1)
     means = by_copy.mean(0)
     others = means.sum(0) - means
     power = (means * others).sum()
     if not bool(power > 0):
         return [1.0]
-    return list(((by_copy * others).sum((1, 2)) / power).tolist())
+    return list((by_copy.flatten(1) @ others.flatten() / power).tolist())
 
 
 def check_independent(neurons: Mapping[str, NoisyNeuron]) -> None:

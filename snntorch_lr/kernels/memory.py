@@ -87,14 +87,31 @@ def _malloc_trim() -> Any:
         return None
 
 
+_has_tidied = False
+
+
 def tidy() -> None:
     """Gives back what is free between small pieces that stay, such as the nodes of a graph.
 
     A large tensor of each time step leaves a gap there that the next one does not fit in.
     """
+    global _has_tidied
+    _has_tidied = True
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+def end_call(first: bool) -> None:
+    """Lets go of what calls of an estimator no longer ask for.
+
+    After a long presentation, and after the first call, which runs several times, gives back all that is free.
+    """
+    global _has_tidied
+    pool.trim()
+    if _has_tidied or first:
+        tidy()
+        _has_tidied = False
 
 
 pool = Pool()
