@@ -35,7 +35,8 @@ def add_noise(
 
     The neurons stay the same objects, so parameters, buffers, settings, shared modules, hooks and optimizers that hold
     the weights are kept. The new noise levels are parameters: build the optimizer afterwards, or add them to it.
-    Neurons that have noise already are left as they are.
+    Neurons that have noise already are left as they are, with a warning if another level or distribution is asked for
+    and there are no others.
 
     Args:
         net: any module; neurons are found at any depth, and in plain lists and dicts too.
@@ -75,6 +76,11 @@ def add_noise(
     if unknown:
         raise ValueError(f"no snnTorch neuron is called {', '.join(map(str, unknown))}; there are {', '.join(neurons)}")
     todo = {name: neurons[name] for name in chosen if name not in noisy_neurons(net)}
+    if chosen and not todo and sample is None and not (sigma is None and distribution is None):
+        warn(
+            f"{', '.join(chosen)} had noise before, which add_noise leaves as it is: call remove_noise(net) first for "
+            "noise of another level or distribution"
+        )
     undo: list[Callable[[], None]] = []
     try:
         for name, neuron in todo.items():

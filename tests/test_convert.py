@@ -183,6 +183,15 @@ def test_converted_twice_keeps_the_first_noise() -> None:
     assert levels == pytest.approx([0.9, 0.9, 0.2])
 
 
+def test_noise_that_is_not_what_was_asked_for_is_said() -> None:
+    net = slr.add_noise(make("nested"))
+    with pytest.warns(UserWarning, match=r"head.1 had noise before.*remove_noise"):
+        slr.add_noise(net, sigma=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slr.add_noise(net)
+
+
 def test_neuron_built_without_noise_can_get_it() -> None:
     net = slr.add_noise(nn.Sequential(slr.Leaky(beta=0.9)), sigma=0.2)
     assert net[0].noise.sigma.item() == pytest.approx(0.2)
