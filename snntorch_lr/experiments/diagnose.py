@@ -145,7 +145,7 @@ def _fresh(options: Diagnose) -> Recipe:
 
 def _set_noise(net: SpikingClassifier, options: Diagnose) -> None:
     """Gives the hidden neurons noise of a kind, at the level of the noise that they have, or else ``sigma``."""
-    add_noise(net, sigma=options.sigma, only=net.spiking)
+    add_noise(net, sigma=options.sigma, only=[name for name in net.spiking if name not in noisy_neurons(net)])
     for neuron in noisy_neurons(net).values():
         if neuron.noise is not None:
             level = neuron.noise.sigma if options.checkpoint else options.sigma
