@@ -53,7 +53,9 @@ _LOOK_EVERY = 25
 # Peaks vary from process to process, with what the allocator of the C library makes of the same requests.
 _PROCESSES = 3
 _SHAPE = (1, 28, 28)
+_SURROGATES = ("surrogate", "surrogate, hoisted", "surrogate, noise")
 _NO_RIVAL = "SpikingJelly is not installed, and has no row; pip install spikingjelly adds it."
+_DASHES = ("-", "--", ":", "-.")
 # Part, what is drawn over what, and the names of the axes.
 _FIGURES = (
     ("steps", "copies", "ratio", "noise copies K", "time of a step / surrogate's"),
@@ -143,7 +145,7 @@ def _base(options: Benchmark, method: str, noise: str = "membrane", copies: int 
 
 def _steps(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
     """Median milliseconds of all methods in turn, and their ratio to the surrogate's."""
-    workloads = [_base(options, method) for method in ("surrogate", "surrogate, hoisted", "surrogate, noise")]
+    workloads = [_base(options, method) for method in _SURROGATES]
     if find_spec("spikingjelly"):
         workloads.append(_base(options, RIVAL))
     else:
@@ -375,16 +377,29 @@ def _accuracy_table(rows: Rows, settings: dict[str, Any]) -> Table:
 
 
 def _figure(rows: Rows, x: str, y: str, labels: list[str]) -> Figure:
-    """One line for each method; surrogates, which have no copies, are black."""
+    """One line for each method: colours tell estimators, and dashes noises; surrogates, without copies, are black."""
     figure, (axes,) = new_figure(8, 5)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    colors = colors_of(method for method in methods if not method.startswith("surrogate"))
-    for method in methods:
+    styles = {row["method"]: _style(row["method"]) for row in rows}
+    colors = colors_of(dict.fromkeys(name for name, _ in styles.values() if name != "surrogate"))
+    for method, (name, dashes) in styles.items():
         points = [(row[x], row[y]) for row in rows if row["method"] == method]
-        color = colors.get(method, "black")
-        if method not in colors and x == "copies":
-            axes.axhline(points[0][1], color=color, linestyle="-" if method == "surrogate" else ":", label=method)
+        color = colors.get(name, "black")
+        if name == "surrogate" and x == "copies":
+            axes.axhline(points[0][1], color=color, linestyle=dashes, label=method)
         else:
-            axes.plot(*zip(*points, strict=True), marker="o", color=color, label=method)
+            axes.plot(*zip(*points, strict=True), marker="o", color=color, linestyle=dashes, label=method)
+    values = sorted({row[x] for row in rows})
     axes.set(xscale="log", yscale="log", xlabel=labels[0], ylabel=labels[1])
+    axes.set_xticks(values, [str(value) for value in values])
+    axes.minorticks_off()
     return with_legend(figure, axes, 3)
+
+
+def _style(method: str) -> tuple[str, str]:
+    """The estimator of a row, which has a colour, and its dashes."""
+    if method.startswith("surrogate"):
+        return "surrogate", dict(zip((*_SURROGATES, RIVAL), _DASHES, strict=True))[method]
+    for noise, dashes in zip(NOISES, _DASHES, strict=False):
+        if method.endswith(f", {noise}"):
+            return method.removesuffix(f", {noise}"), dashes
+    return method, _DASHES[0]

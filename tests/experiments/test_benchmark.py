@@ -156,3 +156,12 @@ def test_wrong_arguments_are_one_line(arguments: list[str], message: str, tmp_pa
     result = run("benchmark", *arguments, "--out", str(tmp_path))
     is_one_line(result, 2, message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_two_lines_of_a_figure_look_alike() -> None:
+    methods = ["surrogate", "surrogate, hoisted", "surrogate, noise", RIVAL, "textbook"]
+    methods += [f"{method}, {noise}" for method in METHODS for noise in NOISES]
+    rows = [{"method": method, "copies": copies, "ratio": copies} for method in methods for copies in (1, 2)]
+    (axes,) = benchmark._figure(rows, "copies", "ratio", ["K", "ratio"]).axes
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
+    assert len(looks) == len(methods)
