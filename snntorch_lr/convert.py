@@ -35,8 +35,7 @@ def add_noise(
 
     The neurons stay the same objects, so parameters, buffers, settings, shared modules, hooks and optimizers that hold
     the weights are kept. The new noise levels are parameters: build the optimizer afterwards, or add them to it.
-    Neurons that have noise already are left as they are, with a warning if another level or distribution is asked for
-    and there are no others.
+    Neurons that have noise already are left as they are, with a warning if other noise is asked for and all have some.
 
     Args:
         net: any module; neurons are found at any depth, and in plain lists and dicts too.
@@ -76,10 +75,12 @@ def add_noise(
     if unknown:
         raise ValueError(f"no snnTorch neuron is called {', '.join(map(str, unknown))}; there are {', '.join(neurons)}")
     todo = {name: neurons[name] for name in chosen if name not in noisy_neurons(net)}
-    if chosen and not todo and sample is None and not (sigma is None and distribution is None):
+    known = [] if todo else [neurons[name].noise for name in chosen]
+    sets_level = sigma is not None and sample is None
+    if known and (sets_level or any(_is_other(noise, kind, distribution) for noise in known)):
         warn(
             f"{', '.join(chosen)} had noise before, which add_noise leaves as it is: call remove_noise(net) first for "
-            "noise of another level or distribution"
+            "noise of another level, kind or distribution"
         )
     undo: list[Callable[[], None]] = []
     try:
@@ -94,6 +95,12 @@ def add_noise(
     if sample is not None:
         calibrate(net, sample, forward, 0.25 if sigma is None else sigma, scale_weights)
     return net
+
+
+def _is_other(noise: Any, kind: str, distribution: str | None) -> bool:
+    """The noise is not of the kind and distribution that were asked for; a kind by default is not asked for."""
+    asked = kind != "membrane" and not isinstance(noise, KINDS[kind])
+    return asked or distribution not in (None, noise.distribution)
 
 
 def remove_noise(net: Net) -> Net:

@@ -185,11 +185,12 @@ def test_converted_twice_keeps_the_first_noise() -> None:
 
 def test_noise_that_is_not_what_was_asked_for_is_said() -> None:
     net = slr.add_noise(make("nested"))
-    with pytest.warns(UserWarning, match=r"head.1 had noise before.*remove_noise"):
-        slr.add_noise(net, sigma=0.9)
+    for other in ({"sigma": 0.9}, {"distribution": "laplace"}, {"kind": "escape"}):
+        with pytest.warns(UserWarning, match=r"head.1 had noise before.*remove_noise"):
+            slr.add_noise(net, **other)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        slr.add_noise(net)
+        slr.add_noise(net, distribution="gaussian")
 
 
 def test_neuron_built_without_noise_can_get_it() -> None:

@@ -179,7 +179,7 @@ class _Windows:
         return cls(kernel, stride, padding, each(given.get("dilation", 1)), beyond)
 
     def maximum(self, x: Tensor) -> Tensor | None:
-        """The maximum in each window, on a CPU in a fifth of the time of ``max_pool``; None where that is to do it."""
+        """The maximum in each window, on a CPU sooner than ``max_pool`` has it; None where that is to do it."""
         given = list(zip(x.shape[-len(self.kernel) :], self.kernel, self.stride, self.dilation, strict=True))
         spare = [size - 1 - d * (k - 1) for size, k, _, d in given]
         if self.beyond or min(spare) < 0 or x.device.type != "cpu":

@@ -1,9 +1,7 @@
 """Noise and time steps of neurons, fused for a CPU by Numba: one pass over memory for all of it.
 
 A row is one copy of one sample. All intermediate numbers of a row stay in the cache, and each loop is over the neurons
-of a row, or of a few rows if they are short, so that LLVM turns it into vector instructions. In single precision
-nothing calls a mathematical library, which it could not: polynomials take its place, whose errors are below 2 · 10⁻⁶.
-In double precision, which is for tests, accuracy comes first.
+of a row, or of a few rows if they are short, so that LLVM turns it into vector instructions.
 
 ``noise``, ``pack``, ``unpack`` and ``step`` make functions for a dtype that C code can call. Such a function takes the
 address of a block, ``next``, ``rows``, ``claim`` and its arguments, in which arrays are addresses, and zero where they
@@ -12,58 +10,30 @@ are not wanted. Any number of threads may run it on one block at once: each clai
 
 from __future__ import annotations
 
-import math
+import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
-from .kinds import (
-    ERASE,
-    GAUSSIAN,
-    GAUSSIAN_ESCAPE,
-    LAPLACE,
-    LOGISTIC,
-    LOGISTIC_ESCAPE,
-    MILLS,
-    NORMAL,
-    NORMAL_TAIL,
-    SUBTRACT,
-    ZERO,
-)
+from . import kinds, numba_numbers
+from .kinds import ERASE, GAUSSIAN, GAUSSIAN_ESCAPE, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, SUBTRACT, ZERO
+from .numba_numbers import OPTIONS, SINGLES, assign, counters, exp, half_tanh, normal, to_noise, uniform
 
-# No leave to reorder sums, on which rounding to an integer and the exactness of the uniform numbers depend, nor to take
-# for granted that there is no NaN, which has to reach the gradient to be found.
-_OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
+_0, _HALF, _1, _2 = SINGLES
+# Numba looks at the age of this file alone when it takes compiled code from its cache, and at what a function closes
+# over: the content of the other files is there.
+_SOURCES = zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in (kinds, numba_numbers)))
 
 _INTRINSIC: Any = intrinsic
 _WORD = types.CPointer(types.int64)  # type: ignore[no-untyped-call]
 
-# Constants of single precision, so that they do not turn the numbers beside them into double precision.
-_0, _HALF, _1, _2 = (np.float32(value) for value in (0, 0.5, 1, 2))
-# (exp(r) − 1 − r) / r² for |r| ≤ ln 2 / 2, lowest power first; this and the next three are minimax fits of ours.
-_EXP = tuple(np.float32(c) for c in (0.49999993, 0.16666521, 0.04166839, 0.00836871, 0.00138146))
-# tanh(y) / y in y², over the polynomial below it, for |y| up to an end at which it is 1 − 10⁻⁷; to 3 · 10⁻⁷.
-_TANH = tuple(np.float32(c) for c in (0.99999995, 0.13412686, 3.53356149e-3, 2.12518263e-5, 1.4287987e-8))
-_TANH_BELOW = tuple(np.float32(c) for c in (1, 0.46746, 2.60204612e-2, 3.34845971e-4, 8.14893945e-7))
-_TANH_END = np.float32(8.4)
-# (log(1 + f) − f + f²/2) / f³ for 1 + f between √½ and √2.
-_LOG = tuple(np.float32(c) for c in (
-    0.33333332, -0.25000821, 0.20001227, -0.16623356, 0.14201762, -0.13160195, 0.1276155, -0.0763443))  # fmt: skip
-_NORMAL, _NORMAL_TAIL, _MILLS = (tuple(np.float32(c) for c in each) for each in (NORMAL, NORMAL_TAIL, MILLS))
-_INV_SQRT_2PI = np.float32(1 / math.sqrt(2 * math.pi))
-_LOG2E, _LN2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
-# ln 2 in two parts, of which the first times a small integer is exact.
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)
-# Adding this rounds to an integer, and leaves it in the lowest bits.
-_ROUND = np.float32(1.5 * 2**23)
-_LEAST_EXPONENT = np.float32(-87)
 # Bytes of spikes at a time, so that they stay in the cache for eight passes.
 _CHUNK = 2048
 # Neurons of short rows that are computed together.
 _BLOCK = 1024
-_SQRT_HALF_BITS = np.int32(0x3F3504F3)
 
 _CLAIMS = ("next", "rows", "claim")
 NOISE = (*_CLAIMS, "out", "numbers", "key", "batch", "first", "half", "draw", "kind")
@@ -78,191 +48,19 @@ STEP = (
 _NOISE, _PACK, _STEP = (np.dtype([(name, np.int64) for name in names]) for names in (NOISE, PACK, STEP))
 
 
-@njit(**_OPTIONS)
-def _polynomial(x: Any, coefficients: Any) -> Any:
-    total = x * _0 + coefficients[-1]
-    for index in range(len(coefficients) - 2, -1, -1):
-        total = total * x + coefficients[index]
-    return total
-
-
-def _exp(x: Any) -> Any:
-    """exp(x) for x ≤ 0."""
-    return math.exp(x)
-
-
-def _log(x: Any) -> Any:
-    """log(x) for positive normal numbers."""
-    return math.log(x)
-
-
-@overload(_exp)
-def _overload_exp(x: Any) -> Any:
-
-    def double(x: Any) -> Any:
-        return math.exp(x)
-
-    def single(x: Any) -> Any:
-        # Written so that NaN stays NaN, as the limits below.
-        x = _LEAST_EXPONENT if x < _LEAST_EXPONENT else x
-        shifted = x * _LOG2E + _ROUND
-        whole = shifted - _ROUND
-        r = (x - whole * _LN2_HIGH) - whole * _LN2_LOW
-        power = _1 + r + r * r * _polynomial(r, _EXP)
-        doublings = np.int32(np.float32(shifted).view(np.int32) << np.int32(23))
-        return np.int32(np.float32(power).view(np.int32) + doublings).view(np.float32)
-
-    return double if x == types.float64 else single
-
-
-@overload(_log)
-def _overload_log(x: Any) -> Any:
-
-    def double(x: Any) -> Any:
-        return math.log(x)
-
-    def single(x: Any) -> Any:
-        bits = np.float32(x).view(np.int32)
-        exponent = np.int32(np.int32(bits - _SQRT_HALF_BITS) >> np.int32(23))
-        f = np.int32(bits - np.int32(exponent << np.int32(23))).view(np.float32) - _1
-        return np.float32(exponent) * _LN2 + (f - f * f * _HALF + f * f * f * _polynomial(f, _LOG))
-
-    return double if x == types.float64 else single
-
-
-@njit(**_OPTIONS)
-def _normal_quantile(u: Any) -> Any:
-    w = -_log((_1 - u) * (_1 + u))
-    near = _polynomial(w - np.float32(2.5), _NORMAL)
-    far = _polynomial(math.sqrt(w) - np.float32(3.5), _NORMAL_TAIL)
-    return u * (near if w < np.float32(5) else far)
-
-
-def _normal(z: Any) -> Any:
-    """φ(z), the tail 1 − Φ(|z|), and the Mills ratio at |z|."""
-
-
-@overload(_normal)
-def _overload_normal(z: Any) -> Any:
-    def double(z: Any) -> Any:
-        density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-        tail = 0.5 * math.erfc(abs(z) / math.sqrt(2.0))
-        return density, tail, tail / density
-
-    def single(z: Any) -> Any:
-        x = abs(z)
-        density = _exp(-_HALF * x * x) * _INV_SQRT_2PI
-        t = _1 / (_1 + x * np.float32(0.25))
-        mills = t * _polynomial(t - _HALF, _MILLS)
-        return density, density * mills, mills
-
-    return double if z == types.float64 else single
-
-
-@njit(**_OPTIONS)
-def _words(words: Any, columns: Any, samples: Any, key: Any, sample: int, copy: int, draw: int) -> None:
-    """Random words of rows that follow each other: Philox 4x32-10 of (column, sample, copy, draw).
-
-    Args:
-        words: filled, ``[4, at least rows * quarter]``, a quarter being that of the neurons of a row, rounded up.
-        columns: ``[rows * quarter]``.
-        samples: alike, counted from the first one.
-        key: of 64 bits.
-        sample: the first one.
-        copy: of all rows.
-        draw: of all rows.
-    """
-    for place in range(len(columns)):
-        c0, c1 = np.uint32(columns[place]), np.uint32(np.uint32(sample) + np.uint32(samples[place]))
-        c2, c3 = np.uint32(copy), np.uint32(draw)
-        k0, k1 = np.uint32(key), np.uint32(key >> np.uint64(32))
-        for _ in range(10):
-            low = np.uint64(np.uint32(0xD2511F53)) * np.uint64(c0)
-            high = np.uint64(np.uint32(0xCD9E8D57)) * np.uint64(c2)
-            c0 = np.uint32(np.uint32(high >> np.uint64(32)) ^ c1 ^ k0)
-            c2 = np.uint32(np.uint32(low >> np.uint64(32)) ^ c3 ^ k1)
-            c1, c3 = np.uint32(high), np.uint32(low)
-            k0, k1 = np.uint32(k0 + np.uint32(0x9E3779B9)), np.uint32(k1 + np.uint32(0xBB67AE85))
-        words[0, place], words[1, place] = np.int32(c0), np.int32(c1)
-        words[2, place], words[3, place] = np.int32(c2), np.int32(c3)
-
-
-@njit(**_OPTIONS)
-def _counters(rows: int, neurons: int) -> tuple[Any, Any, Any]:
-    """Memory for the words of so many rows, and the first two numbers of their counters."""
-    quarter = (neurons + 3) // 4
-    columns, samples = np.empty(rows * quarter, np.int32), np.empty(rows * quarter, np.int32)
-    for row in range(rows):
-        samples[row * quarter : (row + 1) * quarter] = row
-        for column in range(quarter):
-            columns[row * quarter + column] = column
-    return np.empty((4, rows * quarter), np.int32), columns, samples
-
-
-def _to_uniform(u: Any, word: Any, sign: Any) -> Any:
-    """(k + ½) / 2ⁿ of the upper n + 1 bits of a word."""
-
-
-@overload(_to_uniform)
-def _overload_to_uniform(u: Any, word: Any, sign: Any) -> Any:
-
-    def double(u: Any, word: Any, sign: Any) -> Any:
-        return (np.float64(word) + 0.5) * (2.0**-31 * sign)
-
-    def single(u: Any, word: Any, sign: Any) -> Any:
-        return (np.float32(np.int32(word >> np.int32(8))) + _HALF) * (np.float32(2.0**-23) * np.float32(sign))
-
-    return double if u.dtype == types.float64 else single
-
-
-@njit(**_OPTIONS)
-def _uniform(
-    u: Any, words: Any, columns: Any, samples: Any, neurons: int, key: Any, sample: int, copy: int, half: int, draw: int
-) -> None:
-    """Uniform numbers in (−1, 1) of rows of one copy; those of an antithetic copy are negated."""
-    sign = -1 if copy >= half else 1
-    quarter, rows = (neurons + 3) // 4, len(u) // neurons
-    count = rows * quarter
-    _words(words, columns[:count], samples[:count], key, sample, copy - half if copy >= half else copy, draw)
-    for row in range(rows):
-        for part in range(4):
-            # Slices: an index that could be negative keeps LLVM from vectorising.
-            numbers = u[row * neurons + part * quarter : min(row * neurons + (part + 1) * quarter, (row + 1) * neurons)]
-            own = words[part, row * quarter : (row + 1) * quarter]
-            for column in range(len(numbers)):
-                numbers[column] = _to_uniform(u, own[column], sign)
-
-
-@njit(**_OPTIONS)
-def _to_noise(epsilon: Any, u: Any, kind: int) -> None:
-    """Standard membrane noise of uniform numbers; these themselves for escape noise."""
-    if kind == GAUSSIAN:
-        for i in range(len(u)):
-            epsilon[i] = _normal_quantile(u[i])
-    elif kind == LAPLACE:
-        for i in range(len(u)):
-            size = -_log(_1 - abs(u[i]))
-            epsilon[i] = size if u[i] > _0 else -size
-    elif kind == LOGISTIC:
-        for i in range(len(u)):
-            epsilon[i] = _log(_1 + u[i]) - _log(_1 - u[i])
-    else:
-        _copy(epsilon, u)
-
-
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _rows_together(row: int, stop: int, batch: int, most: int) -> int:
     """How many rows of one copy, from a row on, are computed together."""
     return min(stop - row, most, batch - row % batch)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _noise(
     start: int, stop: int, out: Any, neurons: int, key: Any, batch: int, first: int, half: int, draw: int, kind: int
 ) -> None:
     """Fills rows from ``start`` to ``stop`` with noise; see ``snntorch_lr.noise_stream.NoiseStream``."""
     most = max(1, _BLOCK // neurons)
-    words, columns, samples = _counters(most, neurons)
+    words, columns, samples = counters(most, neurons)
     memory = np.empty(most * neurons, out.dtype)
     row = start
     while row < stop:
@@ -270,12 +68,12 @@ def _noise(
         own = out[row * neurons : (row + count) * neurons]
         # Apart: LLVM does not vectorise what overlaps.
         u = memory[: len(own)]
-        _uniform(u, words, columns, samples, neurons, key, row % batch, first + row // batch, half, draw)
-        _to_noise(own, u, kind)
+        uniform(u, words, columns, samples, neurons, key, row % batch, first + row // batch, half, draw)
+        to_noise(own, u, kind)
         row += count
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _pack(start: int, stop: int, packed: Any, values: Any) -> None:
     """Bytes from ``start`` to ``stop``: bit b of byte j says whether value b · bytes + j is not zero."""
     for left in range(start, stop, _CHUNK):
@@ -288,7 +86,7 @@ def _pack(start: int, stop: int, packed: Any, values: Any) -> None:
                 own[place] |= np.uint8(np.uint8(chunk[place] != _0) << np.uint8(bit))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _unpack(start: int, stop: int, packed: Any, values: Any) -> None:
     """Zeros and ones from bytes; the inverse of ``_pack``."""
     for left in range(start, stop, _CHUNK):
@@ -300,14 +98,14 @@ def _unpack(start: int, stop: int, packed: Any, values: Any) -> None:
                 chunk[place] = np.float32(np.int32(own[place] >> np.uint8(bit)) & np.int32(1))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _filter(new: Any, syn: Any, current: Any, alpha: Any) -> None:
     """The synaptic current of the next step."""
     for i in range(len(new)):
         new[i] = syn[i] * alpha[i] + current[i]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _advance(
     new: Any, mem: Any, current: Any, reset: Any, leak: Any, share: Any, threshold: Any, mechanism: int
 ) -> None:
@@ -326,51 +124,30 @@ def _advance(
             new[i] = mem[i] * leak[i] + current[i] * share[i]
 
 
-def _half_tanh(z: Any) -> Any:
-    """tanh(z / 2)."""
-
-
-@overload(_half_tanh)
-def _overload_half_tanh(z: Any) -> Any:
-    def double(z: Any) -> Any:
-        return math.tanh(0.5 * z)
-
-    def single(z: Any) -> Any:
-        y = z * _HALF
-        y = _TANH_END if y > _TANH_END else y
-        y = -_TANH_END if y < -_TANH_END else y
-        square = y * y
-        found = y * _polynomial(square, _TANH) / _polynomial(square, _TANH_BELOW)
-        found = _1 if found > _1 else found
-        return -_1 if found < -_1 else found
-
-    return double if z == types.float64 else single
-
-
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _probabilities(p: Any, density: Any, z: Any, kind: int) -> None:
     """Probability of a spike at a distance z to the threshold, and its derivative, for membrane noise."""
     if kind == LOGISTIC:
         for i in range(len(z)):
-            p[i] = _HALF + _HALF * _half_tanh(z[i])
+            p[i] = _HALF + _HALF * half_tanh(z[i])
             density[i] = p[i] * (_1 - p[i])
     elif kind == LAPLACE:
         for i in range(len(z)):
-            tail = _HALF * _exp(-abs(z[i]))
+            tail = _HALF * exp(-abs(z[i]))
             p[i] = _1 - tail if z[i] > _0 else tail
             density[i] = tail
     else:
         for i in range(len(z)):
-            density[i], tail, _ = _normal(z[i])
+            density[i], tail, _ = normal(z[i])
             p[i] = _1 - tail if z[i] > _0 else tail
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _escape(spikes: Any, score: Any, p: Any, density: Any, z: Any, u: Any, kind: int) -> None:
     """Spikes of escape noise, the scores of z, and the probabilities of spikes with their derivatives."""
     if kind == LOGISTIC_ESCAPE:
         for i in range(len(z)):
-            middle = _half_tanh(z[i])
+            middle = half_tanh(z[i])
             spike = _1 if u[i] > -middle else _0
             p[i] = _HALF + _HALF * middle
             spikes[i] = spike
@@ -379,7 +156,7 @@ def _escape(spikes: Any, score: Any, p: Any, density: Any, z: Any, u: Any, kind:
             density[i] = p[i] * (_1 - p[i])
     else:
         for i in range(len(z)):
-            slope, tail, mills = _normal(z[i])
+            slope, tail, mills = normal(z[i])
             chance = _1 - tail if z[i] > _0 else tail
             # φ over the probability of what happened, which neither cancels nor underflows this way.
             likely, unlikely = slope / (_1 - tail), _1 / mills
@@ -390,7 +167,7 @@ def _escape(spikes: Any, score: Any, p: Any, density: Any, z: Any, u: Any, kind:
             score[i] = size if spike else -size
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _membrane_scores(score: Any, epsilon: Any, u: Any, kind: int) -> None:
     """Scores of the mean, times σ, from standard noise and the uniform numbers that it was made of."""
     if kind == GAUSSIAN:
@@ -403,26 +180,20 @@ def _membrane_scores(score: Any, epsilon: Any, u: Any, kind: int) -> None:
         score[:] = u
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _distances(z: Any, mem: Any, threshold: Any, inverse: Any) -> None:
     for i in range(len(z)):
         z[i] = (mem[i] - threshold[i]) * inverse[i]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _sample(mem: Any, spikes: Any, epsilon: Any, sigma: Any, threshold: Any) -> None:
     for i in range(len(mem)):
         mem[i] += sigma[i] * epsilon[i]
         spikes[i] = _1 if mem[i] > threshold[i] else _0
 
 
-@njit(**_OPTIONS)
-def _copy(to: Any, value: Any) -> None:
-    for i in range(len(to)):
-        to[i] = value[i]
-
-
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _add_product(total: Any, value: Any, factor: Any, times: bool) -> None:
     if times:
         for i in range(len(total)):
@@ -432,13 +203,13 @@ def _add_product(total: Any, value: Any, factor: Any, times: bool) -> None:
             total[i] += value[i]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _add_weighted(total: Any, value: Any, weight: Any) -> None:
     for i in range(len(total)):
         total[i] += value[i] * weight
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _add_scale_scores(total: Any, score: Any, value: Any, escapes: bool) -> None:
     if escapes:
         for i in range(len(total)):
@@ -448,7 +219,7 @@ def _add_scale_scores(total: Any, score: Any, value: Any, escapes: bool) -> None
             total[i] += score[i] * value[i] - _1
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _step(
     start: int, stop: int, neurons: int, new: Any, spikes: Any, keys: Any, batch: int, copies: int, first: int,
     half: int, draw: int, stride: int, kind: int, mechanism: int, current: Any, reset: Any, mem: Any, syn: Any,
@@ -498,7 +269,7 @@ def _step(
         seen_mem: membrane potentials after each step, alike.
     """
     steps, most = len(weights), max(1, _BLOCK // neurons)
-    words, columns, samples = _counters(most, neurons)
+    words, columns, samples = counters(most, neurons)
     leak, share, alpha = _repeat(leak, most), _repeat(share, most), _repeat(alpha, most)
     threshold, sigma = _repeat(threshold, most), _repeat(sigma, most)
     inverse = _1 / sigma
@@ -519,7 +290,7 @@ def _step(
             drive = new_syn[left : left + size]
         for step in range(steps):
             weight, copy = weights[step], first + row // batch % copies
-            _uniform(
+            uniform(
                 u, words, columns, samples, neurons, keys[row // (batch * copies)], row % batch, copy, half,
                 draw + step * stride,
             )  # fmt: skip
@@ -538,7 +309,7 @@ def _step(
                 if len(expected):
                     _distances(z, here, threshold, inverse)
                     _probabilities(p, density, z, kind)
-                _to_noise(epsilon, u, kind)
+                to_noise(epsilon, u, kind)
                 _sample(here, fire, epsilon, sigma, threshold)
                 _membrane_scores(one, epsilon, u, kind)
             if len(score):
@@ -556,23 +327,23 @@ def _step(
                 if len(pull_scale):
                     _add_scale_scores(pull_scale[left : left + size], density, z, True)
             if left < seen_mem.shape[1]:
-                _copy(seen_spikes[step, left : left + size], fire)
-                _copy(seen_mem[step, left : left + size], here)
+                assign(seen_spikes[step, left : left + size], fire)
+                assign(seen_mem[step, left : left + size], here)
             if step + 1 < steps:
                 # Copies: LLVM does not vectorise what may overlap.
                 before, fired_before = memory[7, :size], memory[8, :size]
-                _copy(before, here)
-                _copy(fired_before, fire)
+                assign(before, here)
+                assign(fired_before, fire)
         row += rows
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _spread(to: Any, values: Any) -> None:
     for start in range(0, len(to), len(values)):
-        _copy(to[start : start + len(values)], values)
+        assign(to[start : start + len(values)], values)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _repeat(values: Any, times: int) -> Any:
     out = np.empty(times * len(values), values.dtype)
     _spread(out, values)
@@ -600,12 +371,12 @@ def _claim(context: Any, block: Any, count: Any) -> Any:
     return types.int64(types.voidptr, types.int64), build
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _list(address: int, numbers: int, like: Any) -> Any:
     return carray(_pointer(address, like), (numbers if address else 0,))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _run_noise(address: Any, like: Any) -> None:
     block = carray(address, (1,), _NOISE)[0]
     rows, count, neurons = block.rows, block.claim, block.numbers
@@ -620,7 +391,7 @@ def _run_noise(address: Any, like: Any) -> None:
         )  # fmt: skip
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _run_pack(address: Any, like: Any, unpacks: bool) -> None:
     block = carray(address, (1,), _PACK)[0]
     rows, count = block.rows, block.claim
@@ -635,7 +406,7 @@ def _run_pack(address: Any, like: Any, unpacks: bool) -> None:
             _pack(start, min(start + count, rows), packed, values)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _run_step(address: Any, like: Any) -> None:
     block = carray(address, (1,), _STEP)[0]
     rows, count, neurons, steps = block.rows, block.claim, block.neurons, block.steps
@@ -671,43 +442,43 @@ _ENTRY = types.void(types.voidptr)
 
 def noise(dtype: Any) -> Any:
     """A function that fills rows with noise; see ``snntorch_lr.noise_stream.NoiseStream``."""
-    like = dtype(0)
+    given = dtype(0), _SOURCES
 
     @cfunc(_ENTRY, cache=True)
     def run(address: Any) -> None:
-        _run_noise(address, like)
+        _run_noise(address, given[0])
 
     return run
 
 
 def pack(dtype: Any) -> Any:
     """A function that makes bits of numbers, whether they are zero, eight to a byte."""
-    like = dtype(0)
+    given = dtype(0), _SOURCES
 
     @cfunc(_ENTRY, cache=True)
     def run(address: Any) -> None:
-        _run_pack(address, like, False)
+        _run_pack(address, given[0], False)
 
     return run
 
 
 def unpack(dtype: Any) -> Any:
     """A function that makes zeros and ones of bits."""
-    like = dtype(0)
+    given = dtype(0), _SOURCES
 
     @cfunc(_ENTRY, cache=True)
     def run(address: Any) -> None:
-        _run_pack(address, like, True)
+        _run_pack(address, given[0], True)
 
     return run
 
 
 def step(dtype: Any) -> Any:
     """A function that takes time steps of a neuron, with its sums over time; see ``_step``."""
-    like = dtype(0)
+    given = dtype(0), _SOURCES
 
     @cfunc(_ENTRY, cache=True)
     def run(address: Any) -> None:
-        _run_step(address, like)
+        _run_step(address, given[0])
 
     return run

@@ -1,0 +1,242 @@
+"""Random numbers and the functions that shape them, compiled for a CPU by Numba, for ``numba_steps``.
+
+In single precision nothing calls a mathematical library, which could not be vectorised: polynomials take its place,
+whose errors are below 2 · 10⁻⁶. In double precision, which is for tests, accuracy comes first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from .kinds import GAUSSIAN, LAPLACE, LOGISTIC, MILLS, NORMAL, NORMAL_TAIL
+
+# No leave to reorder sums, on which rounding to an integer and the exactness of the uniform numbers depend, nor to take
+# for granted that there is no NaN, which has to reach the gradient to be found.
+OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
+
+# Constants of single precision, so that they do not turn the numbers beside them into double precision.
+SINGLES = tuple(np.float32(value) for value in (0, 0.5, 1, 2))
+_0, _HALF, _1, _2 = SINGLES
+# (exp(r) − 1 − r) / r² for |r| ≤ ln 2 / 2, lowest power first; this and the next three are minimax fits of ours.
+_EXP = tuple(np.float32(c) for c in (0.49999993, 0.16666521, 0.04166839, 0.00836871, 0.00138146))
+# tanh(y) / y in y², over the polynomial below it, for |y| up to an end at which it is 1 − 10⁻⁷; to 3 · 10⁻⁷.
+_TANH = tuple(np.float32(c) for c in (0.99999995, 0.13412686, 3.53356149e-3, 2.12518263e-5, 1.4287987e-8))
+_TANH_BELOW = tuple(np.float32(c) for c in (1, 0.46746, 2.60204612e-2, 3.34845971e-4, 8.14893945e-7))
+_TANH_END = np.float32(8.4)
+# (log(1 + f) − f + f²/2) / f³ for 1 + f between √½ and √2.
+_LOG = tuple(np.float32(c) for c in (
+    0.33333332, -0.25000821, 0.20001227, -0.16623356, 0.14201762, -0.13160195, 0.1276155, -0.0763443))  # fmt: skip
+_NORMAL, _NORMAL_TAIL, _MILLS = (tuple(np.float32(c) for c in each) for each in (NORMAL, NORMAL_TAIL, MILLS))
+_INV_SQRT_2PI = np.float32(1 / math.sqrt(2 * math.pi))
+_LOG2E, _LN2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
+# ln 2 in two parts, of which the first times a small integer is exact.
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)
+# Adding this rounds to an integer, and leaves it in the lowest bits.
+_ROUND = np.float32(1.5 * 2**23)
+_LEAST_EXPONENT = np.float32(-87)
+_SQRT_HALF_BITS = np.int32(0x3F3504F3)
+
+
+@njit(**OPTIONS)
+def _polynomial(x: Any, coefficients: Any) -> Any:
+    total = x * _0 + coefficients[-1]
+    for index in range(len(coefficients) - 2, -1, -1):
+        total = total * x + coefficients[index]
+    return total
+
+
+def exp(x: Any) -> Any:
+    """exp(x) for x ≤ 0."""
+    return math.exp(x)
+
+
+def _log(x: Any) -> Any:
+    """log(x) for positive normal numbers."""
+    return math.log(x)
+
+
+@overload(exp)
+def _overload_exp(x: Any) -> Any:
+
+    def double(x: Any) -> Any:
+        return math.exp(x)
+
+    def single(x: Any) -> Any:
+        # Written so that NaN stays NaN, as the limits below.
+        x = _LEAST_EXPONENT if x < _LEAST_EXPONENT else x
+        shifted = x * _LOG2E + _ROUND
+        whole = shifted - _ROUND
+        r = (x - whole * _LN2_HIGH) - whole * _LN2_LOW
+        power = _1 + r + r * r * _polynomial(r, _EXP)
+        doublings = np.int32(np.float32(shifted).view(np.int32) << np.int32(23))
+        return np.int32(np.float32(power).view(np.int32) + doublings).view(np.float32)
+
+    return double if x == types.float64 else single
+
+
+@overload(_log)
+def _overload_log(x: Any) -> Any:
+
+    def double(x: Any) -> Any:
+        return math.log(x)
+
+    def single(x: Any) -> Any:
+        bits = np.float32(x).view(np.int32)
+        exponent = np.int32(np.int32(bits - _SQRT_HALF_BITS) >> np.int32(23))
+        f = np.int32(bits - np.int32(exponent << np.int32(23))).view(np.float32) - _1
+        return np.float32(exponent) * _LN2 + (f - f * f * _HALF + f * f * f * _polynomial(f, _LOG))
+
+    return double if x == types.float64 else single
+
+
+@njit(**OPTIONS)
+def _normal_quantile(u: Any) -> Any:
+    w = -_log((_1 - u) * (_1 + u))
+    near = _polynomial(w - np.float32(2.5), _NORMAL)
+    far = _polynomial(math.sqrt(w) - np.float32(3.5), _NORMAL_TAIL)
+    return u * (near if w < np.float32(5) else far)
+
+
+def normal(z: Any) -> Any:
+    """φ(z), the tail 1 − Φ(|z|), and the Mills ratio at |z|."""
+
+
+@overload(normal)
+def _overload_normal(z: Any) -> Any:
+    def double(z: Any) -> Any:
+        density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+        tail = 0.5 * math.erfc(abs(z) / math.sqrt(2.0))
+        return density, tail, tail / density
+
+    def single(z: Any) -> Any:
+        x = abs(z)
+        density = exp(-_HALF * x * x) * _INV_SQRT_2PI
+        t = _1 / (_1 + x * np.float32(0.25))
+        mills = t * _polynomial(t - _HALF, _MILLS)
+        return density, density * mills, mills
+
+    return double if z == types.float64 else single
+
+
+def half_tanh(z: Any) -> Any:
+    """tanh(z / 2)."""
+
+
+@overload(half_tanh)
+def _overload_half_tanh(z: Any) -> Any:
+    def double(z: Any) -> Any:
+        return math.tanh(0.5 * z)
+
+    def single(z: Any) -> Any:
+        y = z * _HALF
+        y = _TANH_END if y > _TANH_END else y
+        y = -_TANH_END if y < -_TANH_END else y
+        square = y * y
+        found = y * _polynomial(square, _TANH) / _polynomial(square, _TANH_BELOW)
+        found = _1 if found > _1 else found
+        return -_1 if found < -_1 else found
+
+    return double if z == types.float64 else single
+
+
+@njit(**OPTIONS)
+def assign(to: Any, value: Any) -> None:
+    """Copies an array."""
+    for i in range(len(to)):
+        to[i] = value[i]
+
+
+@njit(**OPTIONS)
+def _words(words: Any, columns: Any, samples: Any, key: Any, sample: int, copy: int, draw: int) -> None:
+    """Random words of rows that follow each other: Philox 4x32-10 of (column, sample, copy, draw).
+
+    Args:
+        words: filled, ``[4, at least rows * quarter]``, a quarter being that of the neurons of a row, rounded up.
+        columns: ``[rows * quarter]``.
+        samples: alike, counted from the first one.
+        key: of 64 bits.
+        sample: the first one.
+        copy: of all rows.
+        draw: of all rows.
+    """
+    for place in range(len(columns)):
+        c0, c1 = np.uint32(columns[place]), np.uint32(np.uint32(sample) + np.uint32(samples[place]))
+        c2, c3 = np.uint32(copy), np.uint32(draw)
+        k0, k1 = np.uint32(key), np.uint32(key >> np.uint64(32))
+        for _ in range(10):
+            low = np.uint64(np.uint32(0xD2511F53)) * np.uint64(c0)
+            high = np.uint64(np.uint32(0xCD9E8D57)) * np.uint64(c2)
+            c0 = np.uint32(np.uint32(high >> np.uint64(32)) ^ c1 ^ k0)
+            c2 = np.uint32(np.uint32(low >> np.uint64(32)) ^ c3 ^ k1)
+            c1, c3 = np.uint32(high), np.uint32(low)
+            k0, k1 = np.uint32(k0 + np.uint32(0x9E3779B9)), np.uint32(k1 + np.uint32(0xBB67AE85))
+        words[0, place], words[1, place] = np.int32(c0), np.int32(c1)
+        words[2, place], words[3, place] = np.int32(c2), np.int32(c3)
+
+
+@njit(**OPTIONS)
+def counters(rows: int, neurons: int) -> tuple[Any, Any, Any]:
+    """Memory for the words of so many rows, and the first two numbers of their counters."""
+    quarter = (neurons + 3) // 4
+    columns, samples = np.empty(rows * quarter, np.int32), np.empty(rows * quarter, np.int32)
+    for row in range(rows):
+        samples[row * quarter : (row + 1) * quarter] = row
+        for column in range(quarter):
+            columns[row * quarter + column] = column
+    return np.empty((4, rows * quarter), np.int32), columns, samples
+
+
+def _to_uniform(u: Any, word: Any, sign: Any) -> Any:
+    """(k + ½) / 2ⁿ of the upper n + 1 bits of a word."""
+
+
+@overload(_to_uniform)
+def _overload_to_uniform(u: Any, word: Any, sign: Any) -> Any:
+
+    def double(u: Any, word: Any, sign: Any) -> Any:
+        return (np.float64(word) + 0.5) * (2.0**-31 * sign)
+
+    def single(u: Any, word: Any, sign: Any) -> Any:
+        return (np.float32(np.int32(word >> np.int32(8))) + _HALF) * (np.float32(2.0**-23) * np.float32(sign))
+
+    return double if u.dtype == types.float64 else single
+
+
+@njit(**OPTIONS)
+def uniform(
+    u: Any, words: Any, columns: Any, samples: Any, neurons: int, key: Any, sample: int, copy: int, half: int, draw: int
+) -> None:
+    """Uniform numbers in (−1, 1) of rows of one copy; those of an antithetic copy are negated."""
+    sign = -1 if copy >= half else 1
+    quarter, rows = (neurons + 3) // 4, len(u) // neurons
+    count = rows * quarter
+    _words(words, columns[:count], samples[:count], key, sample, copy - half if copy >= half else copy, draw)
+    for row in range(rows):
+        for part in range(4):
+            # Slices: an index that could be negative keeps LLVM from vectorising.
+            numbers = u[row * neurons + part * quarter : min(row * neurons + (part + 1) * quarter, (row + 1) * neurons)]
+            own = words[part, row * quarter : (row + 1) * quarter]
+            for column in range(len(numbers)):
+                numbers[column] = _to_uniform(u, own[column], sign)
+
+
+@njit(**OPTIONS)
+def to_noise(epsilon: Any, u: Any, kind: int) -> None:
+    """Standard membrane noise of uniform numbers; these themselves for escape noise."""
+    if kind == GAUSSIAN:
+        for i in range(len(u)):
+            epsilon[i] = _normal_quantile(u[i])
+    elif kind == LAPLACE:
+        for i in range(len(u)):
+            size = -_log(_1 - abs(u[i]))
+            epsilon[i] = size if u[i] > _0 else -size
+    elif kind == LOGISTIC:
+        for i in range(len(u)):
+            epsilon[i] = _log(_1 + u[i]) - _log(_1 - u[i])
+    else:
+        assign(epsilon, u)
