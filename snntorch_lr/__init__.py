@@ -1,22 +1,17 @@
 """Noise in snnTorch neurons, likelihood-ratio training without backpropagation through time, robustness evaluation."""
 
-import sys
-
-from ._messages import MovedModules
+from .anneal import anneal, update_batch_norm
 from .calibration import Calibration, calibrate
 from .convert import add_noise, export_to_nir, noise_off, noise_on, remove_noise
-from .diagnostics import GradientReport, gradient_report
-from .estimators import Approximate, Counterfactual, Estimator, Vanilla
-from .estimators.check import Finding, Findings, check
-from .estimators.input_gradient import input_gradient
-from .estimators.recording import per_copy
+from .copies import per_copy
+from .gradients import Approximate, Counterfactual, Estimator, Vanilla
 from .network import reset, rollout
 from .neurons import SLSTM, Alpha, Lapicque, Leaky, RLeaky, RSynaptic, SConv2dLSTM, Synaptic
 from .noise import EscapeNoise, MembraneNoise, NoisyInput
 from .noisy_neuron import UNSUPPORTED
-from .optim import attach, closure
+from .optim import attach, closure, use_gradient
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "SLSTM",
@@ -39,31 +34,22 @@ __all__ = [
     "Synaptic",
     "Vanilla",
     "add_noise",
+    "anneal",
     "attach",
     "calibrate",
     "check",
     "closure",
     "export_to_nir",
     "gradient_report",
-    "input_gradient",
     "noise_off",
     "noise_on",
     "per_copy",
     "remove_noise",
     "reset",
     "rollout",
+    "update_batch_norm",
+    "use_gradient",
 ]
-
-
-sys.meta_path.append(
-    MovedModules(
-        {
-            "snntorch_lr.storing": "snntorch_lr.estimators.storing",
-            "snntorch_lr.quality": "snntorch_lr.diagnostics",
-            "snntorch_lr.experiments.models": "snntorch_lr.experiments.recipe",
-        }
-    )
-)
 
 
 def __getattr__(name: str) -> object:

@@ -14,11 +14,6 @@ from .noise import Noise
 from .noisy_neuron import UNSUPPORTED, NoisyNeuron, check_defects
 
 
-def _updates(plain: type[nn.Module]) -> tuple[Callable[..., Any], ...]:
-    """snnTorch's own updates, and not what a derived class or an older snnTorch puts in their place."""
-    return tuple(getattr(plain, name) for name in ("_base_sub", "_base_zero", "_base_int") if hasattr(plain, name))
-
-
 class Leaky(NoisyNeuron, snn.Leaky):
     """``snntorch.Leaky`` with ``noise=``; arguments, shapes and return values are snnTorch's.
 
@@ -29,10 +24,6 @@ class Leaky(NoisyNeuron, snn.Leaky):
         torch.Size([2, 3])
     """
 
-    unit_gain_resets = ("subtract", "zero", "none")
-    known_updates = _updates(snn.Leaky)
-    resets_before_current = True
-
 
 class Lapicque(NoisyNeuron, snn.Lapicque):
     """``snntorch.Lapicque`` with ``noise=``; arguments, shapes and return values are snnTorch's.
@@ -41,15 +32,6 @@ class Lapicque(NoisyNeuron, snn.Lapicque):
         >>> lif = slr.Lapicque(R=2.0, C=3.0, noise=True)
         >>> spikes, mem = lif(torch.ones(2, 3), lif.reset_mem())
     """
-
-    known_updates = _updates(snn.Lapicque)
-    update_parameters = ("R", "C", "time_step")
-
-    def leak_and_share(self, one: Tensor) -> tuple[Tensor, Tensor]:
-        """What the next membrane potential takes of the last one, and of the current."""
-        # In the order in which snnTorch rounds.
-        share = one * self.R * (1 / (self.R * self.C)) * self.time_step
-        return 1 - self.time_step / (self.R * self.C), share
 
 
 class Synaptic(NoisyNeuron, snn.Synaptic):
@@ -61,8 +43,6 @@ class Synaptic(NoisyNeuron, snn.Synaptic):
     """
 
     state_names = ("syn", "mem")
-    known_updates = _updates(snn.Synaptic)
-    update_parameters = ("alpha", "beta")
 
 
 class Alpha(NoisyNeuron, snn.Alpha):
@@ -77,6 +57,7 @@ class Alpha(NoisyNeuron, snn.Alpha):
     """
 
     state_names = ("syn_exc", "syn_inh", "mem")
+    shadow_states = ("syn_exc", "syn_inh")
 
 
 class RLeaky(NoisyNeuron, snn.RLeaky):
@@ -86,8 +67,6 @@ class RLeaky(NoisyNeuron, snn.RLeaky):
         >>> lif = slr.RLeaky(beta=0.9, linear_features=3, noise=True)
         >>> spikes, mem = lif(torch.ones(2, 3), *lif.reset_mem())
     """
-
-    unit_gain_resets = ("subtract", "none")
 
 
 class RSynaptic(NoisyNeuron, snn.RSynaptic):
@@ -99,6 +78,7 @@ class RSynaptic(NoisyNeuron, snn.RSynaptic):
     """
 
     state_names = ("syn", "mem")
+    shadow_states = ("syn",)
 
 
 class SLSTM(NoisyNeuron, snn.SLSTM):

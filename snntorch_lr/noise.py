@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import noise_stream as uniform
 from .kernels import kinds
+from .philox import draw, new_key
 from .pickling import Portable
 
 
@@ -82,7 +82,11 @@ class Noise(Portable, nn.Module):
     offered: tuple[str, ...] = ()
     transient: tuple[str, ...] = ("forced", "generator")
     _kinds: ClassVar[dict[str, int]] = {}
+    # Of a network that was saved before these were there: noise that was never annealed, a control not yet fitted.
+    _optional: tuple[str, ...] = ("annealed", "control")
     log_sigma: Tensor
+    annealed: Tensor
+    control: Tensor
     # Set for a while by noise_on / noise_off; never saved.
     forced: bool | None = None
     generator: torch.Generator | None = None
@@ -112,13 +116,16 @@ class Noise(Portable, nn.Module):
             self.log_sigma = nn.Parameter(level.log())
         else:
             self.register_buffer("log_sigma", level.log())
+        self.register_buffer("annealed", torch.ones((), dtype=level.dtype))
+        # Sums that the control variate of counterfactual credit is fitted by.
+        self.register_buffer("control", torch.zeros(2, dtype=level.dtype))
         self.distribution = distribution
         self.at_eval = at_eval
 
     @property
     def sigma(self) -> Tensor:
-        """Noise level σ, positive, in the shape that it was given in."""
-        return self.log_sigma.exp()
+        """Noise level σ, positive, in the shape that it was given in: what was learned, times what ``anneal`` left."""
+        return self.log_sigma.exp() * self.annealed
 
     @property
     def kind(self) -> int | None:
@@ -130,11 +137,18 @@ class Noise(Portable, nn.Module):
         """The neuron draws noise now."""
         return (self.training or self.at_eval) if self.forced is None else self.forced
 
-    def sample(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Standard noise ε (scale 1) with the shape, dtype and device of ``like``."""
-        out = torch.empty_like(like, dtype=uniform.resolved(like.dtype), requires_grad=False)
-        uniform.from_generator(out, self.generator if generator is None else generator)
-        return DISTRIBUTIONS[self.distribution].quantile(out).to(like.dtype)
+    def sample(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """Noise of one call, in the dtype and on the device of ``like``: ε of scale 1, or what a subclass decides by.
+
+        Args:
+            shape: ``[rows, ...]``; the first rows do not depend on how many there are.
+            like: see above.
+        """
+        return draw(self, shape, like.dtype, like.device, new_key(self.generator))
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Standard noise ε of uniform numbers in (−1, 1), in place."""
+        return DISTRIBUTIONS[self.distribution].quantile(u)
 
     def cdf_and_pdf(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Probability of a spike at a distance z to the threshold, in units of σ, and its derivative by z."""
@@ -160,8 +174,10 @@ class Noise(Portable, nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
+        missing = args[2]
+        missing[:] = [key for key in missing if key not in {prefix + name for name in self._optional}]
         hint(
-            args[2],
+            missing,
             f"{prefix}log_sigma",
             "the checkpoint has no noise: load it before add_noise(net), or with strict=False, which keeps sigma",
         )
@@ -206,17 +222,13 @@ class MembraneNoise(Noise):
         "logistic": kinds.LOGISTIC,
     }
 
-    def quantile(self, u: Tensor) -> Tensor:
-        """Standard noise ε of uniform numbers in (−1, 1), in place."""
-        return DISTRIBUTIONS[self.distribution].quantile(u)
-
     def location_score(self, epsilon: Tensor) -> Tensor:
         """Score of the mean times σ, from standard noise ε of any shape; the same shape."""
         return DISTRIBUTIONS[self.distribution].location_score(epsilon)
 
-    def scale_score(self, epsilon: Tensor, location: Tensor, out: Tensor | None = None) -> Tensor:
+    def scale_score(self, epsilon: Tensor, location: Tensor) -> Tensor:
         """Score of log σ, from standard noise ε and its ``location_score``; the same shape."""
-        return torch.mul(epsilon, location, out=out).sub_(1)
+        return epsilon * location - 1
 
 
 class EscapeNoise(Noise):
@@ -248,51 +260,31 @@ class EscapeNoise(Noise):
     _kinds: ClassVar[dict[str, int]] = {"gaussian": kinds.GAUSSIAN_ESCAPE, "logistic": kinds.LOGISTIC_ESCAPE}
 
     def quantile(self, u: Tensor) -> Tensor:
-        """Noise that ``fires`` decides by: the uniform numbers in (−1, 1) themselves, so that −u is antithetic."""
+        """What ``fires`` decides by: the uniform numbers in (−1, 1) themselves."""
         return u
 
-    def limit(self, z: Tensor) -> Tensor:
-        """Limit that noise of ``quantile`` must exceed for a spike: one minus twice the probability of a spike."""
-        return (z * -math.sqrt(0.5)).erf_() if self.distribution == "gaussian" else (z / -2).tanh_()
+    def fires(self, p: Tensor, u: Tensor) -> Tensor:
+        """Spikes, zeros and ones, that have the probability p, from what ``sample`` returned."""
+        return (u > 1 - 2 * p).to(p.dtype)
 
-    def fires(self, limit: Tensor, noise: Tensor) -> Tensor:
-        """Which neurons spike: zeros and ones, given noise of ``quantile``, and written in its place."""
-        return torch.gt(noise, limit, out=noise)
-
-    def location_score(self, z: Tensor, spikes: Tensor, limit: Tensor | None = None) -> Tensor:
+    def location_score(self, z: Tensor, p: Tensor, spikes: Tensor) -> Tensor:
         """Derivative of the log-probability of the spikes with respect to z; finite for any finite z.
 
-        In float32 if z has half precision, which is too coarse for sums over time and for ``erfcx``.
-
         Args:
-            z: distance to the threshold, in units of σ.
+            z: distance to the threshold, in units of σ; float32 or float64.
+            p: probability of a spike there.
             spikes: zeros and ones.
-            limit: that of ``z``, if it is there, to be overwritten.
         """
-        precise = uniform.resolved(z.dtype)
-        if precise != z.dtype:
-            z, limit = z.to(precise), None
         if self.distribution == "logistic":
-            limit = self.limit(z) if limit is None else limit
-            # sigmoid(z) is (1 - limit) / 2.
-            return torch.add(spikes, limit.sub_(1), alpha=0.5, out=limit)
+            return spikes - p
         sign = 2 * spikes - 1
         # φ/Φ at sign·z is 1 over this; erfcx neither cancels nor underflows there, and its overflow gives 0.
         inverse: Tensor = torch.special.erfcx(-sign * z / math.sqrt(2)) * math.sqrt(math.pi / 2)
         return sign / inverse
 
-    def fires_by(self, p: Tensor, noise: Tensor) -> Tensor:
-        """As ``fires``, where the probability of a spike is known already."""
-        return self.fires(1 - 2 * p, noise)
-
-    def location_score_by(self, p: Tensor, z: Tensor, spikes: Tensor) -> Tensor:
-        """As ``location_score``, where the probability of a spike is known already."""
-        return spikes - p if self.distribution == "logistic" else self.location_score(z, spikes)
-
-    def scale_score(self, z: Tensor, location: Tensor, out: Tensor | None = None) -> Tensor:
+    def scale_score(self, z: Tensor, location: Tensor) -> Tensor:
         """Derivative of the log-probability of the spikes with respect to log σ, from ``location_score``."""
-        out = out if out is not None and out.dtype == location.dtype else None
-        return torch.mul(z, location, out=out).neg_()
+        return -z * location
 
 
 class NoisyInput(Noise):
@@ -358,8 +350,8 @@ class NoisyInput(Noise):
 
     @property
     def sigma(self) -> Tensor:
-        """Noise level σ, above the floor."""
-        return self.lowest + self.log_sigma.exp()
+        """Noise level σ, above the floor, times what ``anneal`` left."""
+        return (self.lowest + self.log_sigma.exp()) * self.annealed
 
     def forward(self, x: Tensor) -> Tensor:
         """The input with noise, ``[batch, ...]``; the same tensor where the noise is off."""
@@ -374,7 +366,7 @@ class NoisyInput(Noise):
 
     def _draw(self, x: Tensor) -> Tensor:
         if not self.frozen:
-            return self.sample(x)
+            return self.sample(x.shape, x)
         if self._drawn is not None and self._drawn[0].shape == x.shape:
             noise, count = self._drawn
             if self.log_sigma._version != count:
@@ -383,7 +375,7 @@ class NoisyInput(Noise):
                     "snntorch_lr.reset(net), which begins a presentation, at the start of each forward pass"
                 )
             return noise.to(x.dtype)
-        noise = self.sample(x)
+        noise = self.sample(x.shape, x)
         self._drawn = noise, self.log_sigma._version
         return noise
 

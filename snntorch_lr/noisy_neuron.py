@@ -7,7 +7,10 @@ next leak see the very membrane potential that fired.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import snntorch as snn
@@ -15,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ._messages import place, warn
-from .dynamics import Dynamics
-from .graph import same_numbers, version
-from .noise import EscapeNoise, MembraneNoise, Noise, hint, make_noise
+from .copies import running_copies
+from .graph import ancestors, version
+from .node import Control, Presentation, Sample
+from .noise import DISTRIBUTIONS, EscapeNoise, MembraneNoise, Noise, hint, make_noise
+from .philox import resolved
 from .pickling import Portable
 
 UNSUPPORTED = {
@@ -62,66 +67,121 @@ def check_defects(neuron: nn.Module, noise: Noise | None, name: str = "") -> Non
     warn(message)
 
 
-class TimeStep(Protocol):
-    """One time step of one neuron in a forward pass of noise copies; the neuron asks in the order of the methods.
-
-    Attributes:
-        input: the current, for all rows.
-        states: of the last step, as they were given by position; and by name.
-        builds_graph: the neuron's own update is to carry a graph.
-        decided: spikes, where the update has sampled them with the noise; None otherwise.
-    """
-
-    input: Tensor
-    decided: Tensor | None
-    states: tuple[Any, ...]
-    named_states: dict[str, Any]
-    builds_graph: bool
-
-    def update(self, input_: Tensor) -> Any:
-        """The next states, before noise."""
-
-    def sample(self, noise: MembraneNoise, mean: Tensor) -> Tensor:
-        """A noisy membrane potential, or its distance to a learned threshold, without a graph."""
-
-    def fire(self, noise: EscapeNoise, margin: Tensor) -> Tensor:
-        """Spikes of escape noise, given the distance to the threshold, without a graph."""
-
-    def emit(self, spikes: Tensor) -> Tensor:
-        """The spikes for the next layer."""
-
-    def grade(self, spikes: Tensor) -> Tensor:
-        """Emitted spikes times ``graded_spikes_factor``."""
-
-    def end(self, output: Any) -> Any:
-        """The return value of the neuron, from that of snnTorch's forward."""
-
-
 class Sampler(Protocol):
-    """A forward pass of noise copies, as a neuron sees it.
+    """Gives the spikes of neurons a gradient other than the surrogate one."""
+
+    def step(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """A time step of a neuron whose noise is on.
+
+        Args:
+            neuron: the neuron.
+            input_: current, ``[rows, ...]``.
+            given: the states that it goes on from, by name.
+
+        Returns:
+            Spikes and new states, in the order of ``neuron.state_names``.
+        """
+
+
+@dataclass
+class Carried:
+    """What a membrane potential that was handed out does not say by itself; it hangs on the tensor.
 
     Attributes:
-        run_apart: ``run`` of a sampler that it is given, for which compiled code leaves its graph.
+        fired: the spikes that are to reset it, zeros and ones, as ``inside``; None if they are found by comparing it
+            with the threshold.
+        version: of the tensor, to tell changes in place.
+        attached: the tensor had a graph.
+        inside: states of the train and its shadow, by name, ``[2, batch, ...]``; None if there is no shadow.
+        others: the other states that were handed out with it.
+        link: that of the last time step.
+        presentation: which it is a part of.
     """
 
-    run_apart: Callable[..., Any]
+    fired: Tensor | None
+    version: int
+    attached: bool
+    inside: Mapping[str, Tensor] | None = None
+    others: Mapping[str, weakref.ref[Tensor]] = field(default_factory=dict)
+    link: Tensor | None = None
+    presentation: Presentation | None = None
 
-    def run(self, neuron: Any, input_: Tensor, *states: Any, **named: Any) -> Any:
-        """A neuron's time step."""
-
-    def begin(self, neuron: Any, input_: Tensor, states: tuple[Any, ...], named: dict[str, Any]) -> TimeStep:
-        """A time step from its input and the states that the user gave."""
-
-    def name(self, neuron: Any) -> str:
-        """Name of a neuron in errors: its place in the network and its class."""
+    def holds(self, name: str, state: Tensor) -> bool:
+        """A state is the one that was handed out under this name."""
+        return name == "mem" or (name in self.others and self.others[name]() is state)
 
 
-class NoisyNeuron(Portable, Dynamics, snn.SpikingNeuron):
+# Where it hangs: in the dictionary of the tensor.
+CARRIED = "_snntorch_lr_carried"
+# A neuron may be shared by several layers, each of which has its own membrane potential.
+_REMEMBERED = 4
+
+
+@dataclass
+class _Last:
+    """A membrane potential that was handed out a short while ago, in case that it comes back in another guise.
+
+    Attributes:
+        mem: without its graph; None where spikes follow from it.
+        version: of the tensor.
+        fired: the spikes that are to reset it.
+        node: number of the node that made it; None if it had no graph.
+    """
+
+    mem: Tensor | None
+    version: int
+    fired: Tensor | None
+    node: int | None
+
+
+@dataclass
+class _Inside:
+    """Of a time step whose spikes are sampled without a graph, while snnTorch computes it.
+
+    Attributes:
+        sets: 2 for a train and its shadow, whose numbers have the shape ``[2, batch, ...]``; otherwise 1.
+        told: what is to be sampled, where that is known.
+    """
+
+    sets: int
+    told: Sample | None = None
+    margin: Tensor | None = None
+    sigma: Tensor | None = None
+    epsilon: Tensor | None = None
+    sample: Sample | None = None
+
+
+def _draw(noise: Noise, like: Tensor, sets: int) -> Tensor:
+    """Noise in the shape of a tensor; the train's does not depend on whether there is a shadow."""
+    shape = like.shape if sets == 1 else torch.Size((sets * like.shape[1], *like.shape[2:]))
+    return noise.sample(shape, like).view(like.shape)
+
+
+def _sampled(neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """A time step by the sampler of a neuron.
+
+    Raises:
+        RuntimeError: if it is computed again in a backward pass, from a state that has gone on since.
+    """
+    task = torch._C._current_graph_task_id()
+    if task != -1 and neuron.init_hidden and neuron._reset_during != task:
+        raise RuntimeError(
+            f"{type(neuron).__name__}: activation checkpointing runs a neuron again whose state has gone on since "
+            "(init_hidden=True): pass states by hand, or checkpoint a whole presentation, which resets them at its start"
+        )
+    assert neuron.sampler is not None
+    return neuron.sampler.step(neuron, input_, given)
+
+
+_apart = torch.compiler.disable(_sampled)
+
+
+class NoisyNeuron(Portable, snn.SpikingNeuron):
     """Mixin in front of a snnTorch neuron class: adds ``noise=``, and changes nothing when it is False.
 
-    Outside an estimator the noise is reparameterised, u = μ + σ ε with the graph kept, so that ``loss.backward()`` is
-    surrogate-gradient training with noise, σ included. Inside one (``Vanilla.backward``, an attached optimizer) the
-    neuron expands its input to the copies, detaches what it samples, and files the score.
+    By default the noise is reparameterised, u = μ + σ ε with the graph kept, so that ``loss.backward()`` is
+    surrogate-gradient training with noise, σ included. With a ``sampler`` (``attach``, ``use_gradient``) spikes are
+    sampled without a graph, and the sampler gives them their gradient.
 
     Args:
         noise: False for exactly the snnTorch neuron; True or ``"membrane"`` for learnable Gaussian membrane noise at
@@ -129,15 +189,28 @@ class NoisyNeuron(Portable, Dynamics, snn.SpikingNeuron):
 
     Raises:
         ValueError: if ``noise`` is no noise, or if an option of the neuron is broken in snnTorch itself.
+
+    Attributes:
+        state_names: states of the neuron, the membrane potential last.
+        shadow_states: those, beside the membrane potential, that differ between a train and its shadow.
+        is_elementwise: a current drives its own neuron only; LSTM cells mix them.
+        sampler: see above; None for the surrogate gradient.
     """
 
-    transient = ("sampler", "estimating", "_step", "_known_factor")
+    transient = ("_inside", "_last", "_reset_by", "_control", "_known_factor")
+    state_names: tuple[str, ...] = ("mem",)
+    shadow_states: tuple[str, ...] = ()
+    is_elementwise = True
+
+    noise: Noise | None
     sampler: Sampler | None = None
-    estimating: bool = False
-    _step: TimeStep | None = None
+    _inside: _Inside | None = None
+    _reset_by: Tensor | None = None
+    _reset_during: int = -1
     _known_factor: tuple[Tensor, int, bool] | None = None
-    _last_spikes: Tensor | None = None
-    fired: tuple[Tensor, Tensor, int] | None = None
+    # Of a state that was computed from the last one.
+    warned: bool = False
+    _snn_state_function: Callable[[Tensor], Any]
 
     def __init__(self, *args: Any, noise: bool | str | Noise = False, **kwargs: Any) -> None:
         made = make_noise(noise)
@@ -156,112 +229,260 @@ class NoisyNeuron(Portable, Dynamics, snn.SpikingNeuron):
     def state_function(self, function: Callable[[Tensor], Any]) -> None:
         self._snn_state_function = function
 
-    def forward(self, input_: Tensor, *states: Any, **named_states: Any) -> Any:
-        """One time step with snnTorch's arguments, shapes and return values."""
-        if self.noise is None:
-            return super().forward(input_, *states, **named_states)
-        sampler = self.sampler
-        if sampler is None:
-            return self.noisy_step(input_, *states, **named_states)
-        if torch.compiler.is_compiling():
-            return sampler.run_apart(sampler, self, input_, *states, **named_states)
-        return sampler.run(self, input_, *states, **named_states)
-
-    def noisy_step(self, input_: Tensor, *states: Any, **named_states: Any) -> Any:
-        """One time step with noise.
-
-        Raises:
-            RuntimeError: if the backward pass of an estimator runs it again.
-        """
-        if self.estimating and torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                f"{type(self).__name__}: gradient checkpointing runs a noisy neuron again in the backward pass, where "
-                "it would draw other spikes: put torch.utils.checkpoint around blocks without noisy neurons. The "
-                'estimators keep spikes as bits; Vanilla(memory="replay") and chunk= take less memory still'
-            )
-        if self.sampler is None or self.noise is None or not self.noise.active:
-            output = self._advance(input_, states, named_states)
-            self._remember_spikes()
-            return output
-        step = self._step = self.sampler.begin(self, input_, states, named_states)
-        try:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and step.builds_graph):
-                output = self._advance(step.input, step.states, step.named_states)
-            self._remember_spikes()
-            return step.end(output)
-        finally:
-            del self._step
-
-    def _advance(self, input_: Tensor, states: tuple[Any, ...], named_states: dict[str, Any]) -> Any:
-        """snnTorch's forward, from states that fit."""
-        self._make_states(input_)
-        if self.noise is not None and self.noise.log_sigma.dim():
-            where = type(self).__name__ if self.sampler is None else self.sampler.name(self)
-            self.noise.check_fits(self._state_shape(input_) or tuple(input_.shape), where)
-        states = tuple(self._fitting_state(state, input_) for state in states)
-        named_states = {key: self._fitting_state(state, input_) for key, state in named_states.items()}
-        return super().forward(input_, *states, **named_states)
-
-    def _remember_spikes(self) -> None:
-        """Keeps the spikes of this step for the reset of the next: what was sampled, and not to be compared again."""
-        spikes, self._last_spikes = self._last_spikes, None
-        delayed = getattr(self, "reset_delay", True)
-        if spikes is not None and (delayed or isinstance(self.noise, EscapeNoise)):
-            # With reset_delay=False the spike has reset the membrane already.
-            kept = spikes if delayed else torch.zeros_like(spikes)
-            self.fired = (self.mem, kept, version(kept))
-
-    def reset_mem(self) -> Any:
-        """Zeroes the state."""
-        self.fired = None
-        return super().reset_mem()
-
-    def fire(self, mem: Tensor) -> Tensor:
-        """Spikes, in the dtype of the membrane; a sampled spike carries no graph."""
-        noise, step = self.noise, self._step
-        if noise is None:
-            return super().fire(mem)
-        if step is not None and step.decided is not None:
-            self._last_spikes = spikes = step.decided
-            return step.grade(step.emit(spikes))
-        if not noise.active or (step is None and not isinstance(noise, EscapeNoise)):
-            return super().fire(mem).to(mem.dtype)
-        mem = self.state_quant(mem) if self.state_quant else mem
-        if not isinstance(noise, EscapeNoise):
-            spikes = self._above_threshold(mem)
-        elif step is None:
-            margin = mem - self.threshold
-            spikes = self.spike_grad(margin + noise.sigma.to(mem.dtype) * noise.sample(mem)).to(mem.dtype)
-        else:
-            spikes = step.fire(noise, mem - self.threshold)
-        self._last_spikes = spikes.detach()
-        return spikes * self.graded_spikes_factor if step is None else step.grade(step.emit(spikes))
-
-    @torch.no_grad()
-    def _above_threshold(self, mem: Tensor) -> Tensor:
-        if self.is_step_function:
-            return torch.gt(mem, self.threshold, out=torch.empty_like(mem))
-        return self.spike_grad(mem - self.threshold).to(mem.dtype)
-
-    def fire_inhibition(self, batch_size: int, mem: Tensor) -> Tensor:
-        """Spike of the strongest neuron only; a sampled spike carries no graph."""
-        if self.noise is None:
-            return super().fire_inhibition(batch_size, mem)
-        if self._step is None:
-            return super().fire_inhibition(batch_size, mem).to(mem.dtype)
-        with torch.no_grad():
-            spikes = super().fire_inhibition(batch_size, mem).to(mem.dtype)
-        return self._step.emit(spikes)
+    @property
+    def control(self) -> Control:
+        """Where the sums go that λ of counterfactual credit is fitted by."""
+        made: Control = vars(self).setdefault("_control", Control())
+        return made
 
     @property
     def all_states(self) -> tuple[str, ...]:
-        """Names of what a step returns and the next one takes, the fed back spikes of a recurrent neuron included."""
+        """Names of what a step takes from the last one, the fed back spikes of a recurrent neuron included."""
         return ("spk", *self.state_names) if hasattr(self, "recurrent") else self.state_names
 
     @property
-    def fires_above_threshold(self) -> bool:
-        """Each neuron spikes, once, exactly where its own membrane potential exceeds its threshold."""
-        return self.is_step_function and not self.inhibition and not self.state_quant
+    def mixes_spikes(self) -> bool:
+        """Spikes come back to other neurons of the layer: all-to-all recurrence."""
+        return bool(getattr(self, "all_to_all", False))
+
+    @property
+    def resets_at_once(self) -> bool:
+        """The membrane potential that is handed out has been reset by the spike of this very time step."""
+        return not getattr(self, "reset_delay", True)
+
+    def forward(self, input_: Tensor, *states: Any, **named_states: Any) -> Any:
+        """One time step with snnTorch's arguments, shapes and return values."""
+        noise, names = self.noise, self.all_states
+        if noise is None:
+            return super().forward(input_, *states, **named_states)
+        passed = dict(zip(names, states, strict=False)) | named_states
+        if passed and (self.init_hidden or len(states) > len(names) or not passed.keys() <= set(names)):
+            # snnTorch says what is wrong.
+            return super().forward(input_, *states, **named_states)
+        copies = running_copies()
+        if copies is not None and noise.active:
+            copies.ran = True
+            input_ = copies.repeat(input_, f"what enters {type(self).__name__}")
+            passed = {name: copies.repeat_state(state) for name, state in passed.items()}
+        given = self._given(input_, passed)
+        if self.sampler is None or not noise.active:
+            return self._plain_step(input_, given)
+        run = _apart if torch.compiler.is_compiling() else _sampled
+        spikes, *new = run(self, input_, given)
+        if self.output or not self.init_hidden:
+            return (spikes, *new)
+        return spikes
+
+    def _given(self, input_: Tensor, passed: Mapping[str, Any]) -> dict[str, Tensor]:
+        """States by name, from those that were passed and those that the neuron holds; zeros where they do not fit."""
+        shape = self._state_shape(input_)
+        assert self.noise is not None
+        if self.noise.log_sigma.dim():
+            self.noise.check_fits(shape, type(self).__name__)
+        given = {}
+        for name in self.all_states:
+            state = passed.get(name)
+            state = getattr(self, name) if state is None else state
+            given[name] = state if state.shape == shape else input_.new_zeros(shape)
+        return given
+
+    def _state_shape(self, input_: Tensor) -> tuple[int, ...]:
+        """Shape of the states."""
+        return tuple(input_.shape)
+
+    def _plain_step(self, input_: Tensor, given: Mapping[str, Tensor]) -> Any:
+        """snnTorch's forward, with reparameterised noise where it is on."""
+        self._reset_by = self.train_resets(given["mem"])
+        output = self._snn_forward(input_, given)
+        if isinstance(self.noise, EscapeNoise) and self.noise.active:
+            spikes = (output[0] if isinstance(output, tuple) else output).detach() != 0
+            self.carry(spikes.to(self.mem.dtype))
+        return output
+
+    def _snn_forward(self, input_: Tensor, given: Mapping[str, Tensor]) -> Any:
+        for name, state in given.items():
+            setattr(self, name, state)
+        try:
+            return super().forward(input_)
+        finally:
+            self._reset_by = None
+
+    def sample(
+        self,
+        input_: Tensor,
+        given: Mapping[str, Tensor],
+        fired: Tensor | None,
+        sets: int = 1,
+        told: Sample | None = None,
+    ) -> Sample:
+        """A time step whose spikes are sampled without a graph; the neuron holds the new states afterwards.
+
+        Args:
+            input_: current, in the shape of the states.
+            given: states by name, ``[rows, ...]`` or ``[2, batch, ...]``.
+            fired: the spikes that reset the membrane potential; None to compare that with the threshold.
+            sets: 2 for a train and its shadow.
+            told: what was sampled in this step before, to be sampled again.
+        """
+        inside = self._inside = _Inside(sets, told)
+        self._reset_by = fired
+        try:
+            self._snn_forward(input_, given)
+        finally:
+            self._inside = None
+        assert inside.sample is not None
+        return inside.sample
+
+    def carry(self, fired: Tensor, **more: Any) -> None:
+        """Hangs on the membrane potential, which is handed out now, what the next time step needs.
+
+        Args:
+            fired: spikes, zeros and ones.
+            **more: of ``Carried``.
+        """
+        mem = self.mem
+        if self.resets_at_once:
+            # The spike has reset the membrane already.
+            fired = torch.zeros_like(fired)
+        if self.resets_at_once and not isinstance(self.noise, EscapeNoise):
+            # snnTorch compares what was reset once more.
+            fired = None
+        setattr(mem, CARRIED, Carried(fired, version(mem), mem.grad_fn is not None, **more))
+        train = fired[0] if fired is not None and fired.dim() > mem.dim() else fired
+        node = None if mem.grad_fn is None else mem.grad_fn._sequence_nr()
+        last: deque[_Last] = vars(self).setdefault("_last", deque(maxlen=_REMEMBERED))
+        last.append(_Last(mem.detach() if isinstance(self.noise, EscapeNoise) else None, version(mem), train, node))
+
+    def carried(self, mem: Tensor) -> tuple[Carried | None, Tensor | None]:
+        """What hangs on a membrane potential that comes back, and the spikes that are to reset it."""
+        carried: Carried | None = getattr(mem, CARRIED, None)
+        if carried is not None and carried.version == version(mem):
+            return carried, carried.fired
+        if not isinstance(self.noise, EscapeNoise):
+            return None, None
+        last: deque[_Last] = vars(self).get("_last", deque())
+        for each in reversed(last):
+            same = each.mem is not None and each.mem.data_ptr() == mem.data_ptr()
+            if same and each.version == version(mem) and each.fired is not None and each.fired.shape == mem.shape:
+                return None, each.fired
+        origin = self.computed_from(mem) if mem.grad_fn is not None else next(reversed(last), None)
+        if origin is None or origin.fired is None or origin.fired.shape != mem.shape:
+            return None, None
+        # A spike that was sampled resets, whatever was done to the membrane since; zeros are fresh states.
+        return None, origin.fired * (mem.detach() != 0)
+
+    def train_resets(self, mem: Tensor) -> Tensor | None:
+        """The spikes that are to reset a membrane potential that comes back, without those of a shadow."""
+        _, fired = self.carried(mem)
+        return fired[0] if fired is not None and fired.dim() > mem.dim() else fired
+
+    def computed_from(self, mem: Tensor) -> Any:
+        """Which membrane potential, handed out a short while ago, this one was computed from; None if from none."""
+        last: deque[_Last] = vars(self).get("_last", deque())
+        numbers = {each.node: each for each in last if each.node is not None}
+        if not numbers:
+            return None
+        earliest = min(numbers)
+        # Later nodes have larger numbers: what is older than all of these is not looked at.
+        for node in ancestors([mem], lambda node: node._sequence_nr() <= earliest):
+            if node._sequence_nr() in numbers:
+                return numbers[node._sequence_nr()]
+        return None
+
+    def reset_mem(self) -> Any:
+        """Zeroes the state."""
+        vars(self).pop("_last", None)
+        self._reset_during = torch._C._current_graph_task_id()
+        return super().reset_mem()
+
+    def mem_reset(self, mem: Tensor) -> Tensor:
+        """Reset signal: the spike of the last step."""
+        if self._reset_by is not None:
+            return self._reset_by
+        reset = super().mem_reset(mem)
+        return reset if self.noise is None else reset.to(mem.dtype)
+
+    def fire(self, mem: Tensor) -> Tensor:
+        """Spikes, in the dtype of the membrane."""
+        noise, inside = self.noise, self._inside
+        if noise is None:
+            return super().fire(mem)
+        if inside is None and not (noise.active and isinstance(noise, EscapeNoise)):
+            return super().fire(mem).to(mem.dtype)
+        mem = self.state_quant(mem) if self.state_quant else mem
+        if inside is None:
+            assert isinstance(noise, EscapeNoise)
+            epsilon = DISTRIBUTIONS[noise.distribution].quantile(noise.sample(mem.shape, mem))
+            spikes = self.spike_grad(mem - self.threshold + noise.sigma.to(mem.dtype) * epsilon).to(mem.dtype)
+            return spikes * self.graded_spikes_factor
+        return self._sample_spikes(inside, mem)
+
+    def fire_inhibition(self, batch_size: int, mem: Tensor) -> Tensor:
+        """Spike of the strongest neuron only."""
+        if self.noise is None:
+            return super().fire_inhibition(batch_size, mem)
+        inside = self._inside
+        if inside is None:
+            return super().fire_inhibition(batch_size, mem).to(mem.dtype)
+        with torch.no_grad():
+            spikes = super().fire_inhibition(batch_size, mem).to(mem.dtype)
+        return self._end_sample(inside, spikes, chance_known=False)
+
+    def _sample_spikes(self, inside: _Inside, mem: Tensor) -> Tensor:
+        noise = self.noise
+        if isinstance(noise, MembraneNoise):
+            with torch.no_grad():
+                if self.is_step_function:
+                    spikes = (mem.detach() > self.threshold.detach()).to(mem.dtype)
+                else:
+                    spikes = self.spike_grad(mem - self.threshold).to(mem.dtype)
+            return self._end_sample(inside, spikes, self.is_step_function and not self.state_quant)
+        assert isinstance(noise, EscapeNoise)
+        inside.margin, inside.sigma = mem - self.threshold, noise.sigma.to(mem.dtype)
+        with torch.no_grad():
+            z = (inside.margin.detach() / inside.sigma.detach()).to(resolved(mem.dtype))
+            if inside.told is not None:
+                spikes = inside.told.spikes
+            else:
+                p, _ = noise.cdf_and_pdf(z)
+                spikes = noise.fires(p, _draw(noise, z, inside.sets)).to(mem.dtype)
+        return self._end_sample(inside, spikes, True, z)
+
+    def _end_sample(self, inside: _Inside, spikes: Tensor, chance_known: bool, z: Tensor | None = None) -> Tensor:
+        margin, sigma = inside.margin, inside.sigma
+        assert isinstance(self.noise, (MembraneNoise, EscapeNoise))
+        assert margin is not None
+        assert sigma is not None
+        if z is None:
+            z = (margin.detach() / sigma.detach()).to(resolved(margin.dtype))
+        inside.sample = Sample(self.noise, margin, sigma, z, spikes, inside.epsilon, chance_known)
+        return spikes if self.emits_zeros_and_ones() else spikes * self.graded_spikes_factor.detach()
+
+    def _noisy_state_function(self, input_: Tensor) -> Any:
+        states = self._snn_state_function(input_)
+        if isinstance(states, tuple):
+            return (*states[:-1], self._add_noise(states[-1]))
+        return self._add_noise(states)
+
+    def _add_noise(self, mean: Tensor) -> Tensor:
+        noise, inside = self.noise, self._inside
+        if not isinstance(noise, MembraneNoise) or not noise.active:
+            return mean
+        sigma = noise.sigma.to(mean.dtype)
+        if inside is None:
+            return mean + sigma * noise.sample(mean.shape, mean)
+        with torch.no_grad():
+            told = inside.told
+            epsilon = _draw(noise, mean, inside.sets) if told is None or told.epsilon is None else told.epsilon
+        inside.margin, inside.sigma, inside.epsilon = mean - self.threshold, sigma, epsilon.to(resolved(mean.dtype))
+        if not self.threshold.requires_grad:
+            return torch.addcmul(mean.detach(), sigma.detach(), epsilon)
+        # The margin u - threshold is what decides. With u sampled, a learned threshold would have no score at all.
+        return torch.addcmul(inside.margin.detach(), sigma.detach(), epsilon) + self.threshold
+
+    def graded(self, spikes: Tensor) -> Tensor:
+        """Spikes as they are handed out, times ``graded_spikes_factor``."""
+        return spikes if self.emits_zeros_and_ones() else spikes * self.graded_spikes_factor
 
     @property
     def is_step_function(self) -> bool:
@@ -278,59 +499,6 @@ class NoisyNeuron(Portable, Dynamics, snn.SpikingNeuron):
             # Looked at once, as long as it stays: the answer waits for the device.
             known = self._known_factor = (factor, version(factor), bool((factor == 1).all()))
         return known[2]
-
-    def mem_reset(self, mem: Tensor) -> Tensor:
-        """Reset signal: the spike of the last step.
-
-        Raises:
-            RuntimeError: if that was changed in place, and cannot be had again.
-        """
-        if self.fired is not None and (self._step is not None or isinstance(self.noise, EscapeNoise)):
-            fired_mem, spikes, count = self.fired
-            if same_numbers(mem, fired_mem):
-                if version(spikes) == count:
-                    return spikes
-                if isinstance(self.noise, EscapeNoise):
-                    raise RuntimeError(
-                        f"the spikes of {type(self).__name__} were changed in place, but with escape noise they decide "
-                        "about its next reset: use dropout without inplace=True, or change a copy"
-                    )
-        reset = super().mem_reset(mem)
-        return reset if self.noise is None else reset.to(mem.dtype)
-
-    def _noisy_state_function(self, input_: Tensor) -> Any:
-        states = self._snn_state_function(input_) if self._step is None else self._step.update(input_)
-        if isinstance(states, tuple):
-            return (*states[:-1], self._add_noise(states[-1]))
-        return self._add_noise(states)
-
-    def _add_noise(self, mean: Tensor) -> Tensor:
-        noise = self.noise
-        if not isinstance(noise, MembraneNoise) or not noise.active:
-            return mean
-        if self._step is not None and self._step.decided is not None:
-            return mean
-        if self._step is None:
-            return mean + noise.sigma.to(mean.dtype) * noise.sample(mean)
-        if not self.threshold.requires_grad:
-            return self._step.sample(noise, mean)
-        # The margin u - threshold is what decides. With u sampled, a learned threshold would have no score at all.
-        return self._step.sample(noise, mean - self.threshold) + self.threshold
-
-    def _make_states(self, input_: Tensor) -> None:
-        """Makes missing first states where snnTorch would make them in the wrong dtype."""
-        shape = self._state_shape(input_)
-        for name in self.state_names if shape is not None else ():
-            setattr(self, name, self._fitting_state(getattr(self, name), input_))
-
-    def _fitting_state(self, state: Any, input_: Tensor) -> Any:
-        shape = self._state_shape(input_)
-        wrong = shape is not None and isinstance(state, Tensor) and state.shape != shape
-        return input_.new_zeros(shape) if wrong and shape is not None else state
-
-    def _state_shape(self, input_: Tensor) -> tuple[int, ...] | None:
-        """Shape of the states, for the cells whose first states snnTorch makes in float32 whatever their input is."""
-        return None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,16 +1,21 @@
-"""The optimizer hook: ``optimizer.step(closure)`` takes its gradient from a likelihood-ratio estimator."""
+"""Chooses the gradient of a network: ``attach`` for an optimizer's loop, ``use_gradient`` without one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .estimators import ESTIMATORS
-from .estimators.base import Estimator, LossFn
-from .graph import leaves
-from .validate import check_optimizer
+from ._messages import places
+from .first_call import FirstCall
+from .gradients import ESTIMATORS, Counterfactual, CounterfactualCredit, Estimator, LossFn
+from .gradients.counterfactual import check_independent
+from .graph import ancestors
+from .network import noisy_neurons
+from .noisy_neuron import NoisyNeuron
+from .validate import check_finite_gradients, check_optimizer, noisy, refuse_thresholds_met_twice
 
 
 class Closure:
@@ -29,8 +34,9 @@ class Closure:
         """Backpropagates, and returns the mean loss, detached."""
         with torch.enable_grad():
             loss = self.loss_fn(self.inputs, self.targets).mean()
-            for parameter in leaves([loss]):
-                parameter.grad = None
+            for node in ancestors([loss]):
+                if hasattr(node, "variable"):
+                    node.variable.grad = None
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -62,51 +68,178 @@ def _kind(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
+def use_gradient(
+    net: nn.Module, gradient: str = "counterfactual", discount: float | None = None, control: float | None = None
+) -> None:
+    """Chooses the gradient that ``loss.backward()`` gives the spikes of a network, in any training loop.
+
+    ``attach`` does it for an optimizer, and looks after its updates too. This is for loops that build their optimizer
+    elsewhere, such as a Lightning module, and for sweeps.
+
+    Args:
+        net: a network with noisy neurons.
+        gradient: ``"counterfactual"`` for the likelihood ratio by counterfactual credit, ``"surrogate"`` for
+            snnTorch's surrogate gradients with reparameterised noise.
+        discount: γ of counterfactual credit in [0, 1], .7 by default: how much a later time step counts in what a
+            spike does through its reset. 1 has no bias, and much variance in long sequences.
+        control: λ of counterfactual credit in [0, 1]; by default it is fitted, layer by layer.
+
+    Raises:
+        ValueError: if the name is unknown, the network has no noisy neuron, a neuron cannot be given this gradient
+            (LSTM cells, inhibition), or an option is wrong.
+
+    Examples:
+        >>> slr.use_gradient(net, "counterfactual")
+        >>> torch.nn.functional.cross_entropy(slr.rollout(net, images, num_steps=5).sum(0), labels).backward()
+        >>> slr.use_gradient(net, "surrogate")
+    """
+    if gradient == "surrogate":
+        if discount is not None or control is not None:
+            raise ValueError('discount and control belong to the gradient "counterfactual"')
+        for neuron in noisy_neurons(net).values():
+            neuron.sampler = None
+        return
+    if gradient != "counterfactual":
+        needs = "" if gradient not in ESTIMATORS else (
+            f'; "{gradient}" needs copies of each sample and runs the forward pass itself: use '
+            f'attach(optimizer, net, estimator="{gradient}") with closure(), or its class'
+        )
+        raise ValueError(f'unknown gradient {gradient!r}; choose "counterfactual" or "surrogate"{needs}')
+    credit = CounterfactualCredit(**{} if discount is None else {"discount": discount}, control=control)
+    choose_credit(net, credit)
+
+
+def choose_credit(net: nn.Module, credit: CounterfactualCredit) -> FirstCall:
+    """Gives spikes their gradient by counterfactual credit, and watches the first forward pass.
+
+    Raises:
+        ValueError: see ``use_gradient``.
+    """
+    neurons = noisy(net)
+    check_independent(net)
+    refuse_thresholds_met_twice(neurons)
+    done = _steps(neurons)
+    first = FirstCall(net, neurons, until=lambda: _steps(neurons) > done)
+    first.__enter__()
+    for neuron in neurons.values():
+        neuron.sampler = credit
+    return first
+
+
+def _steps(neurons: dict[str, NoisyNeuron]) -> int:
+    """How many time steps of the neurons have gone back."""
+    return sum(neuron.control.steps for neuron in neurons.values())
+
+
 class Hook:
     """Handle of an optimizer that ``attach`` was called on; ``remove()`` gives it back to backpropagation.
 
     Attributes:
-        estimator: what computes the gradients.
+        estimator: what computes the gradients of closures.
         optimizer: the optimizer, unchanged and reachable.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, estimator: Estimator) -> None:
         self.optimizer = optimizer
         self.estimator = estimator
+        self._first: FirstCall | None = None
+        if isinstance(estimator, Counterfactual):
+            self._first = choose_credit(estimator.net, estimator.sampler)
+        self._neurons = noisy_neurons(estimator.net)
+        self._done = _steps(self._neurons)
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
-        """Takes the hook off and clears the gradients it left; ``optimizer.step`` works as if it had not been there."""
+        """Takes the hook off and clears the gradients it left; spikes have their surrogate gradient again."""
         self._handle.remove()
+        if self._first is not None:
+            self._first.stop()
+            use_gradient(self.estimator.net, "surrogate")
         self.optimizer.zero_grad()
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # args[0] is the optimizer itself.
         given = args[1] if len(args) > 1 else kwargs.get("closure")
-        if not isinstance(given, Closure):
+        if isinstance(given, Closure):
+            replaced: Callable[[], Any] = self._estimate(given)
+        elif self._first is None:
             got = "step() was called without a closure" if given is None else "step() got an ordinary closure"
+            name = type(self.estimator).__name__
             raise RuntimeError(
-                f"{got}, but this optimizer takes its gradients from a likelihood-ratio estimator: call "
+                f"{got}, but this optimizer takes its gradients from {name}, which runs the forward pass itself: call "
                 "optimizer.step(snntorch_lr.closure(loss_fn, inputs, targets)). For a loop of your own, call "
-                "hook.remove() and estimator.backward(loss_fn, inputs, targets) before step(). A GradScaler, whose "
-                "step(optimizer) passes no closure on, needs such a loop, with a loss_fn that returns "
-                "scaler.scale(losses); bfloat16 needs no scaler"
+                "hook.remove() and estimator.backward(loss_fn, inputs, targets) before step(), or use "
+                'estimator="counterfactual", for which loss.backward() is enough'
             )
+        elif given is None:
+            self._check()
+            return None
+        else:
+            replaced = self._checked(given)
+        rest = {key: value for key, value in kwargs.items() if key != "closure"}
+        return (args[0], replaced, *args[2:]), rest
 
+    def _estimate(self, given: Closure) -> Callable[[], Tensor]:
         def estimate() -> Tensor:
+            if self._first is not None:
+                # The estimator has its own look.
+                self._first.stop()
+            optimizer = self.optimizer
             before = [(parameter, parameter.grad) for group in optimizer.param_groups for parameter in group["params"]]
             optimizer.zero_grad()
             try:
-                return self.estimator.backward(given.loss_fn, given.inputs, given.targets)
+                loss = self.estimator.backward(given.loss_fn, given.inputs, given.targets)
             except BaseException:
                 for parameter, gradient in before:
                     parameter.grad = gradient
                 raise
+            self._done = _steps(self._neurons)
+            return loss
 
-        rest = {key: value for key, value in kwargs.items() if key != "closure"}
-        return (args[0], estimate, *args[2:]), rest
+        return estimate
+
+    def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def checked() -> Any:
+            loss = closure()
+            self._check()
+            return loss
+
+        return checked
+
+    def _check(self) -> None:
+        """Looks at gradients that the user's own loop has left, before an update.
+
+        Raises:
+            ValueError: if they are not what they are taken for.
+        """
+        if self.estimator.copies > 1:
+            raise ValueError(
+                f"copies={self.estimator.copies} is for optimizer.step(closure(loss_fn, inputs, targets)): in a loop of "
+                "your own each sample has one noise copy for each time that it is in the batch; leave copies out"
+            )
+        steps = _steps(self._neurons)
+        took_part, self._done = steps > self._done, steps
+        held = any(parameter.grad is not None for group in self.optimizer.param_groups for parameter in group["params"])
+        if held and not took_part:
+            off = [name for name, neuron in self._neurons.items() if neuron.noise is None or not neuron.noise.active]
+            cause = (
+                f"the noise of {places({name: self._neurons[name] for name in off})} is off: call net.train(), or leave "
+                "noise_off(net)"
+                if off
+                else "loss.backward() did not reach them: is it the network that was attached, and no copy of it?"
+            )
+            raise ValueError(
+                "no noisy neuron had a part in these gradients, which are no likelihood-ratio gradients; no weight "
+                f"changed. {cause}"
+            )
+        # Torch's own scaler looks for overflow in the update then; a captured graph cannot wait for the device.
+        scaled = getattr(self.optimizer, "found_inf", None) is not None
+        if not scaled and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            check_finite_gradients(self.estimator.net)
+        assert self._first is not None
+        self._first.finish()
 
 
 def attach(
@@ -116,17 +249,21 @@ def attach(
     copies: int | None = None,
     **options: Any,
 ) -> Hook:
-    """Makes an optimizer train by the likelihood ratio: ``step(closure(...))`` fills ``.grad`` and updates.
+    """Makes ``loss.backward()`` the likelihood-ratio gradient of a network, for an optimizer that trains it.
 
-    Each ``step`` clears the gradients, lets the estimator add its own, and updates. For gradient clipping or
-    accumulation use the estimator without a hook.
+    With ``"counterfactual"``, the default, the training loop stays as it is: any loss with a derivative, accumulation,
+    clipping, autocast, DDP, Lightning. Each ``optimizer.step()`` looks at the gradients first, and refuses what is not
+    finite, or owes nothing to a noisy neuron.
+
+    ``"vanilla"`` and ``"approximate"`` run the forward pass themselves, on K copies of each sample:
+    ``optimizer.step(closure(loss_fn, images, labels))`` clears the gradients, fills them and updates.
 
     Args:
         optimizer: any ``torch.optim`` optimizer, with any parameter groups.
         net: the network that it trains.
         estimator: ``"counterfactual"``, ``"vanilla"``, ``"approximate"``, or an estimator of this network.
-        copies: K, noise copies of each sample; by default 2 for ``"counterfactual"`` and 16 for the others.
-        **options: further arguments of the estimator (``over_time=``, ``baseline=``, ``memory=``, ``seed=``, ...).
+        copies: K, noise copies of each sample of a closure; by default 1 for ``"counterfactual"`` and 16 for the others.
+        **options: further arguments of the estimator (``discount=``, ``control=``, ``baseline=``, ``seed=``).
 
     Returns:
         A handle with ``remove()``.
@@ -138,7 +275,9 @@ def attach(
     Examples:
         >>> optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
         >>> hook = slr.attach(optimizer, net)
-        >>> loss = optimizer.step(slr.closure(loss_fn, images, labels))
+        >>> loss = torch.nn.functional.cross_entropy(slr.rollout(net, images, num_steps=5).sum(0), labels)
+        >>> loss.backward()
+        >>> optimizer.step()
         >>> hook.remove()
     """
     if not isinstance(optimizer, torch.optim.Optimizer):

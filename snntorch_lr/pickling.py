@@ -65,7 +65,8 @@ class _Local:
 
 
 def _without_graph(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.grad_fn is not None:
+    # What hangs on a state, for its next time step, is not meant for a copy.
+    if isinstance(value, Tensor) and (value.grad_fn is not None or vars(value)):
         return value.detach()
     if type(value) is tuple:
         return tuple(_without_graph(item) for item in value)

@@ -2,61 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from functools import partial
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
-from torch.utils.hooks import RemovableHandle
 
 from ._messages import place, places, warn
-from .graph import ancestors
 from .network import named_parameters, noises, noisy_neurons, spiking_neurons
-from .noise import Noise
-from .noise_stream import resolved
+from .noise import MembraneNoise
 from .noisy_neuron import NoisyNeuron
-
-
-class Checks:
-    """What is to hold before any weight changes, asked all at once: each question by itself waits for the device."""
-
-    def __init__(self) -> None:
-        self._filed: list[tuple[Tensor, Callable[[], str | None]]] = []
-
-    def file(self, holds: Tensor, otherwise: Callable[[], str | None]) -> None:
-        """Files what is to hold.
-
-        Args:
-            holds: one boolean, on any device.
-            otherwise: asked for the error if it does not hold; it warns instead, or lets it pass, if it returns None.
-        """
-        self._filed.append((holds.detach(), otherwise))
-
-    def take(self, other: Checks) -> None:
-        """Takes over what another one has filed."""
-        self._filed += other._filed
-        other._filed = []
-
-    def read(self) -> None:
-        """Waits for the devices.
-
-        Raises:
-            ValueError: if something does not hold; of several, what was filed first.
-        """
-        filed, self._filed = self._filed, []
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for holds, _ in filed:
-            by_device.setdefault(holds.device, []).append(holds)
-        if all(bool(torch.stack(each).all()) for each in by_device.values()):
-            return
-        for holds, otherwise in filed:
-            error = None if bool(holds) else otherwise()
-            if error is not None:
-                raise ValueError(error)
+from .philox import resolved
 
 
 def network_errors(net: nn.Module) -> Iterator[str]:
@@ -74,40 +33,50 @@ def network_errors(net: nn.Module) -> Iterator[str]:
             f"the noise of {places(neurons)} is off: call net.train(), leave noise_off(net), or make the noise with "
             "at_eval=True"
         )
-    for name, neuron in active.items():
-        if neuron.meets_threshold_twice:
+    yield from thresholds_met_twice(active)
+
+
+def thresholds_met_twice(neurons: Mapping[str, NoisyNeuron]) -> Iterator[str]:
+    """What is wrong with neurons one sample of whose membrane potential meets a learned threshold twice."""
+    for name, neuron in neurons.items():
+        at_once = neuron.resets_at_once and neuron.reset_mechanism == "subtract"
+        if at_once and neuron.threshold.requires_grad and isinstance(neuron.noise, MembraneNoise):
             yield (
-                f"{place(name, neuron)}: with reset_delay=False snnTorch compares the membrane that was "
-                "reset with the threshold once more, so that the gradient of a learned threshold would be biased; use "
+                f"{place(name, neuron)}: with reset_delay=False snnTorch compares the membrane that was reset with "
+                "the threshold once more, so that the gradient of a learned threshold would be biased; use "
                 "reset_delay=True, reset_mechanism='zero', escape noise, or learn_threshold=False"
             )
+
+
+def refuse_thresholds_met_twice(neurons: Mapping[str, NoisyNeuron]) -> None:
+    """Refuses neurons one sample of whose membrane potential meets a learned threshold twice.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for error in thresholds_met_twice(neurons):
+        raise ValueError(error)
 
 
 def level_errors(net: nn.Module) -> Iterator[str]:
     """The noise levels for which a network cannot be trained."""
     for name, noise in noises(net).items():
-        if noise.active and not bool(_is_level(noise)):
-            yield _level_error(name, noise)
+        sigma = noise.sigma.detach()
+        if noise.active and not bool(((sigma > 0) & sigma.isfinite()).all()):
+            yield (
+                f"{name}: sigma must be positive and finite, but is {sigma.min().item():.3g} to "
+                f"{sigma.max().item():.3g}; lower its learning rate (a parameter group of its own) or freeze it"
+            )
 
 
-def check_levels(net: nn.Module, checks: Checks) -> None:
-    """Has noise levels refused that are not positive and finite."""
-    for name, noise in noises(net).items():
-        if noise.active:
-            checks.file(_is_level(noise), partial(_level_error, name, noise))
+def check_levels(net: nn.Module) -> None:
+    """Refuses noise levels that are not positive and finite.
 
-
-def _is_level(noise: Noise) -> Tensor:
-    sigma = noise.sigma.detach()
-    return ((sigma > 0) & sigma.isfinite()).all()
-
-
-def _level_error(name: str, noise: Noise) -> str:
-    sigma = noise.sigma.detach()
-    return (
-        f"{name}: sigma must be positive and finite, but is {sigma.min().item():.3g} to "
-        f"{sigma.max().item():.3g}; lower its learning rate (a parameter group of its own) or freeze it"
-    )
+    Raises:
+        ValueError: if there is one.
+    """
+    for error in level_errors(net):
+        raise ValueError(error)
 
 
 def _active(neurons: Mapping[str, NoisyNeuron]) -> dict[str, NoisyNeuron]:
@@ -148,34 +117,47 @@ def check_parameters(net: nn.Module) -> None:
             raise ValueError(f"the parameter {name} has values that are not finite; load or initialise it again")
 
 
-def check_gradients(net: nn.Module, inputs: Any, half: bool, checks: Checks) -> None:
-    """Has gradients refused that are not finite: a membrane potential that is NaN never spikes, and losses stay finite.
+def check_finite_gradients(net: nn.Module, inputs: Any = None) -> None:
+    """Refuses gradients that are not finite: a membrane potential that is NaN never spikes, and losses stay finite.
 
     Args:
-        net: the network; new gradients are in ``.grad``.
+        net: the network; gradients are in ``.grad``.
         inputs: what they were computed from, to be named in the error.
-        half: whether float16 had a part in them; then they may overflow for finite inputs, and a GradScaler, which
-            has to see it, lowers its scale.
-        checks: where that is filed.
+
+    Raises:
+        ValueError: if there is one.
     """
     found = {name: p.grad for name, p in named_parameters(net).items() if p.requires_grad and p.grad is not None}
-    # A sum takes a tenth of the time of a look at each number. Sparse gradients know neither.
-    sums = {name: gradient.to_dense().sum(dtype=resolved(gradient.dtype)) for name, gradient in found.items()}
+    # A sum takes a tenth of the time of a look at each number, and all sums are waited for at once. Sparse gradients
+    # know neither.
+    sums = [gradient.to_dense().sum(dtype=resolved(gradient.dtype)) for gradient in found.values()]
+    if not sums or all(math.isfinite(value) for value in _on_host(sums)):
+        return
+    # The sum of finite numbers may overflow.
+    bad = [name for name, gradient in found.items() if not bool(gradient.to_dense().isfinite().all())]
+    if not bad:
+        return
+    tensors = [each for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)]
+    count, total = sum(int((~each.isfinite()).sum()) for each in tensors), sum(each.numel() for each in tensors)
+    cause = f". {count} of {total} numbers in the inputs are not finite" if count else (
+        ": look for NaN in the inputs, or lower the learning rate"
+    )
+    raise ValueError(f"the new gradient is not finite in {', '.join(bad)}; no weight changed{cause}")
 
-    def error() -> str | None:
-        # The sum of finite numbers may overflow.
-        bad = [name for name, gradient in found.items() if not bool(gradient.to_dense().isfinite().all())]
-        if not bad:
-            return None
-        tensors = [each for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)]
-        count, total = sum(int((~each.isfinite()).sum()) for each in tensors), sum(each.numel() for each in tensors)
-        if half and not count:
-            return None
-        cause = f". {count} of {total} numbers in the inputs are not finite" if count else ": lower the learning rate"
-        return f"the new gradient is not finite in {', '.join(bad)}; no .grad and no weight changed{cause}"
 
-    for each in sums.values():
-        checks.file(each.isfinite(), error)
+def _on_host(values: Sequence[Tensor]) -> list[float]:
+    """Numbers without dimensions from any devices, waited for once each."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for value in values:
+        by_device.setdefault(value.device, []).append(value.double())
+    return [number for each in by_device.values() for number in torch.stack(each).tolist()]
+
+
+def use_running_statistics(net: nn.Module) -> None:
+    """Switches BatchNorm layers to evaluation mode: the rows that they couple have a warning of their own."""
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = False
 
 
 def warn_about_batch_norm(net: nn.Module, known: Set[str] = frozenset()) -> set[str]:
@@ -200,7 +182,28 @@ def warn_about_batch_norm(net: nn.Module, known: Set[str] = frozenset()) -> set[
     return set(names)
 
 
-def check_losses(losses: Any, copies: int, batch: int, net: nn.Module, checks: Checks) -> Tensor:
+def check_loss(loss: Any, net: nn.Module) -> Tensor:
+    """The mean of what ``loss_fn`` returned, which has to have a derivative; for counterfactual credit.
+
+    Raises:
+        TypeError: if it is not a tensor.
+        ValueError: if it is not finite, or has no derivative.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn must return a tensor, not {type(loss).__name__}")
+    if not loss.numel():
+        raise ValueError("there are no losses: the batch is empty")
+    _refuse_if_not_finite(loss, net)
+    if loss.grad_fn is None:
+        raise ValueError(
+            "the loss has no derivative: counterfactual credit goes by what a spike does to it. Use "
+            'estimator="vanilla" for a 0-1 loss or a reward; otherwise look for a detach(), argmax or no_grad between '
+            "spikes and loss, or for frozen weights"
+        )
+    return loss.mean()
+
+
+def check_losses(losses: Any, copies: int, batch: int, net: nn.Module) -> Tensor:
     """One finite loss per copy and sample, or an error that says what loss_fn should return.
 
     Args:
@@ -208,14 +211,13 @@ def check_losses(losses: Any, copies: int, batch: int, net: nn.Module, checks: C
         copies: number of noise copies.
         batch: number of samples.
         net: the network, to look for the first layer with numbers that are not finite.
-        checks: where values that are not finite are filed to be refused.
 
     Returns:
         The losses, shape ``[copies * batch]``.
 
     Raises:
         TypeError: if it is not a tensor.
-        ValueError: if it has another shape.
+        ValueError: if it has another shape, or is not finite.
     """
     rows = copies * batch
     if not rows:
@@ -228,8 +230,8 @@ def check_losses(losses: Any, copies: int, batch: int, net: nn.Module, checks: C
         checked = losses.to(torch.get_default_dtype())
     if losses.numel() == 1 and rows != 1:
         raise ValueError(
-            "loss_fn returned one number, a mean or sum over the batch; the likelihood ratio needs one loss per sample "
-            f"(shape [{rows}]): use reduction='none'"
+            "loss_fn returned one number, a mean or sum over the batch; the plain likelihood ratio needs one loss per "
+            f"sample (shape [{rows}]): use reduction='none'"
         )
     if losses.shape != (rows,):
         hint = ""
@@ -243,37 +245,17 @@ def check_losses(losses: Any, copies: int, batch: int, net: nn.Module, checks: C
             f"loss_fn returned losses of shape {tuple(losses.shape)}, but {copies} copies of {batch} samples need "
             f"shape ({rows},){hint}"
         )
-    finite = losses.detach().isfinite()
-    checks.file(
-        finite.all(),
-        lambda: (
-            f"{int((~finite).sum())} of {rows} losses are not finite{_first_non_finite(net)}; no .grad and no weight "
-            "changed. Check the inputs, and lower the learning rate"
-        ),
-    )
+    _refuse_if_not_finite(losses, net)
     return checked
 
 
-def check_repeats(first: Tensor, second: Tensor, checks: Checks) -> None:
-    """Has two passes refused with the same noise whose losses differ: scores of one would meet the losses of the other.
-
-    They differ if they do by more than rounding, in more rows than rounding can make spike otherwise.
-
-    Args:
-        first: losses of the pass that looked for them.
-        second: losses of the pass that had a gradient.
-        checks: where that is filed.
-    """
-    count = ((first - second).abs() > 1e-3 * first.abs().mean() + 1e-6).sum()
-    checks.file(
-        count <= 0.05 * len(first),
-        lambda: (
-            f"two passes with the same noise differ in {int(count)} of {len(first)} losses; no .grad and no weight "
-            "changed. loss_fn holds a state that a pass changes, or draws from a generator of its own, as "
-            "numpy.random.default_rng() is: give it the same state and random numbers in each pass, or use "
-            'memory="store" without chunk, which runs once'
-        ),
-    )
+def _refuse_if_not_finite(losses: Tensor, net: nn.Module) -> None:
+    finite = losses.detach().isfinite()
+    if not bool(finite.all()):
+        raise ValueError(
+            f"{int((~finite).sum())} of {losses.numel()} losses are not finite{_first_non_finite(net)}; no .grad and "
+            "no weight changed. Check the inputs, and lower the learning rate"
+        )
 
 
 def _first_non_finite(net: nn.Module) -> str:
@@ -285,81 +267,6 @@ def _first_non_finite(net: nn.Module) -> str:
         if isinstance(mem, Tensor) and not bool(mem.isfinite().all()):
             return f", nor is the membrane potential of {place(name, neuron)}"
     return ""
-
-
-class NoiseFreeNeurons:
-    """Watches what noise-free spiking neurons feed during one forward pass.
-
-    A context around the forward pass; ``check`` afterwards. Spikes of a noise-free neuron are a step function of the
-    weights before it: the likelihood ratio has no score for them, and their surrogate gradient is biased.
-
-    Args:
-        net: the network.
-        noisy: its noisy neurons.
-    """
-
-    def __init__(self, net: nn.Module, noisy: Mapping[str, NoisyNeuron]) -> None:
-        noisy_ids = {id(neuron) for neuron in noisy.values()}
-        self._watched = [(name, neuron) for name, neuron in spiking_neurons(net) if id(neuron) not in noisy_ids]
-        self._spikes: dict[Node, str] = {}
-        self._membranes: dict[Node, str] = {}
-        self._handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> NoiseFreeNeurons:
-        for name, neuron in self._watched:
-            self._handles.append(neuron.register_forward_hook(self._hook(place(name, neuron))))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _hook(self, name: str) -> Any:
-        def watch(neuron: nn.Module, _: Any, output: Any) -> None:
-            spikes = output[0] if isinstance(output, tuple) else output
-            if isinstance(spikes, Tensor) and spikes.grad_fn is not None:
-                self._spikes[spikes.grad_fn] = name
-            if getattr(neuron, "reset_mechanism", "none") != "none":
-                mem = getattr(neuron, "mem", None)
-                if isinstance(mem, Tensor) and mem.grad_fn is not None:
-                    self._membranes[mem.grad_fn] = name
-
-        return watch
-
-    def check(self, means: Iterable[Tensor], losses: Tensor) -> None:
-        """Looks for noise-free spikes among what noisy neurons and the loss were computed from.
-
-        Args:
-            means: what noisy neurons sampled around, with their graphs.
-            losses: the losses, with their graph.
-
-        Raises:
-            ValueError: if noise-free spikes feed a noisy neuron.
-        """
-        if not self._spikes:
-            return
-        feeding = {self._spikes[node] for node in ancestors(means) if node in self._spikes}
-        if feeding:
-            names = ", ".join(sorted(feeding))
-            raise ValueError(
-                f"the spikes of {names} have no noise, but feed noisy neurons: the likelihood ratio knows no gradient "
-                f"for the weights before {names}. Give it noise too (noise=True, or add_noise(net)), or freeze those "
-                "weights with requires_grad_(False)"
-            )
-        read = list(ancestors([losses]))
-        spiking = sorted({self._spikes[node] for node in read if node in self._spikes})
-        if spiking:
-            warn(
-                f"the loss reads spikes of {', '.join(spiking)}, which has no noise: the weights before it get their "
-                "surrogate gradient, which is biased. Give it noise too, or read its membrane potential with "
-                "reset_mechanism='none'"
-            )
-        resetting = sorted({self._membranes[node] for node in read if node in self._membranes} - set(spiking))
-        if resetting:
-            warn(
-                f"the loss reads the membrane potential of {', '.join(resetting)}, which has no noise and resets: the "
-                "gradient ignores that a weight changes when it resets. Use reset_mechanism='none' for a readout"
-            )
 
 
 def check_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -37,7 +37,7 @@ class Told:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _sample(self, neuron: slr.Leaky, mem: Tensor) -> Tensor:
+    def _sample(self, neuron: slr.Leaky, shape: torch.Size, mem: Tensor) -> Tensor:
         count = mem[0].numel()
         signs = 2 * self.bits[:, self.used : self.used + count].reshape(mem.shape) - 1
         self.used += count
@@ -45,7 +45,7 @@ class Told:
         z = signs * (mem - neuron.threshold) / noise.sigma
         log_p = torch.special.log_ndtr(z) if noise.distribution == "gaussian" else nn.functional.logsigmoid(z)
         self.log_probability = self.log_probability + log_p.flatten(1).sum(1)
-        return 1e9 * signs
+        return signs
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snntorch_lr as slr
-from snntorch_lr.estimators import credit, shadows
+from snntorch_lr import node
 
 from .enumeration import exact_gradient
 from .objective import along, directions, estimates, finite_difference
@@ -101,7 +101,7 @@ class Estimate:
     """Mean of an estimator's gradient over many calls, with its standard error, beside a reference; all parameters."""
 
     def __init__(self, net: nn.Module, loss: Any, x: Tensor, y: Tensor, repeats: int = 30, **options: Any) -> None:
-        options = {"copies": 1000, "over_time": "exact", **options}
+        options = {"copies": 1000, "discount": 1.0, **options}
         calls = estimates(slr.Counterfactual(net, **options), loss, x, y, repeats)
         self.mean, self.error = {}, {}
         for name, parameter in net.named_parameters():
@@ -148,7 +148,7 @@ def test_is_exact_where_the_loss_is_affine_in_a_train(neuron: str, reset: str, c
 @pytest.mark.parametrize("neuron", NEURONS)
 def test_is_exact_where_the_loss_reads_states_of_a_neuron_that_resets(neuron: str, reset: str) -> None:
     net = Tiny(NEURONS[neuron], reset, escape(), of_states)
-    found, expected = estimate(net, over_time="rates"), exact(net)
+    found, expected = estimate(net), exact(net)
     assert found.distance(expected) < LIMIT
     assert found.bias(expected)[1] < 0.02
 
@@ -159,7 +159,7 @@ def test_bias_is_small_on_toys_where_the_loss_is_not_affine(neuron: str) -> None
     expected = exact(net)
     # λ adds an error of second order where two neurons decide everything.
     for control, limit in ((0.0, 0.06), (None, 0.15)):
-        bias, floor = estimate(net, repeats=12, copies=3000, shadows=2, control=control).bias(expected)
+        bias, floor = estimate(net, repeats=12, copies=6000, control=control).bias(expected)
         print(f"{neuron}, two layers of two, λ {control}: bias {bias:.3f}, noise {floor:.3f}")
         assert bias < limit
 

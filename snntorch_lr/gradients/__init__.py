@@ -1,4 +1,4 @@
-"""Likelihood-ratio estimators of the gradient, and the registry of their names."""
+"""Likelihood-ratio gradients: counterfactual credit, vanilla, approximate; and the registry of their names."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from .approximate import Approximate
 from .base import Estimator, LossFn
-from .counterfactual import Counterfactual
+from .counterfactual import Counterfactual, CounterfactualCredit
 from .vanilla import Vanilla
 
-__all__ = ["ESTIMATORS", "Approximate", "Counterfactual", "Estimator", "LossFn", "Vanilla"]
+__all__ = ["ESTIMATORS", "Approximate", "Counterfactual", "CounterfactualCredit", "Estimator", "LossFn", "Vanilla"]
 
 ESTIMATORS: dict[str, Callable[..., Estimator]] = {
     "counterfactual": Counterfactual,

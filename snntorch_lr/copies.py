@@ -1,0 +1,99 @@
+"""Noise copies of samples: how often the network is run with other noise in one pass, and who repeats what."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, Token
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+
+class Copies:
+    """Context in which the first noisy neuron repeats its input for K copies, and so all that comes after it.
+
+    Args:
+        count: K.
+        targets: of the samples, batch first; their number is taken from the first tensor among them, or from what
+            enters the first noisy neuron.
+
+    Attributes:
+        ran: a noisy neuron was run.
+    """
+
+    def __init__(self, count: int, targets: Any = None) -> None:
+        self.count = count
+        sizes = [len(leaf) for leaf in tree_flatten(targets)[0] if isinstance(leaf, Tensor) and leaf.dim()]
+        self.batch: int | None = sizes[0] if sizes else None
+        self.ran = False
+        self._token: Token[Copies | None] | None = None
+
+    def __enter__(self) -> Copies:
+        self._token = _running.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._token is not None
+        _running.reset(self._token)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows after the first noisy neuron."""
+        return self.count * (self.batch or 0)
+
+    def repeat(self, x: Tensor, what: str) -> Tensor:
+        """A tensor with the batch first, ``[batch, ...]`` or ``[copies * batch, ...]``, for all copies, copy-first.
+
+        Raises:
+            ValueError: if it has another number of rows; ``what`` names it.
+        """
+        if self.batch is None:
+            self.batch = len(x)
+        if len(x) == self.rows:
+            return x
+        if len(x) != self.batch:
+            raise ValueError(
+                f"{what} has {len(x)} rows, but there are {self.batch} samples in {self.count} copies: the first "
+                "dimension must be the batch; of [time, batch, ...] give one time step"
+            )
+        return x.repeat(self.count, *[1] * (x.dim() - 1))
+
+    def repeat_state(self, state: Any) -> Any:
+        """A state for all copies; one of another number of rows as it is, which snnTorch replaces by zeros."""
+        fits = isinstance(state, Tensor) and state.dim() and len(state) == self.batch
+        return self.repeat(state, "a state") if fits else state
+
+    def targets(self, targets: Any) -> Any:
+        """Targets, repeated for the copies."""
+        return tree_map(lambda x: self.repeat(x, "a target") if isinstance(x, Tensor) and x.dim() else x, targets)
+
+
+_running: ContextVar[Copies | None] = ContextVar("snntorch_lr_copies", default=None)
+
+
+def running_copies() -> Copies | None:
+    """The copies that are being run now; None outside of ``backward(loss_fn, ...)``."""
+    return _running.get()
+
+
+def per_copy(x: Tensor) -> Tensor:
+    """A tensor repeated for the noise copies, to go with what comes after the first noisy neuron; for ``loss_fn``.
+
+    For skip connections around a noisy neuron, ``torch.cat`` with its spikes, and losses that compare with the inputs.
+    Targets arrive repeated already. In a loop of your own, and for what has been repeated, it is the identity.
+
+    Args:
+        x: ``[batch, ...]``, or without dimensions.
+
+    Returns:
+        ``[copies * batch, ...]``.
+
+    Raises:
+        ValueError: if the first dimension is not the batch.
+
+    Examples:
+        >>> spikes = lif(fc1(images))
+        >>> current = fc2(torch.cat([spikes, slr.per_copy(images)], 1))
+    """
+    copies = _running.get()
+    return x if copies is None or not x.dim() else copies.repeat(x, "what is given to per_copy")

@@ -1,0 +1,248 @@
+"""Counterfactual credit: what would the loss have been, had only this neuron drawn other noise?"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._messages import place, warn
+from ..node import CounterfactualSpike, Presentation, Reads
+from ..network import noisy_neurons
+from ..noisy_neuron import Carried, NoisyNeuron
+from ..philox import resolved
+from ..validate import check_loss
+from .base import Estimator, LossFn
+
+DISCOUNT = 0.7
+"""Default of γ; docs/theory.md says what it does, and where it was measured."""
+
+
+@dataclass(frozen=True)
+class CounterfactualCredit:
+    """Sampler that gives the spikes of a neuron their gradient by counterfactual credit.
+
+    Inside run the train and its shadow, from the same currents; outside only the train is seen. Without a graph (under
+    ``no_grad``) there is no shadow.
+
+    Attributes:
+        discount: γ.
+        control: λ; None to fit it.
+
+    Raises:
+        ValueError: if one of them is not in [0, 1].
+    """
+
+    discount: float = DISCOUNT
+    control: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in ("discount", self.discount), ("control", self.control):
+            if value is None and name == "control":
+                continue
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                hint = ", or None to fit it" if name == "control" else ""
+                raise ValueError(f"{name} must be in [0, 1]{hint}, got {value!r}")
+
+    def step(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """A time step of a neuron; see ``snntorch_lr.noisy_neuron.Sampler``."""
+        mem = given["mem"]
+        carried, fired = neuron.carried(mem)
+        if not torch.is_grad_enabled():
+            return self._step_without_shadow(neuron, input_, given)
+        goes_on = carried is not None and carried.inside is not None and carried.attached == (mem.grad_fn is not None)
+        if goes_on:
+            assert carried is not None
+            presentation, link = carried.presentation, carried.link
+        else:
+            self._warn_if_computed(neuron, mem, known=carried is not None)
+            presentation, link = self._present(neuron), None
+            if fired is not None:
+                train = fired[0] if fired.dim() > mem.dim() else fired
+                fired = train.expand(2, *train.shape)
+        assert presentation is not None
+        pairs = {
+            name: carried.inside[name] if goes_on and carried.holds(name, state) else state.expand(2, *state.shape)
+            for name, state in given.items()
+            if name != "spk"
+        }
+        with _Recurrence(neuron, given, carried if goes_on else None) as fed_back:
+            sample = neuron.sample(input_.expand(2, *input_.shape), pairs | fed_back, fired, sets=2)
+        inside = {name: getattr(neuron, name) for name in neuron.state_names}
+        if link is None:
+            link = sample.z.new_zeros(()).expand(sample.z.shape)
+        reads = Reads(neuron.resets_at_once, [self._difference(neuron, name, inside[name]) for name in inside])
+        spikes, link, *states = CounterfactualSpike.apply(
+            sample, presentation, reads, sample.margin, sample.sigma, link, *inside.values()
+        )
+        spikes = neuron.graded(spikes)
+        for name, state in zip(inside, states, strict=True):
+            setattr(neuron, name, state)
+        others = {name: weakref.ref(state) for name, state in zip(inside, states, strict=True) if name != "mem"}
+        if given.get("spk") is not None:
+            neuron.spk = spikes
+            others["spk"] = weakref.ref(spikes)
+            inside["spk"] = sample.spikes
+        neuron.reset = neuron.reset[0]
+        neuron.carry(sample.spikes, inside=inside, others=others, link=link, presentation=presentation)
+        return (spikes, *states)
+
+    def _step_without_shadow(
+        self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        sample = neuron.sample(input_, given, neuron.train_resets(given["mem"]))
+        spikes = neuron.graded(sample.spikes.clone())
+        if "spk" in given:
+            neuron.spk = spikes
+        neuron.carry(sample.spikes)
+        return (spikes, *(getattr(neuron, name) for name in neuron.state_names))
+
+    def _present(self, neuron: NoisyNeuron) -> Presentation:
+        """A new presentation, with λ of what was learned from earlier ones."""
+        assert neuron.noise is not None
+        with torch.no_grad():
+            fitted = neuron.control.value(neuron.noise.control)
+            control = fitted if self.control is None else torch.full_like(fitted, self.control)
+        return Presentation(control, self.discount, neuron.control)
+
+    @staticmethod
+    def _difference(neuron: NoisyNeuron, name: str, state: Tensor) -> Tensor | None:
+        """Train minus shadow of a state; None where they are equal, or where the sample says it."""
+        if name in neuron.shadow_states or (name == "mem" and neuron.resets_at_once):
+            state = state.detach()
+            return (state[0] - state[1]).to(resolved(state.dtype))
+        return None
+
+    @staticmethod
+    def _warn_if_computed(neuron: NoisyNeuron, mem: Tensor, known: bool) -> None:
+        if not known and mem.grad_fn is not None and not neuron.warned and neuron.computed_from(mem) is not None:
+            neuron.warned = True
+            warn(
+                f"{type(neuron).__name__}: its membrane potential was computed from the one that it had returned (masked, "
+                "mixed, changed in place): what a spike does to later spikes through its reset gets no credit there. "
+                "To begin a new presentation pass what reset_mem() returns; to leave rows as they are, mask the input "
+                "or the spikes instead"
+            )
+
+
+class _Recurrence:
+    """Context in which the spikes that are fed back fit the train and its shadow.
+
+    All-to-all recurrence takes the spikes of the train for both, with their graph: the recurrent weights act on what
+    others see. One-to-one recurrence belongs to the neuron, as its reset does: each gets its own spikes.
+    """
+
+    def __init__(self, neuron: NoisyNeuron, given: dict[str, Tensor], carried: Carried | None) -> None:
+        self._neuron = neuron
+        self._given = given
+        self._carried = carried
+
+    def __enter__(self) -> dict[str, Tensor]:
+        neuron, spikes = self._neuron, self._given.get("spk")
+        if spikes is None:
+            return {}
+        if neuron.mixes_spikes:
+            module: Any = neuron.recurrent
+            # Found before the module of the same name.
+            vars(neuron)["recurrent"] = lambda _: module(spikes)
+            return {"spk": spikes.expand(2, *spikes.shape)}
+        carried = self._carried
+        if carried is not None and carried.inside is not None and carried.holds("spk", spikes):
+            return {"spk": neuron.graded(carried.inside["spk"])}
+        return {"spk": spikes.expand(2, *spikes.shape)}
+
+    def __exit__(self, *_: object) -> None:
+        vars(self._neuron).pop("recurrent", None)
+
+
+class Counterfactual(Estimator):
+    """The likelihood-ratio gradient in which each neuron is weighted with what its own other draw would have done.
+
+    ``Vanilla`` weights the score of every neuron with one number, the loss of its copy. But given the currents that
+    enter a layer, the spike trains of its neurons are independent. So each neuron draws a second train from the same
+    currents, its shadow, which goes nowhere; what the loss would have been with that train instead is known to first
+    order from a(t) = ∂ℒ/∂s(t), which autograd brings. With the probability p of a spike, v = s − λ(s − p), and ṽ of
+    the shadow, in each time step, the last one first:
+
+        togo ← γ togo + ½ a (v − ṽ)
+        ∂/∂m of the train: togo · ∂ log P(s)/∂m + λ a ∂p/∂m;   of the shadow: −togo · ∂ log P(s̃)/∂m̃
+
+    Both go back through the neuron's own leak into the current, β, ϑ, σ; never through a spike or a reset. That is the
+    backward pass of the neuron: ``attach`` and ``use_gradient`` make it that of ``loss.backward()`` in any loop. This
+    class is for noise copies: it runs ``loss_fn`` itself.
+
+    With γ = 1 there is no error where the loss is affine in the train of one neuron, and a small one where one neuron
+    decides little. λ is fitted for each layer, from earlier backward passes alone, so that the variance is least.
+
+    Args:
+        net: the network; at least one neuron must have noise.
+        copies: K, noise copies of each sample; one is enough. Only what comes after the first noisy neuron is computed
+            K times.
+        discount: γ in [0, 1], how much a later time step counts in what a spike does through its reset. 1 has no bias,
+            and much variance in long sequences; 0 leaves the reset out, as snnTorch's detached reset does.
+        control: λ in [0, 1] of all layers; None to fit it.
+        seed: of the noise; None takes it from torch's global generator.
+
+    Raises:
+        ValueError: if the network has no noisy neuron, an argument is wrong, or a neuron's trains are not independent
+            given its currents (LSTM cells, inhibition).
+
+    Examples:
+        >>> estimator = slr.Counterfactual(net, copies=2)
+        >>> loss = estimator.backward(loss_fn, images, labels)  # in place of loss.backward()
+
+    Source: credit by a counterfactual baseline for each agent is COMA (Foerster et al. 2018); exact local expectations
+    are those of Titsias & Lázaro-Gredilla (2015); MuProp (Gu et al. 2016) has the first-order control variate. Shadows,
+    their pairs, the discount and the fitted control of a spike train are ours.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        copies: int = 1,
+        discount: float = DISCOUNT,
+        control: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(net, copies, seed)
+        self.sampler = CounterfactualCredit(discount, control)
+        check_independent(net)
+
+    def estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
+        """Adds the gradient into ``.grad``."""
+        with self.first_call(neurons) as first:
+            losses, _ = self.run(neurons, self.sampler, loss_fn, inputs, targets)
+            loss = check_loss(losses, self.net)
+            if first is not None:
+                first.check_losses(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+
+def check_independent(net: nn.Module) -> None:
+    """Refuses neurons whose spike trains are not independent of each other, given their currents.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for error in dependent_neurons(net):
+        raise ValueError(error)
+
+
+def dependent_neurons(net: nn.Module) -> Iterator[str]:
+    """What is wrong with each neuron whose spike trains are not independent of each other, given their currents."""
+    for name, neuron in noisy_neurons(net).items():
+        reason = None
+        if not neuron.is_elementwise:
+            reason = "an LSTM cell mixes the membrane potentials of its neurons"
+        elif neuron.inhibition:
+            reason = "inhibition lets only one neuron of a layer fire"
+        if reason is not None:
+            yield (
+                f"{place(name, neuron)}: {reason}, so that no neuron's spikes can be changed alone, as "
+                'counterfactual credit does; use estimator="vanilla", or surrogate gradients'
+            )

@@ -1,0 +1,136 @@
+"""Random numbers from a counter: the same on every device and in any number of threads, and drawn twice if asked."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .kernels import kinds
+
+
+class Drawn(Protocol):
+    """Noise that ``draw`` can make.
+
+    Attributes:
+        kind: which quantile function of ``snntorch_lr.kernels.kinds`` it has; None if it has another one.
+    """
+
+    @property
+    def kind(self) -> int | None:
+        """See above."""
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Noise of uniform numbers u in (−1, 1), in place."""
+
+
+def resolved(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to draw in for noise of a dtype: half precision has too few digits for the tails of a distribution."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def new_key(generator: torch.Generator | None = None) -> int:
+    """A key of 63 bits from a torch generator; from the global one of the CPU if it is None.
+
+    One key makes all noise of a neuron in one call. So ``torch.manual_seed``, checkpointing that keeps the random
+    state, and copies of that state all repeat the noise, whatever device it is drawn on.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured, which would repeat this very key in each replay.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("noise cannot be drawn while a CUDA graph is captured: each replay would repeat it")
+    device = "cpu" if generator is None else generator.device
+    return int(torch.empty((), dtype=torch.int64, device=device).random_(generator=generator))
+
+
+def draw(noise: Drawn, shape: torch.Size, dtype: torch.dtype, device: torch.device, key: int) -> Tensor:
+    """Noise of a distribution, a function of key, row and place in the row.
+
+    Number i of row b is word ⌊i / q⌋ of Philox 4x32-10 (Salmon et al. 2011) for the counter (i mod q, b, 0, 0), where
+    q is a quarter of the numbers of a row, rounded up. So more rows leave the first ones as they are.
+
+    Args:
+        noise: what to draw.
+        shape: ``[rows, ...]``.
+        dtype: of the result; half precision is drawn in float32.
+        device: of the result.
+        key: as ``new_key`` returns it.
+    """
+    out = torch.empty(shape, dtype=resolved(dtype), device=device)
+    if not out.numel():
+        return out.to(dtype)
+    rows = out.view(len(out), -1)
+    module = kernels.noise_on(out.device, out.dtype)
+    if module is None:
+        _fill(rows, key)
+    else:
+        module.noise(rows, key, len(rows), 0, 1, 0, kinds.LOGISTIC_ESCAPE if noise.kind is None else noise.kind)
+    if module is None or noise.kind is None:
+        out = noise.quantile(out)
+    return out.to(dtype)
+
+
+def _fill(rows: Tensor, key: int) -> None:
+    """Fills rows with uniform numbers in (−1, 1), by operations that torch has on every device."""
+    numbers = rows.shape[1]
+    quarter = -(-numbers // 4)
+    # On a CPU, few enough that what lies in between stays in the cache.
+    block = len(rows) if rows.device.type != "cpu" else max(1, _BLOCK // quarter)
+    for start in range(0, len(rows), block):
+        row = torch.arange(start, min(start + block, len(rows)), device=rows.device).unsqueeze(1)
+        counter = (torch.arange(quarter, device=rows.device), row, 0, 0)
+        words = torch.cat(philox(counter, key, (len(row), quarter)), 1)[:, :numbers]
+        # As signed integers of 32 bits, or of the upper 24.
+        words = (words ^ 0x80000000) - 0x80000000
+        digits = 31 if rows.dtype == torch.float64 else 23
+        rows[start : start + len(row)] = (words >> (31 - digits)).to(rows.dtype).add_(0.5).mul_(2.0**-digits)
+
+
+# Counters that are worth a call, and fit into the cache.
+_BLOCK = 1 << 16
+_WORD = 0xFFFFFFFF
+
+
+def philox(
+    counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: int, shape: tuple[int, ...]
+) -> list[Tensor]:
+    """Philox 4x32-10, random words from counters.
+
+    Args:
+        counter: four words, each an integer or a tensor of int64 that broadcasts against the shape.
+        key: of 64 bits.
+        shape: of the result.
+
+    Returns:
+        Four words, as int64 in [0, 2³²).
+
+    Source: Salmon, Moraes, Dror & Shaw (2011), "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    device = next((word.device for word in counter if isinstance(word, Tensor)), torch.device("cpu"))
+    c0, c1, c2, c3 = (torch.as_tensor(word, device=device).expand(shape).clone() for word in counter)
+    low, high = torch.empty_like(c0), torch.empty_like(c0)
+    k0, k1 = key & _WORD, key >> 32
+    for _ in range(10):
+        # The products may overflow: their 64 bits are right all the same.
+        torch.mul(c0, 0xD2511F53, out=low)
+        torch.mul(c2, 0xCD9E8D57, out=high)
+        torch.bitwise_right_shift(high, 32, out=c0).bitwise_and_(_WORD).bitwise_xor_(c1).bitwise_xor_(k0)
+        torch.bitwise_right_shift(low, 32, out=c2).bitwise_and_(_WORD).bitwise_xor_(c3).bitwise_xor_(k1)
+        torch.bitwise_and(high, _WORD, out=c1)
+        torch.bitwise_and(low, _WORD, out=c3)
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return [c0, c1, c2, c3]
+
+
+def mix(*values: int) -> int:
+    """A seed from several numbers (the finaliser of SplitMix64, Steele et al. 2014, applied to each in turn)."""
+    state = 0
+    for value in values:
+        state = (state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
