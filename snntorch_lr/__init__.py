@@ -2,8 +2,10 @@
 
 from .anneal import anneal, update_batch_norm
 from .calibration import Calibration, calibrate
+from .check import Finding, Findings, check
 from .convert import add_noise, export_to_nir, noise_off, noise_on, remove_noise
 from .copies import per_copy
+from .diagnostics import GradientReport, gradient_report
 from .gradients import Approximate, Counterfactual, Estimator, Vanilla
 from .network import reset, rollout
 from .neurons import SLSTM, Alpha, Lapicque, Leaky, RLeaky, RSynaptic, SConv2dLSTM, Synaptic

@@ -8,11 +8,8 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from importlib import import_module, metadata
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -97,27 +94,3 @@ def positive_integer(name: str, value: Any) -> int:
     if number < 1 or isinstance(value, bool):
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return number
-
-
-class MovedModules(MetaPathFinder, Loader):
-    """Import of modules by the names that earlier documentation gave, with a ``DeprecationWarning``.
-
-    Args:
-        moved: new names by old ones.
-    """
-
-    def __init__(self, moved: Mapping[str, str]) -> None:
-        self._moved = moved
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Finds a module that was moved."""
-        return ModuleSpec(fullname, self) if fullname in self._moved else None
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Fills the old name with what the new one holds."""
-        new = self._moved[module.__name__]
-        warnings.warn(
-            f"{module.__name__} is {new} now; the old name goes in the next release", DeprecationWarning, stacklevel=2
-        )
-        held = vars(import_module(new))
-        vars(module).update({name: value for name, value in held.items() if not name.startswith("__")})

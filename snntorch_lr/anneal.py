@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ._messages import positive_integer
 from .convert import noise_off
@@ -115,3 +116,47 @@ def update_batch_norm(net: nn.Module, batches: Iterable[Any], forward: Any = Non
     with noise_off(net):
         torch.optim.swa_utils.update_bn(batches, _Run())
     reset(net)
+
+
+def noise_gap(off: Tensor, on: Tensor) -> str | None:
+    """What to say of a network whose accuracy without its noise is another one than with it.
+
+    The two are compared by an exact McNemar test, on the samples that only one of them has right.
+
+    Args:
+        off: samples that the network has right without its noise, Boolean, ``[samples]``.
+        on: those that it has right with it, by one draw or by the majority of several.
+
+    Returns:
+        Both accuracies, and what helps; None where they differ by no more than chance (p ≥ .01).
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Examples:
+        >>> off, on = torch.arange(100) < 70, torch.arange(100) < 89
+        >>> print(noise_gap(off, on))
+        accuracy is 70.0 % without the noise, as after net.eval(), and 89.0 % with it: ...
+        >>> noise_gap(off, off) is None
+        True
+    """
+    if off.shape != on.shape:
+        raise ValueError(
+            f"the same samples are needed without and with noise; got {tuple(off.shape)}, {tuple(on.shape)}"
+        )
+    only_off, only_on = int((off & ~on).sum()), int((on & ~off).sum())
+    differ = only_off + only_on
+    if not differ:
+        return None
+    # Twice the tail of a binomial distribution with probability one half; by logarithms, for there may be thousands.
+    k = torch.arange(min(only_off, only_on) + 1, dtype=torch.float64)
+    chances = math.lgamma(differ + 1) - torch.lgamma(k + 1) - torch.lgamma(differ - k + 1) - differ * math.log(2)
+    if 2 * float(chances.exp().sum()) >= 0.01:
+        return None
+    return (
+        f"accuracy is {100 * float(off.double().mean()):.1f} % without the noise, as after net.eval(), and "
+        f"{100 * float(on.double().mean()):.1f} % with it: a network without its noise is another one. Let the noise "
+        "levels fall during training (snntorch_lr.anneal), or test with the noise on and let several draws vote "
+        "(snntorch_lr.noise_on), or compute the statistics of BatchNorm again without noise "
+        "(snntorch_lr.update_batch_norm)"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..left_as_found import left_as_found
-from ..validate import check_optimizer, check_parameters, level_errors, network_errors, warn_about_batch_norm
-from . import ESTIMATORS
-from .base import Call, Estimator, LossFn
-from .vanilla import look
+from ._messages import places, warn
+from .gradients import ESTIMATORS, Counterfactual, Estimator, LossFn, Vanilla
+from .gradients.counterfactual import dependent_neurons
+from .left_as_found import left_as_found
+from .validate import (
+    check_network,
+    check_optimizer,
+    check_parameters,
+    level_errors,
+    network_errors,
+    warn_about_batch_norm,
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Finding:
     """One thing that is wrong.
 
     Attributes:
-        is_error: the first ``backward`` would raise it; otherwise it would warn.
+        is_error: training would raise it; otherwise it would warn.
         message: the cause, the module, and the remedy.
 
     Examples:
@@ -54,16 +61,16 @@ class Findings:
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """Findings that the first ``backward`` would raise."""
-        return tuple(each for each in self.found if each.is_error)
+        """Findings that training would raise."""
+        return tuple(finding for finding in self.found if finding.is_error)
 
     @property
     def warnings(self) -> tuple[Finding, ...]:
         """Findings that it would warn of."""
-        return tuple(each for each in self.found if not each.is_error)
+        return tuple(finding for finding in self.found if not finding.is_error)
 
     def __str__(self) -> str:
-        return "\n".join(f"- {each}" for each in self.found) or "nothing found"
+        return "\n".join(f"- {finding}" for finding in self.found) or "nothing found"
 
 
 class _Collector:
@@ -83,9 +90,9 @@ class _Collector:
                 known = isinstance(error, (ValueError, TypeError))
                 message = str(error) if known else f"{type(error).__name__} in loss_fn: {error}"
                 self.add(True, "\n  ".join([message, *getattr(error, "__notes__", ())]))
-        for each in said:
-            if issubclass(each.category, UserWarning):
-                self.add(False, str(each.message))
+        for warning in said:
+            if issubclass(warning.category, UserWarning):
+                self.add(False, str(warning.message))
 
     def add(self, is_error: bool, message: str) -> None:
         """Adds a finding."""
@@ -93,7 +100,7 @@ class _Collector:
 
     @property
     def has_errors(self) -> bool:
-        return any(each.is_error for each in self.found)
+        return any(finding.is_error for finding in self.found)
 
 
 def check(
@@ -112,7 +119,9 @@ def check(
 
     Args:
         net: a network with noisy neurons.
-        loss_fn: as for ``closure``: it is run on the next two. Without it only the network is looked at.
+        loss_fn: forward pass and loss, run on the next two. ``"counterfactual"`` takes any loss that has a derivative,
+            of any shape; the others need one loss per sample, as ``closure`` does. Without it only the network is
+            looked at.
         inputs: of ``loss_fn``; a small batch is enough.
         targets: of ``loss_fn``.
         estimator: name of an estimator, or its class.
@@ -139,6 +148,10 @@ def check(
         collector.add(True, message)
     with collector.collecting():
         check_parameters(net)
+    if estimator is Counterfactual:
+        # The constructor refuses the first one.
+        for message in dependent_neurons(net):
+            collector.add(True, message)
     runs = not collector.has_errors
     if optimizer is not None:
         with collector.collecting():
@@ -146,7 +159,7 @@ def check(
     made: Estimator | None = None
     with collector.collecting():
         made = estimator(net, **options)
-        if not made.takes_batch_norm:
+        if not isinstance(made, Counterfactual):
             warn_about_batch_norm(net)
     if loss_fn is not None and made is not None and runs:
         _run(made, loss_fn, inputs, targets, collector)
@@ -154,13 +167,38 @@ def check(
 
 
 def _run(estimator: Estimator, loss_fn: LossFn, inputs: Any, targets: Any, collector: _Collector) -> None:
-    """The parts of a first ``backward``, each by itself: what one of them refuses hides nothing of the others."""
+    """A first ``backward``, of which one part hides nothing of the others."""
     net = estimator.net
     with left_as_found(net, gradients=True, modes=True, buffers=True, states=True, random=True), torch.enable_grad():
-        call = Call.of(net, loss_fn, inputs, targets)
+        neurons = check_network(net)
+        for neuron in neurons.values():
+            # Of a computed state it is said once; here again.
+            neuron.warned = False
+        if isinstance(estimator, Vanilla):
+            with collector.collecting():
+                estimator.check_rows(neurons, loss_fn, inputs, targets)
+            # Found before the method of the class, which would refuse the same once more.
+            vars(estimator)["check_rows"] = lambda *_: None
+        before = {name: neuron.control.steps for name, neuron in neurons.items()}
         with collector.collecting():
-            estimator.check_rows(call)
-        with collector.collecting():
-            look(estimator, call)
-        with collector.collecting():
-            estimator.checked_estimate(call)
+            estimator.backward(loss_fn, inputs, targets)
+            if isinstance(estimator, Counterfactual):
+                cut = {name: neuron for name, neuron in neurons.items() if neuron.control.steps == before[name]}
+                _refuse_if_not_reached(cut, everything=len(cut) == len(neurons))
+
+
+def _refuse_if_not_reached(cut: Mapping[str, nn.Module], everything: bool) -> None:
+    """Says which neurons a backward pass did not go through.
+
+    Raises:
+        ValueError: if there is none that it went through.
+    """
+    if not cut:
+        return
+    message = (
+        f"loss.backward() did not reach {places(cut)}: the weights before it learn nothing by it. Look for net.eval(), "
+        "noise_off(net), no_grad() or detach() in loss_fn, or for a neuron that is not called"
+    )
+    if everything:
+        raise ValueError(message)
+    warn(message)

@@ -16,13 +16,15 @@ class Copies:
         count: K.
         targets: of the samples, batch first; their number is taken from the first tensor among them, or from what
             enters the first noisy neuron.
+        any_rows: one copy, of any number of rows: nothing is repeated, and no loss belongs to a row.
 
     Attributes:
         ran: a noisy neuron was run.
     """
 
-    def __init__(self, count: int, targets: Any = None) -> None:
+    def __init__(self, count: int, targets: Any = None, any_rows: bool = False) -> None:
         self.count = count
+        self.any_rows = any_rows
         sizes = [len(leaf) for leaf in tree_flatten(targets)[0] if isinstance(leaf, Tensor) and leaf.dim()]
         self.batch: int | None = sizes[0] if sizes else None
         self.ran = False
@@ -49,7 +51,7 @@ class Copies:
         """
         if self.batch is None:
             self.batch = len(x)
-        if len(x) == self.rows:
+        if self.any_rows or len(x) == self.rows:
             return x
         if len(x) != self.batch:
             raise ValueError(

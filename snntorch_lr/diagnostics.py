@@ -7,7 +7,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ._messages import aligned, install, positive_integer, warn
-from .estimators import ESTIMATORS
-from .estimators.base import Estimator, Firing, LossFn
-from .estimators.counterfactual import Counterfactual
-from .estimators.vanilla import Vanilla
+from .first_call import FirstCall
+from .gradients import ESTIMATORS, Counterfactual, Estimator, LossFn, Vanilla
+from .gradients.base import surrogate
 from .left_as_found import left_as_found
 from .validate import noisy
 
@@ -202,11 +201,7 @@ def gradient_report(
     loss_fn: LossFn,
     inputs: Any,
     targets: Any,
-    estimators: Sequence[str | Estimator] | Mapping[str, str | Estimator] = (
-        "counterfactual",
-        "vanilla",
-        "approximate",
-    ),
+    estimators: Sequence[str | Estimator] | Mapping[str, str | Estimator] = tuple(ESTIMATORS),
     copies: int = 16,
     repeats: int = 16,
     reference: int = 128,
@@ -214,29 +209,24 @@ def gradient_report(
 ) -> GradientReport:
     """Measures gradients of a network on one batch: how far to trust an estimator, and what it costs.
 
-    1. ``reference`` calls of ``Vanilla`` give the reference gradient, and as many surrogate gradients of one noise draw
-       (ordinary ``loss.backward()``) their mean.
-    2. Each estimator is called once to warm up, once to measure memory, and ``repeats`` times, with noise that is
-       independent of the reference.
-    3. Each of those calls has a twin: ``Vanilla`` with the same noise. The difference of the two has less noise than
-       either where the estimators are alike, and resolves a smaller bias. The bias of ``Vanilla`` itself is measured
-       without the twin, and shows what is noise: it has none.
+    ``reference`` calls of ``Vanilla``, which has no bias, give the reference gradient; as many surrogate gradients of
+    one noise draw give their mean. Each estimator is called once to warm up, once to measure memory, and ``repeats``
+    times, with other noise than the reference.
 
     Only running sums of the gradients are kept. The network is left as it was found: gradients, modes, buffers,
-    states, and random numbers. Memory on a CPU is that of the whole process,
-    sampled each millisecond by a thread, and coarse: it misses what is allocated for less, and what the allocator had
-    kept from earlier. It needs psutil. On a CUDA device it is what torch's allocator counts.
+    states, and random numbers. Memory on a CPU is that of the whole process, sampled each millisecond by a thread, and
+    coarse: it misses what is allocated for less, and what the allocator had kept from earlier. It needs psutil. On a
+    CUDA device it is what torch's allocator counts.
 
     Args:
         net: the network; its noise must be on, as in training mode.
         loss_fn: forward pass and loss, called as ``loss_fn(inputs, targets)``; returns one loss per sample.
         inputs: one batch, passed on as it is.
         targets: its targets.
-        estimators: names or estimators of this network, or a dict of them under names of your own. Leave the seed of an
-            estimator at None: with one of its own, its noise is not that of its twin.
-        copies: K of the reference and of the estimators given by name, at least 2; ``"counterfactual"`` has 2.
+        estimators: names or estimators of this network, or a dict of them under names of your own.
+        copies: K of the reference and of the estimators given by name, at least 2; ``"counterfactual"`` has 1.
         repeats: calls of each estimator, at least 2.
-        reference: calls of the reference, at least 2. Its noise bounds every cosine: take many.
+        reference: calls of the reference, at least 2. Its noise bounds every cosine and every bias: take many.
         seed: of the noise.
 
     Raises:
@@ -251,47 +241,38 @@ def gradient_report(
         if positive_integer(name, value) < 2:
             raise ValueError(f"{name} must be at least 2, got {value}")
     chosen = _named(estimators, net, copies)
-    vanilla = Vanilla(net, copies)
     calls = _Calls(net, loss_fn, inputs, targets, seed)
     with left_as_found(net, gradients=True, modes=True, buffers=True, states=True, random=True), torch.enable_grad():
-        with Firing(noisy(net)) as firing:
-            expected = calls.moments(vanilla, reference)
-        zero = {name: calls.why_zero(name, firing) for name, each in expected.items() if not each.mean.any()}
-        surrogate = calls.surrogate(reference)
-        memory = {name: calls.peak_megabytes(estimator) for name, estimator in chosen.items()}
-        samples = {name: _Samples(list(calls.parameters)) for name in chosen}
-        for _ in range(repeats):
-            repeated = calls.next_seed()
-            twin, _ = calls.gradients(vanilla, repeated)
-            for name, estimator in chosen.items():
-                gradients, milliseconds = calls.gradients(estimator, repeated)
-                samples[name].add(gradients, twin, expected, milliseconds)
-    cost = {name: Cost(statistics.median(samples[name].times), memory[name]) for name in chosen}
-    if surrogate is not None:
-        cost[SURROGATE] = surrogate.cost
+        with FirstCall(net, noisy(net)) as first:
+            expected = calls.measure(Vanilla(net, copies).backward, reference).moments
+        zero = {name: calls.why_zero(name, first) for name, moments in expected.items() if not moments.mean.any()}
+        backpropagation = calls.measure_surrogate(reference)
+        measured, control = {}, {}
+        for name, estimator in chosen.items():
+            # Each fits a λ of its own.
+            with left_as_found(net, buffers=True, states=True):
+                measured[name] = calls.measure(estimator.backward, repeats, expected, memory=True)
+                if isinstance(estimator, Counterfactual):
+                    control[name] = _control(net, estimator)
+    quality = {
+        parameter: {
+            name: _quality(found, parameter, expected[parameter], backpropagation) for name, found in measured.items()
+        }
+        for parameter in calls.parameters
+    }
+    if backpropagation is not None:
+        measured[SURROGATE] = backpropagation
     return GradientReport(
-        quality={
-            parameter: {
-                name: _quality(
-                    samples[name],
-                    parameter,
-                    expected[parameter],
-                    None if surrogate is None else surrogate.moments[parameter],
-                    unbiased=type(chosen[name]) is Vanilla,
-                )
-                for name in chosen
-            }
-            for parameter in calls.parameters
-        },
-        cost=cost,
-        zero=zero,
-        control={name: each.control for name, each in chosen.items() if isinstance(each, Counterfactual)},
+        quality=quality,
+        cost={name: Cost(statistics.median(found.times), found.megabytes) for name, found in measured.items()},
         reference_cosine={name: moments.reliability for name, moments in expected.items()},
         copies=int(copies),
         repeats=int(repeats),
         reference=int(reference),
         seed=seed,
         device=str(calls.device),
+        zero=zero,
+        control=control,
     )
 
 
@@ -326,40 +307,25 @@ class _Moments:
         return math.sqrt((square - self.error) / square) if _resolved(square, self.error) else None
 
 
-class _Samples:
-    """Running sums of what the calls of one estimator gave."""
+class _Measured:
+    """What the calls of one estimator gave.
 
-    def __init__(self, parameters: Iterable[str]) -> None:
-        self.own = {name: _Moments() for name in parameters}
-        self.difference = {name: _Moments() for name in self.own}
-        self.cosines: dict[str, list[float]] = {name: [] for name in self.own}
+    Attributes:
+        moments: of the gradients, by parameter.
+        cosines: of single calls to the reference, by parameter.
+        times: milliseconds of the calls.
+        megabytes: peak memory of a call.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.moments = {name: _Moments() for name in parameters}
+        self.cosines: dict[str, list[float]] = {name: [] for name in parameters}
         self.times: list[float] = []
-
-    def add(
-        self,
-        gradients: Mapping[str, Tensor],
-        twin: Mapping[str, Tensor],
-        expected: Mapping[str, _Moments],
-        milliseconds: float,
-    ) -> None:
-        self.times.append(milliseconds)
-        for name, gradient in gradients.items():
-            self.own[name].add(gradient)
-            self.difference[name].add(gradient - twin[name])
-            mean = expected[name].mean
-            norms = math.sqrt(_dot(gradient, gradient) * _dot(mean, mean))
-            if norms > 0:
-                self.cosines[name].append(_dot(gradient, mean) / norms)
-
-
-@dataclass(frozen=True)
-class _Surrogate:
-    moments: dict[str, _Moments]
-    cost: Cost
+        self.megabytes: float | None = None
 
 
 class _Calls:
-    """Calls of estimators on one batch, each with a seed."""
+    """Calls of estimators on one batch, each with other noise."""
 
     def __init__(self, net: nn.Module, loss_fn: LossFn, inputs: Any, targets: Any, seed: int) -> None:
         self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
@@ -367,109 +333,111 @@ class _Calls:
             raise ValueError(f"{type(net).__name__} has no parameter that requires a gradient")
         devices = [parameter.device for parameter in self.parameters.values()]
         self.device = next((device for device in devices if device.type == "cuda"), devices[0])
+        self._net = net
         self._data = (loss_fn, inputs, targets)
         self._seeds = torch.Generator().manual_seed(seed)
 
-    def why_zero(self, name: str, firing: Firing) -> str:
+    def why_zero(self, name: str, first: FirstCall) -> str:
         """Likely cause of a gradient that is exactly zero in all calls."""
         if self.parameters[name].grad is None:
             return "the loss does not depend on it"
-        return ", ".join(firing.dead().values()) or "all copies had the same loss"
+        return ", ".join(first.dead().values()) or "all copies had the same loss"
 
-    def next_seed(self) -> int:
-        return int(torch.randint(2**62, (), generator=self._seeds))
+    def measure(
+        self,
+        backward: Callable[..., Any],
+        count: int,
+        expected: Mapping[str, _Moments] | None = None,
+        memory: bool = False,
+    ) -> _Measured:
+        """Calls ``backward(loss_fn, inputs, targets)`` with independent noise.
 
-    def gradients(self, estimator: Estimator | None, seed: int) -> tuple[dict[str, Tensor], float]:
-        """Gradients by an estimator, None for the surrogate gradient, and the milliseconds that they took."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        torch.manual_seed(seed)
-        self._synchronize()
-        started = time.perf_counter()
-        if estimator is None:
-            loss_fn, inputs, targets = self._data
-            loss_fn(inputs, targets).mean().backward()  # type: ignore[no-untyped-call]
-        else:
-            estimator.backward(*self._data)
-        self._synchronize()
-        milliseconds = 1000 * (time.perf_counter() - started)
-        return {name: _gradient(parameter) for name, parameter in self.parameters.items()}, milliseconds
-
-    def moments(self, estimator: Estimator, count: int) -> dict[str, _Moments]:
-        """Moments of the gradients of independent calls."""
-        found = {name: _Moments() for name in self.parameters}
+        Args:
+            backward: see above.
+            count: number of calls.
+            expected: what the gradients are compared with.
+            memory: whether two more calls warm up and measure memory.
+        """
+        measured = _Measured(self.parameters)
+        if memory:
+            self._call(backward)
+            measured.megabytes = self._peak_megabytes(backward)
         for _ in range(count):
-            for name, gradient in self.gradients(estimator, self.next_seed())[0].items():
-                found[name].add(gradient)
-        return found
+            measured.times.append(self._call(backward))
+            for name, parameter in self.parameters.items():
+                gradient = _gradient(parameter)
+                measured.moments[name].add(gradient)
+                mean = gradient if expected is None else expected[name].mean
+                norms = math.sqrt(_dot(gradient, gradient) * _dot(mean, mean))
+                if norms > 0:
+                    measured.cosines[name].append(_dot(gradient, mean) / norms)
+        return measured
 
-    def surrogate(self, count: int) -> _Surrogate | None:
-        """Moments and cost of the surrogate gradient; None, with a warning, if backpropagation fails."""
-        found = {name: _Moments() for name in self.parameters}
-        times = []
+    def measure_surrogate(self, count: int) -> _Measured | None:
+        """The same for the surrogate gradient; None, with a warning, if backpropagation fails."""
+
+        def backward(loss_fn: LossFn, inputs: Any, targets: Any) -> None:
+            with surrogate(self._net):
+                loss_fn(inputs, targets).mean().backward()  # type: ignore[no-untyped-call]
+
         try:
-            megabytes = self.peak_megabytes(None)
-            for _ in range(count):
-                gradients, milliseconds = self.gradients(None, self.next_seed())
-                times.append(milliseconds)
-                for name, gradient in gradients.items():
-                    found[name].add(gradient)
+            return self.measure(backward, count, memory=True)
         except RuntimeError as error:
             # Not enough memory for backpropagation through time is one of the reasons to be here.
             warn(f"there is no surrogate gradient to compare with: {error}")
             return None
-        return _Surrogate(found, Cost(statistics.median(times), megabytes))
 
-    def peak_megabytes(self, estimator: Estimator | None) -> float | None:
-        """Peak memory of one call above that before it, after a call that warms up."""
-        self.gradients(estimator, self.next_seed())
-        seed = self.next_seed()
+    def _call(self, backward: Callable[..., Any]) -> float:
+        """Leaves gradients in ``.grad``, and returns the milliseconds that they took."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        torch.manual_seed(int(torch.randint(2**62, (), generator=self._seeds)))
+        self._synchronize()
+        started = time.perf_counter()
+        backward(*self._data)
+        self._synchronize()
+        return 1000 * (time.perf_counter() - started)
+
+    def _peak_megabytes(self, backward: Callable[..., Any]) -> float | None:
+        """Peak memory of one call above that before it."""
         for parameter in self.parameters.values():
             parameter.grad = None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
-            self.gradients(estimator, seed)
+            self._call(backward)
             return (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
-        return _peak_resident(lambda: self.gradients(estimator, seed))
+        return _peak_resident(lambda: self._call(backward))
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def _quality(
-    samples: _Samples, parameter: str, expected: _Moments, surrogate: _Moments | None, unbiased: bool
-) -> GradientQuality:
-    own, paired, cosines = samples.own[parameter], samples.difference[parameter], samples.cosines[parameter]
-    difference, error = own.mean - expected.mean, own.error + expected.error
-    if paired.error < error and not unbiased:
-        difference, error = paired.mean, paired.error
-    mean, mean_error = own.mean, own.error
-    # Not by the reference's own variance: of a few calls of a single number, the smaller variance is often chance.
-    if own.variance / expected.count + paired.error < own.error:
-        mean, mean_error = expected.mean + paired.mean, expected.error + paired.error
-    scale = _dot(expected.mean, expected.mean)
+def _quality(measured: _Measured, parameter: str, expected: _Moments, surrogate: _Measured | None) -> GradientQuality:
+    own, cosines = measured.moments[parameter], measured.cosines[parameter]
+    error, scale = own.error + expected.error, _dot(expected.mean, expected.mean)
     bias = floor = None
     if _resolved(scale, expected.error):
         scale -= expected.error
+        difference = own.mean - expected.mean
         bias = math.sqrt(max(0.0, _dot(difference, difference) - error) / scale)
         floor = math.sqrt(error / scale)
     return GradientQuality(
         cosine=statistics.fmean(cosines) if cosines else None,
-        surrogate_cosine=None if surrogate is None else _cosine(mean, mean_error, surrogate.mean, surrogate.error),
+        surrogate_cosine=None if surrogate is None else _cosine(own, surrogate.moments[parameter]),
         snr=(_dot(own.mean, own.mean) - own.error) / own.variance if own.variance > 0 else None,
         bias=bias,
         bias_floor=floor,
     )
 
 
-def _cosine(first: Tensor, first_error: float, second: Tensor, second_error: float) -> float | None:
-    """Cosine between the expectations of two independent means, from the means and their squared errors."""
-    squares = _dot(first, first), _dot(second, second)
-    if not (_resolved(squares[0], first_error) and _resolved(squares[1], second_error)):
+def _cosine(first: _Moments, second: _Moments) -> float | None:
+    """Cosine between the expectations of two independent means."""
+    squares = [_dot(moments.mean, moments.mean) for moments in (first, second)]
+    if not (_resolved(squares[0], first.error) and _resolved(squares[1], second.error)):
         return None
-    cosine = _dot(first, second) / math.sqrt((squares[0] - first_error) * (squares[1] - second_error))
+    cosine = _dot(first.mean, second.mean) / math.sqrt((squares[0] - first.error) * (squares[1] - second.error))
     return max(-1.0, min(1.0, cosine))
 
 
@@ -489,6 +457,17 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter, dtype=dtype) if gradient is None else gradient.detach().to(dtype)
 
 
+def _control(net: nn.Module, estimator: Counterfactual) -> dict[str, float]:
+    """λ that an estimator would use next, by neuron."""
+    fixed = estimator.sampler.control
+    with torch.no_grad():
+        return {
+            name: float(neuron.control.value(neuron.noise.control)) if fixed is None else fixed
+            for name, neuron in noisy(net).items()
+            if neuron.noise is not None
+        }
+
+
 def _named(
     estimators: Sequence[str | Estimator] | Mapping[str, str | Estimator], net: nn.Module, copies: int
 ) -> dict[str, Estimator]:
@@ -501,18 +480,18 @@ def _named(
         pairs = [(item if isinstance(item, str) else type(item).__name__.lower(), item) for item in estimators]
     if not pairs:
         raise ValueError("there is no estimator to measure")
-    found: dict[str, Estimator] = {}
+    named: dict[str, Estimator] = {}
     for name, item in pairs:
-        if name in found:
+        if name in named:
             raise ValueError(f"two estimators are called {name!r}: give a dict with names of your own")
         if isinstance(item, str):
             if item not in ESTIMATORS:
                 raise ValueError(f"unknown estimator {item!r}; choose one of {', '.join(ESTIMATORS)}")
-            item = ESTIMATORS[item](net, copies=2 if item == "counterfactual" else copies)
+            item = ESTIMATORS[item](net, copies=1 if item == "counterfactual" else copies)
         elif item.net is not net:
             raise ValueError(f"the estimator {name!r} was made for another network")
-        found[name] = item
-    return found
+        named[name] = item
+    return named
 
 
 def _peak_resident(call: Callable[[], object]) -> float | None:

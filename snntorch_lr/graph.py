@@ -27,12 +27,6 @@ def ancestors(tensors: Iterable[Tensor], stop: Callable[[Node], bool] = lambda n
             stack.extend(parent for parent, _ in node.next_functions)
 
 
-def leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The parameters (leaf tensors) that a backward pass from the tensors would reach."""
-    found = [node.variable for node in ancestors(tensors) if hasattr(node, "variable")]
-    return found
-
-
 def version(tensor: Tensor) -> int:
     """Number of changes of a tensor in place; 0 for tensors of inference mode, which are not counted."""
     return 0 if tensor.is_inference() else tensor._version

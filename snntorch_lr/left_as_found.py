@@ -96,6 +96,8 @@ def left_as_found(
                 at_end.callback(Buffers(net).restore)
             for _, neuron in spiking_neurons(net) if states else ():
                 at_end.callback(_restore_attributes, neuron, dict(vars(neuron)), dict(neuron._buffers))
+                # What λ is fitted by is collected in an object, from here on in another one.
+                vars(neuron).pop("_control", None)
             if modes:
                 at_end.callback(_restore_modes, [(module, module.training) for module in net.modules()])
             for parameter in parameters(net) if gradients else ():

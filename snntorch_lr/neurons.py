@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import snntorch as snn
+import torch
 from torch import Tensor, nn
 
 from ._messages import place
+from .kernels import kinds
 from .noise import Noise
-from .noisy_neuron import UNSUPPORTED, NoisyNeuron, check_defects
+from .noisy_neuron import UNSUPPORTED, NoisyNeuron, Update, check_defects
+
+# A reset to zero, before the current is added, or after that.
+_LEAKY = {"subtract": kinds.SUBTRACT, "zero": kinds.ZERO, "none": kinds.NONE}
+_OTHERS = _LEAKY | {"zero": kinds.ERASE}
+
+
+def _is_known(neuron: NoisyNeuron, plain: type[nn.Module], *constants: Tensor) -> bool:
+    """A time step is snnTorch's own, of a class, and nothing in it is learned but σ, quantised or shared."""
+    own = {getattr(plain, name) for name in ("_base_sub", "_base_zero", "_base_int") if hasattr(plain, name)}
+    known = getattr(neuron._snn_state_function, "__func__", None) in own and neuron.is_step_function
+    learned = any(constant.requires_grad for constant in (*constants, neuron.threshold))
+    return known and not (learned or neuron.resets_at_once or neuron.state_quant or neuron.inhibition)
 
 
 class Leaky(NoisyNeuron, snn.Leaky):
@@ -24,6 +37,13 @@ class Leaky(NoisyNeuron, snn.Leaky):
         torch.Size([2, 3])
     """
 
+    def fused_update(self) -> Update | None:
+        """See ``NoisyNeuron``."""
+        if not _is_known(self, snn.Leaky, self.beta):
+            return None
+        one = torch.ones_like(self.threshold)
+        return Update(_LEAKY[self.reset_mechanism], (self.beta,), lambda: (self.beta.clamp(0, 1), one, None))
+
 
 class Lapicque(NoisyNeuron, snn.Lapicque):
     """``snntorch.Lapicque`` with ``noise=``; arguments, shapes and return values are snnTorch's.
@@ -32,6 +52,14 @@ class Lapicque(NoisyNeuron, snn.Lapicque):
         >>> lif = slr.Lapicque(R=2.0, C=3.0, noise=True)
         >>> spikes, mem = lif(torch.ones(2, 3), lif.reset_mem())
     """
+
+    def fused_update(self) -> Update | None:
+        """See ``NoisyNeuron``."""
+        constants = self.R, self.C, self.time_step
+        if not _is_known(self, snn.Lapicque, *constants):
+            return None
+        share = self.time_step / (self.R * self.C)
+        return Update(_OTHERS[self.reset_mechanism], constants, lambda: (1 - share, share * self.R, None))
 
 
 class Synaptic(NoisyNeuron, snn.Synaptic):
@@ -43,6 +71,15 @@ class Synaptic(NoisyNeuron, snn.Synaptic):
     """
 
     state_names = ("syn", "mem")
+
+    def fused_update(self) -> Update | None:
+        """See ``NoisyNeuron``."""
+        constants = self.alpha, self.beta
+        if not _is_known(self, snn.Synaptic, *constants):
+            return None
+        one = torch.ones_like(self.threshold)
+        vectors = self.beta.clamp(0, 1), one, self.alpha.clamp(0, 1)
+        return Update(_OTHERS[self.reset_mechanism], constants, lambda: vectors)
 
 
 class Alpha(NoisyNeuron, snn.Alpha):

@@ -27,13 +27,12 @@ class Control:
 
     def __init__(self) -> None:
         self.pending: Tensor | None = None
-        # How many time steps have gone back.
+        # How many backward passes there were.
         self.steps = 0
 
-    def add(self, without: Tensor, multiplied: Tensor) -> None:
-        """Adds C₀ and C₁ of a time step in its backward pass; they count from the next presentation on."""
-        found = torch.stack([(without * multiplied).sum(), multiplied.square().sum()])
-        self.pending = found if self.pending is None else self.pending + found
+    def add(self, sums: Tensor) -> None:
+        """Adds Σ C₀C₁ and Σ C₁² of time steps in their backward pass; they count from the next presentation on."""
+        self.pending = sums if self.pending is None else self.pending + sums
 
     def value(self, sums: Tensor) -> Tensor:
         """λ in [0, 1] for a new presentation; takes what was added since the last one into the sums, in place."""
@@ -108,6 +107,19 @@ class Reads:
     differences: list[Tensor | None] = field(default_factory=list)
 
 
+def refuse_double_backward() -> None:
+    """Refuses a backward pass that is to be differentiated itself.
+
+    Raises:
+        RuntimeError: in such a one.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the likelihood-ratio gradient has no derivative of its own: leave out create_graph=True (a gradient "
+            'penalty, a Hessian), or use slr.use_gradient(net, "surrogate") for this loss'
+        )
+
+
 class CounterfactualSpike(torch.autograd.Function):
     """Spikes of the train; backward, the estimate of ∂E[loss]/∂margin and ∂E[loss]/∂σ by counterfactual credit.
 
@@ -140,11 +152,7 @@ class CounterfactualSpike(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, a: Tensor | None, later: Tensor | None, *b: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of margin, σ, link and states."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the likelihood-ratio gradient has no derivative of its own: leave out create_graph=True (a gradient "
-                'penalty, a Hessian), or use slr.use_gradient(net, "surrogate") for this loss'
-            )
+        refuse_double_backward()
         presentation, noise = ctx.presentation, ctx.noise
         presentation.fit.steps += 1
         z, fired, sigma, *rest = ctx.saved_tensors
@@ -174,7 +182,8 @@ class CounterfactualSpike(torch.autograd.Function):
             if togo[1] is not None:
                 both = location[0] - location[1]
                 multiplied = both * togo[1] if direct is None else both * togo[1] + direct
-                presentation.fit.add(both * togo[0], multiplied)
+                sums = torch.stack([(both * togo[0] * multiplied).sum(), multiplied.square().sum()])
+                presentation.fit.add(sums)
             if scale is not None:
                 to_sigma = (scale[0] - scale[1]) * credit
                 if direct is not None:

@@ -88,14 +88,15 @@ class Carried:
     """What a membrane potential that was handed out does not say by itself; it hangs on the tensor.
 
     Attributes:
-        fired: the spikes that are to reset it, zeros and ones, as ``inside``; None if they are found by comparing it
-            with the threshold.
+        fired: the spikes that are to reset it, zeros and ones, as ``inside``, or integers that have them in their
+            lowest bits; None if they are found by comparing it with the threshold.
         version: of the tensor, to tell changes in place.
         attached: the tensor had a graph.
         inside: states of the train and its shadow, by name, ``[2, batch, ...]``; None if there is no shadow.
         others: the other states that were handed out with it.
         link: that of the last time step.
         presentation: which it is a part of.
+        state: of fused time steps, in place of these three.
     """
 
     fired: Tensor | None
@@ -105,16 +106,39 @@ class Carried:
     others: Mapping[str, weakref.ref[Tensor]] = field(default_factory=dict)
     link: Tensor | None = None
     presentation: Presentation | None = None
+    state: Any = None
 
     def holds(self, name: str, state: Tensor) -> bool:
         """A state is the one that was handed out under this name."""
         return name == "mem" or (name in self.others and self.others[name]() is state)
+
+    def pair(self, name: str, state: Tensor) -> Tensor:
+        """A state of the train and its shadow, ``[2, batch, ...]``; the same for both, if it was not handed out."""
+        if self.inside is not None and self.holds(name, state):
+            return self.inside[name]
+        return state.expand(2, *state.shape)
 
 
 # Where it hangs: in the dictionary of the tensor.
 CARRIED = "_snntorch_lr_carried"
 # A neuron may be shared by several layers, each of which has its own membrane potential.
 _REMEMBERED = 4
+
+
+@dataclass(frozen=True)
+class Update:
+    """A time step of a neuron that is known to fused kernels.
+
+    Attributes:
+        mechanism: of the reset, of ``snntorch_lr.kernels.kinds``.
+        constants: what the vectors are made of.
+        vectors: what remains of the membrane potential, what the current adds to it, and what remains of the synaptic
+            current, None without one; tensors that broadcast against a row.
+    """
+
+    mechanism: int
+    constants: tuple[Tensor, ...]
+    vectors: Callable[[], tuple[Tensor, Tensor, Tensor | None]]
 
 
 @dataclass
@@ -124,7 +148,7 @@ class _Last:
     Attributes:
         mem: without its graph; None where spikes follow from it.
         version: of the tensor.
-        fired: the spikes that are to reset it.
+        fired: the spikes that are to reset it, or integers that have them in their lowest bits.
         node: number of the node that made it; None if it had no graph.
     """
 
@@ -151,6 +175,13 @@ class _Inside:
     sample: Sample | None = None
 
 
+def _spikes(fired: Tensor | None, mem: Tensor) -> Tensor | None:
+    """Zeros and ones in the dtype of a membrane potential."""
+    if fired is None or fired.is_floating_point():
+        return fired
+    return fired.bitwise_and(1).to(mem.dtype)
+
+
 def _draw(noise: Noise, like: Tensor, sets: int) -> Tensor:
     """Noise in the shape of a tensor; the train's does not depend on whether there is a shadow."""
     shape = like.shape if sets == 1 else torch.Size((sets * like.shape[1], *like.shape[2:]))
@@ -167,7 +198,7 @@ def _sampled(neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> t
     if task != -1 and neuron.init_hidden and neuron._reset_during != task:
         raise RuntimeError(
             f"{type(neuron).__name__}: activation checkpointing runs a neuron again whose state has gone on since "
-            "(init_hidden=True): pass states by hand, or checkpoint a whole presentation, which resets them at its start"
+            "(init_hidden=True): pass states by hand, or checkpoint a whole presentation, which begins with a reset"
         )
     assert neuron.sampler is not None
     return neuron.sampler.step(neuron, input_, given)
@@ -197,7 +228,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         sampler: see above; None for the surrogate gradient.
     """
 
-    transient = ("_inside", "_last", "_reset_by", "_control", "_known_factor")
+    transient = ("_inside", "_last", "_plan", "_reset_by", "_control", "_known_factor")
     state_names: tuple[str, ...] = ("mem",)
     shadow_states: tuple[str, ...] = ()
     is_elementwise = True
@@ -232,7 +263,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
     @property
     def control(self) -> Control:
         """Where the sums go that λ of counterfactual credit is fitted by."""
-        made: Control = vars(self).setdefault("_control", Control())
+        made: Control = self.__dict__.setdefault("_control", Control())
         return made
 
     @property
@@ -244,6 +275,10 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
     def mixes_spikes(self) -> bool:
         """Spikes come back to other neurons of the layer: all-to-all recurrence."""
         return bool(getattr(self, "all_to_all", False))
+
+    def fused_update(self) -> Update | None:
+        """What its time step is made of, if nothing in it needs a graph of its own; None if that is not known."""
+        return None
 
     @property
     def resets_at_once(self) -> bool:
@@ -333,7 +368,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         assert inside.sample is not None
         return inside.sample
 
-    def carry(self, fired: Tensor, **more: Any) -> None:
+    def carry(self, fired: Tensor | None, **more: Any) -> None:
         """Hangs on the membrane potential, which is handed out now, what the next time step needs.
 
         Args:
@@ -341,35 +376,32 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
             **more: of ``Carried``.
         """
         mem = self.mem
-        if self.resets_at_once:
-            # The spike has reset the membrane already.
-            fired = torch.zeros_like(fired)
-        if self.resets_at_once and not isinstance(self.noise, EscapeNoise):
-            # snnTorch compares what was reset once more.
-            fired = None
+        if self.resets_at_once and fired is not None:
+            # The spike has reset the membrane already; without escape noise snnTorch compares it once more.
+            fired = torch.zeros_like(fired) if isinstance(self.noise, EscapeNoise) else None
         setattr(mem, CARRIED, Carried(fired, version(mem), mem.grad_fn is not None, **more))
         train = fired[0] if fired is not None and fired.dim() > mem.dim() else fired
         node = None if mem.grad_fn is None else mem.grad_fn._sequence_nr()
-        last: deque[_Last] = vars(self).setdefault("_last", deque(maxlen=_REMEMBERED))
+        last: deque[_Last] = self.__dict__.setdefault("_last", deque(maxlen=_REMEMBERED))
         last.append(_Last(mem.detach() if isinstance(self.noise, EscapeNoise) else None, version(mem), train, node))
 
     def carried(self, mem: Tensor) -> tuple[Carried | None, Tensor | None]:
         """What hangs on a membrane potential that comes back, and the spikes that are to reset it."""
         carried: Carried | None = getattr(mem, CARRIED, None)
         if carried is not None and carried.version == version(mem):
-            return carried, carried.fired
+            return carried, _spikes(carried.fired, mem)
         if not isinstance(self.noise, EscapeNoise):
             return None, None
         last: deque[_Last] = vars(self).get("_last", deque())
         for each in reversed(last):
             same = each.mem is not None and each.mem.data_ptr() == mem.data_ptr()
             if same and each.version == version(mem) and each.fired is not None and each.fired.shape == mem.shape:
-                return None, each.fired
+                return None, _spikes(each.fired, mem)
         origin = self.computed_from(mem) if mem.grad_fn is not None else next(reversed(last), None)
         if origin is None or origin.fired is None or origin.fired.shape != mem.shape:
             return None, None
         # A spike that was sampled resets, whatever was done to the membrane since; zeros are fresh states.
-        return None, origin.fired * (mem.detach() != 0)
+        return None, _spikes(origin.fired, mem) * (mem.detach() != 0)
 
     def train_resets(self, mem: Tensor) -> Tensor | None:
         """The spikes that are to reset a membrane potential that comes back, without those of a shadow."""
@@ -391,7 +423,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
 
     def reset_mem(self) -> Any:
         """Zeroes the state."""
-        vars(self).pop("_last", None)
+        self.__dict__.pop("_last", None)
         self._reset_during = torch._C._current_graph_task_id()
         return super().reset_mem()
 
@@ -456,7 +488,8 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         if z is None:
             z = (margin.detach() / sigma.detach()).to(resolved(margin.dtype))
         inside.sample = Sample(self.noise, margin, sigma, z, spikes, inside.epsilon, chance_known)
-        return spikes if self.emits_zeros_and_ones() else spikes * self.graded_spikes_factor.detach()
+        # With its graph: snnTorch divides by the factor again.
+        return self.graded(spikes)
 
     def _noisy_state_function(self, input_: Tensor) -> Any:
         states = self._snn_state_function(input_)
@@ -500,7 +533,23 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
             known = self._known_factor = (factor, version(factor), bool((factor == 1).all()))
         return known[2]
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._take_in_control()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._take_in_control()
+        return super().__getstate__()
+
+    def _take_in_control(self) -> None:
+        """Adds what the last backward passes tell of λ to the sums in the noise, before these are saved or copied."""
+        if self.noise is not None:
+            with torch.no_grad():
+                self.control.value(self.noise.control)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # It belongs to the sums that are replaced.
+        self.control.pending = None
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.noise is None:
             hint(args[3], f"{prefix}noise.log_sigma", "this network has no noise: call add_noise(net) before loading")

@@ -100,10 +100,12 @@ def use_gradient(
             neuron.sampler = None
         return
     if gradient != "counterfactual":
-        needs = "" if gradient not in ESTIMATORS else (
-            f'; "{gradient}" needs copies of each sample and runs the forward pass itself: use '
-            f'attach(optimizer, net, estimator="{gradient}") with closure(), or its class'
-        )
+        needs = ""
+        if gradient in ESTIMATORS:
+            needs = (
+                f'; "{gradient}" needs copies of each sample and runs the forward pass itself: use '
+                f'attach(optimizer, net, estimator="{gradient}") with closure(), or its class'
+            )
         raise ValueError(f'unknown gradient {gradient!r}; choose "counterfactual" or "surrogate"{needs}')
     credit = CounterfactualCredit(**{} if discount is None else {"discount": discount}, control=control)
     choose_credit(net, credit)
@@ -216,8 +218,8 @@ class Hook:
         """
         if self.estimator.copies > 1:
             raise ValueError(
-                f"copies={self.estimator.copies} is for optimizer.step(closure(loss_fn, inputs, targets)): in a loop of "
-                "your own each sample has one noise copy for each time that it is in the batch; leave copies out"
+                f"copies={self.estimator.copies} is for optimizer.step(closure(loss_fn, inputs, targets)): in a loop "
+                "of your own each sample has one noise copy for each time that it is in the batch; leave copies out"
             )
         steps = _steps(self._neurons)
         took_part, self._done = steps > self._done, steps
@@ -225,8 +227,8 @@ class Hook:
         if held and not took_part:
             off = [name for name, neuron in self._neurons.items() if neuron.noise is None or not neuron.noise.active]
             cause = (
-                f"the noise of {places({name: self._neurons[name] for name in off})} is off: call net.train(), or leave "
-                "noise_off(net)"
+                f"the noise of {places({name: self._neurons[name] for name in off})} is off: call net.train(), or "
+                "leave noise_off(net)"
                 if off
                 else "loss.backward() did not reach them: is it the network that was attached, and no copy of it?"
             )
@@ -262,7 +264,7 @@ def attach(
         optimizer: any ``torch.optim`` optimizer, with any parameter groups.
         net: the network that it trains.
         estimator: ``"counterfactual"``, ``"vanilla"``, ``"approximate"``, or an estimator of this network.
-        copies: K, noise copies of each sample of a closure; by default 1 for ``"counterfactual"`` and 16 for the others.
+        copies: K, noise copies of each sample of a closure; by default 1 for ``"counterfactual"``, 16 for the others.
         **options: further arguments of the estimator (``discount=``, ``control=``, ``baseline=``, ``seed=``).
 
     Returns:

@@ -67,7 +67,7 @@ def draw(noise: Drawn, shape: torch.Size, dtype: torch.dtype, device: torch.devi
     if module is None:
         _fill(rows, key)
     else:
-        module.noise(rows, key, len(rows), 0, 1, 0, kinds.LOGISTIC_ESCAPE if noise.kind is None else noise.kind)
+        module.noise(rows, key, kinds.LOGISTIC_ESCAPE if noise.kind is None else noise.kind)
     if module is None or noise.kind is None:
         out = noise.quantile(out)
     return out.to(dtype)

@@ -139,9 +139,9 @@ def check_finite_gradients(net: nn.Module, inputs: Any = None) -> None:
         return
     tensors = [each for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)]
     count, total = sum(int((~each.isfinite()).sum()) for each in tensors), sum(each.numel() for each in tensors)
-    cause = f". {count} of {total} numbers in the inputs are not finite" if count else (
-        ": look for NaN in the inputs, or lower the learning rate"
-    )
+    cause = ": look for NaN in the inputs, or lower the learning rate"
+    if count:
+        cause = f". {count} of {total} numbers in the inputs are not finite"
     raise ValueError(f"the new gradient is not finite in {', '.join(bad)}; no weight changed{cause}")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -18,11 +17,12 @@ from torch.distributions import Laplace, Normal
 import snntorch_lr as slr
 
 STEPS, BATCH, FEATURES = 4, 5, 3
-COUNTERFACTUAL: dict[str, Callable[..., Any]] = {
-    "rates": slr.Counterfactual,
-    "exact": partial(slr.Counterfactual, over_time="exact"),
+MAKERS: dict[str, Callable[..., Any]] = {
+    "counterfactual": slr.Counterfactual,
+    "vanilla": slr.Vanilla,
+    "approximate": slr.Approximate,
 }
-MAKERS: dict[str, Callable[..., Any]] = {"vanilla": slr.Vanilla, "approximate": slr.Approximate, **COUNTERFACTUAL}
+every_estimator = pytest.mark.parametrize("estimator", MAKERS)
 RESETS = ["subtract", "zero", "none"]
 DEVICES = [
     "cpu",

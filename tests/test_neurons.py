@@ -72,9 +72,10 @@ def test_without_noise_is_snntorchs_bit_for_bit(name: str, options: dict[str, An
     assert all(torch.equal(state[key], expected_state[key]) for key in state)
 
 
+@pytest.mark.parametrize("noise", ["membrane", "escape"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_noise_that_is_off_changes_no_output(name: str) -> None:
-    ours, theirs = build(slr, name, noise=True).eval(), build(snn, name).eval()
+def test_noise_that_is_off_changes_no_output(name: str, noise: str) -> None:
+    ours, theirs = build(slr, name, noise=noise).eval(), build(snn, name).eval()
     x = inputs_for(name)
     for got, expected in zip(itertools.chain(*run(ours, x)), itertools.chain(*run(theirs, x)), strict=True):
         assert torch.equal(got, expected)
@@ -89,7 +90,7 @@ def test_takes_positional_arguments_as_snntorch(name: str) -> None:
     state = ours.state_dict()
     assert state.pop("noise.log_sigma").exp().item() == pytest.approx(0.5)
     assert all(torch.equal(state[key], value) for key, value in theirs.state_dict().items())
-    assert state.keys() == theirs.state_dict().keys()
+    assert {key for key in state if not key.startswith("noise.")} == theirs.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -136,11 +137,14 @@ def test_reset_is_the_last_spike(name: str, reset: str) -> None:
         last = output[0]
 
 
+@pytest.mark.parametrize("noise", ["membrane", "escape"])
 @pytest.mark.parametrize("init_hidden", [False, True])
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_surrogate_training_reaches_every_parameter_and_sigma(name: str, reset: str, init_hidden: bool) -> None:
-    neuron = build(slr, name, learn=True, noise=True, reset_mechanism=reset, init_hidden=init_hidden)
+def test_surrogate_training_reaches_every_parameter_and_sigma(
+    name: str, reset: str, init_hidden: bool, noise: str
+) -> None:
+    neuron = build(slr, name, learn=True, noise=noise, reset_mechanism=reset, init_hidden=init_hidden)
     torch.manual_seed(0)
     outputs = run(neuron, inputs_for(name).requires_grad_())
     torch.stack([output[0] for output in outputs]).square().sum().backward()
@@ -289,6 +293,24 @@ def test_sound_options_are_not_warned_of(name: str, noise: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build(slr, name, learn=True, noise=noise)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: slr.Leaky(beta=0.9, inhibition=True, noise="escape"),
+    lambda: slr.SConv2dLSTM(1, 1, 3, max_pool=2, noise="escape"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Inhibition")
+def test_escape_noise_is_refused_where_neurons_do_not_decide_alone(make: Any) -> None:
+    with pytest.raises(ValueError, match="escape noise decides for each neuron alone"):
+        make()
+
+
+def test_the_membrane_potential_is_free_of_escape_noise() -> None:
+    neuron = slr.Leaky(beta=0.9, reset_mechanism="none", noise=slr.EscapeNoise(3.0))
+    mem = torch.zeros(4, 5)
+    for _ in range(3):
+        _, mem = neuron(torch.ones(4, 5), mem)
+    torch.testing.assert_close(mem, torch.full((4, 5), 1 + 0.9 + 0.81))
 
 
 @pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")

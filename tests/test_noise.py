@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import snntorch_lr as slr
+from snntorch_lr.network import noises
 from snntorch_lr.noise import DISTRIBUTIONS
 
-from .helpers import DEVICES, LOG_DENSITY
+from .helpers import DEVICES, LOG_DENSITY, Net, data
 
 # Standard deviation of noise with scale parameter 1.
 DEVIATION = {"gaussian": 1.0, "laplace": math.sqrt(2), "logistic": math.pi / math.sqrt(3)}
@@ -101,12 +102,16 @@ def test_scores_are_derivatives_of_the_log_density(distribution: str) -> None:
     torch.testing.assert_close(noise.scale_score(epsilon, noise.location_score(epsilon)), log_sigma.grad)
 
 
+def sample(noise: slr.MembraneNoise, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    noise.generator = torch.Generator().manual_seed(seed)
+    return noise.sample(torch.Size((500, 400)), torch.empty((), dtype=dtype, device=device))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_samples_have_unit_scale_and_are_symmetric(distribution: str, dtype: torch.dtype) -> None:
-    like = torch.empty(500, 400, dtype=dtype)
-    epsilon = slr.MembraneNoise(distribution=distribution).sample(like, torch.Generator().manual_seed(0))
-    assert epsilon.shape == like.shape
+    epsilon = sample(slr.MembraneNoise(distribution=distribution), 0, dtype)
+    assert epsilon.shape == (500, 400)
     assert epsilon.dtype == dtype
     # Five standard errors; those of the squares are at most those of the Laplace distribution, kurtosis 6.
     deviation, count = DEVIATION[distribution], epsilon.numel()
@@ -122,22 +127,48 @@ def test_samples_have_unit_scale_and_are_symmetric(distribution: str, dtype: tor
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_samples_are_reproduced_by_a_generator(distribution: str, device: str) -> None:
-    noise = slr.MembraneNoise(distribution=distribution)
-    like = torch.empty(10, 10, device=device)
-
-    def sample(seed: int) -> Tensor:
-        return noise.sample(like, torch.Generator(device).manual_seed(seed))
-
-    assert torch.equal(sample(1), sample(1))
-    assert not torch.equal(sample(1), sample(2))
-
-
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_own_generator_leaves_the_global_one_alone(distribution: str) -> None:
-    state = torch.get_rng_state()
-    slr.MembraneNoise(distribution=distribution).sample(torch.empty(3), torch.Generator())
+def test_samples_are_reproduced_by_a_generator_which_leaves_the_global_one_alone(
+    distribution: str, device: str
+) -> None:
+    noise, state = slr.MembraneNoise(distribution=distribution), torch.get_rng_state()
+    assert torch.equal(sample(noise, 1, device=device), sample(noise, 1, device=device))
+    assert not torch.equal(sample(noise, 1, device=device), sample(noise, 2, device=device))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def log_probability(kind: str, z: Tensor, spikes: Tensor) -> Tensor:
+    x = (2 * spikes - 1) * z
+    return torch.special.log_ndtr(x) if kind == "gaussian" else nn.functional.logsigmoid(x)
+
+
+@pytest.mark.parametrize("spike", [0.0, 1.0])
+@pytest.mark.parametrize("kind", slr.EscapeNoise.offered)
+def test_scores_of_a_spike_are_derivatives_of_its_log_probability(kind: str, spike: float) -> None:
+    noise = slr.EscapeNoise(distribution=kind)
+    z = torch.linspace(-40, 40, 801, dtype=torch.float64, requires_grad=True)
+    spikes = torch.full_like(z, spike)
+    (expected,) = torch.autograd.grad(log_probability(kind, z, spikes).sum(), z)
+    z = z.detach()
+    location = noise.location_score(z, noise.cdf_and_pdf(z)[0], spikes)
+    torch.testing.assert_close(location, expected, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(noise.scale_score(z, location), -z * expected, rtol=1e-6, atol=1e-12)
+    few = z.float()
+    single = noise.location_score(few, noise.cdf_and_pdf(few)[0], spikes.float())
+    torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("noise", [*map(slr.EscapeNoise, [0.5] * 2, [True] * 2, slr.EscapeNoise.offered)], ids=str)
+def test_spikes_have_their_probability(noise: slr.EscapeNoise) -> None:
+    z = torch.tensor([-2.0, -0.5, 0.0, 1.0]).expand(100_000, 4)
+    noise.generator = torch.Generator().manual_seed(0)
+    p, density = noise.cdf_and_pdf(z.contiguous())
+    fired = noise.fires(p, noise.sample(z.shape, z)).double()
+    expected = log_probability(noise.distribution, z[0].double(), torch.ones(4)).exp()
+    torch.testing.assert_close(p[0].double(), expected, rtol=1e-5, atol=1e-6)
+    assert ((fired.mean(0) - expected).abs() < 4.5 * (expected * (1 - expected) / len(z)).sqrt()).all()
+    step = 1e-4
+    slope = (noise.cdf_and_pdf(z[0].double() + step)[0] - noise.cdf_and_pdf(z[0].double() - step)[0]) / (2 * step)
+    torch.testing.assert_close(density[0].double(), slope, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sigma", [0.25, torch.tensor([0.25, 0.5])], ids=["scalar", "per neuron"])
@@ -146,3 +177,62 @@ def test_print_tells_level_and_distribution(sigma: Any) -> None:
     assert "laplace" in text
     assert "learn=False" in text
     assert ("mean 0.375" if isinstance(sigma, Tensor) else "sigma=0.25") in text
+
+
+class TestSwitches:
+    """``noise_on`` and ``noise_off``."""
+
+    @staticmethod
+    def active(net: nn.Module) -> list[bool]:
+        return [noise.active for noise in noises(net).values()]
+
+    def test_nest_and_restore(self) -> None:
+        net = Net()
+        with slr.noise_off(net):
+            assert self.active(net) == [False, False]
+            with slr.noise_on(net.lif2):
+                assert self.active(net) == [False, True]
+                with slr.noise_off(net):
+                    assert self.active(net) == [False, False]
+                assert self.active(net) == [False, True]
+        assert all(self.active(net))
+        assert not any(self.active(net.eval()))
+
+    @pytest.mark.parametrize("switch", [slr.noise_off, slr.noise_on])
+    def test_restore_after_an_exception(self, switch: Any) -> None:
+        net = Net()
+        net.lif2.eval()
+        with pytest.raises(KeyError), switch(net):
+            raise KeyError
+        assert self.active(net) == [True, False]
+
+    @pytest.mark.parametrize("switch", [slr.noise_off, slr.noise_on])
+    def test_take_networks_without_noise_and_shared_noise(self, switch: Any) -> None:
+        with switch(Net(noise=False)):
+            pass
+        noise = slr.MembraneNoise()
+        with switch(Net(noise=noise)):
+            assert noise.active == (switch is slr.noise_on)
+        assert noise.forced is None
+
+    def test_noise_that_is_off_draws_nothing(self) -> None:
+        net = Net()
+        slr.use_gradient(net)
+        state = torch.get_rng_state()
+        with slr.noise_off(net):
+            net(data()[0])
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("gradient", ["surrogate", "counterfactual"])
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_noise_comes_from_the_generator_that_is_given(self, device: str, gradient: str) -> None:
+        net = Net().eval().to(device)
+        slr.use_gradient(net, gradient)
+        x, _ = data(device=device)
+
+        def outputs(seed: int) -> Tensor:
+            with slr.noise_on(net, torch.Generator(device).manual_seed(seed)), torch.no_grad():
+                return net(x)
+
+        assert torch.equal(outputs(1), outputs(1))
+        assert not torch.equal(outputs(1), outputs(2))

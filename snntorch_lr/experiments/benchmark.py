@@ -15,18 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._messages import markdown
+from ..gradients import ESTIMATORS
 from ..robustness.figures import colors_of, new_figure, with_legend
 from . import data, files
 from .options import Place, check, command_line, option, recorded
 from .recipe import Recipe, make_network
-from .train import accuracy, make_estimators, stepper
+from .train import accuracy, stepper
 from .workloads import (
     KERNEL_COLUMNS,
-    METHODS,
     NOISES,
     RIVAL,
     Workload,
-    data_parallel_milliseconds,
     kernel_nanoseconds,
     make_step,
     median_milliseconds,
@@ -39,9 +38,8 @@ if TYPE_CHECKING:
 
 PARTS = {
     "steps": "Training step",
-    "kernels": "Fused time steps on one thread of a CPU, and what they cannot do without",
+    "kernels": "Noise of one call, on one thread of a CPU",
     "deep": "Training step of networks with two hidden layers",
-    "data-parallel": "Training step of several processes on a CPU, counterfactual, K = 2",
     "memory": "Peak memory of the first training step, K = 1",
     "growth": "Growth of the time of a training step",
     "accuracy": "Training time to an accuracy",
@@ -112,8 +110,7 @@ def benchmark(options: Benchmark, tell: Tell = lambda what: None) -> dict[str, A
         with _threads(options.threads):
             results = files.origin(command, device) | {"settings": recorded(options)}
             measures = {
-                "steps": _steps, "kernels": _kernels, "deep": _deep, "data-parallel": _data_parallel, "memory": _memory,
-                "growth": _growth,
+                "steps": _steps, "kernels": _kernels, "deep": _deep, "memory": _memory, "growth": _growth
             }  # fmt: skip
             for part, measure in measures.items():
                 if part in options.parts:
@@ -151,7 +148,7 @@ def _steps(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
     else:
         tell(f"steps: {_NO_RIVAL}")
     for copies in options.copies:
-        workloads += [_base(options, method, noise, copies) for method in METHODS for noise in NOISES]
+        workloads += [_base(options, method, noise, copies) for method in ESTIMATORS for noise in NOISES]
         workloads.append(_base(options, "textbook", copies=copies))
     named = {f"{workload.name}, K = {workload.copies}": workload for workload in workloads}
     steps = {name: make_step(workload, device) for name, workload in named.items()}
@@ -167,9 +164,9 @@ def _steps(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
 
 
 def _kernels(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
-    """Nanoseconds for each neuron and time step, without Python and one thread."""
+    """Nanoseconds for each random number."""
     tell("kernels")
-    found = kernel_nanoseconds(options.batch, options.width, 10 * options.repeats)
+    found = kernel_nanoseconds(options.batch, options.width, 10 * options.repeats, device)
     return [{"noise": name, **times} for name, times in found.items()]
 
 
@@ -196,22 +193,10 @@ def _deep(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
     return rows
 
 
-def _data_parallel(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
-    """Median milliseconds of as many threads in one process, and in as many processes with a part of the batch each."""
-    workload = _base(options, "counterfactual, rates", "escape", copies=2)
-    rows: Rows = []
-    for processes, threads in ((1, options.threads), (options.threads, 1)):
-        tell(f"data-parallel: {processes} processes")
-        taken = data_parallel_milliseconds(workload, processes, threads, options.repeats)
-        first = rows[0]["milliseconds"] if rows else taken
-        rows.append({"processes": processes, "threads": threads, "milliseconds": taken, "ratio": taken / first})
-    return rows
-
-
 def _memory(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
     """Peak memory of one copy, with the loop of snnTorch's tutorials; the output neurons have noise too."""
     rows = []
-    pairs = [("surrogate", "membrane"), *((method, noise) for method in METHODS for noise in ("membrane", "escape"))]
+    pairs = [("surrogate", "membrane"), *((method, noise) for method in ESTIMATORS for noise in ("membrane", "escape"))]
     for method, noise in pairs:
         for num_steps in options.memory_steps:
             workload = replace(_base(options, method, noise), num_steps=num_steps, hoists=False, rate=True)
@@ -230,7 +215,7 @@ def _growth(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
         "width": lambda workload, factor: replace(workload, width=workload.width * factor // 2),
         "depth": lambda workload, factor: replace(workload, depth=workload.depth * factor),
     }
-    for method in METHODS:
+    for method in ESTIMATORS:
         for axis, scale in scales.items():
             start = replace(_base(options, method), copies=4, depth=2 if axis == "width" else 1)
             steps = {str(factor): make_step(scale(start, factor), device) for factor in (1, 2, 4)}
@@ -255,7 +240,7 @@ def _accuracy(options: Benchmark, images: data.Images, device: torch.device, tel
             f"counterfactual, {noise}, K = {copies}, learning rate {rate:g}": replace(
                 recipe, estimator="counterfactual", copies=copies, learning_rate=rate
             )
-            for noise, recipe, copies in (("membrane", membrane, 2), ("escape", escape, 1), ("escape", escape, 2))
+            for noise, recipe, copies in (("membrane", membrane, 1), ("escape", escape, 1), ("escape", escape, 2))
             for rate in (1e-3, 3e-3)
         },
     }
@@ -297,15 +282,14 @@ def _take_step(
     """An untrained network, and its training step."""
     net = make_network(recipe, shape).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=recipe.learning_rate)
-    return net, stepper(recipe, net, optimizer, make_estimators(recipe, net))
+    return net, stepper(recipe, net, optimizer)
 
 
 def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Titles, headers and lines of what was measured."""
     drawn: dict[str, Callable[[Rows, dict[str, Any]], Table]] = {
-        "steps": _steps_table, "kernels": _kernels_table, "deep": partial(_ratio_table, "model", "method"),
-        "data-parallel": partial(_ratio_table, "processes", "threads"), "memory": _memory_table,
-        "growth": _growth_table, "accuracy": _accuracy_table,
+        "steps": _steps_table, "kernels": _kernels_table, "deep": _deep_table,
+        "memory": _memory_table, "growth": _growth_table, "accuracy": _accuracy_table,
     }  # fmt: skip
     found = {part: draw(results[part], results["settings"]) for part, draw in drawn.items() if part in results}
     return [(PARTS[part], *table) for part, table in found.items()]
@@ -318,7 +302,7 @@ def to_markdown(results: dict[str, Any]) -> str:
     if not any(row["method"] == RIVAL for row in results.get("steps", [{"method": RIVAL}])):
         sections[0] += f"\n\n{_NO_RIVAL}"
     # The other parts train networks of the recipes.
-    sized = {"steps", "kernels", "data-parallel", "memory", "growth"} & results.keys()
+    sized = {"steps", "kernels", "memory", "growth"} & results.keys()
     size = f"784-{settings['width']}-10 and batch {settings['batch']} where no other is named.\n\n" if sized else ""
     return f"# Benchmark\n\n{size}" + "\n\n".join(sections) + f"\n\n{files.origin_note(results)}"
 
@@ -332,14 +316,14 @@ def _steps_table(rows: Rows, settings: dict[str, Any]) -> Table:
 
 
 def _kernels_table(rows: Rows, settings: dict[str, Any]) -> Table:
-    header = ["ns for a neuron and time step", *KERNEL_COLUMNS]
+    header = ["ns for a number", *KERNEL_COLUMNS]
     return header, [[row["noise"], *(f"{row[column]:.2f}" for column in KERNEL_COLUMNS)] for row in rows]
 
 
-def _ratio_table(first: str, second: str, rows: Rows, settings: dict[str, Any]) -> Table:
-    header = [first, second, "ms", "ratio"]
+def _deep_table(rows: Rows, settings: dict[str, Any]) -> Table:
+    header = ["model", "method", "ms", "ratio"]
     return header, [
-        [str(row[first]), str(row[second]), f"{row['milliseconds']:.1f}", f"{row['ratio']:.2f} ×"] for row in rows
+        [row["model"], row["method"], f"{row['milliseconds']:.1f}", f"{row['ratio']:.2f} ×"] for row in rows
     ]
 
 

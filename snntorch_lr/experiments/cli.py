@@ -21,12 +21,10 @@ except ImportError as error:
     raise SystemExit(f"snntorch-lr: not installed: {error.name}; {install('experiments,attacks')}") from error
 
 from .. import __version__
-from ..distributed import RankError
 from . import benchmark, diagnose, evaluate_checkpoints, reproduce
 from .data import DataError
 from .options import add_options, from_arguments
 from .study import page, run
-from .train import first_prints, joined
 
 # Of the extra "experiments", beside what this module imports: some are needed only after hours.
 _TOML = "tomllib" if sys.version_info >= (3, 11) else "tomli"
@@ -70,14 +68,10 @@ def _reproduce(options: reproduce.Reproduce) -> Any:
 
     Example: snntorch-lr reproduce --dataset digits
 
-    MNIST and Fashion-MNIST are downloaded: --dataset mnist --data-root data. Under torchrun the processes divide the
-    copies; only the first reads and writes --data-root and --out:
-    torchrun --nproc-per-node 4 -m snntorch_lr.experiments.cli reproduce --dataset mnist --copies 64
+    MNIST and Fashion-MNIST are downloaded: --dataset mnist --data-root data.
     """
-    with joined(options.torch_device()) as team, watching() as watch:
-        results = reproduce.reproduce(options, watch.training, watch.pieces("attacks"), team)
-    if results is None:
-        return None
+    with watching() as watch:
+        results = reproduce.reproduce(options, watch.training, watch.pieces("attacks"))
     show(*reproduce.short_table(results), title=f"{options.dataset}, {options.model}, accuracy in percent")
     for sentence in results["conclusions"]:
         _say(sentence)
@@ -229,7 +223,7 @@ def call(words: Sequence[str]) -> None:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
-    except (DataError, RankError) as error:
+    except DataError as error:
         _fail(str(error), 1)
 
 
@@ -239,9 +233,8 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point of ``snntorch-lr`` and ``torchrun -m snntorch_lr.experiments.cli``."""
-    with first_prints():
-        call(sys.argv[1:])
+    """Entry point of ``snntorch-lr``."""
+    call(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,44 +12,12 @@ from torch.nn import functional as F
 
 from ..convert import add_noise
 from ..diagnostics import GradientReport, gradient_report
-from ..estimators import ESTIMATORS
-from ..estimators.counterfactual import Counterfactual
-from ..estimators.storing import Storing, StoringStep
-from ..estimators.vanilla import Vanilla
+from ..gradients import Counterfactual, Estimator, Vanilla
 from ..network import noisy_neurons
-from ..noise import KINDS, EscapeNoise, MembraneNoise
+from ..noise import KINDS
 from . import data, files
 from .options import Place, check, command_line, option, recorded
 from .recipe import MODELS, NoiseOptions, Recipe, SpikingClassifier, load_trained, make_network
-
-if TYPE_CHECKING:
-    from ..estimators.base import Estimator
-
-
-class _PlainStep(StoringStep):
-    """Escape noise by the score of the noise that was drawn, and not of the spike alone."""
-
-    # The sums that replace a graph are made for the score of the spike.
-    sums_scores = False
-
-    def fire(self, noise: EscapeNoise, margin: Tensor) -> Tensor:
-        """Spikes of noise on the margin, whose score is filed as that of a membrane potential."""
-        same = MembraneNoise(distribution=noise.distribution)
-        same.log_sigma = noise.log_sigma
-        return (self.sample(same, margin) > 0).to(margin.dtype)
-
-
-class _PlainScores(Storing):
-    step_type = _PlainStep
-
-
-class PlainScore(Vanilla):
-    """Escape noise by the score of the noise that was drawn, beside which the score of the spike is better.
-
-    Unbiased too, and of a higher variance. For comparison only.
-    """
-
-    recording_type = _PlainScores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,14 +94,15 @@ def diagnose(options: Diagnose) -> GradientReport:
 
 
 def _estimators(net: SpikingClassifier, options: Diagnose) -> dict[str, str | Estimator]:
-    """The estimators, and those that show what each ingredient is worth."""
-    found: dict[str, str | Estimator] = {name: name for name in ESTIMATORS if name != "counterfactual"}
-    for over_time in ("rates", "exact"):
-        found[f"counterfactual, {over_time}"] = Counterfactual(net, 2, over_time=over_time)
-    found["no baseline"] = Vanilla(net, options.copies, baseline="none")
-    if options.noise == "escape":
-        found["plain score"] = PlainScore(net, options.copies)
-    return found
+    """The estimators, and those that show what an ingredient is worth."""
+    return {
+        "vanilla": "vanilla",
+        "no baseline": Vanilla(net, options.copies, baseline="none"),
+        "approximate": "approximate",
+        "counterfactual": Counterfactual(net),
+        "counterfactual, γ = 1": Counterfactual(net, discount=1),
+        "counterfactual, λ = 0": Counterfactual(net, control=0),
+    }
 
 
 def _fresh(options: Diagnose) -> Recipe:

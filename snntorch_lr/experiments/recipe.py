@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import add_noise
-from ..estimators import ESTIMATORS
+from ..gradients import ESTIMATORS
 from ..network import noises, reset
 from ..noise import KINDS, NoisyInput
 from ..objectives import OBJECTIVES, sensitivity
@@ -138,13 +138,16 @@ class TrainingOptions(NoiseOptions):
     dataset: str = option("digits", "data set, digits without a download", choices=data.NAMES)
     model: str = option("mlp", "network", choices=MODELS)
     epochs: int = option(None, "passes over the data; 20 for digits, 4 otherwise", least=1)
-    copies: int = option(None, "noise copies of each sample; 2 for counterfactual, else 16", least=1)
+    copies: int = option(None, "noise copies of each sample; 1 for counterfactual, else 16", least=1)
     seed: int = option(0, "of everything random")
     estimator: str = option("counterfactual", "estimator of the likelihood ratio", choices=ESTIMATORS)
     learning_rate: float = option(1e-3, "of Adam, for all networks; falls to 0 along a cosine", above=0)
+    anneal: float | None = option(
+        None, "fraction of the noise levels that is left at the end; by default they do not fall", above=0, most=1
+    )
 
     def __post_init__(self) -> None:
-        epochs, copies = 20 if self.dataset == "digits" else 4, 2 if self.estimator == "counterfactual" else 16
+        epochs, copies = 20 if self.dataset == "digits" else 4, 1 if self.estimator == "counterfactual" else 16
         for name, value in (("epochs", epochs), ("copies", copies)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +27,7 @@ from . import data, files
 from .options import Place, check, command_line, option, recorded
 from .recipe import METHODS, Recipe, TrainingOptions, noise_levels
 from .study.tables import difference
-from .train import ALONE, Observer, Ranks, Trained, split, train, validation_accuracy
+from .train import Observer, Trained, split, train, validation_accuracy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,8 +105,10 @@ class _Log(Observer):
         self.observer.after_step(done, loss)
 
     def after_epoch(self, entry: dict[str, float], net: nn.Module) -> None:
-        """Writes the accuracy, and the mean noise level of each layer."""
+        """Writes the accuracy without and with noise, and the mean noise level of each layer."""
         self._write("accuracy", entry["test_accuracy"])
+        if "noisy_test_accuracy" in entry:
+            self._write("accuracy, noise on", entry["noisy_test_accuracy"])
         for name, levels in noise_levels(net).items():
             self._write(f"noise level/{name}", sum(levels) / len(levels))
         self.writer.flush()
@@ -121,8 +122,7 @@ def reproduce(
     options: Reproduce,
     announce: Announce = lambda name, epochs, steps: Observer(),
     watch: Progress = lambda what, done, total: None,
-    ranks: Ranks = ALONE,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Trains the networks, attacks them, and writes ``results.json``, ``table.md``, ``robustness.md`` and figures.
 
     A tenth of the training images is held out. The likelihood-ratio network stands beside surrogate-gradient networks
@@ -133,40 +133,30 @@ def reproduce(
         options: what to run, and where.
         announce: progress of each training.
         watch: progress of the evaluation.
-        ranks: the processes that call this together. The first does everything; the others take part in the
-            likelihood-ratio training, and need neither data nor a folder.
 
     Returns:
-        What ``results.json`` holds; None on other ranks than the first.
+        What ``results.json`` holds.
 
     Raises:
         ValueError: if an option is wrong, another process works in the folder, or it has checkpoints and ``resume`` is
             False.
         DataError: if the data cannot be had.
-        RankError: if another rank failed.
     """
     out, command, device = options.folder, command_line("reproduce", options), options.torch_device()
     checkpoints = {name: out / f"{name.replace(', ', '-').replace(' ', '-')}.pt" for name in (*METHODS, STOPPED)}
-
-    def prepare() -> data.Images:
-        check(options)
-        options.check_noise()
-        check_suite(options.suite)
-        if options.copies < ranks.size:
-            raise ValueError(f"{ranks.size} ranks cannot divide {options.copies} copies: give more --copies")
-        files.check_writable(out)
-        if options.log:
-            files.check_writable(options.log)
-            if find_spec("tensorboard") is None:
-                raise ValueError("--log needs tensorboard, which is not installed: pip install tensorboard")
-        held.enter_context(files.locked(out, command))
+    check(options)
+    options.check_noise()
+    check_suite(options.suite)
+    files.check_writable(out)
+    if options.log:
+        files.check_writable(options.log)
+        if find_spec("tensorboard") is None:
+            raise ValueError("--log needs tensorboard, which is not installed: pip install tensorboard")
+    with files.locked(out, command):
         there = [path.name for path in checkpoints.values() if path.exists()]
         if there and not options.resume:
             raise ValueError(f"{out} holds {', '.join(there)} already: add --resume to go on, or choose another --out")
-        return data.load(options.dataset, options.data_root)
-
-    with ExitStack() as held:
-        images = ranks.from_first(prepare).to(device)
+        images = data.load(options.dataset, options.data_root).to(device)
         # The stopping point of one more is known after the likelihood ratio has been trained.
         batch_size, validation = 32 if options.dataset == "digits" else 128, len(images.train) // 10
         recipes = {
@@ -175,25 +165,19 @@ def reproduce(
         }
         steps = -(-len(split(recipes[LIKELIHOOD_RATIO], images)[0]) // batch_size)
 
-        def run(name: str, ranks: Ranks = ALONE) -> Trained:
+        def run(name: str) -> Trained:
             seen = announce(name, options.epochs, options.epochs * steps)
-            if options.log and ranks.rank == 0:
+            if options.log:
                 seen = _Log(options.log / checkpoints[name].stem, seen)
-            return train(
-                recipes[name], images, checkpoints[name], device, options.resume, seen.after_step, ranks,
-                seen.after_epoch,
-            )  # fmt: skip
+            recipe, path = recipes[name], checkpoints[name]
+            return train(recipe, images, path, device, options.resume, seen.after_step, seen.after_epoch)
 
-        # What the ranks do together comes first, so that none of them waits while the first goes on alone.
-        together = run(LIKELIHOOD_RATIO, ranks)
-        ranks.leave()
-        if ranks.rank > 0:
-            return None
-        reached = validation_accuracy(together.net, recipes[LIKELIHOOD_RATIO], images)
+        ratio = run(LIKELIHOOD_RATIO)
+        reached = validation_accuracy(ratio.net, recipes[LIKELIHOOD_RATIO], images)
         recipes[STOPPED] = replace(recipes["surrogate"], stop_at=reached)
-        trained = {name: together if name == LIKELIHOOD_RATIO else run(name) for name in checkpoints}
+        trained = {name: ratio if name == LIKELIHOOD_RATIO else run(name) for name in checkpoints}
         evaluation = evaluate(
-            together.net,
+            ratio.net,
             [(images.test[: options.attack_images], images.test_labels[: options.attack_images])],
             options.epsilons,
             options.suite,
@@ -211,7 +195,6 @@ def reproduce(
             if row.subject.network == name
         ]
         results = files.origin(command, device) | {
-            "ranks": ranks.size,
             "settings": recorded(options),
             "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
             "training": {
@@ -310,7 +293,7 @@ def to_markdown(results: dict[str, Any]) -> str:
     """The table as Markdown, with what is needed to read and repeat it."""
     return (
         f"# {_title(results)}\n\n{_said(results)}\n\n{markdown(*table(results))}\n\n"
-        f"{NOTE}\n\nRanks: {results['ranks']}. {files.origin_note(results)}"
+        f"{NOTE}\n\n{files.origin_note(results)}"
     )
 
 

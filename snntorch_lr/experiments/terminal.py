@@ -124,6 +124,7 @@ class _Training(Observer):
         """Prints a line where there is no bar."""
         if self.bars.disable:
             said = f"loss {entry['train_loss']:.3f}, accuracy {entry['test_accuracy']:.1%}"
+            said += f", with noise {entry['noisy_test_accuracy']:.1%}" if "noisy_test_accuracy" in entry else ""
             left = self.left.after(self.done, self.steps)
             print(f"{self.name}: epoch {entry['epoch']:.3g} of {self.epochs}{left}: {said}", flush=True)
 

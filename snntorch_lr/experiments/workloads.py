@@ -20,26 +20,19 @@ from typing import Any
 
 import snntorch as snn
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..convert import add_noise
-from ..distributed import share
-from ..estimators import ESTIMATORS
+from ..gradients import ESTIMATORS
 from ..network import reset
+from ..noise import KINDS
 from ..optim import attach, closure
+from ..philox import draw
 
 FEATURES, CLASSES = 784, 10
 RIVAL = "surrogate, SpikingJelly multi-step"
 _SIGMA, _BETA = 0.5, 0.95
-# Those with two ways to handle time are measured in both.
-_WAYS = {"vanilla": ("memory", ("store", "replay")), "counterfactual": ("over_time", ("rates", "exact"))}
-METHODS: dict[str, tuple[str, dict[str, str]]] = {}
-"""Estimators of the likelihood ratio and their options, by the names of tables."""
-for _name in ESTIMATORS:
-    _option, _values = _WAYS.get(_name, ("", ()))
-    METHODS |= {f"{_name}, {value}": (_name, {_option: value}) for value in _values} or {_name: (_name, {})}
 NOISES = {
     "membrane": ("membrane", "gaussian"), "escape": ("escape", "logistic"), "escape, Gaussian": ("escape", "gaussian")
 }  # fmt: skip
@@ -147,39 +140,6 @@ def _peak(make: Callable[[], TrainingStep], device: torch.device) -> float:
     return float(_peak_bytes(afresh) - before) / 1e6
 
 
-def data_parallel_milliseconds(workload: Workload, processes: int, threads: int, repeats: int) -> float:
-    """Median time on a CPU of a training step that processes share under torchrun, each with a part of the batch.
-
-    Args:
-        workload: one of the likelihood ratio.
-        processes: number of them; one does not communicate.
-        threads: of each process.
-        repeats: timed steps, after one that warms up.
-
-    Raises:
-        ChildProcessError: if the processes fail.
-    """
-    given = pickle.dumps((workload, threads, repeats)).hex()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    process = subprocess.run(
-        [sys.executable, *torchrun, "-m", __spec__.name, given], stdout=subprocess.PIPE, start_new_session=True
-    )
-    if process.returncode:
-        raise ChildProcessError(f"{processes} processes of a training step ended with status {process.returncode}")
-    return float(process.stdout)
-
-
-def _run_rank(workload: Workload, threads: int, repeats: int) -> None:
-    """``data_parallel_milliseconds``, in each of the processes; the first one prints."""
-    torch.set_num_threads(threads)
-    dist.init_process_group("gloo")
-    step = make_step(workload, torch.device("cpu"), dist.get_rank(), dist.get_world_size())
-    _, *taken = [_milliseconds(step, torch.device("cpu")) for _ in range(repeats + 1)]
-    if dist.get_rank() == 0:
-        print(statistics.median(taken))
-    dist.destroy_process_group()
-
-
 def _forget_peak() -> bool:
     """Starts the kernel's record of the peak afresh; False where only that since the start of the process is known."""
     try:
@@ -212,7 +172,7 @@ class Workload:
         method: ``"surrogate"`` (backpropagation through time as snnTorch's tutorials write it),
             ``"surrogate, hoisted"`` (the current of the constant input computed once), ``"surrogate, noise"`` (that
             with noise of one copy), ``RIVAL`` (see ``_rival_step``), ``"textbook"`` (see ``_textbook_step``), or one of
-            ``METHODS``.
+            ``ESTIMATORS``.
         noise: one of ``NOISES``.
         copies: K.
         num_steps: T.
@@ -278,21 +238,19 @@ class Classifier(nn.Module):
         return F.cross_entropy(counts, y, reduction="none") if self.rate else total
 
 
-def make_step(workload: Workload, device: torch.device, rank: int = 0, ranks: int = 1) -> TrainingStep:
+def make_step(workload: Workload, device: torch.device) -> TrainingStep:
     """A training step with Adam on a fixed random batch.
 
     Args:
         workload: what to compute.
         device: where.
-        rank: of this process among those that share the batch of a step of the likelihood ratio.
-        ranks: how many they are.
 
     Raises:
         ValueError: if the method is unknown.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(workload.batch, FEATURES, generator=generator)[rank::ranks].to(device)
-    y = torch.randint(CLASSES, (workload.batch,), generator=generator)[rank::ranks].to(device)
+    x = torch.rand(workload.batch, FEATURES, generator=generator).to(device)
+    y = torch.randint(CLASSES, (workload.batch,), generator=generator).to(device)
     torch.manual_seed(0)
     net = Classifier(workload).to(device)
     kind, distribution = NOISES[workload.noise]
@@ -301,26 +259,24 @@ def make_step(workload: Workload, device: torch.device, rank: int = 0, ranks: in
     if workload.method == RIVAL:
         return TrainingStep(net, _rival_step(net, x, y))
     if workload.method.startswith("surrogate"):
-        return TrainingStep(net, _surrogate_step(net, x, y))
+        return TrainingStep(net, _loop_step(net, x, y, torch.optim.Adam(net.parameters(), lr=1e-3)))
     if workload.method == "textbook":
         return TrainingStep(net, _textbook_step(workload, net, x, y))
-    if workload.method not in METHODS:
-        raise ValueError(f"unknown method {workload.method!r}; choose one of {', '.join(METHODS)}")
+    if workload.method not in ESTIMATORS:
+        raise ValueError(f"unknown method {workload.method!r}; choose one of {', '.join(ESTIMATORS)}")
     add_noise(net, sigma=_SIGMA, only=net.noisy, kind=kind, distribution=distribution)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-    estimator, options = METHODS[workload.method]
-    if estimator != "counterfactual":
-        options = options | {"baseline": "leave-one-out" if workload.copies > 1 else "batch-mean"}
-    hook = attach(optimizer, net, estimator, copies=workload.copies, **options)
-    if ranks > 1:
-        share(hook.estimator, split="batch")
+    options = {}
+    if workload.method != "counterfactual":
+        options = {"baseline": "leave-one-out" if workload.copies > 1 else "batch-mean"}
+    attach(optimizer, net, workload.method, copies=workload.copies, **options)
+    if workload.method == "counterfactual" and workload.copies == 1:
+        return TrainingStep(net, _loop_step(net, x, y, optimizer))
     given = closure(net.losses, x, y)
     return TrainingStep(net, lambda: optimizer.step(given))
 
 
-def _surrogate_step(net: Classifier, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-
+def _loop_step(net: Classifier, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
     def step() -> Tensor:
         loss = net.losses(x, y).mean()
         optimizer.zero_grad()
@@ -417,83 +373,49 @@ def _textbook_step(workload: Workload, net: Classifier, x: Tensor, y: Tensor) ->
     return step
 
 
-KERNEL_COLUMNS = ("vanilla", "counterfactual", "8 steps at once", "random numbers", "memory traffic")
-"""What ``kernel_nanoseconds`` measures: time steps, the last of them those of counterfactual, and what they need."""
+KERNEL_COLUMNS = ("noise", "torch's random numbers")
+"""What ``kernel_nanoseconds`` measures."""
 
 
-def kernel_nanoseconds(batch: int, width: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Nanoseconds for each neuron and time step of the fused steps on one thread of a CPU, by noise.
-
-    Beside them are what no step can do without: to make its random numbers, and to read and write what it reads and
-    writes, by torch. Counterfactual has a shadow for each row.
+def kernel_nanoseconds(batch: int, width: int, repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Nanoseconds for each number of the noise of one call, beside uniform numbers by torch; on one thread of a CPU.
 
     Args:
         batch: number of samples.
         width: number of neurons.
         repeats: of each; the median counts.
+        device: where to draw.
 
     Returns:
-        Numbers by the name of the noise, and ``KERNEL_COLUMNS``; nothing where Numba is not installed.
+        Numbers by the name of the noise, and ``KERNEL_COLUMNS``.
     """
-    try:
-        from ..kernels import cpu, kinds
-    except ImportError:
-        return {}
-    ones = torch.ones(width)
-    current, keys = torch.rand(batch, width), torch.tensor([5, 6])
+    out = torch.empty(batch, width, device=device)
 
-    def sums(counts: Sequence[int]) -> list[Tensor]:
-        return [torch.zeros(count * batch, width) for count in counts]
+    def nanoseconds(call: Callable[[], object]) -> float:
+        taken = [_milliseconds(call, device) for _ in range(repeats + 1)][1:]
+        return 1e6 * statistics.median(taken) / out.numel()
 
-    def step(kind: int, sets: int, steps: int) -> Callable[[], object]:
-        new, spikes, reset, mem, score, scale = sums([sets] * 6)
-        given = {
-            "current": current, "reset": reset, "mem": mem, "leak": 0.9 * ones, "share": ones, "alpha": 0 * ones,
-            "threshold": ones, "sigma": 0.5 * ones, "weights": torch.ones(steps), "gain": ones.expand(steps, width),
-            "score": score, "scale": scale,
-        }  # fmt: skip
-        if sets > 1:
-            given |= zip(("fired", "expected", "pull", "pull_scale"), sums([sets, sets, 1, 1]), strict=True)
-            seen = torch.zeros(2, steps, batch, width)
-            given |= {"seen_spikes": seen[0], "seen_mem": seen[1]}
-        return lambda: cpu.step(new, spikes, keys, batch, 1, 0, 9, 1, 1, kind, kinds.SUBTRACT, **given)
+    def drawn(kind: str, distribution: str) -> Callable[[], object]:
+        noise = KINDS[kind](distribution=distribution)
+        return lambda: draw(noise, out.shape, out.dtype, device, 5)
 
-    def traffic() -> None:
-        for total in totals:
-            total.add_(1)
-        for to, values in zip(written, read, strict=True):
-            to.copy_(values)
-
-    def nanoseconds(call: Callable[[], object], numbers: int) -> float:
-        taken = [_milliseconds(call, torch.device("cpu")) for _ in range(repeats + 1)][1:]
-        return 1e6 * statistics.median(taken) / numbers
-
-    size, out = batch * width, torch.empty(2 * batch, width)
-    totals, written, read = sums([2, 2, 2, 2, 1, 1]), sums([2, 2, 1, 1]), sums([2, 2, 1, 1])
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        memory = nanoseconds(traffic, 2 * size)
+        uniform = nanoseconds(out.uniform_)
         return {
-            name: dict(zip(KERNEL_COLUMNS, (
-                nanoseconds(step(kind, 1, 1), size), nanoseconds(step(kind, 2, 1), 2 * size),
-                nanoseconds(step(kind, 2, 8), 16 * size),
-                nanoseconds(partial(cpu.noise, out, 5, batch, 0, 9, 1, kind), 2 * size), memory,
-            ), strict=True))
-            for name, kind in (
-                ("escape, logistic", kinds.LOGISTIC_ESCAPE), ("escape, Gaussian", kinds.GAUSSIAN_ESCAPE),
-                ("membrane, Gaussian", kinds.GAUSSIAN), ("membrane, Laplace", kinds.LAPLACE),
-                ("membrane, logistic", kinds.LOGISTIC),
+            f"{kind}, {distribution}": dict(
+                zip(KERNEL_COLUMNS, (nanoseconds(drawn(kind, distribution)), uniform), strict=True)
             )
-        }  # fmt: skip
+            for kind, made in KINDS.items()
+            for distribution in made.offered
+        }
     finally:
         torch.set_num_threads(before)
 
 
-if __name__ == "__main__" and len(sys.argv) > 1:
-    _run_rank(*pickle.loads(bytes.fromhex(sys.argv[1])))
 # Nothing is given by a process that Ctrl-C ends while it starts this one.
-elif __name__ == "__main__" and (_given := sys.stdin.buffer.read()):
+if __name__ == "__main__" and (_given := sys.stdin.buffer.read()):
     _make, _device, _threads = pickle.loads(_given)
     torch.set_num_threads(_threads)
     print(_peak(_make, torch.device(_device)))

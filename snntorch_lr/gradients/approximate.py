@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from .._messages import place
 from ..baselines import Baseline
-from ..left_as_found import Buffers, RandomState, left_as_found
+from ..left_as_found import Buffers, RandomState
 from ..network import noisy_neurons
 from ..node import Sample
 from ..noise import MembraneNoise
@@ -24,6 +24,9 @@ from ..validate import check_losses
 from .base import Estimator, LossFn
 from .vanilla import chosen_baseline, weigh
 
+# Torch gives them no types.
+_make_dual: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
+_unpack_dual: Callable[[Tensor], forward_ad.UnpackedDualTensor] = forward_ad.unpack_dual
 _USE = 'use estimator="counterfactual", or "vanilla"'
 # Relative difference of currents that rounding explains.
 _ROUNDING = 1e-4
@@ -116,9 +119,7 @@ class Approximate(Estimator):
 
         def look(rate: float, mem: float) -> tuple[_Rates, Tensor]:
             made = _Rates({}, neurons, rate=rate, mem=mem)
-            restored = left_as_found(self.net, buffers=True, states=True, random=True)
-            with torch.no_grad(), restored, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with self.aside():
                 returned, copies = self.run(neurons, made, loss_fn, inputs, targets)
                 return made, check_losses(returned, self.copies, copies.batch or 0, self.net)
 
@@ -211,9 +212,9 @@ class _Rates:
             if neuron not in self.changing and _differ(self.currents[neuron].detach(), current):
                 self.changing[neuron] = None
         self._seen[neuron] = self._seen.get(neuron, 0) + 1
-        if self._steps is not None and len(self._seen) == len(self._neurons):
-            if min(self._seen.values()) >= self._steps:
-                raise _SeenEnoughError
+        all_seen = len(self._seen) == len(self._neurons)
+        if self._steps is not None and all_seen and min(self._seen.values()) >= self._steps:
+            raise _SeenEnoughError
         rate = self._rates[neuron] if self._rates else torch.full_like(current, self._rate)
         spikes = neuron.graded(rate)
         states = {name: torch.full_like(current, self._mem) for name in neuron.state_names}
@@ -229,7 +230,7 @@ def _start_forward_mode() -> None:
     """Has torch import what it needs for forward-mode differentiation, without its warning that it uses torch.jit."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", FutureWarning)
-        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+        _make_dual(torch.zeros(()), torch.zeros(()))
 
 
 @dataclass
@@ -323,15 +324,15 @@ class _Summing:
         outputs: list[Tensor] = []
         for direction in (None, *sums.parameters):
             tangents = sums.tangents.get(direction, {})
-            with forward_ad.dual_level(), _dual(sums.parameters.get(direction), direction):
+            with forward_ad.dual_level(), _dual(sums.parameters, direction):
                 dual = {
-                    name: forward_ad.make_dual(state.detach(), tangents[name]) if name in tangents else state.detach()
+                    name: _make_dual(state.detach(), tangents[name]) if name in tangents else state.detach()
                     for name, state in given.items()
                 }
-                current = forward_ad.make_dual(input_, torch.ones_like(input_)) if direction is None else input_
+                current = _make_dual(input_, torch.ones_like(input_)) if direction is None else input_
                 run = neuron.sample(current, dual, fired, told=sample)
-                margin = forward_ad.unpack_dual(run.margin).tangent
-                new = {name: forward_ad.unpack_dual(getattr(neuron, name)) for name in neuron.state_names}
+                margin = _unpack_dual(run.margin).tangent
+                new = {name: _unpack_dual(getattr(neuron, name)) for name in neuron.state_names}
             if sample is None:
                 sample = Sample(
                     run.noise, _primal(run.margin), _primal(run.sigma), _primal(run.z), run.spikes, run.epsilon
@@ -364,22 +365,22 @@ class _Summing:
 
 
 def _primal(x: Tensor) -> Tensor:
-    return forward_ad.unpack_dual(x).primal.detach()
+    return _unpack_dual(x).primal.detach()
 
 
 @contextmanager
-def _dual(found: tuple[nn.Module, Tensor] | None, name: str | None) -> Iterator[None]:
-    """Context in which a parameter carries a tangent of one."""
-    if found is None:
+def _dual(parameters: Mapping[str, tuple[nn.Module, Tensor]], name: str | None) -> Iterator[None]:
+    """Context in which a parameter carries a tangent of one; None for none."""
+    if name is None:
         yield
         return
-    module, value = found
+    module, value = parameters[name]
     # Found before the parameter of the same name.
-    vars(module)[str(name)] = forward_ad.make_dual(value.detach(), torch.ones_like(value))
+    module.__dict__[name] = _make_dual(value.detach(), torch.ones_like(value))
     try:
         yield
     finally:
-        del vars(module)[str(name)]
+        del module.__dict__[name]
 
 
 def _elementwise(neuron: NoisyNeuron) -> Iterator[tuple[str, tuple[nn.Module, Tensor]]]:

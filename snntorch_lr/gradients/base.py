@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .._messages import places, positive_integer
 from ..copies import Copies
 from ..first_call import FirstCall
-from ..left_as_found import Buffers
+from ..left_as_found import Buffers, left_as_found
 from ..network import noisy_inputs, noisy_neurons, parameters
 from ..noisy_neuron import NoisyNeuron, Sampler
 from ..validate import check_finite_gradients, check_levels, check_network, check_parameters, noisy
@@ -36,10 +37,16 @@ class Estimator(ABC):
     Raises:
         ValueError: if the network has no noisy neuron, or an argument is wrong.
 
+    Attributes:
+        needs_rows: each row of what enters a noisy neuron has a loss of its own; False if any loss will do, which one
+            copy then runs as a plain loop would.
+
     Examples:
         >>> estimator: slr.Estimator = slr.Counterfactual(net, copies=2)
         >>> loss = estimator.backward(loss_fn, images, labels)
     """
+
+    needs_rows = True
 
     def __init__(self, net: nn.Module, copies: int, seed: int | None = None) -> None:
         self.copies = positive_integer("copies", copies)
@@ -120,7 +127,7 @@ class Estimator(ABC):
         self, neurons: Mapping[str, NoisyNeuron], sampler: Sampler, loss_fn: LossFn, inputs: Any, targets: Any
     ) -> tuple[Any, Copies]:
         """What ``loss_fn`` returns while a sampler gives the spikes of the neurons their gradient; and the copies."""
-        copies = Copies(self.copies, targets)
+        copies = Copies(self.copies, targets, any_rows=self.copies == 1 and not self.needs_rows)
         for noise in noisy_inputs(self.net).values():
             noise.reset()
         with sampling(neurons, sampler), copies:
@@ -132,9 +139,22 @@ class Estimator(ABC):
         if not copies.ran:
             raise ValueError(
                 f"loss_fn ran none of {places(neurons)}, the noisy neurons of {type(self.net).__name__}: "
-                "call in it the very network that the estimator was made for, and no copy"
+                "call in it the very network that the estimator was made for, no copy of it, with its noise on"
             )
         return losses, copies
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Context of passes without a graph that leave no trace; whatever they warn of is said by the real ones."""
+        generator = None if self._generator is None else self._generator.get_state()
+        restored = left_as_found(self.net, buffers=True, states=True, random=True, modes=True)
+        try:
+            with warnings.catch_warnings(), torch.no_grad(), restored:
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            if self._generator is not None and generator is not None:
+                self._generator.set_state(generator)
 
     @contextmanager
     def _own_noise(self, neurons: Mapping[str, NoisyNeuron]) -> Iterator[None]:

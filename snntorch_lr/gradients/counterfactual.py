@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import fused
 from .._messages import place, warn
-from ..node import CounterfactualSpike, Presentation, Reads
+from ..graph import version
 from ..network import noisy_neurons
-from ..noisy_neuron import Carried, NoisyNeuron
+from ..node import CounterfactualSpike, Presentation, Reads
+from ..noisy_neuron import CARRIED, Carried, NoisyNeuron
 from ..philox import resolved
 from ..validate import check_loss
-from .base import Estimator, LossFn
+from .base import Estimator, LossFn, sampling
 
 DISCOUNT = 0.7
 """Default of γ; docs/theory.md says what it does, and where it was measured."""
@@ -51,26 +53,34 @@ class CounterfactualCredit:
     def step(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """A time step of a neuron; see ``snntorch_lr.noisy_neuron.Sampler``."""
         mem = given["mem"]
-        carried, fired = neuron.carried(mem)
         if not torch.is_grad_enabled():
             return self._step_without_shadow(neuron, input_, given)
-        goes_on = carried is not None and carried.inside is not None and carried.attached == (mem.grad_fn is not None)
-        if goes_on:
-            assert carried is not None
+        state = _fused_state(neuron, input_, given)
+        if state is not None:
+            return self._fused_step(neuron, input_, state)
+        carried, fired = neuron.carried(mem)
+        known = carried is not None
+        if carried is not None and (carried.inside is None or carried.attached != (mem.grad_fn is not None)):
+            # A new presentation: of what was handed out, the spikes alone go on.
+            carried = None
+        if carried is not None:
             presentation, link = carried.presentation, carried.link
         else:
-            self._warn_if_computed(neuron, mem, known=carried is not None)
+            self._warn_if_computed(neuron, mem, known)
             presentation, link = self._present(neuron), None
             if fired is not None:
                 train = fired[0] if fired.dim() > mem.dim() else fired
                 fired = train.expand(2, *train.shape)
         assert presentation is not None
+        plan = None if carried is not None else _plan(neuron, input_, given)
+        if plan is not None:
+            return self._fused_step(neuron, input_, fused.begin(plan, neuron, presentation, given, fired))
         pairs = {
-            name: carried.inside[name] if goes_on and carried.holds(name, state) else state.expand(2, *state.shape)
+            name: state.expand(2, *state.shape) if carried is None else carried.pair(name, state)
             for name, state in given.items()
             if name != "spk"
         }
-        with _Recurrence(neuron, given, carried if goes_on else None) as fed_back:
+        with _Recurrence(neuron, given, carried) as fed_back:
             sample = neuron.sample(input_.expand(2, *input_.shape), pairs | fed_back, fired, sets=2)
         inside = {name: getattr(neuron, name) for name in neuron.state_names}
         if link is None:
@@ -86,14 +96,24 @@ class CounterfactualCredit:
         if given.get("spk") is not None:
             neuron.spk = spikes
             others["spk"] = weakref.ref(spikes)
-            inside["spk"] = sample.spikes
+            inside["spk"] = neuron.graded(sample.spikes)
         neuron.reset = neuron.reset[0]
         neuron.carry(sample.spikes, inside=inside, others=others, link=link, presentation=presentation)
         return (spikes, *states)
 
-    def _step_without_shadow(
-        self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]
-    ) -> tuple[Tensor, ...]:
+    @staticmethod
+    def _fused_step(neuron: NoisyNeuron, input_: Tensor, state: fused.State) -> tuple[Tensor, ...]:
+        state, (spikes, mem, *syn) = fused.advance(state, neuron, input_)
+        neuron.mem = mem
+        states = (*syn, mem)
+        others = {}
+        if syn:
+            setattr(neuron, "syn", syn[0])  # noqa: B010
+            others["syn"] = weakref.ref(syn[0])
+        neuron.carry(state.code, others=others, state=state)
+        return (neuron.graded(spikes), *states)
+
+    def _step_without_shadow(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         sample = neuron.sample(input_, given, neuron.train_resets(given["mem"]))
         spikes = neuron.graded(sample.spikes.clone())
         if "spk" in given:
@@ -122,11 +142,29 @@ class CounterfactualCredit:
         if not known and mem.grad_fn is not None and not neuron.warned and neuron.computed_from(mem) is not None:
             neuron.warned = True
             warn(
-                f"{type(neuron).__name__}: its membrane potential was computed from the one that it had returned (masked, "
-                "mixed, changed in place): what a spike does to later spikes through its reset gets no credit there. "
-                "To begin a new presentation pass what reset_mem() returns; to leave rows as they are, mask the input "
-                "or the spikes instead"
+                f"{type(neuron).__name__}: its membrane potential was computed from the one that it had returned "
+                "(masked, mixed, changed in place): what a spike does to later spikes through its reset gets no credit "
+                "there. To begin a new presentation pass what reset_mem() returns; to leave rows as they are, mask the "
+                "input or the spikes instead"
             )
+
+
+def _plan(neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> fused.Plan | None:
+    """How the time steps of a presentation that begins are fused; None if they are not."""
+    if any(state.requires_grad or state.dtype != input_.dtype for state in given.values()):
+        return None
+    return fused.Plan.of(neuron, input_.shape, input_.dtype, input_.device)
+
+
+def _fused_state(neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> fused.State | None:
+    """The state from which fused time steps go on; None if they do not, or a presentation begins."""
+    mem = given["mem"]
+    carried: Carried | None = getattr(mem, CARRIED, None)
+    if carried is None or carried.state is None or carried.version != version(mem):
+        return None
+    goes_on = carried.attached == (mem.grad_fn is not None) and input_.dtype == mem.dtype
+    state: fused.State = carried.state
+    return state if goes_on and all(carried.holds(name, state_) for name, state_ in given.items()) else None
 
 
 class _Recurrence:
@@ -148,15 +186,13 @@ class _Recurrence:
         if neuron.mixes_spikes:
             module: Any = neuron.recurrent
             # Found before the module of the same name.
-            vars(neuron)["recurrent"] = lambda _: module(spikes)
+            neuron.__dict__["recurrent"] = lambda _: module(spikes)
             return {"spk": spikes.expand(2, *spikes.shape)}
         carried = self._carried
-        if carried is not None and carried.inside is not None and carried.holds("spk", spikes):
-            return {"spk": neuron.graded(carried.inside["spk"])}
-        return {"spk": spikes.expand(2, *spikes.shape)}
+        return {"spk": spikes.expand(2, *spikes.shape) if carried is None else carried.pair("spk", spikes)}
 
     def __exit__(self, *_: object) -> None:
-        vars(self._neuron).pop("recurrent", None)
+        self._neuron.__dict__.pop("recurrent", None)
 
 
 class Counterfactual(Estimator):
@@ -200,6 +236,8 @@ class Counterfactual(Estimator):
     their pairs, the discount and the fitted control of a spike train are ours.
     """
 
+    needs_rows = False
+
     def __init__(
         self,
         net: nn.Module,
@@ -215,11 +253,13 @@ class Counterfactual(Estimator):
     def estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
         """Adds the gradient into ``.grad``."""
         with self.first_call(neurons) as first:
-            losses, _ = self.run(neurons, self.sampler, loss_fn, inputs, targets)
+            losses, copies = self.run(neurons, self.sampler, loss_fn, inputs, targets)
             loss = check_loss(losses, self.net)
             if first is not None:
                 first.check_losses(loss)
-        loss.backward()  # type: ignore[no-untyped-call]
+        # Activation checkpointing runs neurons again in it.
+        with sampling(neurons, self.sampler), copies:
+            loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from .._messages import warn
 from ..baselines import BASELINES, Baseline
-from ..left_as_found import left_as_found
 from ..node import Score
 from ..noisy_neuron import NoisyNeuron
 from ..validate import check_losses, use_running_statistics, warn_about_batch_norm
@@ -126,14 +124,7 @@ class Vanilla(Estimator):
         def losses(fires: bool) -> Tensor | None:
             copies, self.copies = self.copies, 2
             try:
-                # Whatever is to be said about the forward pass is said by the next one.
-                with (
-                    warnings.catch_warnings(),
-                    suppress(Exception),
-                    torch.no_grad(),
-                    left_as_found(self.net, buffers=True, states=True, random=True, modes=True),
-                ):
-                    warnings.simplefilter("ignore")
+                with suppress(Exception), self.aside():
                     use_running_statistics(self.net)
                     torch.manual_seed(0)
                     returned, made = self.run(neurons, _SecondCopyForced(fires), loss_fn, inputs, targets)

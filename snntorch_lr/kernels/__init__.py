@@ -52,7 +52,7 @@ def _load(device: torch.device) -> Any:
         else:
             return None
         # What a compiler lacks is found by the smallest kernel, before there is anything to lose.
-        module.noise(torch.empty(1, 4, device=device), 0, 1, 0, 1, 1, 0)
+        module.noise(torch.empty(1, 4, device=device), 0, 0)
     except ImportError:
         return None
     except Exception as error:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -18,7 +18,7 @@ from numba.core.errors import NumbaError
 from torch import Tensor
 
 from .._messages import first_line
-from . import memory, numba_steps
+from . import numba_steps
 
 DTYPES = (torch.float32, torch.float64)
 # Fewer numbers than this are computed sooner than another thread takes its part.
@@ -29,80 +29,67 @@ _CLAIMS_OF_A_THREAD = 4
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-class _Step(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in numba_steps.STEP]
-
-
-_TENSORS = numba_steps.STEP[numba_steps.STEP.index("mechanism") + 1 : numba_steps.STEP.index("steps")]
-
-
 class _Noise(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in numba_steps.NOISE]
 
 
-class _Pack(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in numba_steps.PACK]
+class _Forward(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in numba_steps.FORWARD]
 
 
-def noise(out: Tensor, key: int, batch: int, first: int, half: int, draw: int, kind: int) -> None:
-    """Fills ``[rows, numbers]`` with noise; see ``snntorch_lr.noise_stream.NoiseStream``."""
+class _Backward(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in numba_steps.BACKWARD]
+
+
+CODES = {torch.float32: torch.int16, torch.float64: torch.int64}
+"""Of what the backward pass keeps, by the dtype of the membrane potential."""
+
+
+def noise(out: Tensor, key: int, kind: int) -> None:
+    """Fills ``[rows, numbers]`` with noise; see ``snntorch_lr.philox.draw``."""
     rows, numbers = out.shape
-    given = (_address(out), numbers, key, batch, first, half, draw, kind)
-    _run(numba_steps.noise, out.dtype, _Noise, rows, numbers, given)
+    block = _Noise(0, rows, 0, _address(out), numbers, key, kind)
+    _run(numba_steps.noise, out.dtype, block, numbers)
 
 
-def pack(values: Tensor) -> Tensor:
-    """Numbers as bits, eight to a byte: whether they are zero."""
-    count = values.numel()
-    packed = memory.slab.empty(-(-count // 8))
-    given = (packed.data_ptr(), _address(values), count)
-    _run(numba_steps.pack, values.dtype, _Pack, len(packed), 8, given)
-    return packed
-
-
-def unpack(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The inverse of ``pack``: zeros and ones."""
-    values = memory.pool.empty(shape, dtype)
-    given = (packed.data_ptr(), values.data_ptr(), values.numel())
-    _run(numba_steps.unpack, dtype, _Pack, len(packed), 8, given)
-    return values
-
-
-def step(
-    new: Tensor, spikes: Tensor, keys: Tensor, batch: int, copies: int, first: int, half: int, draw: int, stride: int,
-    kind: int, mechanism: int, **tensors: Tensor | None,
-) -> None:  # fmt: skip
-    """Time steps of a neuron with the same current; see ``numba_steps._step``.
+def forward(rows: int, dtype: torch.dtype, **given: Tensor | int | None) -> None:
+    """Time steps of a train and its shadow; see ``numba_steps._forward`` for the arguments.
 
     Args:
-        new: ``[rows, ...]``, filled, as the spikes.
-        spikes: zeros and ones.
-        keys: of the noise, one for each set of rows, as int64.
-        batch: number of samples.
-        copies: number of copies.
-        first: the first of these.
-        half: copies from here on get negated noise.
-        draw: index of the first draw.
-        stride: from one step to the next.
-        kind: of the noise.
-        mechanism: of the reset.
-        tensors: the others by name; None, or left out, for what is not wanted, or a gain of one.
+        rows: of the batch.
+        dtype: of the membrane potential.
+        **given: integers; and contiguous tensors, which are read or filled, or None.
     """
-    rows, dtype = len(new), new.dtype
-    # Held until the end: what was copied to lie in one piece has no other owner.
-    held = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-    assert new.is_contiguous()
-    assert spikes.is_contiguous()
-    assert all(tensor.dtype == dtype for tensor in (new, spikes, *held.values()))
-    addresses = {name: tensor.data_ptr() for name, tensor in held.items()}
-    steps, *lengths = (len(held[name]) if name in held else 0 for name in ("weights", "current", "gain", "pull"))
-    neurons = new.numel() // rows
-    given = (
-        neurons, new.data_ptr(), spikes.data_ptr(), keys.data_ptr(), batch, copies, first, half, draw,
-        stride, kind, mechanism, *(addresses.get(name, 0) for name in _TENSORS), steps, *lengths,
-        held["seen_mem"].shape[1] if "seen_mem" in held else 0,
-    )  # fmt: skip
-    _run(numba_steps.step, dtype, _Step, rows, neurons * steps, given)
+    block = _Forward(rows=rows, **{name: _word(value) for name, value in given.items()})
+    _run(numba_steps.forward, dtype, block, block.neurons * block.sets * block.steps)
+
+
+def backward(rows: int, dtype: torch.dtype, learns_sigma: bool, **given: Tensor | int | None) -> tuple[Tensor | None, Tensor]:
+    """Counterfactual credit in these; see ``numba_steps._backward`` for the arguments.
+
+    Args:
+        rows: of the batch.
+        dtype: of the membrane potential.
+        learns_sigma: a gradient of σ is wanted.
+        **given: as for ``forward``.
+
+    Returns:
+        Gradient of σ, times σ, ``[neurons]``, or None; Σ C₀C₁ and Σ C₁².
+    """
+    block = _Backward(rows=rows, **{name: _word(value) for name, value in given.items()})
+    threads, claim = _share(rows, block.neurons * 2 * block.steps)
+    chunks = -(-rows // claim)
+    to_sigma = torch.zeros(chunks, block.neurons, dtype=dtype) if learns_sigma else None
+    sums = torch.zeros(chunks, 2, dtype=dtype)
+    block.to_sigma, block.sums = _word(to_sigma), _word(sums)
+    _run(numba_steps.backward, dtype, block, block.neurons * 2 * block.steps)
+    return None if to_sigma is None else to_sigma.sum(0), sums.sum(0)
+
+
+def _word(value: Tensor | int | None) -> int:
+    if value is None:
+        return 0
+    return _address(value) if isinstance(value, Tensor) else value
 
 
 def _address(x: Tensor) -> int:
@@ -110,13 +97,15 @@ def _address(x: Tensor) -> int:
     return x.data_ptr()
 
 
-def _run(
-    kernel: Callable[[Any], Any], dtype: torch.dtype, block_type: Any, rows: int, size: int, given: Sequence[Any]
-) -> None:
-    """Shares rows of so many numbers among as many threads as torch has, at most."""
+def _share(rows: int, size: int) -> tuple[int, int]:
+    """Among how many threads rows of so many numbers are shared, and how many rows each of them claims at once."""
     threads = max(1, min(torch.get_num_threads(), rows * size // _WORTH_A_THREAD))
-    claim = rows if threads == 1 else max(1, rows // (threads * _CLAIMS_OF_A_THREAD))
-    block = block_type(0, rows, claim, *given)
+    return threads, rows if threads == 1 else max(1, rows // (threads * _CLAIMS_OF_A_THREAD))
+
+
+def _run(kernel: Callable[[Any], Any], dtype: torch.dtype, block: Any, size: int) -> None:
+    """Shares rows of so many numbers among as many threads as torch has, at most."""
+    threads, block.claim = _share(block.rows, size)
     function, address = _compiled(kernel, dtype), ctypes.addressof(block)
     if threads == 1:
         function.ctypes(address)

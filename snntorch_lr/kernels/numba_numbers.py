@@ -152,21 +152,19 @@ def assign(to: Any, value: Any) -> None:
 
 
 @njit(**OPTIONS)
-def _words(words: Any, columns: Any, samples: Any, key: Any, sample: int, copy: int, draw: int) -> None:
-    """Random words of rows that follow each other: Philox 4x32-10 of (column, sample, copy, draw).
+def _words(words: Any, columns: Any, rows: Any, key: Any, row: int) -> None:
+    """Random words of rows that follow each other: Philox 4x32-10 of (column, row, 0, 0).
 
     Args:
         words: filled, ``[4, at least rows * quarter]``, a quarter being that of the neurons of a row, rounded up.
         columns: ``[rows * quarter]``.
-        samples: alike, counted from the first one.
+        rows: alike, counted from the first one.
         key: of 64 bits.
-        sample: the first one.
-        copy: of all rows.
-        draw: of all rows.
+        row: the first one.
     """
     for place in range(len(columns)):
-        c0, c1 = np.uint32(columns[place]), np.uint32(np.uint32(sample) + np.uint32(samples[place]))
-        c2, c3 = np.uint32(copy), np.uint32(draw)
+        c0, c1 = np.uint32(columns[place]), np.uint32(np.uint32(row) + np.uint32(rows[place]))
+        c2, c3 = np.uint32(0), np.uint32(0)
         k0, k1 = np.uint32(key), np.uint32(key >> np.uint64(32))
         for _ in range(10):
             low = np.uint64(np.uint32(0xD2511F53)) * np.uint64(c0)
@@ -191,38 +189,36 @@ def counters(rows: int, neurons: int) -> tuple[Any, Any, Any]:
     return np.empty((4, rows * quarter), np.int32), columns, samples
 
 
-def _to_uniform(u: Any, word: Any, sign: Any) -> Any:
+def _to_uniform(u: Any, word: Any) -> Any:
     """(k + ½) / 2ⁿ of the upper n + 1 bits of a word."""
 
 
 @overload(_to_uniform)
-def _overload_to_uniform(u: Any, word: Any, sign: Any) -> Any:
+def _overload_to_uniform(u: Any, word: Any) -> Any:
 
-    def double(u: Any, word: Any, sign: Any) -> Any:
-        return (np.float64(word) + 0.5) * (2.0**-31 * sign)
+    def double(u: Any, word: Any) -> Any:
+        return (np.float64(word) + 0.5) * 2.0**-31
 
-    def single(u: Any, word: Any, sign: Any) -> Any:
-        return (np.float32(np.int32(word >> np.int32(8))) + _HALF) * (np.float32(2.0**-23) * np.float32(sign))
+    def single(u: Any, word: Any) -> Any:
+        return (np.float32(np.int32(word >> np.int32(8))) + _HALF) * np.float32(2.0**-23)
 
     return double if u.dtype == types.float64 else single
 
 
 @njit(**OPTIONS)
-def uniform(
-    u: Any, words: Any, columns: Any, samples: Any, neurons: int, key: Any, sample: int, copy: int, half: int, draw: int
-) -> None:
-    """Uniform numbers in (−1, 1) of rows of one copy; those of an antithetic copy are negated."""
-    sign = -1 if copy >= half else 1
-    quarter, rows = (neurons + 3) // 4, len(u) // neurons
-    count = rows * quarter
-    _words(words, columns[:count], samples[:count], key, sample, copy - half if copy >= half else copy, draw)
-    for row in range(rows):
+def uniform(u: Any, words: Any, columns: Any, rows: Any, neurons: int, key: Any, row: int) -> None:
+    """Uniform numbers in (−1, 1) of rows that follow each other, from the first one on."""
+    quarter, count = (neurons + 3) // 4, len(u) // neurons
+    used = count * quarter
+    _words(words, columns[:used], rows[:used], key, row)
+    for own_row in range(count):
         for part in range(4):
             # Slices: an index that could be negative keeps LLVM from vectorising.
-            numbers = u[row * neurons + part * quarter : min(row * neurons + (part + 1) * quarter, (row + 1) * neurons)]
-            own = words[part, row * quarter : (row + 1) * quarter]
+            start, stop = own_row * neurons + part * quarter, (own_row + 1) * neurons
+            numbers = u[start : min(start + quarter, stop)]
+            own = words[part, own_row * quarter : (own_row + 1) * quarter]
             for column in range(len(numbers)):
-                numbers[column] = _to_uniform(u, own[column], sign)
+                numbers[column] = _to_uniform(u, own[column])
 
 
 @njit(**OPTIONS)

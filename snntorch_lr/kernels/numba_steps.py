@@ -1,9 +1,9 @@
-"""Noise and time steps of neurons, fused for a CPU by Numba: one pass over memory for all of it.
+"""Time steps of neurons and their backward pass, fused for a CPU by Numba: one pass over memory for each.
 
-A row is one copy of one sample. All intermediate numbers of a row stay in the cache, and each loop is over the neurons
-of a row, or of a few rows if they are short, so that LLVM turns it into vector instructions.
+All intermediate numbers of a row stay in the cache, and each loop is over the neurons of a row, or of a few rows if
+they are short, so that LLVM turns it into vector instructions.
 
-``noise``, ``pack``, ``unpack`` and ``step`` make functions for a dtype that C code can call. Such a function takes the
+``noise``, ``forward`` and ``backward`` make functions for a dtype that C code can call. Such a function takes the
 address of a block, ``next``, ``rows``, ``claim`` and its arguments, in which arrays are addresses, and zero where they
 are not wanted. Any number of threads may run it on one block at once: each claims the next rows until none is left.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from . import kinds, numba_numbers
 from .kinds import ERASE, GAUSSIAN, GAUSSIAN_ESCAPE, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, SUBTRACT, ZERO
@@ -30,104 +30,77 @@ _SOURCES = zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for modul
 _INTRINSIC: Any = intrinsic
 _WORD = types.CPointer(types.int64)  # type: ignore[no-untyped-call]
 
-# Bytes of spikes at a time, so that they stay in the cache for eight passes.
-_CHUNK = 2048
 # Neurons of short rows that are computed together.
 _BLOCK = 1024
 
 _CLAIMS = ("next", "rows", "claim")
-NOISE = (*_CLAIMS, "out", "numbers", "key", "batch", "first", "half", "draw", "kind")
-"""What a block of ``noise`` holds, integers of 64 bits all of them; rows of a block of ``pack`` are its bytes."""
-PACK = (*_CLAIMS, "packed", "values", "count")
-STEP = (
-    *_CLAIMS, "neurons", "new", "spikes", "keys", "batch", "copies", "first", "half", "draw", "stride", "kind",
-    "mechanism", "current", "reset", "mem", "syn", "new_syn", "leak", "share", "alpha", "threshold", "sigma", "weights",
-    "gain", "score", "scale", "fired", "expected", "pull", "pull_scale", "seen_spikes", "seen_mem", "steps", "currents",
-    "gains", "pulled", "seen",
+NOISE = (*_CLAIMS, "out", "numbers", "key", "kind")
+"""What a block of ``noise`` holds, integers of 64 bits all of them."""
+_CONSTANTS = ("leak", "share", "alpha", "threshold", "sigma")
+FORWARD = (
+    *_CLAIMS, "neurons", "sets", "steps", "currents", "seen", "kind", "mechanism", "keys", "current", "mem", "shadow",
+    "syn", "fired", "before", *_CONSTANTS, "new_shadow", "new_fired", "spikes", "seen_mem", "seen_syn", "code",
+    "noise_code",
 )  # fmt: skip
-_NOISE, _PACK, _STEP = (np.dtype([(name, np.int64) for name in names]) for names in (NOISE, PACK, STEP))
+"""The same of ``forward``; see ``_forward``."""
+BACKWARD = (
+    *_CLAIMS, "neurons", "steps", "currents", "kind", "mechanism", "a", "b", "b_syn", "code", "noise_code", "fired",
+    "before", *_CONSTANTS, "settings", "togo", "parted", "fit_rows", "trace", "traces", "syn_trace", "to_current", "to_sigma",
+    "sums",
+)  # fmt: skip
+"""The same of ``backward``; see ``_backward``."""
+_NOISE, _FORWARD, _BACKWARD = (np.dtype([(name, np.int64) for name in names]) for names in (NOISE, FORWARD, BACKWARD))
 
 
 @njit(**OPTIONS)
-def _rows_together(row: int, stop: int, batch: int, most: int) -> int:
-    """How many rows of one copy, from a row on, are computed together."""
-    return min(stop - row, most, batch - row % batch)
-
-
-@njit(**OPTIONS)
-def _noise(
-    start: int, stop: int, out: Any, neurons: int, key: Any, batch: int, first: int, half: int, draw: int, kind: int
-) -> None:
-    """Fills rows from ``start`` to ``stop`` with noise; see ``snntorch_lr.noise_stream.NoiseStream``."""
+def _noise(start: int, stop: int, out: Any, neurons: int, key: Any, kind: int) -> None:
+    """Fills rows from ``start`` to ``stop`` with noise; see ``snntorch_lr.philox.draw``."""
     most = max(1, _BLOCK // neurons)
-    words, columns, samples = counters(most, neurons)
+    words, columns, rows = counters(most, neurons)
     memory = np.empty(most * neurons, out.dtype)
-    row = start
-    while row < stop:
-        count = _rows_together(row, stop, batch, most)
-        own = out[row * neurons : (row + count) * neurons]
+    for row in range(start, stop, most):
+        own = out[row * neurons : min(row + most, stop) * neurons]
         # Apart: LLVM does not vectorise what overlaps.
         u = memory[: len(own)]
-        uniform(u, words, columns, samples, neurons, key, row % batch, first + row // batch, half, draw)
+        uniform(u, words, columns, rows, neurons, key, row)
         to_noise(own, u, kind)
-        row += count
-
-
-@njit(**OPTIONS)
-def _pack(start: int, stop: int, packed: Any, values: Any) -> None:
-    """Bytes from ``start`` to ``stop``: bit b of byte j says whether value b · bytes + j is not zero."""
-    for left in range(start, stop, _CHUNK):
-        own = packed[left : min(left + _CHUNK, stop)]
-        own[:] = 0
-        for bit in range(8):
-            first = bit * len(packed) + left
-            chunk = values[first : first + len(own)]
-            for place in range(len(chunk)):
-                own[place] |= np.uint8(np.uint8(chunk[place] != _0) << np.uint8(bit))
-
-
-@njit(**OPTIONS)
-def _unpack(start: int, stop: int, packed: Any, values: Any) -> None:
-    """Zeros and ones from bytes; the inverse of ``_pack``."""
-    for left in range(start, stop, _CHUNK):
-        own = packed[left : min(left + _CHUNK, stop)]
-        for bit in range(8):
-            first = bit * len(packed) + left
-            chunk = values[first : first + len(own)]
-            for place in range(len(chunk)):
-                chunk[place] = np.float32(np.int32(own[place] >> np.uint8(bit)) & np.int32(1))
-
-
-@njit(**OPTIONS)
-def _filter(new: Any, syn: Any, current: Any, alpha: Any) -> None:
-    """The synaptic current of the next step."""
-    for i in range(len(new)):
-        new[i] = syn[i] * alpha[i] + current[i]
 
 
 @njit(**OPTIONS)
 def _advance(
-    new: Any, mem: Any, current: Any, reset: Any, leak: Any, share: Any, threshold: Any, mechanism: int
+    new: Any, mem: Any, current: Any, fired: Any, leak: Any, share: Any, threshold: Any, mechanism: int
 ) -> None:
     """The membrane potential of the next step, without noise."""
     if mechanism == SUBTRACT:
         for i in range(len(new)):
-            new[i] = mem[i] * leak[i] + current[i] * share[i] - reset[i] * threshold[i]
+            new[i] = mem[i] * leak[i] + current[i] * share[i] - fired[i] * threshold[i]
     elif mechanism == ZERO:
         for i in range(len(new)):
-            new[i] = mem[i] * leak[i] * (_1 - reset[i]) + current[i] * share[i]
+            new[i] = mem[i] * leak[i] * (_1 - fired[i]) + current[i] * share[i]
     elif mechanism == ERASE:
         for i in range(len(new)):
-            new[i] = (mem[i] * leak[i] + current[i] * share[i]) * (_1 - reset[i])
+            new[i] = (mem[i] * leak[i] + current[i] * share[i]) * (_1 - fired[i])
     else:
         for i in range(len(new)):
             new[i] = mem[i] * leak[i] + current[i] * share[i]
 
 
 @njit(**OPTIONS)
-def _probabilities(p: Any, density: Any, z: Any, kind: int) -> None:
-    """Probability of a spike at a distance z to the threshold, and its derivative, for membrane noise."""
-    if kind == LOGISTIC:
+def _fire(spikes: Any, z: Any, u: Any, kind: int) -> None:
+    """Spikes of escape noise."""
+    if kind == LOGISTIC_ESCAPE:
+        for i in range(len(z)):
+            spikes[i] = _1 if u[i] > -half_tanh(z[i]) else _0
+    else:
+        for i in range(len(z)):
+            _, tail, _ = normal(z[i])
+            spikes[i] = _1 if u[i] > _1 - _2 * (_1 - tail if z[i] > _0 else tail) else _0
+
+
+@njit(**OPTIONS)
+def _chances(p: Any, density: Any, z: Any, kind: int) -> None:
+    """Probability of a spike at a distance z to the threshold, and its derivative."""
+    if kind in (LOGISTIC, LOGISTIC_ESCAPE):
         for i in range(len(z)):
             p[i] = _HALF + _HALF * half_tanh(z[i])
             density[i] = p[i] * (_1 - p[i])
@@ -143,211 +116,379 @@ def _probabilities(p: Any, density: Any, z: Any, kind: int) -> None:
 
 
 @njit(**OPTIONS)
-def _escape(spikes: Any, score: Any, p: Any, density: Any, z: Any, u: Any, kind: int) -> None:
-    """Spikes of escape noise, the scores of z, and the probabilities of spikes with their derivatives."""
+def _escape_scores(score: Any, z: Any, p: Any, spikes: Any, kind: int) -> None:
+    """Scores of z, of spikes of escape noise."""
     if kind == LOGISTIC_ESCAPE:
         for i in range(len(z)):
-            middle = half_tanh(z[i])
-            spike = _1 if u[i] > -middle else _0
-            p[i] = _HALF + _HALF * middle
-            spikes[i] = spike
-            score[i] = spike - p[i]
-        for i in range(len(z)):
-            density[i] = p[i] * (_1 - p[i])
+            score[i] = spikes[i] - p[i]
     else:
         for i in range(len(z)):
             slope, tail, mills = normal(z[i])
-            chance = _1 - tail if z[i] > _0 else tail
             # φ over the probability of what happened, which neither cancels nor underflows this way.
             likely, unlikely = slope / (_1 - tail), _1 / mills
-            spike = u[i] > _1 - _2 * chance
-            size = likely if spike == (z[i] > _0) else unlikely
-            p[i], density[i] = chance, slope
-            spikes[i] = _1 if spike else _0
-            score[i] = size if spike else -size
+            size = likely if (spikes[i] > _0) == (z[i] > _0) else unlikely
+            score[i] = size if spikes[i] > _0 else -size
 
 
 @njit(**OPTIONS)
-def _membrane_scores(score: Any, epsilon: Any, u: Any, kind: int) -> None:
-    """Scores of the mean, times σ, from standard noise and the uniform numbers that it was made of."""
+def _membrane_scores(score: Any, epsilon: Any, kind: int) -> None:
+    """Scores of the mean, times σ, from standard noise."""
     if kind == GAUSSIAN:
-        score[:] = epsilon
+        assign(score, epsilon)
     elif kind == LAPLACE:
         for i in range(len(score)):
-            score[i] = _1 if u[i] > _0 else -_1
+            score[i] = _1 if epsilon[i] > _0 else -_1
     else:
-        # tanh(ε / 2), of which ε is the inverse function.
-        score[:] = u
+        for i in range(len(score)):
+            score[i] = half_tanh(epsilon[i])
 
 
-@njit(**OPTIONS)
-def _distances(z: Any, mem: Any, threshold: Any, inverse: Any) -> None:
-    for i in range(len(z)):
-        z[i] = (mem[i] - threshold[i]) * inverse[i]
+def _keep(code: Any, value: Any, spikes: Any) -> None:
+    """Keeps numbers, and in their lowest bit a spike: in single precision as 15 bits, rounded."""
 
 
-@njit(**OPTIONS)
-def _sample(mem: Any, spikes: Any, epsilon: Any, sigma: Any, threshold: Any) -> None:
-    for i in range(len(mem)):
-        mem[i] += sigma[i] * epsilon[i]
-        spikes[i] = _1 if mem[i] > threshold[i] else _0
+@overload(_keep)
+def _overload_keep(code: Any, value: Any, spikes: Any) -> Any:
+    def double(code: Any, value: Any, spikes: Any) -> None:
+        for i in range(len(code)):
+            code[i] = (np.float64(value[i]).view(np.int64) & ~np.int64(1)) | np.int64(spikes[i])
+
+    def single(code: Any, value: Any, spikes: Any) -> None:
+        for i in range(len(code)):
+            bits = np.int32(np.float32(value[i]).view(np.int32) + np.int32(0x10000))
+            code[i] = np.uint16(np.uint16(bits >> np.int32(16)) & np.uint16(0xFFFE)) | np.uint16(spikes[i])
+
+    return double if code.dtype == types.int64 else single
 
 
-@njit(**OPTIONS)
-def _add_product(total: Any, value: Any, factor: Any, times: bool) -> None:
-    if times:
-        for i in range(len(total)):
-            total[i] += value[i] * factor[i]
-    else:
-        for i in range(len(total)):
-            total[i] += value[i]
+def _recall(value: Any, spikes: Any, code: Any) -> None:
+    """The inverse of ``_keep``."""
 
 
-@njit(**OPTIONS)
-def _add_weighted(total: Any, value: Any, weight: Any) -> None:
-    for i in range(len(total)):
-        total[i] += value[i] * weight
+@overload(_recall)
+def _overload_recall(value: Any, spikes: Any, code: Any) -> Any:
+    def double(value: Any, spikes: Any, code: Any) -> None:
+        for i in range(len(code)):
+            value[i] = np.int64(code[i] & ~np.int64(1)).view(np.float64)
+            spikes[i] = np.float64(code[i] & np.int64(1))
 
+    def single(value: Any, spikes: Any, code: Any) -> None:
+        for i in range(len(code)):
+            value[i] = np.int32(np.int32(np.uint32(code[i] & np.uint16(0xFFFE)) << np.uint32(16))).view(np.float32)
+            spikes[i] = np.float32(np.int32(code[i] & np.uint16(1)))
 
-@njit(**OPTIONS)
-def _add_scale_scores(total: Any, score: Any, value: Any, escapes: bool) -> None:
-    if escapes:
-        for i in range(len(total)):
-            total[i] -= score[i] * value[i]
-    else:
-        for i in range(len(total)):
-            total[i] += score[i] * value[i] - _1
-
-
-@njit(**OPTIONS)
-def _step(
-    start: int, stop: int, neurons: int, new: Any, spikes: Any, keys: Any, batch: int, copies: int, first: int,
-    half: int, draw: int, stride: int, kind: int, mechanism: int, current: Any, reset: Any, mem: Any, syn: Any,
-    new_syn: Any, leak: Any, share: Any, alpha: Any, threshold: Any, sigma: Any, weights: Any, gain: Any, score: Any,
-    scale: Any, fired: Any, expected: Any, pull: Any, pull_scale: Any, seen_spikes: Any, seen_mem: Any,
-) -> None:  # fmt: skip
-    """Time steps of a neuron with the same current in rows from ``start`` to ``stop``, with its sums over time.
-
-    Arrays are flat, ``[rows, neurons]`` in one dimension unless said otherwise. An empty output is not wanted.
-
-    Args:
-        start: first row.
-        stop: end of the rows.
-        neurons: of a row.
-        new: membrane potential after the last step.
-        spikes: of the last step, zeros and ones.
-        keys: of the noise, one for each set: the train that goes on, and its shadows.
-        batch: number of samples; row r is copy ``first + r // batch % copies`` of sample ``r % batch``.
-        copies: number of copies here.
-        first: the first of these.
-        half: copies from here on get negated noise.
-        draw: index of the first draw.
-        stride: from one step to the next.
-        kind: of the noise.
-        mechanism: of the reset.
-        current: input, of the samples, or of the train that goes on; the other rows get the same.
-        reset: spikes of the step before.
-        mem: membrane potential before.
-        syn: synaptic current before a single step; empty where the input adds to the membrane potential at once.
-        new_syn: synaptic current after it.
-        leak: what remains of the membrane potential, ``[neurons]``.
-        share: what the input, or the synaptic current, adds to it, ``[neurons]``.
-        alpha: what remains of the synaptic current, ``[neurons]``.
-        threshold: threshold, ``[neurons]``.
-        sigma: noise level, ``[neurons]``.
-        weights: of the steps in sums of spikes, ``[steps]``.
-        gain: derivative of what is sampled by a constant current, ``[steps, neurons]``, or in all rows of a single
-            step; empty if it is one.
-        score: Σ scores of the current, times σ.
-        scale: Σ scores of log σ.
-        fired: Σ weight · spikes.
-        expected: Σ weight · probabilities of spikes.
-        pull: Σ weight · derivatives of these by the current, times σ, in the rows of the train that goes on; needs
-            ``expected``.
-        pull_scale: the same by log σ; needs ``pull``.
-        seen_spikes: spikes of each step in the first rows, ``[steps, rows, neurons]``.
-        seen_mem: membrane potentials after each step, alike.
-    """
-    steps, most = len(weights), max(1, _BLOCK // neurons)
-    words, columns, samples = counters(most, neurons)
-    leak, share, alpha = _repeat(leak, most), _repeat(share, most), _repeat(alpha, most)
-    threshold, sigma = _repeat(threshold, most), _repeat(sigma, most)
-    inverse = _1 / sigma
-    memory = np.empty((9, most * neurons), new.dtype)
-    escapes = kind in (LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE)
-    row = start
-    while row < stop:
-        rows = _rows_together(row, stop, batch, most)
-        size, left = rows * neurons, row * neurons
-        u, z, one, epsilon = memory[0, :size], memory[1, :size], memory[2, :size], memory[3, :size]
-        p, density, factor = memory[4, :size], memory[5, :size], memory[6, :size]
-        here, fire = new[left : left + size], spikes[left : left + size]
-        before, fired_before = mem[left : left + size], reset[left : left + size]
-        own = left % len(current)
-        drive = current[own : own + size]
-        if len(syn):
-            _filter(new_syn[left : left + size], syn[left : left + size], drive, alpha)
-            drive = new_syn[left : left + size]
-        for step in range(steps):
-            weight, copy = weights[step], first + row // batch % copies
-            uniform(
-                u, words, columns, samples, neurons, keys[row // (batch * copies)], row % batch, copy, half,
-                draw + step * stride,
-            )  # fmt: skip
-            _advance(here, before, drive, fired_before, leak, share, threshold, mechanism)
-            if len(gain) == steps * neurons:
-                factor = gain[step * neurons : (step + 1) * neurons]
-                if rows > 1:
-                    _spread(memory[6, :size], factor)
-                    factor = memory[6, :size]
-            elif len(gain):
-                factor = gain[left : left + size]
-            if escapes:
-                _distances(z, here, threshold, inverse)
-                _escape(fire, one, p, density, z, u, kind)
-            else:
-                if len(expected):
-                    _distances(z, here, threshold, inverse)
-                    _probabilities(p, density, z, kind)
-                to_noise(epsilon, u, kind)
-                _sample(here, fire, epsilon, sigma, threshold)
-                _membrane_scores(one, epsilon, u, kind)
-            if len(score):
-                _add_product(score[left : left + size], one, factor, len(gain) > 0)
-            if len(scale):
-                _add_scale_scores(scale[left : left + size], one, z if escapes else epsilon, escapes)
-            if len(fired):
-                _add_weighted(fired[left : left + size], fire, weight)
-            if len(expected):
-                _add_weighted(expected[left : left + size], p, weight)
-            if left < len(pull):
-                for i in range(size):
-                    density[i] *= weight
-                _add_product(pull[left : left + size], density, factor, len(gain) > 0)
-                if len(pull_scale):
-                    _add_scale_scores(pull_scale[left : left + size], density, z, True)
-            if left < seen_mem.shape[1]:
-                assign(seen_spikes[step, left : left + size], fire)
-                assign(seen_mem[step, left : left + size], here)
-            if step + 1 < steps:
-                # Copies: LLVM does not vectorise what may overlap.
-                before, fired_before = memory[7, :size], memory[8, :size]
-                assign(before, here)
-                assign(fired_before, fire)
-        row += rows
-
-
-@njit(**OPTIONS)
-def _spread(to: Any, values: Any) -> None:
-    for start in range(0, len(to), len(values)):
-        assign(to[start : start + len(values)], values)
+    return double if code.dtype == types.int64 else single
 
 
 @njit(**OPTIONS)
 def _repeat(values: Any, times: int) -> Any:
     out = np.empty(times * len(values), values.dtype)
-    _spread(out, values)
+    for start in range(0, len(out), max(1, len(values))):
+        assign(out[start : start + len(values)], values)
     return out
+
+
+@njit(**OPTIONS)
+def _forward(
+    start: int, stop: int, batch: int, neurons: int, sets: int, steps: int, seen: int, kind: int, mechanism: int,
+    keys: Any, current: Any, mem: Any, shadow: Any, syn: Any, fired: Any, before_code: Any, leak: Any, share: Any,
+    alpha: Any, threshold: Any, sigma: Any, new_shadow: Any, new_fired: Any, spikes: Any, seen_mem: Any, seen_syn: Any,
+    code: Any, noise_code: Any,
+) -> None:  # fmt: skip
+    """Time steps of a train, and its shadow if there are two sets, in rows from ``start`` to ``stop``.
+
+    Arrays have one dimension; empty ones are not wanted, or are zeros.
+
+    Args:
+        start: first row.
+        stop: end of the rows.
+        batch: number of rows in all.
+        neurons: of a row.
+        sets: 1, or 2 with a shadow.
+        steps: number of time steps.
+        seen: of how many of them, all or the last one, states are handed out.
+        kind: of the noise.
+        mechanism: of the reset.
+        keys: of the noise, ``[steps]``; row r of set k is row ``k * batch + r`` of the noise.
+        current: ``[steps or 1, batch, neurons]``.
+        mem: membrane potential of the train before, ``[batch, neurons]``.
+        shadow: that of the shadow.
+        syn: synaptic current before, alike.
+        fired: spikes before, ``[sets, batch, neurons]``.
+        before_code: the code of the step before, in place of them.
+        leak: what remains of the membrane potential, ``[neurons]``.
+        share: what the current, or the synaptic current, adds to it, ``[neurons]``.
+        alpha: what remains of the synaptic current, ``[neurons]``; empty without one.
+        threshold: ``[neurons]``.
+        sigma: noise level, ``[neurons]``.
+        new_shadow: filled with the membrane potential of the shadow after the last step.
+        new_fired: filled with the spikes of the last step, as ``fired``.
+        spikes: filled with those of the train, ``[steps, batch, neurons]``.
+        seen_mem: filled with membrane potentials of the train, ``[seen, batch, neurons]``.
+        seen_syn: filled with synaptic currents, alike.
+        code: what the backward pass needs, ``[steps, sets, batch, neurons]``: z and spikes.
+        noise_code: the same of membrane noise.
+    """
+    most = max(1, _BLOCK // neurons)
+    words, columns, counted = counters(most, neurons)
+    leak, share, alpha = _repeat(leak, most), _repeat(share, most), _repeat(alpha, most)
+    threshold, sigma = _repeat(threshold, most), _repeat(sigma, most)
+    inverse = _1 / sigma
+    memory = np.empty((8, most * neurons), spikes.dtype)
+    escapes = kind in (LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE)
+    whole = batch * neurons
+    for row in range(start, stop, most):
+        size, left = (min(row + most, stop) - row) * neurons, row * neurons
+        u, z, epsilon, here = memory[0, :size], memory[1, :size], memory[2, :size], memory[3, :size]
+        before, fire, drive, flow = memory[4, :size], memory[5, :size], memory[6, :size], memory[7, :size]
+        for own in range(sets):
+            at = own * whole + left
+            if own == 0 and len(mem):
+                assign(before, mem[left : left + size])
+            elif own and len(shadow):
+                assign(before, shadow[left : left + size])
+            else:
+                before[:] = _0
+            if len(before_code):
+                _recall(z, fire, before_code[at : at + size])
+            elif len(fired):
+                assign(fire, fired[at : at + size])
+            else:
+                fire[:] = _0
+            if len(alpha):
+                if len(syn):
+                    assign(flow, syn[left : left + size])
+                else:
+                    flow[:] = _0
+            for step in range(steps):
+                moved = step * whole + left
+                assign(drive, current[moved % len(current) : moved % len(current) + size])
+                if len(alpha):
+                    for i in range(size):
+                        flow[i] = flow[i] * alpha[i] + drive[i]
+                    assign(drive, flow)
+                uniform(u, words, columns, counted, neurons, keys[step], own * batch + row)
+                _advance(here, before, drive, fire, leak, share, threshold, mechanism)
+                for i in range(size):
+                    z[i] = (here[i] - threshold[i]) * inverse[i]
+                if escapes:
+                    _fire(fire, z, u, kind)
+                else:
+                    to_noise(epsilon, u, kind)
+                    for i in range(size):
+                        here[i] += sigma[i] * epsilon[i]
+                        fire[i] = _1 if here[i] > threshold[i] else _0
+                if len(code):
+                    kept = step * sets * whole + at
+                    _keep(code[kept : kept + size], z, fire)
+                    if len(noise_code):
+                        _keep(noise_code[kept : kept + size], epsilon, fire)
+                if own == 0:
+                    assign(spikes[moved : moved + size], fire)
+                    if seen == steps or step == steps - 1:
+                        shown = left if seen != steps else moved
+                        assign(seen_mem[shown : shown + size], here)
+                        if len(seen_syn):
+                            assign(seen_syn[shown : shown + size], flow)
+                assign(before, here)
+            if own:
+                assign(new_shadow[left : left + size], before)
+            if len(new_fired):
+                assign(new_fired[at : at + size], fire)
+
+
+@njit(**OPTIONS)
+def _backward(
+    start: int, stop: int, batch: int, neurons: int, steps: int, kind: int, mechanism: int, a: Any, b: Any, b_syn: Any,
+    code: Any, noise_code: Any, fired: Any, before_code: Any, leak: Any, share: Any, alpha: Any, sigma: Any,
+    control: Any, discount: Any, togo: Any, parted: Any, fit_rows: int, trace: Any, traces: int, syn_trace: Any, to_current: Any, to_sigma: Any,
+    sums: Any,
+) -> None:  # fmt: skip
+    """Counterfactual credit in time steps, the last one first, in rows from ``start`` to ``stop``.
+
+    See ``snntorch_lr.node.CounterfactualSpike``; arrays as for ``_forward``.
+
+    Args:
+        start: first row.
+        stop: end of the rows.
+        batch: number of rows in all.
+        neurons: of a row.
+        steps: number of time steps.
+        kind: of the noise.
+        mechanism: of the reset.
+        a: ∂loss/∂spikes, ``[steps, batch, neurons]``.
+        b: ∂loss/∂(membrane potential of the train), alike.
+        b_syn: ∂loss/∂(synaptic current), alike.
+        code: from the forward pass.
+        noise_code: see there.
+        fired: spikes before the first step, ``[2, batch, neurons]``.
+        before_code: in place of them.
+        leak: see there.
+        share: see there.
+        alpha: see there.
+        sigma: see there.
+        control: λ.
+        discount: γ.
+        togo: what later spikes did to the loss, ``[batch, neurons]``, in and out.
+        parted: what λ multiplies in it, in the first rows.
+        fit_rows: of how many rows λ is fitted.
+        trace: gradient of the membrane potential of the next step, ``[traces, batch, neurons]``, in and out.
+        traces: 2 where train and shadow decay differently, 1 where they may be added, 0 without a trace.
+        syn_trace: gradient of the synaptic current of the next step, ``[batch, neurons]``, in and out.
+        to_current: gradient of the current, added to, ``[steps or 1, batch, neurons]``.
+        to_sigma: gradient of σ, times σ, added to, ``[neurons]``.
+        sums: Σ C₀C₁ and Σ C₁², added to.
+    """
+    most = max(1, _BLOCK // neurons)
+    leak, share, alpha, sigma = _repeat(leak, most), _repeat(share, most), _repeat(alpha, most), _repeat(sigma, most)
+    inverse = _1 / sigma
+    memory = np.empty((20, most * neurons), togo.dtype)
+    escapes = kind in (LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE)
+    erases, clears = mechanism == ERASE, mechanism in (ZERO, ERASE)
+    whole = batch * neurons
+    for row in range(start, stop, most):
+        size, left = (min(row + most, stop) - row) * neurons, row * neurons
+        fitted = max(0, min(row + most, stop, fit_rows) - row) * neurons
+        z0, z1, s0, s1 = memory[0, :size], memory[1, :size], memory[2, :size], memory[3, :size]
+        p0, p1, d0, d1 = memory[4, :size], memory[5, :size], memory[6, :size], memory[7, :size]
+        q0, q1, e0, e1 = memory[8, :size], memory[9, :size], memory[10, :size], memory[11, :size]
+        later, g0, g1, flow = memory[12, :size], memory[13, :size], memory[14, :size], memory[15, :size]
+        part, effect, f0, f1 = memory[16, :size], memory[17, :size], memory[18, :size], memory[19, :size]
+        assign(later, togo[left : left + size])
+        if fitted:
+            assign(part[:fitted], parted[left : left + fitted])
+        g0[:] = _0
+        g1[:] = _0
+        flow[:] = _0
+        if traces:
+            assign(g0, trace[left : left + size])
+        if traces == 2:
+            assign(g1, trace[whole + left : whole + left + size])
+        if len(alpha):
+            assign(flow, syn_trace[left : left + size])
+        for back in range(steps):
+            step = steps - 1 - back
+            moved = step * whole + left
+            kept = step * 2 * whole + left
+            _recall(z0, s0, code[kept : kept + size])
+            _recall(z1, s1, code[kept + whole : kept + whole + size])
+            _chances(p0, d0, z0, kind)
+            _chances(p1, d1, z1, kind)
+            if escapes:
+                _escape_scores(q0, z0, p0, s0, kind)
+                _escape_scores(q1, z1, p1, s1, kind)
+            else:
+                _recall(e0, s0, noise_code[kept : kept + size])
+                _recall(e1, s1, noise_code[kept + whole : kept + whole + size])
+                _membrane_scores(q0, e0, kind)
+                _membrane_scores(q1, e1, kind)
+            if len(a):
+                assign(effect, a[moved : moved + size])
+                for i in range(fitted):
+                    parting = effect[i] * ((s1[i] - p1[i]) - (s0[i] - p0[i]))
+                    part[i] = discount * part[i] + _HALF * parting
+                for i in range(size):
+                    parting = (s0[i] - s1[i]) + control * ((s1[i] - p1[i]) - (s0[i] - p0[i]))
+                    later[i] = discount * later[i] + _HALF * effect[i] * parting
+                # From here on the derivative of the probability, weighted.
+                for i in range(size):
+                    effect[i] *= d0[i]
+            else:
+                effect[:] = _0
+                for i in range(fitted):
+                    part[i] *= discount
+                for i in range(size):
+                    later[i] *= discount
+            product, square = _0 * control, _0 * control
+            for i in range(fitted):
+                both = q0[i] - q1[i]
+                multiplied = both * part[i] + effect[i]
+                product += both * (later[i] - control * part[i]) * multiplied
+                square += multiplied * multiplied
+            if fitted:
+                sums[0] += product
+                sums[1] += square
+            if len(to_sigma):
+                if escapes:
+                    for i in range(size):
+                        d1[i] = (z1[i] * q1[i] - z0[i] * q0[i]) * later[i] - control * z0[i] * effect[i]
+                else:
+                    for i in range(size):
+                        d1[i] = (e0[i] * q0[i] - e1[i] * q1[i]) * later[i] - control * z0[i] * effect[i]
+                    if len(b):
+                        for i in range(size):
+                            d1[i] += b[moved + i] * e0[i] * sigma[i]
+                for first in range(0, size, neurons):
+                    for i in range(neurons):
+                        to_sigma[i] += d1[first + i]
+            # What comes back from the next step, then what this one adds.
+            if escapes:
+                if clears:
+                    for i in range(size):
+                        g0[i] *= leak[i] * (_1 - s0[i])
+                        g1[i] *= leak[i] * (_1 - s1[i])
+                else:
+                    for i in range(size):
+                        g0[i] *= leak[i]
+            else:
+                g0[:] = _0
+                g1[:] = _0
+            if clears:
+                for i in range(size):
+                    g0[i] += (q0[i] * later[i] + control * effect[i]) * inverse[i]
+                    g1[i] -= q1[i] * later[i] * inverse[i]
+            else:
+                for i in range(size):
+                    g0[i] += ((q0[i] - q1[i]) * later[i] + control * effect[i]) * inverse[i]
+            if len(b):
+                for i in range(size):
+                    g0[i] += b[moved + i]
+                if escapes:
+                    for i in range(size):
+                        later[i] += _HALF * b[moved + i] * sigma[i] * (z0[i] - z1[i])
+                else:
+                    for i in range(size):
+                        later[i] += _HALF * b[moved + i] * sigma[i] * ((z0[i] + e0[i]) - (z1[i] + e1[i]))
+            if erases:
+                if step:
+                    earlier = kept - 2 * whole
+                    _recall(d1, f0, code[earlier : earlier + size])
+                    _recall(d1, f1, code[earlier + whole : earlier + whole + size])
+                elif len(before_code):
+                    _recall(d1, f0, before_code[left : left + size])
+                    _recall(d1, f1, before_code[whole + left : whole + left + size])
+                elif len(fired):
+                    assign(f0, fired[left : left + size])
+                    assign(f1, fired[whole + left : whole + left + size])
+                else:
+                    f0[:] = _0
+                    f1[:] = _0
+                for i in range(size):
+                    effect[i] = share[i] * (g0[i] * (_1 - f0[i]) + g1[i] * (_1 - f1[i]))
+            else:
+                for i in range(size):
+                    effect[i] = share[i] * (g0[i] + g1[i])
+            if len(alpha):
+                for i in range(size):
+                    flow[i] = flow[i] * alpha[i] + effect[i]
+                if len(b_syn):
+                    for i in range(size):
+                        flow[i] += b_syn[moved + i]
+                assign(effect, flow)
+            if len(to_current):
+                at = moved % len(to_current)
+                own = to_current[at : at + size]
+                for i in range(size):
+                    own[i] += effect[i]
+        assign(togo[left : left + size], later)
+        if fitted:
+            assign(parted[left : left + fitted], part[:fitted])
+        if traces:
+            assign(trace[left : left + size], g0)
+        if traces == 2:
+            assign(trace[whole + left : whole + left + size], g1)
+        if len(alpha):
+            assign(syn_trace[left : left + size], flow)
 
 
 @_INTRINSIC
@@ -385,63 +526,70 @@ def _run_noise(address: Any, like: Any) -> None:
         start = _claim(address, count)
         if start >= rows:
             return
-        _noise(
-            start, min(start + count, rows), out, neurons, np.uint64(block.key), block.batch, block.first, block.half,
-            block.draw, block.kind,
+        _noise(start, min(start + count, rows), out, neurons, np.uint64(block.key), block.kind)
+
+
+@njit(**OPTIONS)
+def _run_forward(address: Any, like: Any, kept: Any) -> None:
+    block = carray(address, (1,), _FORWARD)[0]
+    batch, count, neurons, sets, steps = block.rows, block.claim, block.neurons, block.sets, block.steps
+    size = batch * neurons
+    keys, current = _list(block.keys, steps, np.uint64(0)), _list(block.current, block.currents * size, like)
+    mem, shadow = _list(block.mem, size, like), _list(block.shadow, size, like)
+    syn, fired = _list(block.syn, size, like), _list(block.fired, sets * size, like)
+    before, leak = _list(block.before, sets * size, kept), _list(block.leak, neurons, like)
+    share, alpha = _list(block.share, neurons, like), _list(block.alpha, neurons, like)
+    threshold, sigma = _list(block.threshold, neurons, like), _list(block.sigma, neurons, like)
+    new_shadow, new_fired = _list(block.new_shadow, size, like), _list(block.new_fired, sets * size, like)
+    spikes, seen_mem = _list(block.spikes, steps * size, like), _list(block.seen_mem, block.seen * size, like)
+    seen_syn = _list(block.seen_syn, block.seen * size, like)
+    code, noise_code = _list(block.code, steps * sets * size, kept), _list(block.noise_code, steps * sets * size, kept)
+    while True:
+        start = _claim(address, count)
+        if start >= batch:
+            return
+        _forward(
+            start, min(start + count, batch), batch, neurons, sets, steps, block.seen, block.kind, block.mechanism,
+            keys, current, mem, shadow, syn, fired, before, leak, share, alpha, threshold, sigma, new_shadow, new_fired,
+            spikes, seen_mem, seen_syn, code, noise_code,
         )  # fmt: skip
 
 
 @njit(**OPTIONS)
-def _run_pack(address: Any, like: Any, unpacks: bool) -> None:
-    block = carray(address, (1,), _PACK)[0]
-    rows, count = block.rows, block.claim
-    packed, values = _list(block.packed, rows, np.uint8(0)), _list(block.values, block.count, like)
+def _run_backward(address: Any, like: Any, kept: Any) -> None:
+    block = carray(address, (1,), _BACKWARD)[0]
+    batch, count, neurons, steps = block.rows, block.claim, block.neurons, block.steps
+    size, chunks = batch * neurons, (batch + count - 1) // count
+    a, b = _list(block.a, steps * size, like), _list(block.b, steps * size, like)
+    b_syn, fired = _list(block.b_syn, steps * size, like), _list(block.fired, 2 * size, like)
+    code, noise_code = _list(block.code, 2 * steps * size, kept), _list(block.noise_code, 2 * steps * size, kept)
+    before, leak = _list(block.before, 2 * size, kept), _list(block.leak, neurons, like)
+    share = _list(block.share, neurons, like)
+    alpha, sigma = _list(block.alpha, neurons, like), _list(block.sigma, neurons, like)
+    settings, togo = _list(block.settings, 2, like), _list(block.togo, size, like)
+    parted = _list(block.parted, block.fit_rows * neurons, like)
+    trace, syn_trace = _list(block.trace, block.traces * size, like), _list(block.syn_trace, size, like)
+    to_current = _list(block.to_current, block.currents * size, like)
+    to_sigma, sums = _list(block.to_sigma, chunks * neurons, like), _list(block.sums, chunks * 2, like)
     while True:
         start = _claim(address, count)
-        if start >= rows:
+        if start >= batch:
             return
-        if unpacks:
-            _unpack(start, min(start + count, rows), packed, values)
-        else:
-            _pack(start, min(start + count, rows), packed, values)
-
-
-@njit(**OPTIONS)
-def _run_step(address: Any, like: Any) -> None:
-    block = carray(address, (1,), _STEP)[0]
-    rows, count, neurons, steps = block.rows, block.claim, block.neurons, block.steps
-    size, pulled = rows * neurons, block.pulled * neurons
-    keys = _list(block.keys, rows // (block.batch * block.copies), np.uint64(0))
-    current, gain = _list(block.current, block.currents * neurons, like), _list(block.gain, block.gains * neurons, like)
-    new, spikes = _list(block.new, size, like), _list(block.spikes, size, like)
-    reset, mem = _list(block.reset, size, like), _list(block.mem, size, like)
-    syn, new_syn = _list(block.syn, size, like), _list(block.new_syn, size, like)
-    leak, share = _list(block.leak, neurons, like), _list(block.share, neurons, like)
-    alpha, threshold = _list(block.alpha, neurons, like), _list(block.threshold, neurons, like)
-    sigma, weights = _list(block.sigma, neurons, like), _list(block.weights, steps, like)
-    score, scale = _list(block.score, size, like), _list(block.scale, size, like)
-    fired, expected = _list(block.fired, size, like), _list(block.expected, size, like)
-    pull, pull_scale = _list(block.pull, pulled, like), _list(block.pull_scale, pulled, like)
-    shape = (steps, block.seen * neurons)
-    seen_spikes = carray(_pointer(block.seen_spikes, like), shape)
-    seen_mem = carray(_pointer(block.seen_mem, like), shape)
-    while True:
-        start = _claim(address, count)
-        if start >= rows:
-            return
-        _step(
-            start, min(start + count, rows), neurons, new, spikes, keys, block.batch, block.copies, block.first,
-            block.half, block.draw, block.stride, block.kind, block.mechanism, current, reset, mem, syn, new_syn, leak,
-            share, alpha, threshold, sigma, weights, gain, score, scale, fired, expected, pull, pull_scale, seen_spikes,
-            seen_mem,
+        chunk = start // count
+        own_sigma = to_sigma[chunk * neurons : (chunk + 1) * neurons] if len(to_sigma) else to_sigma
+        _backward(
+            start, min(start + count, batch), batch, neurons, steps, block.kind, block.mechanism, a, b, b_syn, code,
+            noise_code, fired, before, leak, share, alpha, sigma, settings[0], settings[1], togo, parted, block.fit_rows, trace,
+            block.traces, syn_trace, to_current, own_sigma, sums[2 * chunk : 2 * chunk + 2],
         )  # fmt: skip
 
 
 _ENTRY = types.void(types.voidptr)
+_KEPT = {np.float32: np.uint16, np.float64: np.int64}
 
 
 def noise(dtype: Any) -> Any:
-    """A function that fills rows with noise; see ``snntorch_lr.noise_stream.NoiseStream``."""
+    """A function that fills rows with noise; see ``snntorch_lr.philox.draw``."""
     given = dtype(0), _SOURCES
 
     @cfunc(_ENTRY, cache=True)
@@ -451,34 +599,23 @@ def noise(dtype: Any) -> Any:
     return run
 
 
-def pack(dtype: Any) -> Any:
-    """A function that makes bits of numbers, whether they are zero, eight to a byte."""
-    given = dtype(0), _SOURCES
+def forward(dtype: Any) -> Any:
+    """A function that takes time steps; see ``_forward``."""
+    given = dtype(0), _KEPT[dtype](0), _SOURCES
 
     @cfunc(_ENTRY, cache=True)
     def run(address: Any) -> None:
-        _run_pack(address, given[0], False)
+        _run_forward(address, given[0], given[1])
 
     return run
 
 
-def unpack(dtype: Any) -> Any:
-    """A function that makes zeros and ones of bits."""
-    given = dtype(0), _SOURCES
+def backward(dtype: Any) -> Any:
+    """A function that goes back through them; see ``_backward``."""
+    given = dtype(0), _KEPT[dtype](0), _SOURCES
 
     @cfunc(_ENTRY, cache=True)
     def run(address: Any) -> None:
-        _run_pack(address, given[0], True)
-
-    return run
-
-
-def step(dtype: Any) -> Any:
-    """A function that takes time steps of a neuron, with its sums over time; see ``_step``."""
-    given = dtype(0), _SOURCES
-
-    @cfunc(_ENTRY, cache=True)
-    def run(address: Any) -> None:
-        _run_step(address, given[0])
+        _run_backward(address, given[0], given[1])
 
     return run

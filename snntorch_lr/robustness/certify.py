@@ -15,8 +15,8 @@ from ..convert import noise_off, noise_on
 from ..left_as_found import left_as_found
 from ..network import noisy_neurons, reset
 from ..noise import MembraneNoise
-from ..noise_stream import mix
 from ..noisy_neuron import NoisyNeuron
+from ..philox import mix
 from .scoring import ROWS, Share, clopper_pearson, logits_of, seeded, share_of
 from .view import Forward, Target, device_of, evaluating
 

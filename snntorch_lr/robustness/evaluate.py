@@ -6,9 +6,8 @@ import hashlib
 import json
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import _files as atomic
-from .._messages import first_line, versions
+from .._messages import first_line, versions, warn
+from ..anneal import noise_gap
 from ..left_as_found import left_as_found
 from ..network import noises, noisy_neurons, not_finite, reset, spiking_neurons
-from ..noise_stream import mix
+from ..philox import mix
 from . import gates
 from .attacks import Attack, Budget, perturb
 from .corruptions import CORRUPTIONS
@@ -56,12 +56,11 @@ def evaluate(
     name: str = "network",
     cache: str | Path | None = None,
     progress: Progress = lambda what, done, total: None,
-    **outdated: Any,
 ) -> RobustnessReport:
     """Robustness of a network and its baselines: the per-example worst case over attacks, beside gates that must pass.
 
     1. Every network is scored clean with its noise off and on: by the majority of fresh noise draws, and by a single
-       draw.
+       draw. A warning says where the two differ by more than chance.
     2. Every attack runs at every budget, from the smallest, and is scored with noise draws that it has not seen. It
        attacks only what is right clean and under the same attack at smaller budgets: what is wrong within a budget is
        wrong within a larger one. An accuracy under attack is thus a fraction of all images.
@@ -89,7 +88,6 @@ def evaluate(
         cache: folder for finished pieces; the same call goes on from there. An attack of yours is known by its name and
             settings, so change these with its code.
         progress: called with the name of the next piece, the number of pieces done, and their total.
-        **outdated: attributes of ``Protocol``, as in version 0.1; deprecated.
 
     Raises:
         ValueError: if an argument, the data or a network cannot be used, said before any attack.
@@ -102,7 +100,7 @@ def evaluate(
         50.0 ± 40.5 % (masking not ruled out (G5 not run))
     """
     chosen = suite(attacks)
-    protocol = _protocol(protocol, outdated)
+    protocol = protocol or Protocol()
     budgets = _budgets(epsilons, protocol.norm)
     if not any(protocol.norm in attack.norms for attack in chosen):
         raise ValueError(f"none of the attacks {', '.join(a.name for a in chosen)} has the norm {protocol.norm}")
@@ -127,22 +125,18 @@ def evaluate(
             None if cache is None else Path(cache), progress,
         )  # fmt: skip
         rows = tuple(evaluation.row(subject) for subject in subjects)
+    _warn_about_noise_gaps(rows)
     return RobustnessReport(protocol, budgets, seed, chosen, rows)
 
 
-def _protocol(given: Protocol | None, outdated: Mapping[str, Any]) -> Protocol:
-    """Protocol with the keyword arguments of version 0.1, which a warning names."""
-    if unknown := outdated.keys() - {field.name for field in fields(Protocol)}:
-        raise TypeError(f"evaluate() got an unexpected keyword argument {min(unknown)!r}")
-    if outdated:
-        said = ", ".join(f"{name}={value!r}" for name, value in outdated.items())
-        warnings.warn(
-            f"evaluate(..., {said}) is deprecated and goes with version 0.3: write evaluate(..., "
-            f"protocol=Protocol({said})), with Protocol from snntorch_lr.robustness",
-            DeprecationWarning,
-            stacklevel=3,
-        )
-    return replace(given or Protocol(), **outdated)
+def _warn_about_noise_gaps(rows: Sequence[Row]) -> None:
+    """Warns of networks whose accuracy is another one without their noise than by the majority of noise draws."""
+    off = {row.subject.network: row.clean for row in rows if row.subject.noise == "off"}
+    for row in rows:
+        if row.subject.noise == "on" and row.subject.network in off and not row.subject.noisy_in_evaluation:
+            gap = noise_gap(off[row.subject.network], row.clean)
+            if gap is not None:
+                warn(f"{row.subject.network}: {gap}")
 
 
 def _budgets(epsilons: float | Sequence[float], norm: str) -> tuple[float, ...]:

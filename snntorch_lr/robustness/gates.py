@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .._messages import first_line
 from ..network import spiking_neurons
-from ..noise_stream import mix
+from ..philox import mix
 from .attacks import LOSSES, Budget
 from .gradient_attacks import COUNTERFACTUAL, Descent
 from .input_gradient import alignment

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..convert import add_noise, noise_on
-from ..estimators.input_gradient import input_gradient
+from ..first_call import FirstCall
+from ..gradients.base import sampling
+from ..gradients.counterfactual import CounterfactualCredit, check_independent
 from ..network import noisy_neurons, reset
-from ..noise_stream import mix
+from ..node import Control, Presentation
+from ..noisy_neuron import NoisyNeuron
+from ..philox import mix
 from .attacks import LOSSES, margin
+from .pooling import SpikePooling
 from .scoring import seeded
 from .surrogates import Surrogate
-from .view import Target, evaluating
+from .view import Target, device_of, evaluating
 
 TINY = 1e-30
 UNMATCHED_SIGMA = 0.5
 """Noise level at which a network without noise is measured."""
+
+
+class _Apart(CounterfactualCredit):
+    """Credit that the network's own λ neither decides nor learns from."""
+
+    def _present(self, neuron: NoisyNeuron) -> Presentation:
+        return Presentation(torch.tensor(float(self.control or 0)), self.discount, Control())
 
 
 def likelihood_ratio_input_gradient(
@@ -35,8 +47,8 @@ def likelihood_ratio_input_gradient(
 ) -> Tensor:
     """Gradient of the expected loss of one noise draw by the likelihood ratio: without a surrogate.
 
-    By counterfactual credit (``slr.input_gradient``), or by ``vanilla`` for networks with LSTM cells or inhibition. It
-    is the yardstick for surrogates: those of a masked network do not point its way.
+    By counterfactual credit with γ = 1, whatever gradient was chosen for the network. It is the yardstick for
+    surrogates: those of a masked network do not point its way.
 
     Args:
         target: a network with noise in its first spiking layer.
@@ -53,7 +65,8 @@ def likelihood_ratio_input_gradient(
         Gradient of the loss of each image with respect to it, in the shape of x.
 
     Raises:
-        ValueError: if no neuron has noise, or the network cannot be trained by the likelihood ratio.
+        ValueError: if no neuron has noise, a neuron cannot be given this gradient (LSTM cells, inhibition, spikes
+            without noise in front of others), or the images do not reach the loss with a graph.
 
     Examples:
         >>> import snntorch_lr as slr
@@ -61,22 +74,30 @@ def likelihood_ratio_input_gradient(
         >>> likelihood_ratio_input_gradient(Target(net), torch.rand(5, 3), torch.tensor([0, 1, 2, 0, 1])).shape
         torch.Size([5, 3])
     """
-    neurons = noisy_neurons(target.net)
+    net, neurons = target.net, noisy_neurons(target.net)
     if not neurons:
         raise ValueError("the likelihood-ratio gradient needs noisy neurons; this network has none")
-    view = target.view(draws=1)
+    check_independent(net)
+    view, total = target.view(draws=1), torch.zeros_like(x)
+    switch = noise_on(net, torch.Generator(device_of(net)).manual_seed(seed))
+    credit = sampling(neurons, _Apart(discount=1.0, control=control))
+    with evaluating(net), switch, credit, FirstCall(net, neurons), SpikePooling(), seeded(seed):
+        for count, rows, labels in _draws(x, y, copies, chunk):
+            reset(net)
+            losses = LOSSES[loss](view.read(view.net_forward(net, rows)), labels).sum()
+            found = torch.autograd.grad(losses, rows, allow_unused=True)[0] if losses.requires_grad else None
+            if found is None:
+                raise ValueError("the loss has no derivative by the images: look for a detach() or no_grad in forward=")
+            total += found.view(count, *x.shape).sum(0)
+        reset(net)
+    return total / copies
 
-    def losses(images: Tensor, labels: Tensor) -> Tensor:
-        reset(target.net)
-        return LOSSES[loss](view.read(view.net_forward(target.net, images)), labels)
 
-    alone = all(neuron.is_elementwise and not neuron.inhibition for neuron in neurons.values())
-    options: dict[str, Any] = {"control": control} if alone else {"estimator": "vanilla"}
-    with evaluating(target.net), noise_on(target.net):
-        kept = target.estimators.setdefault((loss, control), {})
-        found = input_gradient(target.net, losses, x, y, copies, chunk, kept=kept, seed=seed, **options)
-        reset(target.net)
-    return found
+def _draws(x: Tensor, y: Tensor, draws: int, chunk: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Images and labels in pieces of at most ``chunk`` draws: their number, images with a gradient, labels."""
+    for done in range(0, draws, chunk):
+        count = min(chunk, draws - done)
+        yield count, x.detach().repeat(count, *[1] * (x.dim() - 1)).requires_grad_(), y.repeat(count)
 
 
 def with_noise(target: Target) -> Target:
@@ -124,11 +145,9 @@ def surrogate_input_gradient(
     """
     view = target.view(draws=1, surrogate=surrogate, seed=seed)
     total = torch.zeros_like(x)
-    for done in range(0, draws, chunk):
-        copies = min(chunk, draws - done)
-        rows = x.repeat(copies, *[1] * (x.dim() - 1)).requires_grad_()
-        (gradient,) = torch.autograd.grad(LOSSES[loss](view(rows), y.repeat(copies)).sum(), rows)
-        total += gradient.view(copies, *x.shape).sum(0)
+    for count, rows, labels in _draws(x, y, draws, chunk):
+        (gradient,) = torch.autograd.grad(LOSSES[loss](view(rows), labels).sum(), rows)
+        total += gradient.view(count, *x.shape).sum(0)
     return total / draws
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._messages import install
 from ..left_as_found import left_as_found
-from ..noise_stream import mix
+from ..philox import mix
 from .view import Target, device_of
 
 ROWS = 4000

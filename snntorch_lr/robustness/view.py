@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import noise_off, noise_on
-from ..estimators.pooling import SpikePooling
+from ..gradients.base import surrogate as by_surrogate
 from ..left_as_found import left_as_found
 from ..network import reset
+from .pooling import SpikePooling
 from .surrogates import Surrogate, make_surrogate
 
 Forward = Callable[[Any, Tensor], Tensor]
@@ -25,8 +26,9 @@ class AttackableView(nn.Module):
     Each call resets every neuron's state, draws fresh noise from a generator of its own, averages the logits over the
     draws (which makes its gradient an expectation over transformations, EOT), and leaves the network in the mode and
     state it found: ``train()`` and ``eval()`` of the view, which attack libraries call, do not reach the network, and
-    it always runs in evaluation mode, with noise or without as asked. Max-pooling of spikes is differentiated as what a
-    flip of one spike does: torch's derivative, which goes to the first of several equal spikes, hides the gradient.
+    it always runs in evaluation mode, with noise or without as asked. Spikes have a surrogate gradient, whatever
+    ``attach`` or ``use_gradient`` chose for training. Max-pooling of spikes is differentiated as what a flip of one
+    spike does: torch's derivative, which goes to the first of several equal spikes, hides the gradient.
 
     Args:
         net: the network.
@@ -86,7 +88,8 @@ class AttackableView(nn.Module):
             )
         rows = images.repeat(self.draws, *[1] * (images.dim() - 1))
         switch = noise_on(self.net, self._generator) if self.noise else noise_off(self.net)
-        with evaluating(self.net), switch, self.surrogate.applied_to(self.net), _pooling():
+        pooling = SpikePooling() if torch.is_grad_enabled() else nullcontext()
+        with evaluating(self.net), switch, by_surrogate(self.net), self.surrogate.applied_to(self.net), pooling:
             reset(self.net)
             logits = self.read(self.net_forward(self.net, rows))
             reset(self.net)
@@ -149,8 +152,6 @@ class Target:
     draws: int = 8
     scale: float = 10.0
     sources: Mapping[str, Target] = field(default_factory=dict)
-    # Of likelihood-ratio input gradients of this target: their first calls take several times as long.
-    estimators: dict[Any, dict[int, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def view(
         self,
@@ -170,10 +171,6 @@ class Target:
             scale=self.scale,
             surrogate=surrogate or "training",
         )
-
-
-def _pooling() -> AbstractContextManager[Any]:
-    return SpikePooling(strict=False) if torch.is_grad_enabled() else nullcontext()
 
 
 def device_of(net: nn.Module) -> torch.device:

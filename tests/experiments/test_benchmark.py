@@ -11,7 +11,8 @@ import torch
 
 from snntorch_lr.experiments import benchmark
 from snntorch_lr.experiments.benchmark import Benchmark
-from snntorch_lr.experiments.workloads import METHODS, NOISES, RIVAL, Workload, data_parallel_milliseconds, make_step
+from snntorch_lr.experiments.workloads import NOISES, RIVAL, Workload, kernel_nanoseconds, make_step
+from snntorch_lr.gradients import ESTIMATORS
 
 from .commands import is_one_line, run
 
@@ -22,7 +23,7 @@ TINY: dict[str, Any] = {"num_steps": 4, "width": 20, "batch": 8}
 
 @pytest.mark.parametrize("rate", [False, True])
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("method", ["surrogate", "surrogate, hoisted", RIVAL, "textbook", *METHODS])
+@pytest.mark.parametrize("method", ["surrogate", "surrogate, hoisted", RIVAL, "textbook", *ESTIMATORS])
 def test_every_workload_learns(method: str, noise: str, rate: bool) -> None:
     if method in (RIVAL, "textbook") and (rate or noise == "escape"):
         pytest.skip("written for one case")
@@ -35,7 +36,7 @@ def test_every_workload_learns(method: str, noise: str, rate: bool) -> None:
 
 def test_textbook_has_the_gradient_of_vanilla() -> None:
     means = []
-    for method in ("textbook", "vanilla, store"):
+    for method in ("textbook", "vanilla"):
         step = make_step(Workload(method, copies=20_000, num_steps=3, width=4, batch=2), CPU)
         step()
         gradient = step.net.linears[0].weight.grad
@@ -56,24 +57,24 @@ def test_the_rival_has_the_loss_and_the_gradient_of_the_readout_of_snntorch_wher
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
-def test_processes_share_the_batch_of_a_step() -> None:
-    whole = make_step(Workload("counterfactual, rates", **TINY), CPU)
-    with mock.patch("snntorch_lr.experiments.workloads.share") as share:
-        parts = [make_step(Workload("counterfactual, rates", **TINY), CPU, rank, 3) for rank in range(3)]
-    assert [call.kwargs for call in share.call_args_list] == [{"split": "batch"}] * 3
-    sizes: list[set[int]] = []
-    for step in (whole, *parts):
-        sizes.append(set())
-        step.net.linears[0].register_forward_hook(lambda _, args, out: sizes[-1].add(len(args[0])))
-        step()
-    assert sizes == [{8}, {3}, {3}, {2}]
+@pytest.mark.parametrize("copies", [1, 4])
+def test_one_copy_of_counterfactual_credit_is_a_plain_loop(copies: int) -> None:
+    step = make_step(Workload("counterfactual", copies=copies, **TINY), CPU)
+    rows: list[int] = []
+    step.net.linears[1].register_forward_hook(lambda _, args, out: rows.append(len(args[0])))
+    step()
+    assert set(rows) == {8 * copies}
+    assert all(parameter.grad.any() for parameter in step.net.parameters())
 
 
-def test_two_processes_take_a_step_together_and_an_error_of_one_is_told() -> None:
-    workload = Workload("counterfactual, rates", **TINY)
-    assert data_parallel_milliseconds(workload, 2, 1, 1) > 0
-    with pytest.raises(ChildProcessError, match=r"2 processes .* ended with status 1"):
-        data_parallel_milliseconds(Workload("nonsense", **TINY), 2, 1, 1)
+def test_noise_of_every_kind_is_timed() -> None:
+    threads = torch.get_num_threads()
+    found = kernel_nanoseconds(4, 8, 2, CPU)
+    assert {*found} == {
+        "membrane, gaussian", "membrane, laplace", "membrane, logistic", "escape, logistic", "escape, gaussian"
+    }  # fmt: skip
+    assert all(value > 0 for row in found.values() for value in row.values())
+    assert torch.get_num_threads() == threads
 
 
 def test_hoisting_computes_the_first_current_once() -> None:
@@ -88,8 +89,8 @@ def test_hoisting_computes_the_first_current_once() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def two_methods() -> Iterator[list[str]]:
     """All of them are tried above."""
-    few = ["vanilla, store", "counterfactual, rates"]
-    with mock.patch.object(benchmark, "METHODS", few):
+    few = ["vanilla", "counterfactual"]
+    with mock.patch.object(benchmark, "ESTIMATORS", few):
         yield few
 
 
@@ -102,7 +103,6 @@ def written(tmp_path_factory: pytest.TempPathFactory, two_methods: list[str]) ->
     with pytest.MonkeyPatch.context() as patch:
         # A process for each figure takes minutes; one is measured above.
         patch.setattr(benchmark, "peak_megabytes", lambda make, device: float(make.args[0].num_steps))
-        patch.setattr(benchmark, "data_parallel_milliseconds", lambda workload, processes, *_: 2.0 / processes)
         patch.setattr(benchmark, "find_spec", lambda name: None)
         benchmark.benchmark(options)
     return out
@@ -129,7 +129,6 @@ def test_writes_every_part(written: Path) -> None:
     page = (written / "benchmark.md").read_text()
     assert results["command"] in page
     assert "SpikingJelly is not installed, and has no row" in page
-    assert [row["ratio"] for row in results["data-parallel"]] == [1, 0.5]
     assert [row["method"] for row in results["deep"]] == ["surrogate", *DEEP] * 2
     assert {path.name for path in written.glob("*.png")} == {"steps.png", "memory.png"}
 
@@ -145,7 +144,7 @@ def test_the_command_runs_chosen_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--part", "speed"], "steps, kernels, deep, data-parallel, memory, growth, accuracy"),
+        (["--part", "speed"], "steps, kernels, deep, memory, growth, accuracy"),
         (["--dataset", "cifar"], "mnist, fashion-mnist, digits"),
         (["--repeats", "0"], "--repeats must be at least 1"),
         (["--copies", "0"], "--copies must be at least 1"),
@@ -160,7 +159,7 @@ def test_wrong_arguments_are_one_line(arguments: list[str], message: str, tmp_pa
 
 def test_no_two_lines_of_a_figure_look_alike() -> None:
     methods = ["surrogate", "surrogate, hoisted", "surrogate, noise", RIVAL, "textbook"]
-    methods += [f"{method}, {noise}" for method in METHODS for noise in NOISES]
+    methods += [f"{method}, {noise}" for method in ESTIMATORS for noise in NOISES]
     rows = [{"method": method, "copies": copies, "ratio": copies} for method in methods for copies in (1, 2)]
     (axes,) = benchmark._figure(rows, "copies", "ratio", ["K", "ratio"]).axes
     looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}

@@ -12,17 +12,6 @@ from snntorch_lr.experiments.workloads import Workload, make_step, peak_megabyte
 CPU = torch.device("cpu")
 
 
-def test_memory_of_replay_does_not_grow_with_time_and_that_of_the_surrogate_does() -> None:
-    def peak(method: str, num_steps: int) -> float:
-        workload = Workload(method, num_steps=num_steps, rate=True, width=400)
-        return peak_megabytes(partial(make_step, workload, CPU), CPU)
-
-    first, last = peak("vanilla, replay", 10), peak("vanilla, replay", 100)
-    assert last < 1.5 * first + 1
-    # A spike and a membrane potential of each neuron at each time step, as float32.
-    assert peak("surrogate", 100) > 1e-6 * 128 * 400 * 100 * 8 > 3 * last
-
-
 def test_memory_of_a_recipe_is_that_of_a_whole_step() -> None:
     # The spikes of four copies at all time steps, as bits, and some tensors of the last one as float32.
     recipe = Recipe(method="likelihood ratio", estimator="vanilla", copies=4)

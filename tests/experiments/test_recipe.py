@@ -108,7 +108,7 @@ def test_recipes_of_earlier_versions_are_read(path: Path) -> None:
 
 
 def test_defaults_depend_on_the_data_and_the_estimator() -> None:
-    assert (Recipe(method="surrogate").epochs, Recipe(method="surrogate").copies) == (20, 2)
+    assert (Recipe(method="surrogate").epochs, Recipe(method="surrogate").copies) == (20, 1)
     other = Recipe(method="surrogate", dataset="mnist", estimator="vanilla")
     assert (other.epochs, other.copies) == (4, 16)
     assert (replace(other, dataset="digits", estimator="counterfactual").copies) == 16
@@ -168,6 +168,8 @@ def test_a_penalty_makes_the_first_layer_less_sensitive(method: str, images: dat
         ({"attacker": "magic"}, "unknown attacker"),
         ({"model": "ann"}, "no spiking neurons"),
         ({"stop_at": 0.5}, "validation"),
+        ({"anneal": 0.0}, "anneal must be above 0 and at most 1"),
+        ({"anneal": 2.0}, "anneal must be above 0 and at most 1"),
     ],
 )
 def test_a_wrong_recipe_is_refused_before_training(

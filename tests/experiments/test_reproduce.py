@@ -69,10 +69,13 @@ def test_lines_tell_how_far_it_is_where_there_is_no_terminal(out: Path, tmp_path
         for step in range(1, 11):
             seen.after_step(step, 0.5)
             if step % 5 == 0:
-                seen.after_epoch({"epoch": step // 5, "train_loss": 0.5, "test_accuracy": 0.9}, torch.nn.Linear(1, 1))
+                noisy = {"noisy_test_accuracy": 0.8} if step == 10 else {}
+                entry = {"epoch": step // 5, "train_loss": 0.5, "test_accuracy": 0.9, **noisy}
+                seen.after_epoch(entry, torch.nn.Linear(1, 1))
     told = text.getvalue().splitlines()
     assert told[0] == "training: net"
     assert re.fullmatch(r"net: epoch 1 of 2, about \d s left: loss 0.500, accuracy 90.0%", told[1])
+    assert told[2].endswith("loss 0.500, accuracy 90.0%, with noise 80.0%")
     assert len(told) == 3
 
 
@@ -140,7 +143,8 @@ def test_losses_accuracies_and_noise_levels_are_logged(tmp_path: Path, monkeypat
     events = Writer.written["likelihood-ratio"]
     steps = max(step for _, step in events)
     assert [step for tag, step in events if tag == "loss"] == list(range(1, steps + 1))
-    assert events[-2:] == [("accuracy", steps), ("noise level/neurons.0", steps)]
+    assert events[-3:] == [("accuracy", steps), ("accuracy, noise on", steps), ("noise level/neurons.0", steps)]
+    assert "accuracy, noise on" not in {tag for tag, _ in Writer.written["surrogate"]}
 
 
 def test_without_tensorboard_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +199,7 @@ def test_finished_runs_are_kept_and_resumed(out: Path) -> None:
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--copies", "0"], "--copies must be at least 1"),
         (["--copies", "1", "--estimator", "vanilla"], "copies >= 2"),
+        (["--anneal", "0"], "--anneal must be above 0 and at most 1"),
         (["--epsilon", "2"], "--epsilon must be above 0 and at most 1, got 2"),
         (["--suite", "mild"], "quick, paper, standard"),
         (["--device", "gpu"], "cpu or cuda"),

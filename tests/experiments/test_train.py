@@ -2,17 +2,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from snntorch_lr.estimators import ESTIMATORS
 from snntorch_lr.experiments import data
-from snntorch_lr.experiments.recipe import METHODS, MODELS, Recipe, build, make_network
-from snntorch_lr.experiments.train import split, train, validation_accuracy
+from snntorch_lr.experiments import train as module
+from snntorch_lr.experiments.recipe import METHODS, MODELS, Recipe, build, load_trained, make_network, noise_levels
+from snntorch_lr.experiments.train import accuracy, right, split, train, validation_accuracy
+from snntorch_lr.gradients import ESTIMATORS, CounterfactualCredit
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(method="likelihood ratio", epochs=3, copies=2, num_steps=8, batch_size=16)
+RECIPE = Recipe(method="likelihood ratio", epochs=3, num_steps=8, batch_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +29,11 @@ def images() -> data.Images:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", MODELS)
 def test_loss_falls(method: str, model: str, images: data.Images, tmp_path: Path) -> None:
-    recipe = replace(RECIPE, method=method, model=model, epochs=2, copies=4, learning_rate=1e-2)
-    history = train(recipe, images, tmp_path / "c.pt", CPU).history
-    assert history[-1]["train_loss"] < 0.98 * history[0]["train_loss"]
+    recipe = replace(RECIPE, method=method, model=model, learning_rate=1e-2)
+    run = train(recipe, images, tmp_path / "c.pt", CPU)
+    assert run.history[-1]["train_loss"] < 0.98 * run.history[0]["train_loss"]
+    by_credit = isinstance(getattr(run.net.neurons[0], "sampler", None), CounterfactualCredit)
+    assert by_credit == (method == "likelihood ratio")
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -47,9 +51,20 @@ def test_networks_of_a_seed_start_from_the_same_weights() -> None:
     assert torch.equal(weights[1], weights[2])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_killed_and_resumed_gives_the_same_weights(method: str, images: data.Images, tmp_path: Path) -> None:
-    recipe = replace(RECIPE, method=method)
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"method": method} for method in METHODS),
+        {"copies": 2},
+        {"copies": 2, "estimator": "vanilla"},
+        {"anneal": 0.3},
+        {"method": "surrogate, noise", "anneal": 0.3},
+        {"method": "surrogate", "anneal": 0.3, "input_noise": 0.3},
+    ],
+    ids=str,
+)
+def test_killed_and_resumed_gives_the_same_weights(change: dict[str, Any], images: data.Images, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, **change)
     whole = train(recipe, images, tmp_path / "whole.pt", CPU).net.state_dict()
 
     def kill(done: int, loss: float) -> None:
@@ -67,6 +82,48 @@ def test_killed_and_resumed_gives_the_same_weights(method: str, images: data.Ima
     assert len(resumed.history) == 3
     for name, value in resumed.net.state_dict().items():
         assert torch.equal(value, whole[name]), name
+
+
+@pytest.mark.parametrize("method", ["surrogate, noise", "likelihood ratio"])
+def test_noise_levels_fall_to_a_fraction_which_is_saved(method: str, images: data.Images, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, method=method, anneal=0.25, learn_sigma=False)
+    seen: list[float] = []
+    run = train(
+        recipe, images, tmp_path / "c.pt", CPU,
+        after_epoch=lambda _, net: seen.append(float(net.neurons[0].noise.sigma)),
+    )  # fmt: skip
+    # Geometrically, from one half.
+    assert seen == pytest.approx([0.5 * 0.25 ** (part / 3) for part in (1, 2, 3)])
+    recipe, loaded = load_trained(tmp_path / "c.pt")
+    assert recipe.anneal == 0.25
+    assert noise_levels(loaded) == noise_levels(run.net) == {"neurons.0": [pytest.approx(0.125)]}
+
+
+def test_both_accuracies_of_a_network_with_noise_are_recorded(images: data.Images, tmp_path: Path) -> None:
+    for method in METHODS:
+        run = train(replace(RECIPE, method=method, sigma=2.0, epochs=1), images, tmp_path / f"{method}.pt", CPU)
+        entry = run.history[-1]
+        assert entry["test_accuracy"] == accuracy(run.net, images.test, images.test_labels)
+        draws = torch.stack([right(run.net, images.test, images.test_labels, noise=True) for _ in range(50)]).double()
+        if method == "surrogate":
+            assert "noisy_test_accuracy" not in entry
+            assert (draws == draws[0]).all()
+        else:
+            assert entry["noisy_test_accuracy"] == pytest.approx(float(draws.mean()), abs=5 * float(draws.mean(1).std()))
+            assert draws.mean() != entry["test_accuracy"]
+            assert run.net.neurons[0].noise.forced is None
+
+
+@pytest.mark.parametrize(("off", "on", "told"), [(10, 30, True), (28, 30, False), (30, 10, False)])
+def test_a_network_that_is_another_one_without_its_noise_is_warned_of_at_the_end(
+    off: int, on: int, told: bool, images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, "right", lambda net, images, labels, noise: torch.arange(50) < (on if noise else off))
+    train(replace(RECIPE, epochs=2), images, tmp_path / "net.pt", CPU)
+    said = [str(each.message) for each in recwarn if "another one" in str(each.message)]
+    assert len(said) == told
+    assert not told or said[0].startswith("net: accuracy is 20.0 % without the noise, as after net.eval(), and 60.0 %")
 
 
 def test_training_stops_where_the_held_out_images_are_right_often_enough(images: data.Images, tmp_path: Path) -> None:
@@ -104,7 +161,7 @@ def test_held_out_images_are_not_trained_on(images: data.Images, tmp_path: Path)
 
 def test_a_checkpoint_of_other_settings_is_refused(images: data.Images, tmp_path: Path) -> None:
     train(replace(RECIPE, epochs=1), images, tmp_path / "c.pt", CPU)
-    with pytest.raises(ValueError, match=r"copies=2 \(now 4\)"):
+    with pytest.raises(ValueError, match=r"copies=1 \(now 4\)"):
         train(replace(RECIPE, epochs=1, copies=4), images, tmp_path / "c.pt", CPU, resume=True)
 
 

@@ -286,16 +286,34 @@ def test_without_the_attacks_of_the_gates_there_is_no_claim() -> None:
         assert plot().axes
 
 
-def test_outdated_arguments_are_the_protocol_and_a_warning_says_so() -> None:
-    net, (images, labels) = canaries.trained(), canaries.digits(4)
-    with pytest.warns(
-        DeprecationWarning, match=r"write evaluate\(\.\.\., protocol=Protocol\(norm='l2', votes=3\)\)"
-    ) as said:
-        report = evaluate(net, [(images, labels)], 0.1, [FAST], norm="l2", votes=3, protocol=Protocol(gates=False))
-    assert [warning.filename for warning in said] == [__file__]
-    assert report.protocol == Protocol(norm="l2", votes=3, gates=False)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'vote'"):
-        evaluate(net, [(images, labels)], 0.1, [FAST], vote=3)
+class Thresholded(nn.Module):
+    """Right only where its neuron fires, which it hardly does without noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lif = slr.Leaky(beta=0.0, threshold=1.05, init_hidden=True, noise=slr.EscapeNoise(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fired = torch.stack([self.lif(x.flatten(1)) for _ in range(20)]).mean(0)
+        return torch.cat([fired, torch.full_like(fired, 0.1)], 1)
+
+
+@pytest.mark.parametrize("at_eval", [False, True])
+def test_a_network_that_is_another_one_without_its_noise_is_warned_of(
+    at_eval: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    net, loader = Thresholded(), [(torch.ones(20, 1, 1, 1), torch.zeros(20, dtype=torch.long))]
+    net.lif.noise.at_eval = at_eval
+    run(net, loader=loader, epsilons=0.1, baselines={"other": nn.Sequential(nn.Flatten(), nn.Linear(1, 2))})
+    said = [str(warning.message) for warning in recwarn if "another one" in str(warning.message)]
+    if at_eval:
+        # Nobody tests it without.
+        assert not said
+    else:
+        (message,) = said
+        assert message.startswith("network: accuracy is 0.0 % without the noise, as after net.eval(), and 100.0 %")
+    run(loader=IMAGES, epsilons=0.1)
+    assert len([each for each in recwarn if "another one" in str(each.message)]) == len(said)
 
 
 def test_every_network_is_a_source_for_the_others() -> None:

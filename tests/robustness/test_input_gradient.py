@@ -57,8 +57,11 @@ def test_two_seeds_agree_with_each_other_and_with_the_matched_surrogate() -> Non
     assert cosine(first + second, through) > 0.8
 
 
-def test_weights_and_modes_are_left_alone() -> None:
+@pytest.mark.parametrize("gradient", ["surrogate", "counterfactual"])
+def test_the_network_is_left_alone(gradient: str) -> None:
     net, x = slr.add_noise(SmallNet(), sigma=0.5).train(), images()
+    slr.use_gradient(net, gradient)
+    sampler, before = net.lif.sampler, {name: value.clone() for name, value in net.state_dict().items()}
     net.fc.weight.requires_grad_(False)
     learned = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     likelihood_ratio_input_gradient(Target(net), x, predictions(net, x), copies=4)
@@ -66,6 +69,35 @@ def test_weights_and_modes_are_left_alone() -> None:
     assert all(parameter.grad is None for parameter in net.parameters())
     assert net.training
     assert not net.lif.mem.any()
+    assert net.lif.sampler is sampler
+    # λ of a training included.
+    torch.testing.assert_close(dict(net.state_dict()), before, rtol=0, atol=0)
+    assert net.lif.control.steps == 0
+
+
+def test_a_gradient_that_was_chosen_for_training_does_not_matter() -> None:
+    net, x = slr.add_noise(SmallNet(), sigma=0.5), images()
+    y = predictions(net, x)
+    plain = likelihood_ratio_input_gradient(Target(net), x, y, copies=8)
+    slr.use_gradient(net, "counterfactual", discount=0.0, control=1.0)
+    assert torch.equal(likelihood_ratio_input_gradient(Target(net), x, y, copies=8), plain)
+
+
+@pytest.mark.parametrize("chunk", [2, 5])
+def test_draws_in_chunks_are_averaged(chunk: int) -> None:
+    """Of a loss that is linear in the image, which no spike has a part in, whatever the draws."""
+    net, x = slr.add_noise(SmallNet(), sigma=0.5), images()
+
+    def linear(net: SmallNet, x: Tensor) -> Tensor:
+        return 0 * net(x)[:, :1] + x.flatten(1)[:, :3] * torch.tensor([1.0, 2.0, 4.0])
+
+    y = torch.zeros(6, dtype=torch.long)
+    found = likelihood_ratio_input_gradient(Target(net, forward=linear), x, y, 5, "margin", chunk=chunk)
+    expected = torch.zeros_like(x).flatten(1)
+    best = (x.flatten(1)[:, 1:3] * torch.tensor([2.0, 4.0])).argmax(1) + 1
+    expected[torch.arange(6), best] = 2.0**best
+    expected[:, 0] = -1
+    torch.testing.assert_close(found.flatten(1), expected)
 
 
 def test_reads_records_as_the_view_does() -> None:
@@ -92,3 +124,53 @@ def test_surrogate_gradient_is_that_of_single_draws() -> None:
 def test_a_network_without_noise_has_no_likelihood_ratio() -> None:
     with pytest.raises(ValueError, match="needs noisy neurons"):
         likelihood_ratio_input_gradient(Target(snn.Leaky(beta=0.9)), images(), torch.zeros(6, dtype=torch.long))
+
+
+class Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = slr.SLSTM(36, 36, init_hidden=True, noise=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x.flatten(1))
+
+
+class Cut(SmallNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Cell(), r"cell \(SLSTM\): an LSTM cell mixes"),
+        (slr.add_noise(SmallNet(inhibition=True), kind="membrane"), r"lif \(Leaky\): inhibition lets only one"),
+        (nn.Sequential(nn.Flatten(), snn.Leaky(0.9, init_hidden=True), slr.Leaky(0.9, init_hidden=True, noise=True)),
+         r"the spikes of 1 \(Leaky\) have no noise, but feed 2"),
+        (slr.add_noise(Cut()), "no derivative by the images"),
+    ],
+    ids=["LSTM", "inhibition", "no noise in front", "cut"],
+)  # fmt: skip
+def test_what_has_no_such_gradient_is_refused_by_name(net: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        likelihood_ratio_input_gradient(Target(net), images(), torch.zeros(6, dtype=torch.long), copies=2)
+
+
+def test_pooled_spikes_are_differentiated_as_what_a_flip_does() -> None:
+    """Two neurons, of which one firing is enough: P = 1 − (1 − P₁)(1 − P₂)."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lif = slr.Leaky(beta=0.9, threshold=0.2, init_hidden=True, noise="escape")
+
+        def forward(self, x: Tensor) -> Tensor:
+            fires = F.max_pool1d(self.lif(x.flatten(1)), 2)
+            return torch.cat([torch.zeros_like(fires), fires], 1)
+
+    x, y = torch.tensor([[[[0.3, 0.1]]]]), torch.tensor([0])
+    found = likelihood_ratio_input_gradient(Target(Pooled()), x, y, copies=8000, loss="margin", chunk=2000)
+    leaf = x.clone().requires_grad_()
+    chances = torch.sigmoid((leaf - 0.2) / 0.5)
+    (expected,) = torch.autograd.grad(1 - (1 - chances).prod(), leaf)
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.01)

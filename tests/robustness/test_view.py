@@ -83,6 +83,24 @@ def test_gradient_reaches_the_images(images: Tensor) -> None:
     assert (x.grad.flatten(1).norm(dim=1) > 0).all()
 
 
+@pytest.mark.parametrize("surrogate", ["training", "gaussian"])
+def test_a_network_that_trains_by_the_likelihood_ratio_is_attacked_through_surrogates(
+    images: Tensor, surrogate: str
+) -> None:
+    gradients = []
+    for gradient in ("surrogate", "counterfactual"):
+        net = slr.add_noise(Net())
+        slr.use_gradient(net, gradient)
+        sampler, x = net.lif.sampler, images.clone().requires_grad_()
+        AttackableView(net, draws=3, surrogate=surrogate)(x).square().sum().backward()
+        gradients.append(x.grad)
+        assert net.lif.sampler is sampler
+        assert (sampler is None) == (gradient == "surrogate")
+        assert net.lif.control.steps == 0
+    assert torch.equal(*gradients)
+    assert gradients[0].any()
+
+
 def test_the_gradient_of_pooled_spikes_reaches_all_that_could_have_fired() -> None:
     class Pooled(nn.Module):
         def __init__(self) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 import snntorch_lr as slr
-from snntorch_lr.noise_stream import NoiseStream
+from snntorch_lr.philox import draw, new_key
 
 BETA, SIGMA, STEPS, COPIES, BATCH = 0.8, 0.5, 5, 6, 4
 
@@ -54,12 +54,11 @@ def test_equals_explicit_rule(convolution: bool, dtype: torch.dtype) -> None:
 
     loss = slr.Vanilla(net, copies=COPIES, seed=7).backward(loss_fn, x, labels)
 
-    seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(7)))
-    stream = NoiseStream(seed, COPIES, 0, COPIES)
+    generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         presynaptic = [step.repeat(COPIES, *[1] * (step.dim() - 1)) for step in x]
         current = [block(p) for p in presynaptic]
-        noise = [stream.draw(t + 1, c, slr.MembraneNoise()) for t, c in enumerate(current)]
+        noise = [draw(slr.MembraneNoise(), c.shape, dtype, c.device, new_key(generator)) for c in current]
         signals, expected_loss = by_hand(current, presynaptic, noise, readout, labels.repeat(COPIES))
         if convolution:
             expected = sum(

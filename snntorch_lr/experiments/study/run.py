@@ -24,7 +24,7 @@ from ...robustness import CORRUPTIONS, Protocol, RobustnessReport, Target, evalu
 from .. import data, files
 from ..options import DataPlace, check, command_line, option
 from ..recipe import Recipe, load_trained, make_network, make_optimizer, noise_levels
-from ..train import make_estimators, split, stepper, train, validation_accuracy
+from ..train import split, stepper, train, validation_accuracy
 from ..workloads import TrainingStep, peak_megabytes
 from .plan import GROUPS, PRESETS, REDUCED, SOURCES, Entry, Evaluation, plan_path, read_plan
 
@@ -192,7 +192,7 @@ def work(entry: Entry, entries: Sequence[Entry], options: Study) -> None:
 def training_step(recipe: Recipe, shape: tuple[int, int, int]) -> TrainingStep:
     """A training step of a recipe on random images of a shape: channels, height, width."""
     net = make_network(recipe, shape)
-    take_step = stepper(recipe, net, make_optimizer(recipe, net), make_estimators(recipe, net))
+    take_step = stepper(recipe, net, make_optimizer(recipe, net))
     x, y = torch.rand(recipe.batch_size, *shape), torch.randint(10, (recipe.batch_size,))
     return TrainingStep(net, lambda: take_step(x, y))
 

@@ -18,7 +18,7 @@ from ..files import share_text
 Result = dict[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 PAPER = ("FGSM", "RFGSM", "PGD", "MIFGSM")
-NUMBERS = ("decay", "input_noise", "adversary", "free", "penalty")
+NUMBERS = ("decay", "input_noise", "adversary", "free", "penalty", "anneal")
 SWITCHES = ("input_noise_each_step", "learn_input_noise")
 
 

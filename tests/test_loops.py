@@ -1,0 +1,384 @@
+"""Training loops as users write them: nothing but ``loss.backward()`` is known of the likelihood ratio there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from snntorch import functional as SF
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import snntorch_lr as slr
+
+from .helpers import assert_same, gradients
+
+NOISES = ["membrane", "escape"]
+FEATURES, HIDDEN, CLASSES, STEPS = 6, 20, 3, 5
+
+
+class Net(nn.Module):
+    """Linear, noisy neuron, Linear, noisy neuron; returns its spikes, ``[time, batch, classes]``."""
+
+    def __init__(self, noise: str = "escape", init_hidden: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        options: dict[str, Any] = {"beta": 0.8, "threshold": 0.5, "noise": noise, "init_hidden": init_hidden}
+        self.fc1, self.lif1 = nn.Linear(FEATURES, HIDDEN), slr.Leaky(**options)
+        self.fc2, self.lif2 = nn.Linear(HIDDEN, CLASSES), slr.Leaky(**options)
+
+    def step(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        spikes, mem1 = self.lif1(self.fc1(x), states[0])
+        out, mem2 = self.lif2(self.fc2(spikes), states[1])
+        return out, mem1, mem2
+
+    def held(self, x: Tensor) -> Tensor:
+        slr.reset(self)
+        return torch.stack([self.lif2(self.fc2(self.lif1(self.fc1(x)))) for _ in range(STEPS)])
+
+    def forward(self, x: Tensor, step: Any = None) -> Tensor:
+        if self.lif1.init_hidden:
+            return self.held(x)
+        states, spikes = (self.lif1.reset_mem(), self.lif2.reset_mem()), []
+        for _ in range(STEPS):
+            out, *states = (step or self.step)(x, *states)
+            spikes.append(out)
+        return torch.stack(spikes)
+
+
+def batch(size: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Three classes that can be told apart."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(size) % CLASSES
+    x = 0.5 * torch.rand(size, FEATURES, generator=generator)
+    x[torch.arange(size), y] += 1
+    return x, y
+
+
+def loss_of(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(net(x).mean(0), y)
+
+
+def backward(net: nn.Module, *losses: Callable[[], Tensor], seed: int = 3) -> dict[str, Tensor]:
+    net.zero_grad()
+    torch.manual_seed(seed)
+    for loss in losses:
+        loss().backward()  # type: ignore[no-untyped-call]
+    return gradients(net)
+
+
+def credit(noise: str = "escape", **options: Any) -> Net:
+    """A network with a fixed λ, so that calls differ by nothing but their noise."""
+    net = Net(noise, **options)
+    slr.use_gradient(net, "counterfactual", control=0.4)
+    return net
+
+
+def accuracy(net: nn.Module) -> float:
+    x, y = batch(60, seed=9)
+    with torch.no_grad(), slr.noise_on(net, torch.Generator().manual_seed(0)):
+        return float((net(x).sum(0).argmax(1) == y).float().mean())
+
+
+def trained(net: Net, step: Callable[[torch.optim.Optimizer, Tensor, Tensor], object], steps: int = 60) -> Net:
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    slr.attach(optimizer, net)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        # There is nothing to be said about loops as these.
+        warnings.simplefilter("error", UserWarning)
+        for number in range(steps):
+            step(optimizer, *batch(seed=number))
+    return net
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_plain_loop_learns(noise: str) -> None:
+    def step(optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        loss_of(net, x, y).backward()
+        optimizer.step()
+
+    net = Net(noise)
+    before = accuracy(net)
+    assert accuracy(trained(net, step)) > max(0.9, before + 0.2)
+
+
+def test_a_regulariser_of_the_mean_rate_of_a_batch_holds_it() -> None:
+    def step(optimizer: torch.optim.Optimizer, x: Tensor, _: Tensor) -> None:
+        optimizer.zero_grad()
+        (net(x).mean() - 0.1).square().backward()
+        optimizer.step()
+        rates.append(float(net(x).detach().mean()))
+
+    net, rates = Net(), list[float]()
+    with torch.no_grad():
+        net.fc2.bias.fill_(0.5)
+    trained(net, step, steps=100)
+    assert rates[0] > 0.3
+    assert sum(rates[-10:]) / 10 == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_backward_passes_of_several_losses_add_up_to_that_of_their_sum(noise: str) -> None:
+    net, (x, y) = credit(noise), batch()
+
+    def both() -> tuple[Tensor, Tensor]:
+        spikes = net(x)
+        return F.cross_entropy(spikes.mean(0), y), F.relu(spikes.mean() - 0.05)
+
+    def apart() -> Tensor:
+        first, second = both()
+        first.backward(retain_graph=True)
+        return second
+
+    parts = backward(net, lambda: both()[0]), backward(net, lambda: both()[1])
+    expected = {name: parts[0][name] + parts[1][name] for name in parts[0]}
+    assert all(part["fc1.weight"].any() for part in parts)
+    assert_same(backward(net, lambda: sum(both())), expected, rtol=1e-4, atol=1e-7)
+    assert_same(backward(net, apart), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_loss_enters_in_proportion(noise: str) -> None:
+    """So accumulation, scaled losses and averages over ranks are right whatever the noise is."""
+    net, (x, y) = credit(noise), batch()
+    once = backward(net, lambda: loss_of(net, x, y))
+    assert_same(backward(net, lambda: -8 * loss_of(net, x, y)), {name: -8 * value for name, value in once.items()})
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_micro_batches_add_up_to_a_batch_on_average(noise: str) -> None:
+    net, (x, y) = credit(noise), batch(8)
+    draws, parts = 250, 4
+
+    def of_batch() -> list[Callable[[], Tensor]]:
+        return [lambda: loss_of(net, x.repeat(draws, 1), y.repeat(draws))]
+
+    def of_micro_batches() -> list[Callable[[], Tensor]]:
+        pairs = zip(x.chunk(parts), y.chunk(parts), strict=True)
+        return [lambda a=a, b=b: loss_of(net, a.repeat(draws, 1), b.repeat(draws)) / parts for a, b in pairs]
+
+    def table(losses: list[Callable[[], Tensor]], seeds: range) -> Tensor:
+        found = [backward(net, *losses, seed=seed) for seed in seeds]
+        return torch.stack([torch.cat([value.flatten() for value in each.values()]) for each in found]).double()
+
+    whole, accumulated = table(of_batch(), range(10)), table(of_micro_batches(), range(100, 110))
+    error = ((whole.var(0) + accumulated.var(0)) / 10).sqrt()
+    differences = ((whole.mean(0) - accumulated.mean(0)) / error)[error > 0]
+    # With 18 degrees of freedom; half a batch in place of one would be far off.
+    assert differences.abs().max() < 5
+    assert differences.square().mean() < 1.5
+    assert ((0.5 * whole.mean(0)) / error)[error > 0].abs().max() > 10
+
+
+def test_an_optimizer_steps_after_several_micro_batches() -> None:
+    def step(optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        for a, b in zip(x.chunk(4), y.chunk(4), strict=True):
+            (loss_of(net, a, b) / 4).backward()
+        optimizer.step()
+
+    net = Net()
+    assert accuracy(trained(net, step)) > 0.9
+
+
+def test_gradients_are_clipped_before_an_attached_step() -> None:
+    net, (x, y) = Net(), batch()
+    optimizer = torch.optim.SGD(net.parameters(), 0.5)
+    slr.attach(optimizer, net)
+    before = {name: value.detach().clone() for name, value in net.named_parameters()}
+    found = backward(net, lambda: loss_of(net, x, y))
+    norm = torch.stack([value.norm() for value in found.values()]).norm()
+    nn.utils.clip_grad_norm_(net.parameters(), float(norm) / 3)
+    optimizer.step()
+    for name, value in net.named_parameters():
+        torch.testing.assert_close(value.detach(), before[name] - 0.5 * found[name] / 3, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_autocast_in_bfloat16_has_about_the_same_gradient_and_learns(noise: str) -> None:
+    net, (x, y) = credit(noise), batch(600)
+
+    def autocast(x: Tensor = x, y: Tensor = y) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_of(net, x, y)
+
+    exact, rounded = backward(net, lambda: loss_of(net, x, y)), backward(net, autocast)
+    for name in ("fc1.weight", "fc2.weight"):
+        assert rounded[name].dtype == torch.float32
+        assert torch.cosine_similarity(exact[name].flatten(), rounded[name].flatten(), 0) > 0.9
+
+    def step(optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        autocast(x, y).backward()
+        optimizer.step()
+
+    assert accuracy(trained(net, step)) > 0.9
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="no scaler for a CPU")
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_grad_scaler_keeps_small_losses_in_float16_and_skips_an_overflow(noise: str) -> None:
+    small, (x, y) = 2.0**-17, batch(600)
+    net = credit(noise)
+    optimizer, scaler = torch.optim.SGD(net.parameters(), 1.0), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+
+    def loss(scale: float) -> Tensor:
+        with torch.autocast("cpu", torch.float16):
+            return scale * loss_of(net, x, y)
+
+    exact = backward(net, lambda: loss_of(net, x, y))
+    backward(net, lambda: scaler.scale(loss(small)))
+    scaler.unscale_(optimizer)
+    for name in ("fc1.weight", "fc2.weight"):
+        assert (gradients(net)[name] / small - exact[name]).norm() < 0.1 * exact[name].norm()
+    scaler.update()
+
+    net = Net(noise)
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    slr.attach(optimizer, net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    skipped = []
+    for number in range(90):
+        x, y = batch(seed=number)
+        optimizer.zero_grad()
+        before = {name: value.detach().clone() for name, value in net.named_parameters()}
+        scaler.scale(loss(1.0)).backward()
+        overflows = not all(value.isfinite().all() for value in gradients(net).values())
+        scaler.step(optimizer)
+        scaler.update()
+        same = all(torch.equal(value, before[name]) for name, value in net.named_parameters())
+        assert same == overflows
+        skipped.append(overflows)
+    assert 1 <= sum(skipped) < 30
+    assert not skipped[-1]
+    assert bool(net.lif1.noise.control.isfinite().all())
+    assert accuracy(net) > 0.9
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("noise", NOISES)
+def test_activation_checkpointing_of_time_steps_gives_the_same_gradient(noise: str, reentrant: bool) -> None:
+    net, (x, y) = Net(noise), batch()
+    slr.use_gradient(net, "counterfactual")
+    x.requires_grad_()
+
+    def checkpointed(*args: Tensor) -> Any:
+        return checkpoint(net.step, *args, use_reentrant=reentrant)
+
+    found = []
+    for step in (net.step, checkpointed):
+        net.load_state_dict(Net(noise).state_dict())
+        # The second one with a λ that was fitted in the first one.
+        found.append([backward(net, lambda step=step: F.cross_entropy(net(x, step).mean(0), y)) for _ in range(2)])
+    for plain, saved in zip(*found, strict=True):
+        assert_same(saved, plain)
+        assert plain["fc1.weight"].any()
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("noise", NOISES)
+def test_activation_checkpointing_of_a_presentation_that_begins_with_a_reset(noise: str, copies: int) -> None:
+    net, (x, y) = Net(noise, init_hidden=True), batch()
+
+    def loss(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, y: F.cross_entropy(run(x).mean(0), y)
+
+    def checkpointed(x: Tensor) -> Any:
+        return checkpoint(net.held, x, use_reentrant=False)
+
+    found = []
+    for run in (net.held, checkpointed):
+        net.zero_grad()
+        torch.manual_seed(3)
+        slr.Counterfactual(net, copies).backward(loss(run), x, y)
+        found.append(gradients(net))
+    assert_same(*found)
+
+
+def test_activation_checkpointing_with_noise_from_a_generator_of_ones_own_is_refused() -> None:
+    """It repeats the noise of torch's global generator alone."""
+    net, (x, y) = Net(init_hidden=True), batch()
+    with pytest.raises(RuntimeError, match="seed"):
+        slr.Counterfactual(net, seed=0).backward(
+            lambda x, y: F.cross_entropy(checkpoint(net.held, x, use_reentrant=False).mean(0), y), x, y
+        )
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("init_hidden", [False, True])
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_compiled_network_has_the_same_numbers(noise: str, init_hidden: bool, backend: str) -> None:
+    torch.compiler.reset()
+    net, (x, y) = credit(noise, init_hidden=init_hidden), batch()
+    compiled = torch.compile(net, backend=backend)
+    expected = backward(net, lambda: loss_of(net, x, y))
+    for _ in range(2):
+        assert_same(backward(net, lambda: loss_of(compiled, x, y)), expected, rtol=1e-5, atol=1e-7)
+    # Code that was compiled for one gradient is not used for another.
+    slr.use_gradient(net, "surrogate")
+    expected = backward(net, lambda: loss_of(net, x, y))
+    assert_same(backward(net, lambda: loss_of(compiled, x, y)), expected, rtol=1e-5, atol=1e-7)
+    net.eval()
+    torch.testing.assert_close(compiled(x), net(x))
+
+
+LOSSES: dict[str, Any] = {
+    "ce_rate_loss": SF.ce_rate_loss(),
+    "ce_count_loss": SF.ce_count_loss(),
+    "mse_count_loss": SF.mse_count_loss(correct_rate=0.9, incorrect_rate=0.1),
+    "ce_max_membrane_loss": SF.ce_max_membrane_loss(),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_snntorch_train_in_a_plain_loop(name: str) -> None:
+    def step(optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        LOSSES[name](net(x), y).backward()
+        optimizer.step()
+
+    net = Net()
+    assert accuracy(trained(net, step)) > 0.9
+
+
+def test_lightning_trains_it_by_automatic_optimization(tmp_path: Any) -> None:
+    lightning = pytest.importorskip("lightning", reason="pip install lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.steps = Net(init_hidden=True), 0
+
+        def training_step(self, data: Any, _: int) -> Tensor:
+            return loss_of(self.net, *data)
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.steps += 1
+            norms = [parameter.grad.norm() for parameter in self.parameters() if parameter.grad is not None]
+            assert float(torch.stack(norms).norm()) > 0
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            optimizer = torch.optim.Adam(self.parameters(), 0.02)
+            slr.attach(optimizer, self.net)
+            return optimizer
+
+    torch.manual_seed(0)
+    module = Module()
+    batches = [batch(16, seed=number) for number in range(40)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = lightning.Trainer(
+            max_epochs=3, accelerator="cpu", accumulate_grad_batches=2, gradient_clip_val=1.0, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    assert module.steps == 60
+    assert module.net.lif1.control.steps == 3 * 40 * STEPS
+    assert accuracy(module.net) > 0.9

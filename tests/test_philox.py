@@ -1,0 +1,159 @@
+"""Random numbers from a counter: known answers, uniform, the same for any number of rows, threads and kernels."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import snntorch_lr as slr
+from snntorch_lr import kernels
+from snntorch_lr.philox import Drawn, draw, mix, new_key, philox, resolved
+
+UNIFORM = slr.EscapeNoise()
+DTYPES = [torch.float32, torch.float64]
+
+
+class Unknown:
+    """Noise that kernels do not know."""
+
+    kind = None
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return u.mul_(2)
+
+
+def drawn(rows: int, numbers: int, key: int = 0, dtype: torch.dtype = torch.float32, noise: Drawn = UNIFORM) -> Tensor:
+    return draw(noise, torch.Size((rows, numbers)), dtype, torch.device("cpu"), key)
+
+
+@pytest.fixture(params=[True, False], ids=["OpenMP", "own threads"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Two threads, of either kind."""
+    pytest.importorskip("numba")
+    from snntorch_lr.kernels import cpu
+
+    if not request.param:
+        monkeypatch.setattr(cpu, "_openmp", lambda: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+# Of the authors' own file of known answers, for ten rounds.
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((2**32 - 1,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers(
+    counter: tuple[int, int, int, int], key: int, words: tuple[int, int, int, int]
+) -> None:
+    assert tuple(int(word) for word in philox(counter, key, (1,))) == words
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_are_uniform_between_the_end_points(dtype: torch.dtype) -> None:
+    numbers = drawn(1, 300_000, dtype=dtype)[0].double()
+    assert numbers.min() > -1
+    assert numbers.max() < 1
+    expected = torch.full((100,), 3_000.0, dtype=torch.float64)
+    # Chi-square with 99 degrees of freedom: mean 99, standard deviation 14.
+    assert ((torch.histc(numbers, 100, -1, 1) - expected).square() / expected).sum() < 99 + 5 * 14
+    correlation = torch.corrcoef(torch.stack((numbers[:-1], numbers[1:])))[0, 1]
+    assert correlation.abs() < 5 / len(numbers) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_end_points_are_never_reached_and_the_middle_is_no_value(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [0x80000000, 0xFFFFFFFF, 0, 0x7FFFFFFF]
+    monkeypatch.setattr(kernels, "noise_on", lambda *_: None)
+    monkeypatch.setattr("snntorch_lr.philox.philox", lambda *_: [torch.full((1, 1), word) for word in words])
+    numbers = drawn(1, 4, dtype=dtype)[0]
+    assert -1 < numbers[0] < numbers[1] < 0 < numbers[2] < numbers[3] < 1
+    assert torch.equal(numbers, -numbers.flip(0))
+
+
+@pytest.mark.parametrize("numbers", [1, 3, 1001, 40_000])
+def test_more_rows_leave_the_first_ones_as_they_are(numbers: int) -> None:
+    whole = drawn(6, numbers)
+    for rows in range(6):
+        assert torch.equal(drawn(rows, numbers), whole[:rows])
+
+
+@pytest.mark.parametrize("numbers", [3, 9_000])
+def test_keys_rows_and_places_are_independent(numbers: int) -> None:
+    one = drawn(12, numbers)
+    others = [drawn(12, numbers, 1), drawn(12, numbers, 2**40), one.roll(1, 0), one.roll(1, 1)]
+    for other in [*others, one.roll(-(-numbers // 4), 1)]:
+        correlation = torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1]
+        assert correlation.abs() < 5 / one.numel() ** 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("noise", [UNIFORM, Unknown()])
+def test_numba_and_torch_draw_the_same(noise: Drawn, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    fused = drawn(4, 1003, 2**61 + 5, dtype, noise)
+    monkeypatch.setattr(kernels, "_load", lambda device: None)
+    assert torch.equal(drawn(4, 1003, 2**61 + 5, dtype, noise), fused)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_draw_the_same(dtype: torch.dtype, threads: None) -> None:
+    two = drawn(6, 40_000, dtype=dtype)
+    torch.set_num_threads(1)
+    assert torch.equal(drawn(6, 40_000, dtype=dtype), two)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_has_threads_of_its_own(threads: None) -> None:
+    numbers = drawn(6, 40_000).tolist()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            # Torch's own threads are gone: nothing of torch that takes them.
+            os.write(writer, b"same" if drawn(6, 40_000).tolist() == numbers else b"other")
+        finally:
+            os._exit(0)
+    os.close(writer)
+    assert os.read(reader, 5) == b"same"
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_drawn_with_more_digits(dtype: torch.dtype) -> None:
+    assert resolved(dtype) == torch.float32
+    assert torch.equal(drawn(2, 5, dtype=dtype), drawn(2, 5).to(dtype))
+
+
+def test_keys_come_from_a_generator_and_repeat_with_its_seed() -> None:
+    torch.manual_seed(0)
+    keys = [new_key(), new_key(), new_key(torch.Generator().manual_seed(0))]
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    assert len(set(keys)) == 2
+    assert keys[0] == keys[2] == new_key(torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [new_key(), new_key()] == keys[:2]
+    assert all(0 <= key < 2**63 for key in keys)
+
+
+def test_seeds_of_several_numbers_differ_by_each_and_by_their_order() -> None:
+    seeds = [mix(1, 2), mix(2, 1), mix(1), mix(2), mix(1, 2, 0), mix(0, 1, 2)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,0 +1,309 @@
+"""Time steps whose spikes are sampled: what comes out is snnTorch's, and the spike that was sampled resets."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import snntorch as snn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import snntorch_lr as slr
+from snntorch_lr.gradients import CounterfactualCredit
+from snntorch_lr.gradients.vanilla import Scores
+
+from .helpers import (
+    BATCH,
+    CLASSES,
+    DEVICES,
+    FEATURES,
+    RESETS,
+    Net,
+    build,
+    data,
+    has_option,
+    initial_states,
+    inputs_for,
+    run,
+)
+
+NOISES = ["membrane", "escape"]
+WITH_DELAY = [name for name in CLASSES if has_option(name, "reset_delay") and name != "RSynaptic"]
+CONVENTIONS: dict[str, dict[str, bool]] = {
+    "by hand": {},
+    "hidden": {"init_hidden": True},
+    "output": {"init_hidden": True, "output": True},
+}
+
+
+def make_noise(kind: str, sigma: float) -> slr.MembraneNoise | slr.EscapeNoise:
+    return slr.EscapeNoise(sigma) if kind == "escape" else slr.MembraneNoise(sigma)
+
+
+def sampled(neuron: Any) -> Any:
+    """The neuron with sampled spikes: by counterfactual credit, and LSTM cells by the plain likelihood ratio."""
+    if neuron.is_elementwise:
+        slr.use_gradient(neuron)
+    else:
+        neuron.sampler = Scores()
+    return neuron
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize(
+    ("name", "delay"), [*((name, True) for name in CLASSES), *((name, False) for name in WITH_DELAY)]
+)
+def test_a_train_with_hardly_any_noise_is_snntorchs(
+    name: str, delay: bool, reset: str, noise: str, convention: str
+) -> None:
+    options: dict[str, Any] = {"reset_mechanism": reset, **CONVENTIONS[convention]}
+    if not delay:
+        options["reset_delay"] = False
+    x = inputs_for(name)
+    expected = run(build(snn, name, **options), x)
+    assert 0 < torch.stack([output[0] for output in expected]).mean() < 1
+    neuron = sampled(build(slr, name, noise=make_noise(noise, 1e-6), **options))
+    outputs = run(neuron, x.requires_grad_())
+    for ours, theirs in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert all(output[0].requires_grad == neuron.is_elementwise for output in outputs)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("name", [name for name in CLASSES if "LSTM" not in name])
+def test_a_train_does_not_depend_on_its_shadow(name: str, reset: str, noise: str) -> None:
+    neuron = sampled(build(slr, name, noise=make_noise(noise, 0.7), reset_mechanism=reset))
+    trains = []
+    for graph in (True, False):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(graph):
+            trains.append(run(neuron, inputs_for(name).requires_grad_()))
+    for ours, theirs in zip(itertools.chain(*trains[0]), itertools.chain(*trains[1]), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_the_shadow_has_noise_of_its_own_and_the_same_currents(noise: str) -> None:
+    neuron = sampled(slr.Leaky(beta=0.9, noise=make_noise(noise, 0.5)))
+    _, mem = neuron(torch.zeros(100, 5, requires_grad=True), neuron.reset_mem())
+    _, mem = neuron(torch.full((100, 5), 0.5), mem)
+    train, shadow = mem._snntorch_lr_carried.fired
+    assert 0.05 < (train != shadow).float().mean() < 0.95
+    if noise == "escape":
+        train, shadow = neuron(torch.zeros(100, 5), mem)[1]._snntorch_lr_carried.inside["mem"]
+        # What was reset by the same spikes is the same.
+        assert 0 < (train != shadow).float().mean() < 1
+    else:
+        train, shadow = mem._snntorch_lr_carried.inside["mem"]
+        assert (train != shadow).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_everything_has_the_dtype_of_the_membrane(name: str, noise: str, dtype: torch.dtype, device: str) -> None:
+    neuron = sampled(build(slr, name, learn=True, noise=noise, init_hidden=True, output=True).to(device, dtype))
+    outputs = run(neuron, inputs_for(name, dtype).to(device))
+    assert {value.dtype for output in outputs for value in output} == {dtype}
+    assert {value.device.type for output in outputs for value in output} == {device}
+    if neuron.is_elementwise:
+        sum(value.sum() for output in outputs for value in output).backward()
+        gradients = [parameter.grad for parameter in neuron.parameters()]
+        assert all(g is not None and g.dtype == dtype and g.isfinite().all() for g in gradients)
+
+
+def mask(like: Tensor) -> Tensor:
+    return (torch.arange(len(like)) % 2).view(-1, *[1] * (like.dim() - 1)).to(like.dtype)
+
+
+HANDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "hidden": lambda mem: mem,
+    "passed": lambda mem: mem,
+    "detached": lambda mem: mem.detach(),
+    "detached in place": lambda mem: mem.detach_(),
+    "copied": lambda mem: mem.clone(),
+    "detached and copied": lambda mem: mem.detach().clone(),
+    "scaled": lambda mem: 0.9 * mem,
+    "changed in place": lambda mem: mem.detach().mul_(0.9),
+    "masked": lambda mem: mem * mask(mem),
+    "detached and masked": lambda mem: mem.detach() * mask(mem),
+}
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "no graph"])
+@pytest.mark.parametrize("gradient", ["surrogate", "counterfactual", "scores"])
+@pytest.mark.parametrize(
+    ("name", "handed"),
+    [*itertools.product(CLASSES[1:], ["hidden", "passed", "detached and copied"]), *(("Leaky", h) for h in HANDED)],
+)
+def test_the_spike_of_escape_noise_that_was_sampled_resets(name: str, handed: str, gradient: str, graph: bool) -> None:
+    neuron = build(slr, name, noise=slr.EscapeNoise(2.0), init_hidden=handed == "hidden", output=True)
+    if gradient != "surrogate":
+        neuron.sampler = CounterfactualCredit() if gradient == "counterfactual" and neuron.is_elementwise else Scores()
+    torch.manual_seed(0)
+    x = inputs_for(name)[0].requires_grad_()
+    # Not zeros, from which the membrane potential of Alpha is zero again after a step.
+    states = tuple(torch.full_like(neuron(x)[-1].detach(), 0.1) for _ in initial_states(neuron))
+    neuron.reset_mem()
+    last = None
+    with torch.set_grad_enabled(graph):
+        for _ in range(6):
+            spikes, *_ = output = neuron(x) if handed == "hidden" else neuron(x, *states)
+            if last is not None:
+                assert last.any()
+                assert torch.equal(neuron.reset.detach(), last)
+            # Where the mask has made zeros, the presentation is a new one.
+            last = spikes.detach() * (mask(spikes) if "masked" in handed else 1)
+            *others, mem = output[-len(states) :]
+            states = (*others, HANDED[handed](mem))
+
+
+@pytest.mark.parametrize("gradient", ["surrogate", "counterfactual"])
+@pytest.mark.parametrize(
+    "fresh", [lambda lif: lif.reset_mem(), lambda lif: torch.zeros(50, 20)], ids=["reset", "zeros"]
+)
+def test_a_new_presentation_does_not_begin_with_a_reset(fresh: Callable[[Any], Tensor], gradient: str) -> None:
+    neuron = slr.Leaky(beta=0.9, noise=slr.EscapeNoise(5.0))
+    slr.use_gradient(neuron, gradient)
+    for _ in range(3):
+        mem = fresh(neuron)
+        for _ in range(2):
+            spikes, mem = neuron(torch.zeros(50, 20, requires_grad=True), mem)
+            assert spikes.any()
+        assert neuron.reset.any()
+        neuron(torch.zeros(50, 20), fresh(neuron))
+        assert not neuron.reset.any()
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("gradient", ["surrogate", "counterfactual"])
+@pytest.mark.parametrize("noise", NOISES)
+def test_layers_that_share_a_neuron_by_hand_have_states_and_spikes_of_their_own(
+    noise: str, gradient: str, detach: bool
+) -> None:
+    def train(shared: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        lifs = [slr.Leaky(beta=0.9, threshold=0.3, noise=make_noise(noise, 0.5)) for _ in range(2)]
+        lifs = [lifs[0], lifs[0]] if shared else lifs
+        for lif in lifs:
+            slr.use_gradient(lif, gradient)
+        x, trains = torch.full((4, 5), 0.4, requires_grad=True), []
+        first, second = (lif.reset_mem() for lif in lifs)
+        for _ in range(8):
+            spikes, first = lifs[0](x, first)
+            spikes, second = lifs[1](spikes, second)
+            if detach:
+                first, second = first.detach(), second.detach()
+            trains += [spikes, first, second]
+        trains[-3].sum().backward()
+        return [*trains, x.grad]
+
+    for ours, theirs in zip(train(shared=True), train(shared=False), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("gradient", ["surrogate", "counterfactual", "scores"])
+@pytest.mark.parametrize("noise", NOISES)
+def test_spikes_may_be_changed_in_place(noise: str, gradient: str) -> None:
+    def gradients(inplace: bool) -> list[Tensor]:
+        net = Net(noise=noise)
+        estimator = slr.Vanilla(net, 4, seed=0) if gradient == "scores" else None
+        if gradient != "scores":
+            slr.use_gradient(net, gradient)
+
+        def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+            slr.reset(net)
+            out = torch.zeros(())
+            for t in range(x.shape[1]):
+                spikes = F.dropout(net.lif1(net.fc1(x[:, t])), inplace=inplace)
+                spikes = F.dropout(net.lif2(net.fc2(spikes)), inplace=inplace)
+                out = out + net.readout(spikes)
+            return F.cross_entropy(out, y, reduction="none")
+
+        torch.manual_seed(0)
+        if estimator is None:
+            loss_fn(*data()).mean().backward()
+        else:
+            estimator.backward(loss_fn, *data())
+        return [parameter.grad for parameter in net.parameters()]
+
+    for changed, copied in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(changed, copied)
+        assert changed.any()
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_states_that_are_passed_are_gone_on_from(name: str, noise: str) -> None:
+    x, generator = inputs_for(name), torch.Generator().manual_seed(5)
+    plain, neuron = build(snn, name), sampled(build(slr, name, noise=make_noise(noise, 1e-6)))
+    run(plain, x)
+    states = tuple(3 * torch.rand(state.shape, generator=generator) for state in plain(x[0], *initial_states(plain)))
+    states = states[-len(initial_states(plain)) :]
+    expected = plain(x[0], *states)
+    torch.testing.assert_close(neuron(x[0], *states), expected, rtol=0, atol=1e-4)
+    neuron.reset_mem()
+    by_name = dict(zip(neuron.all_states, states, strict=True))
+    torch.testing.assert_close(neuron(x[0], **by_name), expected, rtol=0, atol=1e-4)
+
+
+def test_states_of_another_batch_are_fresh_ones() -> None:
+    lif = sampled(slr.Leaky(beta=0.9, noise=slr.MembraneNoise(1e-6)))
+    _, mem = lif(torch.ones(3, 2), torch.full((4, 2), 5.0))
+    torch.testing.assert_close(mem, torch.ones(3, 2), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_noise_that_is_off_leaves_snntorchs_forward_and_surrogate_gradient(name: str, noise: str) -> None:
+    ours, theirs = sampled(build(slr, name, learn=True, noise=noise)).eval(), build(snn, name, learn=True)
+    x = inputs_for(name)
+    for neuron in (ours, theirs):
+        outputs = run(neuron, x)
+        torch.stack([output[0] for output in outputs]).sum().backward()
+    for parameter, value in theirs.named_parameters():
+        gradient = ours.get_parameter(parameter).grad
+        assert (gradient is None) == (value.grad is None)
+        assert gradient is None or torch.equal(gradient, value.grad)
+
+
+@pytest.mark.parametrize("graded", [1.0, 2.5])
+@pytest.mark.parametrize("noise", NOISES)
+def test_graded_spikes_keep_their_size_and_the_size_learns(noise: str, graded: float) -> None:
+    options = {"graded_spikes_factor": graded, "learn_graded_spikes_factor": True}
+    neuron = sampled(slr.Leaky(beta=0.9, noise=noise, **options))
+    spikes, _ = neuron(torch.ones(50, FEATURES), neuron.reset_mem())
+    assert spikes.unique().tolist() == [0.0, graded]
+    spikes.sum().backward()
+    assert neuron.graded_spikes_factor.grad == spikes.count_nonzero()
+
+
+@pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")
+def test_inhibition_leaves_one_spike() -> None:
+    neuron = slr.Leaky(beta=0.9, inhibition=True, noise=True)
+    neuron.sampler = Scores()
+    spikes, _ = neuron(torch.full((BATCH, FEATURES), 9.0), neuron.reset_mem())
+    assert torch.equal(spikes.sum(1), torch.ones(BATCH))
+    assert len(neuron.sampler.tokens) == 1
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_membrane_may_have_no_features(noise: str) -> None:
+    neuron = sampled(slr.Leaky(beta=0.9, threshold=0.5, learn_beta=True, noise=noise, init_hidden=True))
+    total = sum(neuron(torch.rand(6)) for _ in range(3))
+    assert total.shape == (6,)
+    total.sum().backward()
+    assert all(parameter.grad is not None for parameter in neuron.parameters())
+
+
+def test_no_samples_are_no_problem() -> None:
+    neuron = nn.Sequential(sampled(slr.Leaky(beta=0.9, noise=True, init_hidden=True)))
+    assert slr.rollout(neuron, torch.zeros(0, 3), num_steps=2).shape == (2, 0, 3)
