@@ -50,9 +50,11 @@ def measure_gradients(calls: int = 600) -> Gradients:
         return F.cross_entropy(slr.rollout(net, x, num_steps=8).mean(0), y, reduction="none")
 
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-    hook = slr.attach(optimizer, net)
+    slr.attach(optimizer, net)
     for rows in torch.randint(1500, (60, 64)):
-        optimizer.step(slr.closure(loss_fn, images[rows], labels[rows]))
+        optimizer.zero_grad()
+        loss_fn(images[rows], labels[rows]).mean().backward()
+        optimizer.step()
 
     def gradient(estimator: slr.Estimator) -> Tensor:
         net.zero_grad()
@@ -79,9 +81,8 @@ def measure_gradients(calls: int = 600) -> Gradients:
         other[..., index] = shadow[..., index]
         differences.append(loss(train) - loss(other))
     differences = sorted(sorted(differences, key=abs)[-NEURONS:])
-    return Gradients(
-        mean, gradient(slr.Vanilla(net, copies=16, seed=2)), gradient(hook.estimator), loss(train), differences
-    )  # hook.estimator has its λ as training has fitted it.
+    vanilla, counterfactual = slr.Vanilla(net, copies=16, seed=2), slr.Counterfactual(net, seed=2)
+    return Gradients(mean, gradient(vanilla), gradient(counterfactual), loss(train), differences)
 
 
 def one_number_for_each(gradients: Gradients, dark: bool) -> Figure:
@@ -92,7 +93,7 @@ def one_number_for_each(gradients: Gradients, dark: bool) -> Figure:
     with rc_context({**settings, "font.size": 11}):
         figure = Figure(figsize=(9, 4), layout="constrained")
         above, below = figure.subplots(2, 2, sharex="row", sharey="row", height_ratios=(1, 3))
-        many, few = "vanilla, 16 copies", "counterfactual, 2 copies"
+        many, few = "vanilla, 16 copies", "counterfactual, 1 copy"
         shown = [
             ("One number for every neuron:\nthe loss", many, [gradients.loss] * NEURONS, gradients.vanilla),
             ("A number for each neuron:\nits counterfactual", few, gradients.differences, gradients.counterfactual),
@@ -155,7 +156,8 @@ def spikes_by_counterfactual(drive: float, beta: float, copies: int = 4000, call
     neuron = slr.Leaky(beta=beta, init_hidden=True, noise=noise)
     net = nn.Sequential(nn.Linear(1, 1, bias=False), neuron)
     nn.init.constant_(net[0].weight, drive)
-    estimator = slr.Counterfactual(net, copies=copies, seed=0)
+    # Any γ below 1 would show as a bias here.
+    estimator = slr.Counterfactual(net, copies=copies, discount=1, seed=0)
     found = []
     for _ in range(calls):
         net.zero_grad()

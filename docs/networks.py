@@ -154,22 +154,22 @@ def moving(images: Tensor) -> Tensor:
 
 def membranes_over_time(output: Any, labels: Tensor) -> Tensor:
     """Cross-entropy of the membrane potentials of every time step, summed: tutorial 5."""
-    return sum(F.cross_entropy(step, labels, reduction="none") for step in output[1])
+    return sum(F.cross_entropy(step, labels) for step in output[1])
 
 
 def last_membrane(output: Any, labels: Tensor) -> Tensor:
     """Cross-entropy of the last membrane potential."""
-    return F.cross_entropy(output[1][-1], labels, reduction="none")
+    return F.cross_entropy(output[1][-1], labels)
 
 
 def logits(output: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits."""
-    return F.cross_entropy(output, labels, reduction="none")
+    return F.cross_entropy(output, labels)
 
 
 def of_spikes(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """A loss of snnTorch on the recorded spikes, for each sample."""
-    return lambda output, labels: loss(output[0], labels).reshape(len(labels), -1).mean(1)
+    """A loss of snnTorch on the recorded spikes."""
+    return lambda output, labels: loss(output[0], labels)
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Case:
     Attributes:
         name: in the table.
         make: builds it.
-        loss: of its output and labels, one for each sample.
+        loss: of its output and labels.
         scores: of its output, ``[batch, 10]``: what the loss reads, as the prediction.
         batch: samples in a step.
         rate: learning rate of Adam, for both methods.
@@ -212,9 +212,9 @@ def itself(output: Tensor) -> Tensor:
     return output
 
 
-MSE = SF.mse_count_loss(correct_rate=0.8, incorrect_rate=0.2, reduction="none")
-RATE, COUNT = SF.ce_rate_loss(reduction="none"), SF.ce_count_loss(reduction="none")
-CROWD = SF.ce_count_loss(population_code=True, num_classes=10, reduction="none")
+MSE = SF.mse_count_loss(correct_rate=0.8, incorrect_rate=0.2)
+RATE, COUNT = SF.ce_rate_loss(), SF.ce_count_loss()
+CROWD = SF.ce_count_loss(population_code=True, num_classes=10)
 CASES = [
     Case(
         "tutorial 5: 784-1000-10, loss on membranes",
@@ -246,10 +246,12 @@ def train(case: Case, images: data.Images, steps: int, seed: int, method: str) -
         found["calibration"] = str(slr.calibrate(net, case.encode(images.train[rows[0]])))
     optimizer = torch.optim.Adam(net.parameters(), lr=case.rate)
     if method == OURS:
-        slr.attach(optimizer, net, seed=seed)
+        slr.attach(optimizer, net)
     for chosen in rows:
-        x, y = case.encode(images.train[chosen]), images.train_labels[chosen]
-        optimizer.step(slr.closure(lambda x, y: case.loss(net(x), y), x, y))
+        loss = case.loss(net(case.encode(images.train[chosen])), images.train_labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     found["seconds"] = time.perf_counter() - start
     net.eval()
     with torch.no_grad():

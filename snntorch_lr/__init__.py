@@ -7,11 +7,12 @@ from .convert import add_noise, export_to_nir, noise_off, noise_on, remove_noise
 from .copies import per_copy
 from .diagnostics import GradientReport, gradient_report
 from .gradients import Approximate, Counterfactual, Estimator, Vanilla
-from .network import reset, rollout
+from .network import reset
 from .neurons import SLSTM, Alpha, Lapicque, Leaky, RLeaky, RSynaptic, SConv2dLSTM, Synaptic
 from .noise import EscapeNoise, MembraneNoise, NoisyInput
 from .noisy_neuron import UNSUPPORTED
 from .optim import attach, closure, use_gradient
+from .rollout import rollout
 
 __version__ = "0.3.0"
 

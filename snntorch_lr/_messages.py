@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import platform
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ def install(extra: str) -> str:
     return f"pip install 'snntorch-lr[{extra}]', or in a clone pip install '.[{extra}]'"
 
 
-_INSIDE = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
+# A context manager's frames are its own and contextlib's.
+_INSIDE = (*(str(Path(file).parent) for file in (__file__, torch.__file__)), contextlib.__file__)
 
 
 def warn(message: str) -> None:
@@ -76,7 +77,7 @@ def versions(*packages: str) -> dict[str, str]:
     """Versions of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
-        with suppress(metadata.PackageNotFoundError):
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextvars import ContextVar, Token
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -16,14 +18,16 @@ class Copies:
         count: K.
         targets: of the samples, batch first; their number is taken from the first tensor among them, or from what
             enters the first noisy neuron.
+        neurons: the noisy neurons of the network; those of another one are left alone.
         any_rows: one copy, of any number of rows: nothing is repeated, and no loss belongs to a row.
 
     Attributes:
         ran: a noisy neuron was run.
     """
 
-    def __init__(self, count: int, targets: Any = None, any_rows: bool = False) -> None:
+    def __init__(self, count: int, targets: Any = None, neurons: Iterable[object] = (), any_rows: bool = False) -> None:
         self.count = count
+        self.neurons = frozenset(neurons)
         self.any_rows = any_rows
         sizes = [len(leaf) for leaf in tree_flatten(targets)[0] if isinstance(leaf, Tensor) and leaf.dim()]
         self.batch: int | None = sizes[0] if sizes else None
@@ -43,22 +47,28 @@ class Copies:
         """Number of rows after the first noisy neuron."""
         return self.count * (self.batch or 0)
 
-    def repeat(self, x: Tensor, what: str) -> Tensor:
-        """A tensor with the batch first, ``[batch, ...]`` or ``[copies * batch, ...]``, for all copies, copy-first.
+    def repeat(self, x: Tensor, what: str, dim: int = 0) -> Tensor:
+        """A tensor of ``batch`` or ``copies * batch`` rows for all copies, copy-first.
+
+        Args:
+            x: the tensor.
+            what: names it in errors.
+            dim: dimension of the rows.
 
         Raises:
-            ValueError: if it has another number of rows; ``what`` names it.
+            ValueError: if it has another number of rows.
         """
+        rows = x.shape[dim]
         if self.batch is None:
-            self.batch = len(x)
-        if self.any_rows or len(x) == self.rows:
+            self.batch = rows
+        if self.any_rows or rows == self.rows:
             return x
-        if len(x) != self.batch:
+        if rows != self.batch:
             raise ValueError(
-                f"{what} has {len(x)} rows, but there are {self.batch} samples in {self.count} copies: the first "
+                f"{what} has {rows} rows, but there are {self.batch} samples in {self.count} copies: the first "
                 "dimension must be the batch; of [time, batch, ...] give one time step"
             )
-        return x.repeat(self.count, *[1] * (x.dim() - 1))
+        return torch.cat([x] * self.count, dim)
 
     def repeat_state(self, state: Any) -> Any:
         """A state for all copies; one of another number of rows as it is, which snnTorch replaces by zeros."""

@@ -65,7 +65,11 @@ class FirstCall:
             self.warn_about_noise_free()
             self.warn_about_silence()
 
-    def _fired(self, name: str, neuron: Any, _: Any, output: Any) -> None:
+    def _fired(self, name: str, neuron: Any, args: Any, output: Any) -> None:
+        if not neuron.noise.active:
+            if any(other.noise is not None and other.noise.active for other in self._noisy.values()):
+                self._emitted(place(name, neuron), neuron, args, output)
+            return
         fired = (output[0] if isinstance(output, tuple) else output).detach() != 0
         most, least = fired.any(), fired.all()
         self._most[name] = self._most[name] | most if name in self._most else most
@@ -76,7 +80,7 @@ class FirstCall:
         if isinstance(spikes, Tensor) and spikes.grad_fn is not None:
             self._spikes[spikes.grad_fn._sequence_nr()] = name
         mem = getattr(neuron, "mem", None)
-        resets = getattr(neuron, "reset_mechanism", "none") != "none"
+        resets = getattr(neuron, "reset_mechanism", "none") != "none" or hasattr(neuron, "recurrent")
         if resets and isinstance(mem, Tensor) and mem.grad_fn is not None:
             self._membranes[mem.grad_fn._sequence_nr()] = name
 
@@ -85,7 +89,7 @@ class FirstCall:
             self.finish()
             return
         current = args[0] if args else None
-        if not self._spikes or not isinstance(current, Tensor) or current.grad_fn is None:
+        if not self._spikes or not isinstance(current, Tensor) or current.grad_fn is None or not neuron.noise.active:
             return
         first = min(self._spikes)
         numbers = {node._sequence_nr() for node in ancestors([current], lambda node: node._sequence_nr() < first)}

@@ -47,6 +47,7 @@ class Plan:
     traces: int
 
     @classmethod
+    @torch.no_grad()
     def of(cls, neuron: NoisyNeuron, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Plan | None:
         """The plan for a neuron and currents ``[batch, ...]``; None if its time steps cannot be fused."""
         noise, rule, row = neuron.noise, neuron.fused_update(), shape[1:]

@@ -199,6 +199,8 @@ def to_noisy(neuron: nn.Module, noise: Noise, name: str = "") -> None:
 def to_plain(neuron: nn.Module) -> None:
     """Turns a noisy neuron back into snnTorch's, in place. A class derived by the user stays, without noise."""
     delattr(neuron, "noise")
+    for name in (*NoisyNeuron.transient, "sampler", "warned", "_reset_during"):
+        neuron.__dict__.pop(name, None)
     cls = type(neuron)
     for plain, noisy in NOISY.items():
         if noisy is cls:

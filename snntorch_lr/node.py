@@ -36,7 +36,8 @@ class Control:
 
     def value(self, sums: Tensor) -> Tensor:
         """λ in [0, 1] for a new presentation; takes what was added since the last one into the sums, in place."""
-        if self.pending is not None:
+        # Where activation checkpointing runs a presentation again, the backward pass is still adding.
+        if self.pending is not None and torch._C._current_graph_task_id() == -1:
             found = self.pending.to(sums)
             # The sums would never recover from a gradient that overflowed.
             sums.copy_(torch.where(found.isfinite().all(), self.memory * sums + found, sums))

@@ -189,19 +189,32 @@ def _draw(noise: Noise, like: Tensor, sets: int) -> Tensor:
 
 
 def _sampled(neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """A time step by the sampler of a neuron.
+    """A time step by the sampler of a neuron."""
+    assert neuron.sampler is not None
+    if torch._C._current_graph_task_id() != -1:
+        _check_rerun(neuron, given["mem"])
+    return neuron.sampler.step(neuron, input_, given)
+
+
+def _check_rerun(neuron: NoisyNeuron, mem: Tensor) -> None:
+    """Refuses to be run in a backward pass, by activation checkpointing, with another state or noise than before.
 
     Raises:
-        RuntimeError: if it is computed again in a backward pass, from a state that has gone on since.
+        RuntimeError: if that is the case.
     """
-    task = torch._C._current_graph_task_id()
-    if task != -1 and neuron.init_hidden and neuron._reset_during != task:
-        raise RuntimeError(
-            f"{type(neuron).__name__}: activation checkpointing runs a neuron again whose state has gone on since "
-            "(init_hidden=True): pass states by hand, or checkpoint a whole presentation, which begins with a reset"
+    assert neuron.noise is not None
+    cause = None
+    if neuron.init_hidden and neuron._reset_during != torch._C._current_graph_task_id():
+        cause = (
+            "its state has gone on since (init_hidden=True): pass states by hand, or checkpoint a whole presentation, "
+            "which begins with a reset"
         )
-    assert neuron.sampler is not None
-    return neuron.sampler.step(neuron, input_, given)
+    elif mem.is_leaf and mem.requires_grad and not isinstance(mem, nn.Parameter):
+        cause = "use_reentrant=True hands it a copy of its state, without the shadow's: use use_reentrant=False"
+    elif neuron.noise.generator is not None:
+        cause = "the noise of torch's global generator alone is repeated: leave out seed="
+    if cause is not None:
+        raise RuntimeError(f"{type(neuron).__name__}: activation checkpointing runs a neuron again, but {cause}")
 
 
 _apart = torch.compiler.disable(_sampled)
@@ -295,7 +308,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
             # snnTorch says what is wrong.
             return super().forward(input_, *states, **named_states)
         copies = running_copies()
-        if copies is not None and noise.active:
+        if copies is not None and self in copies.neurons and noise.active:
             copies.ran = True
             input_ = copies.repeat(input_, f"what enters {type(self).__name__}")
             passed = {name: copies.repeat_state(state) for name, state in passed.items()}
@@ -400,8 +413,9 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         origin = self.computed_from(mem) if mem.grad_fn is not None else next(reversed(last), None)
         if origin is None or origin.fired is None or origin.fired.shape != mem.shape:
             return None, None
-        # A spike that was sampled resets, whatever was done to the membrane since; zeros are fresh states.
-        return None, _spikes(origin.fired, mem) * (mem.detach() != 0)
+        # A spike that was sampled resets, whatever was done to the membrane since; rows of zeros are fresh states.
+        goes_on = (mem.detach() != 0).reshape(len(mem), -1).any(1)
+        return None, _spikes(origin.fired, mem) * goes_on.view(-1, *[1] * (mem.dim() - 1))
 
     def train_resets(self, mem: Tensor) -> Tensor | None:
         """The spikes that are to reset a membrane potential that comes back, without those of a shadow."""
@@ -508,7 +522,8 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
             told = inside.told
             epsilon = _draw(noise, mean, inside.sets) if told is None or told.epsilon is None else told.epsilon
         inside.margin, inside.sigma, inside.epsilon = mean - self.threshold, sigma, epsilon.to(resolved(mean.dtype))
-        if not self.threshold.requires_grad:
+        # Forward-mode differentiation puts another tensor in the parameter's place.
+        if not self._parameters.get("threshold", self.threshold).requires_grad:
             return torch.addcmul(mean.detach(), sigma.detach(), epsilon)
         # The margin u - threshold is what decides. With u sampled, a learned threshold would have no score at all.
         return torch.addcmul(inside.margin.detach(), sigma.detach(), epsilon) + self.threshold

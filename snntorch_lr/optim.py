@@ -240,8 +240,8 @@ class Hook:
         scaled = getattr(self.optimizer, "found_inf", None) is not None
         if not scaled and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             check_finite_gradients(self.estimator.net)
-        assert self._first is not None
-        self._first.finish()
+        if self._first is not None and took_part:
+            self._first.finish()
 
 
 def attach(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import kernels
@@ -35,7 +36,8 @@ def new_key(generator: torch.Generator | None = None) -> int:
     """A key of 63 bits from a torch generator; from the global one of the CPU if it is None.
 
     One key makes all noise of a neuron in one call. So ``torch.manual_seed``, checkpointing that keeps the random
-    state, and copies of that state all repeat the noise, whatever device it is drawn on.
+    state, and copies of that state all repeat the noise, whatever device it is drawn on. Processes of
+    ``torch.distributed`` have noise of their own, although their global generators be the same.
 
     Raises:
         RuntimeError: while a CUDA graph is captured, which would repeat this very key in each replay.
@@ -43,7 +45,11 @@ def new_key(generator: torch.Generator | None = None) -> int:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("noise cannot be drawn while a CUDA graph is captured: each replay would repeat it")
     device = "cpu" if generator is None else generator.device
-    return int(torch.empty((), dtype=torch.int64, device=device).random_(generator=generator))
+    key = int(torch.empty((), dtype=torch.int64, device=device).random_(generator=generator))
+    if generator is None and dist.is_available() and dist.is_initialized() and dist.get_rank():
+        # Ranks that were seeded alike would give their first samples the same noise.
+        key = mix(key, dist.get_rank())
+    return key
 
 
 def draw(noise: Drawn, shape: torch.Size, dtype: torch.dtype, device: torch.device, key: int) -> Tensor:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from contextlib import ExitStack
 from importlib.metadata import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import snntorch as snn
 import torch
-from torch import nn
 
 import snntorch_lr as slr
-from snntorch_lr import noise, optim, robustness
+from snntorch_lr import gradients, noise, robustness
 from snntorch_lr.experiments import cli
 from snntorch_lr.experiments.study import page as study_page
 
@@ -35,51 +32,25 @@ def name_of(page: Path) -> str:
     return page.relative_to(pages.ROOT).as_posix()
 
 
-def lightning_stand_in() -> Any:
-    """As much of Lightning's manual optimization as the pages use; the tests do without that package."""
-
-    class LightningModule(nn.Module):
-        def optimizers(self) -> torch.optim.Optimizer:
-            return self.optimizer
-
-        def log(self, name: str, value: Any) -> None:
-            assert torch.isfinite(value)
-
-    class Trainer:
-        def __init__(self, max_epochs: int) -> None:
-            self.max_epochs = max_epochs
-
-        def fit(self, module: Any, loader: Any) -> None:
-            module.optimizer = module.configure_optimizers()
-            for _ in range(self.max_epochs):
-                for index, batch in enumerate(loader):
-                    module.training_step(batch, index)
-            checkpoint: dict[str, Any] = {}
-            module.on_save_checkpoint(checkpoint)
-            module.on_load_checkpoint(checkpoint)
-
-    return SimpleNamespace(LightningModule=LightningModule, Trainer=Trainer)
-
-
-@pytest.mark.filterwarnings("error")
+# The last three are of Lightning itself.
+@pytest.mark.filterwarnings(
+    "error", "ignore::DeprecationWarning:lightning", "ignore:.*num_workers", "ignore:.*LeafSpec"
+)
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
 def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other and from nothing, as a reader would paste them."""
     monkeypatch.chdir(tmp_path)
-    if find_spec("lightning") is None:
-        monkeypatch.setitem(sys.modules, "lightning", lightning_stand_in())
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": "__main__"}
     with ExitStack() as stack:
-        # snnTorch's utils.reset touches every neuron that any test has made.
-        stack.enter_context(mock.patch.object(snn.SpikingNeuron, "instances", []))
         # A page may enter what it adds under a name.
-        for register in (noise.DISTRIBUTIONS, optim.ESTIMATORS, robustness.SUITES, robustness.SURROGATES):
+        for register in (noise.DISTRIBUTIONS, gradients.ESTIMATORS, robustness.SUITES, robustness.SURROGATES):
             stack.enter_context(mock.patch.dict(register))
         # snnTorch's utils.reset resets all neurons that were ever made, those of other tests too.
         stack.enter_context(mock.patch.object(snn.SpikingNeuron, "instances", []))
         for block in pages.blocks(page, "python"):
-            pages.run(block, names)
+            if "import lightning" not in block.code or find_spec("lightning") is not None:
+                pages.run(block, names)
 
 
 @pytest.mark.parametrize("page", LINKED, ids=name_of)
@@ -110,10 +81,6 @@ def commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "line"), commands())
 def test_commands_exist(page: str, line: str) -> None:
     program, *arguments = shlex.split(line, comments=True)
-    if program == "torchrun" and "-m" in arguments:
-        module = arguments.index("-m") + 1
-        assert arguments[module] == "snntorch_lr.experiments.cli"
-        program, arguments = "snntorch-lr", arguments[module + 1 :]
     if program == "snntorch-lr":
         if not arguments[0].startswith("-"):
             cli.COMMANDS[arguments[0]].parse(arguments[0], arguments[1:])
@@ -126,7 +93,7 @@ def test_commands_exist(page: str, line: str) -> None:
         extras = metadata("snntorch-lr").get_all("Provides-Extra") or []
         assert {extra for each in wanted for extra in each.split(",")} <= set(extras)
     else:
-        known = {"git", "cd", "python", "python3", "source", "torchrun", "jupyter"}
+        known = {"git", "cd", "python", "python3", "source", "jupyter"}
         assert program in known, f"nothing checks {program}"
 
 

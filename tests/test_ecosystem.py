@@ -1,4 +1,4 @@
-"""What others do with a noisy network: save, copy, pickle, export, compile and plot it."""
+"""What others do with a noisy network: save, copy, pickle, export and plot it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +15,6 @@ import snntorch as snn
 import torch
 from snntorch import spikegen, surrogate
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import snntorch_lr as slr
 
@@ -82,61 +80,6 @@ def test_state_dicts_that_do_not_fit_say_how_to_load_them() -> None:
         plain(slr).load_state_dict(slr.add_noise(plain()).state_dict())
 
 
-@pytest.mark.parametrize("estimator", [slr.Vanilla, slr.Approximate, slr.Counterfactual])
-def test_gradient_checkpointing_of_blocks_works_and_of_noisy_neurons_is_refused(estimator: type) -> None:
-    net = Net()
-
-    def block(x: Tensor, y: Tensor) -> Tensor:
-        fc2, net.fc2.forward = net.fc2.forward, partial(checkpoint, net.fc2.forward, use_reentrant=False)
-        try:
-            return net.loss(x, y)
-        finally:
-            net.fc2.forward = fc2
-
-    def deep(x: Tensor, y: Tensor) -> Tensor:
-        slr.reset(net)
-        spikes = net.lif1(net.fc1(x[:, 0]))
-        return checkpoint(lambda s: net.readout(net.lif2(net.fc2(s))), spikes, use_reentrant=False).square().sum(1)
-
-    assert_same(estimate(net, estimator), estimate(net, estimator, block))
-    with pytest.raises(RuntimeError, match=r"Leaky: gradient checkpointing runs a noisy neuron again.*blocks without"):
-        estimate(net, estimator, deep)
-    # The network is as it was.
-    assert_same(estimate(net, estimator), estimate(net, estimator, block))
-
-
-@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="no scaler for a CPU")
-def test_grad_scaler_needs_a_loop_and_the_hook_says_so() -> None:
-    net = Net()
-    expected = estimate(net)
-    optimizer, scaler = torch.optim.SGD(net.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
-    estimate(net, loss_fn=lambda x, y: scaler.scale(net.loss(x, y)))
-    scaler.unscale_(optimizer)
-    assert_same(expected, gradients(net), rtol=1e-4, atol=1e-6)
-    hook = slr.attach(optimizer, net)
-    with pytest.raises(RuntimeError, match=r"without a closure.*A GradScaler.*scaler.scale\(losses\)"):
-        scaler.step(optimizer)
-    hook.remove()
-
-
-@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="no scaler for a CPU")
-@pytest.mark.parametrize("estimator", [slr.Vanilla, slr.Approximate, slr.Counterfactual])
-def test_a_grad_scaler_keeps_the_gradients_of_small_losses_in_float16(estimator: type) -> None:
-    net, small = Net(), 2.0**-17
-    expected = estimate(net, estimator)
-    optimizer, scaler = torch.optim.SGD(net.parameters(), lr=1.0), torch.amp.GradScaler("cpu")
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.float16):
-            return scaler.scale(small * net.loss(x, y))
-
-    estimate(net, estimator, loss)
-    scaler.unscale_(optimizer)
-    found = gradients(net)
-    for name in ("fc1.weight", "fc2.weight"):
-        assert (found[name] / small - expected[name]).norm() < 0.03 * expected[name].norm()
-
-
 @pytest.mark.parametrize("copier", COPIERS)
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("name", CLASSES)
@@ -188,7 +131,7 @@ def test_converted_networks_are_copied_after_a_reset() -> None:
     assert_same(dict(copied.state_dict()), dict(net.state_dict()))
 
 
-@pytest.mark.parametrize("estimator", [slr.Vanilla, slr.Counterfactual])
+@pytest.mark.parametrize("estimator", [slr.Vanilla, slr.Approximate, slr.Counterfactual])
 @pytest.mark.parametrize("copier", COPIERS)
 def test_copies_leave_the_contexts_that_they_were_made_in(copier: str, estimator: type) -> None:
     net = Net()
@@ -263,80 +206,6 @@ def test_nir_export_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "snntorch.export_nir", None)
     with pytest.raises(ImportError, match="pip install nir nirtorch"):
         slr.export_to_nir(plain(slr, noise=True), data()[0][:1, 0])
-
-
-@pytest.mark.parametrize(
-    ("estimator", "noise", "options"),
-    [
-        (slr.Vanilla, "membrane", {}),
-        # With escape noise, and with rates, behind a pooling layer below.
-        (slr.Counterfactual, "membrane", {"over_time": "exact"}),
-    ],
-)
-def test_compiled_forward_passes_lose_no_score(estimator: type, noise: str, options: dict[str, Any]) -> None:
-    torch.compiler.reset()
-    net = Net(noise=noise)
-
-    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
-        # Each time step is compiled on its own.
-        return net.loss(x[:, :2], y)
-
-    compiled = torch.compile(loss_fn, backend="eager")
-    expected = estimate(net, estimator, loss_fn, **options)
-    # Compiled code of an ordinary pass is known before, and must not be used while sampling.
-    compiled(*data())
-    assert_same(estimate(net, estimator, compiled, **options), expected)
-    net.zero_grad()
-    compiled(*data()).mean().backward()
-    assert gradients(net)["lif1.noise.log_sigma"].any()
-
-
-class Pooled(nn.Module):
-    """Convolution, noisy neuron, max-pooling of its spikes, readout; each time step can be compiled on its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.lif = nn.Conv2d(1, 2, 3), slr.Leaky(beta=0.9, threshold=0.3, init_hidden=True, noise="escape")
-        self.pool, self.readout = nn.MaxPool2d(2), nn.Linear(2 * 3 * 3, 2)
-
-    def step(self, x: Tensor) -> Tensor:
-        return self.readout(self.pool(self.lif(self.conv(x))).flatten(1))
-
-    def loss(self, x: Tensor, y: Tensor, step: Any = None) -> Tensor:
-        slr.reset(self)
-        out = sum((step or self.step)(x) for _ in range(STEPS))
-        return nn.functional.cross_entropy(out, y, reduction="none")
-
-
-@pytest.mark.parametrize("over_time", ["rates", "exact"])
-def test_compiled_max_pooling_of_spikes_has_the_same_gradient(over_time: str) -> None:
-    torch.compiler.reset()
-    found = []
-    for compiled in (False, True):
-        net = Pooled()
-        step = torch.compile(net.step, backend="eager") if compiled else net.step
-        if compiled:
-            # Code that was compiled outside must not be used where pooling has another derivative.
-            step(torch.rand(3, 1, 8, 8))
-            slr.reset(net)
-        made = slr.Counterfactual(net, copies=2, seed=0, over_time=over_time)
-        for _ in range(2):
-            made.backward(
-                lambda x, y, net=net, step=step: net.loss(x, y, step),
-                torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
-                torch.tensor([0, 1, 1]),
-            )
-        found.append(gradients(net))
-    assert_same(*found)
-
-
-def test_a_network_that_must_be_one_graph_is_refused() -> None:
-    torch.compiler.reset()
-    net = Net()
-    with pytest.raises(Exception, match=r"torch\.compiler\.disable"):
-        estimate(net, loss_fn=torch.compile(net.loss, backend="eager", fullgraph=True))
-    assert not gradients(net)
 
 
 @pytest.mark.parametrize("noise", NOISES)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr import baselines, estimators, objectives
+from snntorch_lr import baselines, gradients, objectives
 
 MODULES = [
     f"{package.__name__}.{found.name}"
-    for package in (slr, estimators)
+    for package in (slr, gradients)
     for found in pkgutil.iter_modules(package.__path__)
     if not found.ispkg
 ]

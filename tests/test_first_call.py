@@ -1,199 +1,281 @@
-"""What an estimator refuses or says in its first call: nothing to learn from, rows that are not apart, other passes."""
+"""What the first forward pass shows: spikes without noise, layers that never fire, nothing to learn."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
+import snntorch as snn
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snntorch_lr as slr
-from snntorch_lr import objectives
-from snntorch_lr.left_as_found import left_as_found
 
-from .helpers import Net, assert_same, data, gradients, nothing_changes
-from .test_silence import ESTIMATORS, every_estimator
+from .helpers import CLASSES, FEATURES, MAKERS, STEPS, Net, build, data, every_estimator, nothing_changes
 
-TWICE = {name: ESTIMATORS[name] for name in ("replay", "chunk")}
-LIKELIHOOD_RATIO = {name: ESTIMATORS[name] for name in ("store", "replay", "chunk", "approximate")}
+COPIES = 4
 
 
-def spikes_of(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits, and the spikes of the last layer, ``[time, rows, neurons]``."""
-    slr.reset(net)
-    spikes = torch.stack([net.lif2(net.fc2(net.lif1(net.fc1(x[:, t])))) for t in range(x.shape[1])])
-    return net.readout(spikes.sum(0)), spikes
+class Chain(nn.Module):
+    """Linear, neuron, Linear, neuron, Linear."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1 = nn.Linear(FEATURES, FEATURES)
+        self.first = first
+        self.fc2 = nn.Linear(FEATURES, FEATURES)
+        self.second = second
+        self.fc3 = nn.Linear(FEATURES, 2)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        slr.reset(self)
+        total = sum(self.fc3(self.second(self.fc2(self.first(self.fc1(x[:, t]))))) for t in range(STEPS))
+        return F.cross_entropy(total, y, reduction="none")
 
 
-COUPLED = {
-    "mean rate": lambda s: s.mean(),
-    "limit": lambda s: (s.mean() - 0.15).clamp(min=0),
-    "lower limit": lambda s: (0.9 - s.mean()).clamp(min=0),
-    "squared rate of each neuron": lambda s: s.mean((0, 1)).square().sum(),
-}
-APART = {
-    "nothing": lambda s: 0.0,
-    "rate": objectives.spike_rate,
-    "limit": lambda s: objectives.rate_above(s, 0.15),
-    "lower limit": lambda s: objectives.rate_below(s, 0.9),
-}
+class MembraneReadout(nn.Module):
+    """Noisy layer, then a noise-free neuron whose membrane potential is the output."""
+
+    def __init__(self, read: str, reset: str, name: str = "Leaky") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1 = nn.Linear(FEATURES, FEATURES)
+        self.lif = slr.Leaky(beta=0.9, threshold=0.3, init_hidden=True, noise=True)
+        self.fc2 = nn.Linear(FEATURES, FEATURES)
+        hidden = read != "returned"
+        self.out = build(snn, name, reset_mechanism=reset, init_hidden=hidden, output=read == "output")
+        self.read = read
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        slr.reset(self)
+        states = self.out.reset_mem()
+        states = states if isinstance(states, tuple) else (states,)
+        for t in range(STEPS):
+            current = self.fc2(self.lif(self.fc1(x[:, t])))
+            output = self.out(current) if self.out.init_hidden else self.out(current, *states)
+            states = output[-len(states) :] if isinstance(output, tuple) else ()
+            mem = self.out.mem if self.read == "attribute" else states[-1]
+        return F.cross_entropy(mem, y, reduction="none")
 
 
-def regularised(net: Net, term: Any) -> Any:
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        logits, spikes = spikes_of(net, x)
-        return F.cross_entropy(logits, y, reduction="none") + 0.1 * term(spikes)
-
-    return loss
+Train = Callable[..., None]
 
 
-@every_estimator
-@pytest.mark.parametrize("noise", ["membrane", "escape"])
-@pytest.mark.parametrize("term", COUPLED.values(), ids=COUPLED)
-def test_losses_that_couple_rows_are_refused(make: Any, term: Any, noise: str) -> None:
-    net = Net(noise=noise)
-    with nothing_changes(net), pytest.raises(ValueError, match=r"changes with the spikes of other rows.*rate_above"):
-        make(net).backward(regularised(net, term), *data())
+def by(estimator: str) -> Train:
+    """``train(net, loss_fn, calls)`` by an estimator, or in a plain loop."""
+
+    def plain(net: Any, loss_fn: Any = None, calls: int = 1) -> None:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+        hook = slr.attach(optimizer, net)
+        try:
+            for _ in range(calls):
+                (loss_fn or net.loss)(*data()).mean().backward()
+                optimizer.step()
+        finally:
+            # Gradients stay, which the test is about.
+            hook._handle.remove()
+
+    def estimate(net: Any, loss_fn: Any = None, calls: int = 1) -> None:
+        made = MAKERS[estimator](net, COPIES)
+        for _ in range(calls):
+            made.backward(loss_fn or net.loss, *data())
+
+    return plain if estimator == "plain loop" else estimate
 
 
-@every_estimator
-@pytest.mark.parametrize("noise", ["membrane", "escape"])
-@pytest.mark.parametrize("term", APART.values(), ids=APART)
-@pytest.mark.filterwarnings("error")
-def test_regularisers_of_each_row_are_taken_without_a_warning(make: Any, term: Any, noise: str) -> None:
-    net = Net(noise=noise)
-    assert make(net).backward(regularised(net, term), *data()).isfinite()
+def noisy(**options: Any) -> Any:
+    return build(slr, "Leaky", init_hidden=True, noise=True, **options)
 
 
-def test_batch_norm_is_warned_of_and_a_loss_that_changes_by_itself_is_not_called_coupled() -> None:
-    net, generator = Net(), np.random.default_rng(0)
-    net.fc2 = nn.Sequential(net.fc2, nn.BatchNorm1d(4))
-    with pytest.warns(UserWarning, match="BatchNorm"):
-        slr.Vanilla(net).backward(lambda x, y: net.loss(x, y) * generator.random(), *data())
-    assert net.fc2[1].training
+WAYS = ["plain loop", *MAKERS]
+every_way = pytest.mark.parametrize("train", [by(way) for way in WAYS], ids=WAYS)
+by_estimators = pytest.mark.parametrize("train", [by(name) for name in MAKERS], ids=MAKERS)
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_membranes_that_couple_rows_are_refused(learned: bool) -> None:
-    net = Net(learn_threshold=learned)
+class TestNoiseFreeNeurons:
+    """Spikes without noise in a network that has noisy neurons."""
 
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        return net.loss(x, y) + net.lif1.mem.mean()
+    @pytest.mark.parametrize(
+        ("package", "name"), [(slr, "Leaky"), *((snn, name) for name in CLASSES if name != "SConv2dLSTM")]
+    )
+    @every_way
+    def test_before_a_noisy_layer_they_are_refused(self, train: Train, package: Any, name: str) -> None:
+        net = Chain(build(package, name, init_hidden=True), noisy())
+        said = (
+            r"spikes of first \(\w+\) have no noise.*feed second \(Leaky\).*add_noise\(net\).*requires_grad_\(False\)"
+        )
+        for _ in range(2):
+            with nothing_changes(net), pytest.raises(ValueError, match=said):
+                train(net)
+            slr.use_gradient(net, "surrogate")
 
-    with pytest.raises(ValueError, match="other rows"):
-        slr.Vanilla(net).backward(loss, *data())
+    @pytest.mark.filterwarnings("error")
+    @every_way
+    def test_the_remedies_help(self, train: Train) -> None:
+        net = Chain(build(snn, "Leaky", init_hidden=True), noisy())
+        train(slr.add_noise(net))
+        for free in (lambda net: net.fc1.requires_grad_(False), lambda net: setattr(net, "fc1", nn.Identity())):
+            net = Chain(build(snn, "Leaky", init_hidden=True), noisy())
+            free(net)
+            train(net)
+            assert net.fc2.weight.grad.any()
+
+    @every_way
+    def test_a_learned_leak_alone_is_refused(self, train: Train) -> None:
+        net = Chain(build(snn, "Leaky", learn=True, init_hidden=True), noisy())
+        net.fc1 = nn.Identity()
+        with nothing_changes(net), pytest.raises(ValueError, match="spikes of first"):
+            train(net)
+
+    @every_way
+    def test_between_noisy_layers_and_with_their_noise_off_they_are_refused(self, train: Train) -> None:
+        middle = nn.Sequential(noisy(), nn.Linear(3, 3), snn.Leaky(beta=0.9, threshold=0.1, init_hidden=True))
+        net = Chain(middle, noisy())
+        with nothing_changes(net), pytest.raises(ValueError, match=r"spikes of first\.2 \(Leaky\) have no noise"):
+            train(net)
+        net = Chain(noisy(), noisy())
+        net.first.eval()
+        with nothing_changes(net), pytest.raises(ValueError, match=r"spikes of first \(Leaky\) have no noise"):
+            train(net)
+
+    @every_way
+    def test_in_the_loss_they_are_warned_of_once(self, train: Train) -> None:
+        net = Chain(noisy(), build(snn, "Leaky", init_hidden=True))
+        with pytest.warns(
+            UserWarning, match=r"spikes of second \(Leaky\) have no noise.*reset_mechanism='none'"
+        ) as said:
+            train(net, calls=3)
+        assert len(said) == 1
+
+    @by_estimators
+    def test_in_the_loss_of_frozen_weights_or_beside_it_they_are_fine(self, train: Train) -> None:
+        net = Chain(noisy(), build(snn, "Leaky", init_hidden=True))
+        net.fc2.requires_grad_(False)
+        net.first.requires_grad_(False)
+        beside = Net()
+        beside.monitor = snn.Leaky(beta=0.9, init_hidden=True)
+
+        def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+            beside.monitor(beside.fc1(x[:, 0]))
+            return beside.loss(x, y)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(beside, loss_fn)
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("name", ["Leaky", "Lapicque", "Synaptic", "Alpha", "SLSTM"])
+    @pytest.mark.parametrize("read", ["returned", "output", "attribute"])
+    @every_way
+    def test_a_membrane_that_never_resets_is_a_fine_readout(self, train: Train, read: str, name: str) -> None:
+        train(MembraneReadout(read, "none", name))
+
+    @pytest.mark.parametrize("reset", ["subtract", "zero"])
+    @pytest.mark.parametrize("read", ["returned", "output", "attribute"])
+    @by_estimators
+    def test_a_membrane_that_resets_is_warned_of_before_any_change(self, train: Train, read: str, reset: str) -> None:
+        net = MembraneReadout(read, reset)
+        with pytest.warns(
+            UserWarning, match=r"membrane potential of out \(Leaky\), which has no noise and resets.*'none'"
+        ):
+            train(net)
+        with nothing_changes(net), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match="resets"):
+                train(net)
+
+    @pytest.mark.parametrize("name", ["RLeaky", "RSynaptic"])
+    @every_way
+    def test_a_recurrent_readout_is_warned_of(self, train: Train, name: str) -> None:
+        with pytest.warns(UserWarning, match=rf"spikes of out \({name}\) have no noise"):
+            train(MembraneReadout("returned", "none", name))
 
 
-def test_the_look_at_rows_leaves_no_trace() -> None:
-    net = Net()
-    net.loss(*data())
-    before = (torch.get_rng_state(), np.random.get_state()[1].copy(), net.lif1.mem, set(vars(net.lif1)))
-    with left_as_found(net, buffers=True, states=True, random=True):
-        net.loss(*data())
-        np.random.random()
-    assert net.lif1.mem is before[2]
-    assert set(vars(net.lif1)) == before[3]
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])
-
-
-@pytest.mark.parametrize("make", TWICE.values(), ids=TWICE)
-def test_passes_that_differ_are_refused(make: Any) -> None:
-    net, generator, calls = Net(), np.random.default_rng(0), 0
-
-    def coded(x: Tensor, y: Tensor) -> Tensor:
-        return net.loss(x * torch.from_numpy(generator.integers(0, 2, x.shape)), y)
-
-    def counted(x: Tensor, y: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return net.loss(x, y) * 0.9**calls
-
-    for loss in (coded, counted):
-        with nothing_changes(net), pytest.raises(ValueError, match=r"two passes .* differ in .*default_rng"):
-            make(net).backward(loss, *data())
-
-
-@pytest.mark.parametrize("make", TWICE.values(), ids=TWICE)
-def test_numpys_global_randomness_is_the_same_in_both_passes(make: Any) -> None:
-    found = []
-    for each in (ESTIMATORS["store"], make):
-        net = Net()
-        np.random.seed(0)
-
-        def coded(x: Tensor, y: Tensor, net: Net = net) -> Tensor:
-            return net.loss(x * torch.from_numpy(np.random.randint(0, 2, x.shape)), y)
-
-        each(net, seed=0).backward(coded, *data())
-        found.append(gradients(net))
-    assert_same(*found, rtol=1e-4, atol=1e-6)
-
-
-@every_estimator
-def test_a_loss_that_runs_another_network_is_refused(make: Any) -> None:
-    net, other = Net(), Net()
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        return other.loss(x.repeat(len(y) // len(x), 1, 1), y)
-
-    with (
-        nothing_changes(net),
-        pytest.raises(ValueError, match=r"ran none of lif1 \(Leaky\), lif2 \(Leaky\), the noisy neurons of Net"),
-    ):
-        make(net).backward(loss, *data())
-
-
-@every_estimator
-def test_a_frozen_network_is_refused_unless_something_else_learns(make: Any) -> None:
-    net, encoder = Net().requires_grad_(False), nn.Linear(3, 3)
-    with pytest.raises(ValueError, match="there is nothing to learn: all parameters of Net"):
-        make(net).backward(net.loss, *data())
-    make(net).backward(lambda x, y: net.loss(encoder(x), y), *data())
-    assert encoder.weight.grad is not None
-
-
-def test_an_optimizer_of_another_network_is_refused() -> None:
-    net = Net()
-    with pytest.raises(ValueError, match="holds none of the parameters of Net"):
-        slr.attach(torch.optim.SGD(Net().parameters(), 0.1), net)
-    slr.attach(torch.optim.SGD(net.readout.parameters(), 0.1), net)
-
-
-@every_estimator
 @pytest.mark.parametrize(
     ("threshold", "said"), [(1e3, r"lif1 \(Leaky\) never fired"), (-1e3, r"all of lif1 \(Leaky\) fired in every step")]
 )
-def test_layers_that_never_or_always_fire_are_named_once(make: Any, threshold: float, said: str) -> None:
+@every_way
+def test_layers_that_never_or_always_fire_are_named_once(train: Train, threshold: float, said: str) -> None:
     net = Net(reset_mechanism="zero")
     net.lif1.threshold.fill_(threshold)
-    estimator = make(net)
-    with pytest.warns(UserWarning, match=said):
-        estimator.backward(net.loss, *data())
+    with pytest.warns(UserWarning, match=said) as caught:
+        train(net, calls=3)
+    assert sum("fired" in str(warning.message) for warning in caught) == 1
+
+
+@every_way
+def test_warnings_point_at_the_users_line(train: Train) -> None:
+    net = MembraneReadout("returned", "subtract")
+    net.lif.threshold.fill_(1e3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(net)
+    assert caught
+    assert {warning.filename for warning in caught} == {__file__}
+
+
+@by_estimators
+def test_a_frozen_network_is_refused_unless_something_else_learns(train: Train) -> None:
+    net, encoder = Net().requires_grad_(False), nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=r"nothing to learn|no derivative"):
+        train(net)
+    train(net, lambda x, y: net.loss(encoder(x), y))
+    assert encoder.weight.grad is not None
+
+
+@by_estimators
+def test_a_loss_that_runs_another_network_is_refused(train: Train) -> None:
+    net, other = Net(), Net()
+    said = r"ran none of lif1 \(Leaky\), lif2 \(Leaky\), the noisy neurons of Net"
+    with nothing_changes(net), pytest.raises(ValueError, match=said):
+        train(net, lambda x, y: other.loss(x.repeat(len(y) // len(x), 1, 1), y))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_of_a_network_that_is_watched_is_not_watched(copier: Callable[[Net], Net]) -> None:
+    net = Net()
+    slr.use_gradient(net)
+    copied = copier(net)
+    copied.lif1.threshold.fill_(1e3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        estimator.backward(net.loss, *data())
+        for _ in range(2):
+            copied.loss(*data()).mean().backward()
+    assert copied.fc1.weight.grad is not None
 
 
-@pytest.mark.parametrize("make", LIKELIHOOD_RATIO.values(), ids=LIKELIHOOD_RATIO)
-def test_copies_with_equal_losses_are_said(make: Any) -> None:
+def test_nothing_is_left_on_the_network_after_the_first_backward_pass() -> None:
     net = Net()
-    with torch.no_grad():
-        net.readout.weight.zero_()
-    with pytest.warns(UserWarning, match="all copies of a sample have the same loss"):
-        make(net).backward(net.loss, *data())
+    slr.use_gradient(net)
+    for _ in range(2):
+        net.loss(*data()).mean().backward()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
-def test_the_report_says_what_is_exactly_zero_and_why() -> None:
+@every_estimator
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_on_the_network_after_a_call(estimator: str, fails: bool) -> None:
     net = Net()
-    net.lif2.threshold.fill_(1e3)
-    net.unused = nn.Linear(1, 1, bias=False)
-    with pytest.warns(UserWarning, match=r"lif2 \(Leaky\) never fired"):
-        report = slr.gradient_report(net, net.loss, *data(), estimators=["vanilla"], repeats=2, reference=4)
-    assert report.zero["unused.weight"] == "the loss does not depend on it"
-    assert report.zero["fc1.weight"] == "lif2 (Leaky) never fired"
-    assert "readout.bias" not in report.zero
-    assert "fc1.weight: the gradient is exactly zero, lif2 (Leaky) never fired" in report.table()
+    net.monitor = snn.Leaky(beta=0.9, init_hidden=True)
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        net.monitor(net.fc1(x[:, 0]))
+        return net.loss(x, y) / (0 if fails else 1)
+
+    if fails:
+        with pytest.raises(ValueError, match="not finite"):
+            MAKERS[estimator](net, COPIES).backward(loss_fn, *data())
+    else:
+        MAKERS[estimator](net, COPIES).backward(loss_fn, *data())
+    assert all(neuron.sampler is None for neuron in (net.lif1, net.lif2))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    # An ordinary network again.
+    net.zero_grad()
+    net.loss(*data()).mean().backward()
+    assert net.fc1.weight.grad.any()

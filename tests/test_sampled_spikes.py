@@ -62,6 +62,8 @@ def sampled(neuron: Any) -> Any:
 def test_a_train_with_hardly_any_noise_is_snntorchs(
     name: str, delay: bool, reset: str, noise: str, convention: str
 ) -> None:
+    if not delay and noise == "escape" and reset == "subtract":
+        pytest.skip("snnTorch resets a membrane that is above the threshold even after its reset once more")
     options: dict[str, Any] = {"reset_mechanism": reset, **CONVENTIONS[convention]}
     if not delay:
         options["reset_delay"] = False
@@ -145,7 +147,8 @@ HANDED: dict[str, Callable[[Tensor], Tensor]] = {
     [*itertools.product(CLASSES[1:], ["hidden", "passed", "detached and copied"]), *(("Leaky", h) for h in HANDED)],
 )
 def test_the_spike_of_escape_noise_that_was_sampled_resets(name: str, handed: str, gradient: str, graph: bool) -> None:
-    neuron = build(slr, name, noise=slr.EscapeNoise(2.0), init_hidden=handed == "hidden", output=True)
+    options: dict[str, Any] = {"init_hidden": handed == "hidden", "output": True, "reset_mechanism": "subtract"}
+    neuron = build(slr, name, noise=slr.EscapeNoise(2.0), **options)
     if gradient != "surrogate":
         neuron.sampler = CounterfactualCredit() if gradient == "counterfactual" and neuron.is_elementwise else Scores()
     torch.manual_seed(0)

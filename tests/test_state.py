@@ -73,7 +73,8 @@ def backward(net: nn.Module, loss: Callable[[], Tensor], seed: int = 3) -> dict[
 def keys(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     """Sets the keys of the noise of the next calls of noisy neurons."""
     waiting: list[int] = []
-    monkeypatch.setattr("snntorch_lr.noise.new_key", lambda generator=None: waiting.pop(0))
+    for module in ("noise", "fused"):
+        monkeypatch.setattr(f"snntorch_lr.{module}.new_key", lambda generator=None: waiting.pop(0))
 
     def use(values: Sequence[int]) -> None:
         assert not waiting, "not all noise was drawn"

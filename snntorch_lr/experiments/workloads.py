@@ -373,7 +373,7 @@ def _textbook_step(workload: Workload, net: Classifier, x: Tensor, y: Tensor) ->
     return step
 
 
-KERNEL_COLUMNS = ("noise", "torch's random numbers")
+KERNEL_COLUMNS = ("from a counter", "uniform, by torch")
 """What ``kernel_nanoseconds`` measures."""
 
 

@@ -15,14 +15,15 @@ from torch.autograd import forward_ad
 
 from .._messages import place
 from ..baselines import Baseline
+from ..graph import ancestors
 from ..left_as_found import Buffers, RandomState
 from ..network import noisy_neurons
 from ..node import Sample
 from ..noise import MembraneNoise
 from ..noisy_neuron import NoisyNeuron
 from ..validate import check_losses
-from .base import Estimator, LossFn
-from .vanilla import chosen_baseline, weigh
+from .base import LossFn, SamplerOfOnePass
+from .vanilla import RowLosses, weigh
 
 # Torch gives them no types.
 _make_dual: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
@@ -32,7 +33,7 @@ _USE = 'use estimator="counterfactual", or "vanilla"'
 _ROUNDING = 1e-4
 
 
-class Approximate(Estimator):
+class Approximate(RowLosses):
     """The likelihood ratio with scores and presynaptic rates averaged over time separately.
 
     Where ``Vanilla`` sums Σ_t score_t · ∂block(x_t)/∂θ, this estimator computes (Σ_t score_t) · ∂block(x̄)/∂θ with the
@@ -73,21 +74,23 @@ class Approximate(Estimator):
         baseline: str | Baseline = "leave-one-out",
         seed: int | None = None,
     ) -> None:
-        super().__init__(net, copies, seed)
-        self.baseline = chosen_baseline(baseline, self.copies)
+        super().__init__(net, copies, baseline, seed)
         self._internal: Collection[NoisyNeuron] = ()
         for error in mixing_neurons(net):
             raise ValueError(error)
 
     def estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
         """Adds the gradient into ``.grad``."""
+        self.check(neurons, loss_fn, inputs, targets)
         before = RandomState.capture()
-        if not self._inspected:
-            self._look(neurons, loss_fn, inputs, targets)
         summing = _Summing(self._internal)
         with self.first_call(neurons) as first:
             returned, copies = self.run(neurons, summing, loss_fn, inputs, targets)
             losses = check_losses(returned, self.copies, copies.batch or 0, self.net)
+            if first is not None:
+                first.warn_about_noise_free({node._sequence_nr() for node in ancestors([losses])})
+        if first is not None:
+            self._look(neurons, loss_fn, inputs, targets)
         weights = weigh(losses, self.copies, self.baseline, first=first is not None) / len(losses)
         currents: Mapping[NoisyNeuron, Tensor] = {}
         if self._internal:
@@ -171,7 +174,7 @@ class _SeenEnoughError(Exception):
     """All that a pass at mean rates is for has been seen."""
 
 
-class _Rates:
+class _Rates(SamplerOfOnePass):
     """Sampler of a pass in which neurons emit constant rates, and their currents are looked at.
 
     Args:
@@ -284,7 +287,7 @@ def _summed(value: Tensor, like: Tensor) -> Tensor:
     return value.sum(0, keepdim=True).sum_to_size(like.shape).to(like.dtype)
 
 
-class _Summing:
+class _Summing(SamplerOfOnePass):
     """Sampler of a pass that keeps sums over time.
 
     Args:

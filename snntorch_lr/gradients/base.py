@@ -24,6 +24,13 @@ LossFn = Callable[[Any, Any], Tensor]
 """Forward pass and loss: from inputs and targets to one loss per row of the targets."""
 
 
+class SamplerOfOnePass:
+    """Mixin of samplers that keep what they see: copies of the network that are made meanwhile have none of it."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
 class Estimator(ABC):
     """Base class of the estimators: runs ``loss_fn`` on noise copies, and adds a gradient into ``.grad``.
 
@@ -127,7 +134,7 @@ class Estimator(ABC):
         self, neurons: Mapping[str, NoisyNeuron], sampler: Sampler, loss_fn: LossFn, inputs: Any, targets: Any
     ) -> tuple[Any, Copies]:
         """What ``loss_fn`` returns while a sampler gives the spikes of the neurons their gradient; and the copies."""
-        copies = Copies(self.copies, targets, any_rows=self.copies == 1 and not self.needs_rows)
+        copies = Copies(self.copies, targets, neurons.values(), self.copies == 1 and not self.needs_rows)
         for noise in noisy_inputs(self.net).values():
             noise.reset()
         with sampling(neurons, sampler), copies:

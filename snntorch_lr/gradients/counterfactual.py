@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import fused
 from .._messages import place, warn
+from ..copies import running_copies
 from ..graph import version
 from ..network import noisy_neurons
 from ..node import CounterfactualSpike, Presentation, Reads
@@ -74,6 +75,10 @@ class CounterfactualCredit:
         assert presentation is not None
         plan = None if carried is not None else _plan(neuron, input_, given)
         if plan is not None:
+            if fired is None:
+                # By the threshold, as in snnTorch.
+                reset = neuron.mem_reset(mem.detach())
+                fired = reset.expand(2, *reset.shape)
             return self._fused_step(neuron, input_, fused.begin(plan, neuron, presentation, given, fired))
         pairs = {
             name: state.expand(2, *state.shape) if carried is None else carried.pair(name, state)
@@ -100,6 +105,37 @@ class CounterfactualCredit:
         neuron.reset = neuron.reset[0]
         neuron.carry(sample.spikes, inside=inside, others=others, link=link, presentation=presentation)
         return (spikes, *states)
+
+    def sequence(self, neuron: NoisyNeuron, current: Tensor, steps: int, constant: bool) -> tuple[Tensor, ...] | None:
+        """All time steps of a presentation, from fresh states; None if they cannot be fused.
+
+        Args:
+            neuron: the neuron, whose state was reset.
+            current: ``[batch, ...]`` if it is constant, otherwise ``[steps, batch, ...]``.
+            steps: number of time steps.
+            constant: the current is the same in all steps.
+
+        Returns:
+            Spikes and states, ``[steps, batch, ...]``, in the order of ``neuron.state_names``.
+        """
+        if neuron.noise is None or not neuron.noise.active or not torch.is_grad_enabled():
+            return None
+        copies = running_copies()
+        if copies is not None:
+            copies.ran = True
+            current = copies.repeat(current, "a current", dim=0 if constant else 1)
+        shape = current.shape if constant else current.shape[1:]
+        plan = fused.Plan.of(neuron, shape, current.dtype, current.device)
+        if plan is None:
+            return None
+        zeros = dict.fromkeys(neuron.state_names, current.new_zeros(shape))
+        state = fused.begin(plan, neuron, self._present(neuron), zeros, None)
+        state, (spikes, mem, *syn) = fused.advance(state, neuron, current, steps, all_states=neuron.output)
+        last = (each[-1] if neuron.output else each for each in (mem, *syn))
+        for name, each in zip(("mem", "syn"), last, strict=False):
+            setattr(neuron, name, each)
+        neuron.carry(state.code)
+        return (neuron.graded(spikes), *syn, mem)
 
     @staticmethod
     def _fused_step(neuron: NoisyNeuron, input_: Tensor, state: fused.State) -> tuple[Tensor, ...]:

@@ -14,10 +14,10 @@ from ..baselines import BASELINES, Baseline
 from ..node import Score
 from ..noisy_neuron import NoisyNeuron
 from ..validate import check_losses, use_running_statistics, warn_about_batch_norm
-from .base import Estimator, LossFn
+from .base import Estimator, LossFn, SamplerOfOnePass
 
 
-class Scores:
+class Scores(SamplerOfOnePass):
     """Sampler of a forward pass whose samples have scores: their gradient waits for the losses.
 
     Attributes:
@@ -56,34 +56,14 @@ class Scores:
         torch.autograd.backward(roots, gradients)
 
 
-class Vanilla(Estimator):
-    """The likelihood-ratio gradient of weights and noise levels, exact in expectation.
-
-    For J = mean over samples b of E[ℒ_b], with K noise copies and the advantages ℒ̃ of a baseline,
-
-        ∇J ≈ 1/(K·batch) Σ_{k,b} ( ∇ℒ_{k,b} + ℒ̃_{k,b} Σ_t ∇ log p(x_t | everything sampled before t) )
-
-    where x_t is what a neuron samples: its noisy membrane potential (or the distance of that to a threshold that is
-    learned), or with escape noise its spike. Samples are detached and everything else stays in the graph, so that each
-    graph spans one block between two noisy layers: there is no backward pass through time or depth, any differentiable
-    block works, and the loss needs no derivative. ∇ℒ is the ordinary gradient of whatever lies after the last sample,
-    such as a readout without noise.
+class RowLosses(Estimator):
+    """Base of the estimators that weight the scores of each row with the loss of that row.
 
     Args:
-        net: the network; at least one neuron must have noise.
-        copies: K, noise copies of each sample. Only what comes after the first noisy neuron is computed K times.
+        net: the network.
+        copies: K, noise copies of each sample.
         baseline: ``"leave-one-out"``, ``"batch-mean"``, ``"none"``, or a function of the losses ``[copies, batch]``.
-        seed: of the noise; None takes it from torch's global generator.
-
-    Raises:
-        ValueError: if the network has no noisy neuron, or arguments do not go together.
-
-    Examples:
-        >>> estimator = slr.Vanilla(net, copies=16)
-        >>> loss = estimator.backward(loss_fn, images, labels)
-
-    Source: the likelihood ratio for weights and noise levels is the method of arXiv 2302.10802, whose formulas we do
-    not have; the derivation here is ours, and checked against finite differences.
+        seed: of the noise.
     """
 
     def __init__(
@@ -97,19 +77,15 @@ class Vanilla(Estimator):
         self.baseline = chosen_baseline(baseline, self.copies)
         self._warned: set[str] = set()
 
-    def estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
-        """Adds the gradient into ``.grad``."""
+    def check(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> None:
+        """Warns of BatchNorm, and in the first call refuses losses that couple rows.
+
+        Raises:
+            ValueError: see ``check_rows``.
+        """
         self._warned |= warn_about_batch_norm(self.net, self._warned)
         if not self._inspected:
             self.check_rows(neurons, loss_fn, inputs, targets)
-        scores = Scores()
-        with self.first_call(neurons) as first:
-            returned, copies = self.run(neurons, scores, loss_fn, inputs, targets)
-            losses = check_losses(returned, self.copies, copies.batch or 0, self.net)
-            if first is not None:
-                first.check_losses(losses, *scores.tokens)
-        scores.backward(losses, weigh(losses, self.copies, self.baseline, first=first is not None))
-        return losses.detach().mean()
 
     def check_rows(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> None:
         """Refuses losses of rows that change with the spikes of other rows.
@@ -144,6 +120,49 @@ class Vanilla(Estimator):
                 "its own, a mean over time and neurons only (snntorch_lr.objectives.rate_above), or use "
                 'estimator="counterfactual"'
             )
+
+
+class Vanilla(RowLosses):
+    """The likelihood-ratio gradient of weights and noise levels, exact in expectation.
+
+    For J = mean over samples b of E[ℒ_b], with K noise copies and the advantages ℒ̃ of a baseline,
+
+        ∇J ≈ 1/(K·batch) Σ_{k,b} ( ∇ℒ_{k,b} + ℒ̃_{k,b} Σ_t ∇ log p(x_t | everything sampled before t) )
+
+    where x_t is what a neuron samples: its noisy membrane potential (or the distance of that to a threshold that is
+    learned), or with escape noise its spike. Samples are detached and everything else stays in the graph, so that each
+    graph spans one block between two noisy layers: there is no backward pass through time or depth, any differentiable
+    block works, and the loss needs no derivative. ∇ℒ is the ordinary gradient of whatever lies after the last sample,
+    such as a readout without noise.
+
+    Args:
+        net: the network; at least one neuron must have noise.
+        copies: K, noise copies of each sample. Only what comes after the first noisy neuron is computed K times.
+        baseline: ``"leave-one-out"``, ``"batch-mean"``, ``"none"``, or a function of the losses ``[copies, batch]``.
+        seed: of the noise; None takes it from torch's global generator.
+
+    Raises:
+        ValueError: if the network has no noisy neuron, or arguments do not go together.
+
+    Examples:
+        >>> estimator = slr.Vanilla(net, copies=16)
+        >>> loss = estimator.backward(loss_fn, images, labels)
+
+    Source: the likelihood ratio for weights and noise levels is the method of arXiv 2302.10802, whose formulas we do
+    not have; the derivation here is ours, and checked against finite differences.
+    """
+
+    def estimate(self, neurons: Mapping[str, NoisyNeuron], loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:
+        """Adds the gradient into ``.grad``."""
+        self.check(neurons, loss_fn, inputs, targets)
+        scores = Scores()
+        with self.first_call(neurons) as first:
+            returned, copies = self.run(neurons, scores, loss_fn, inputs, targets)
+            losses = check_losses(returned, self.copies, copies.batch or 0, self.net)
+            if first is not None:
+                first.check_losses(losses, *scores.tokens)
+        scores.backward(losses, weigh(losses, self.copies, self.baseline, first=first is not None))
+        return losses.detach().mean()
 
 
 class _SecondCopyForced(Scores):

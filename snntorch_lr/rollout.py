@@ -1,0 +1,149 @@
+"""A sequential network over time, layer by layer: whole sequences go through blocks and neurons at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from ._messages import place, positive_integer
+from .gradients.counterfactual import CounterfactualCredit
+from .network import noisy_inputs, reset, spiking_neurons
+
+# Modules of torch that treat every row alone and draw nothing: time steps may be rows of one call.
+_ROW_BY_ROW = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Flatten,
+    nn.Unflatten, nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.LayerNorm, nn.GroupNorm, nn.ReLU, nn.LeakyReLU,
+    nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Upsample,
+)  # fmt: skip
+
+
+def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) -> Any:
+    """Runs a sequential network over time, from reset states, layer by layer.
+
+    The numbers are those of a loop over time. With ``num_steps`` the inputs are the same in each time step (direct
+    coding): all modules in front of the first neuron are run once, and so is their backward pass; from a ``NoisyInput``
+    that is not frozen on, in each time step. A block between neurons runs once for all time steps if torch's modules
+    in it treat every row alone; otherwise, as BatchNorm in training mode and dropout, in each time step. The time steps
+    of ``Leaky``, ``Lapicque`` and ``Synaptic`` with counterfactual credit are one kernel; neurons that others watch by
+    hooks, and all others, go step by step.
+
+    Args:
+        net: modules in order; its neurons hold their states (``init_hidden=True``).
+        inputs: ``[batch, ...]`` with ``num_steps``, otherwise ``[time, batch, ...]``.
+        num_steps: time steps of a constant input.
+
+    Returns:
+        What the last module returned, over time, ``[time, batch, ...]``, or a tuple of such tensors (spikes and
+        membrane potentials, if the last neuron has ``output=True``).
+
+    Raises:
+        TypeError: if the network is no ``nn.Sequential``.
+        ValueError: if a neuron does not hold its state, a neuron in the middle returns it (``output=True``), or
+            there is no time step.
+
+    Examples:
+        >>> slr.rollout(net, images, num_steps=5).shape
+        torch.Size([5, 4, 10])
+    """
+    if not isinstance(net, nn.Sequential):
+        raise TypeError(
+            f"rollout runs an nn.Sequential, not {type(net).__name__}: write the loop over time yourself, after "
+            "snntorch_lr.reset(net)"
+        )
+    _check(net)
+    steps = len(inputs) if num_steps is None else positive_integer("num_steps", num_steps)
+    if not steps:
+        raise ValueError(f"inputs of shape {tuple(inputs.shape)} have no time step: [time, batch, ...], or num_steps=")
+    reset(net)
+    neurons: set[nn.Module] = {neuron for _, neuron in spiking_neurons(net)}
+    changing = neurons | {noise for noise in noisy_inputs(net).values() if noise.active and not noise.frozen}
+    modules = list(_flat(net))
+    start = 0
+    if num_steps is not None:
+        start = next((i for i, module in enumerate(modules) if changing & set(module.modules())), len(modules))
+        for module in modules[:start]:
+            inputs = module(inputs)
+    if not all(_goes_by_layers(neuron) for neuron in neurons):
+        return _step_by_step(modules[start:], inputs, steps, constant=num_steps is not None)
+    value: Any = inputs
+    constant = num_steps is not None
+    for module in modules[start:]:
+        if module in neurons:
+            value = _neuron(module, value, steps, constant)
+        elif not constant and _is_row_by_row(module):
+            value = module(value.flatten(0, 1)).unflatten(0, (steps, -1))
+        elif constant and module not in changing and _is_row_by_row(module):
+            value = module(value)
+            continue
+        else:
+            value = _stack([module(value if constant else value[step]) for step in range(steps)])
+        constant = False
+    return value.expand(steps, *value.shape) if constant else value
+
+
+def _flat(net: nn.Sequential) -> Iterator[nn.Module]:
+    """The modules of nested sequences in order; a sequence that others watch by hooks stays one module."""
+    for module in net:
+        watched = module._forward_hooks or module._forward_pre_hooks
+        if type(module) is nn.Sequential and not watched:
+            yield from _flat(module)
+        else:
+            yield module
+
+
+def _check(net: nn.Sequential) -> None:
+    last: nn.Module = net
+    while isinstance(last, nn.Sequential) and len(last):
+        last = last[-1]
+    for name, neuron in spiking_neurons(net):
+        where = place(name, neuron)
+        if not getattr(neuron, "init_hidden", True):
+            raise ValueError(f"{where} does not hold its state: make it with init_hidden=True")
+        if getattr(neuron, "output", False) and neuron is not last:
+            raise ValueError(f"{where} returns its state to the module after it: make it with output=False")
+
+
+def _goes_by_layers(neuron: nn.Module) -> bool:
+    """All time steps of a layer may be run before the next layer: not where an estimator keeps sums over time."""
+    sampler = getattr(neuron, "sampler", None)
+    return sampler is None or isinstance(sampler, CounterfactualCredit)
+
+
+def _is_row_by_row(module: nn.Module) -> bool:
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if isinstance(module, (_BatchNorm, _DropoutNd)):
+        return not module.training
+    return type(module) in _ROW_BY_ROW and getattr(module, "start_dim", 1) == 1
+
+
+def _step_by_step(modules: list[nn.Module], inputs: Tensor, steps: int, constant: bool) -> Any:
+    record: list[Any] = []
+    for step in range(steps):
+        value: Any = inputs if constant else inputs[step]
+        for module in modules:
+            value = module(value)
+        record.append(value)
+    return _stack(record)
+
+
+def _stack(record: list[Any]) -> Any:
+    if isinstance(record[0], tuple):
+        return tuple(torch.stack(part) for part in zip(*record, strict=True))
+    return torch.stack(record)
+
+
+def _neuron(neuron: Any, current: Tensor, steps: int, constant: bool) -> Any:
+    """What a neuron returns in all time steps."""
+    sampler = getattr(neuron, "sampler", None)
+    if isinstance(sampler, CounterfactualCredit) and not (neuron._forward_hooks or neuron._forward_pre_hooks):
+        outputs = sampler.sequence(neuron, current, steps, constant)
+        if outputs is not None:
+            return outputs if neuron.output else outputs[0]
+    return _stack([neuron(current if constant else current[step]) for step in range(steps)])

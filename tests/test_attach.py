@@ -1,0 +1,556 @@
+"""``attach``, ``closure`` and ``use_gradient``: which gradient an optimizer's loop has, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer, lr_scheduler
+
+import snntorch_lr as slr
+from snntorch_lr.network import noisy_neurons
+
+from .helpers import BATCH, DEVICES, MAKERS, Net, assert_same, data, every_estimator, gradients
+
+COPIES = 4
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.01, max_iter=3),
+}
+X, Y = data()
+
+
+def weights(net: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+
+
+@contextmanager
+def nothing_is_updated(net: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Weights, gradients and the optimizer are the same after the block."""
+    before = weights(net), gradients(net), str(optimizer.state_dict())
+    try:
+        yield
+    finally:
+        assert_same(before[0], weights(net))
+        torch.testing.assert_close(before[1], gradients(net), rtol=0, atol=0, equal_nan=True)
+        assert before[2] == str(optimizer.state_dict())
+
+
+def attached(optimizer: str = "SGD", net: Net | None = None, **options: Any) -> tuple[Net, Optimizer, slr.optim.Hook]:
+    net = Net() if net is None else net
+    made = OPTIMIZERS[optimizer](net.parameters())
+    return net, made, slr.attach(made, net, **options)
+
+
+def loss_of(net: Net, seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    return net.loss(X, Y).mean()
+
+
+class TestPlainLoop:
+    """``loss.backward(); optimizer.step()``."""
+
+    @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "LBFGS"])
+    def test_steps_with_the_gradient_of_counterfactual_credit(self, name: str) -> None:
+        net, optimizer, _ = attached(name)
+        other = Net()
+        slr.use_gradient(other)
+        plain = OPTIMIZERS[name](other.parameters())
+        start = weights(net)
+        for seed in range(3):
+            for each, made in ((net, optimizer), (other, plain)):
+                made.zero_grad()
+                loss_of(each, seed).backward()
+                made.step()
+            assert_same(weights(net), weights(other))
+        assert all(not torch.equal(value, start[key]) for key, value in weights(net).items())
+
+    def test_an_ordinary_closure_is_one_too(self) -> None:
+        (net, optimizer, _), (other, expected, _) = attached("LBFGS"), attached("LBFGS")
+
+        def backpropagate(each: Net, made: Optimizer) -> Callable[[], Tensor]:
+            def closure() -> Tensor:
+                made.zero_grad()
+                loss = loss_of(each)
+                loss.backward()
+                return loss
+
+            return closure
+
+        loss = optimizer.step(backpropagate(net, optimizer))
+        assert loss == expected.step(closure=backpropagate(other, expected))
+        assert_same(weights(net), weights(other))
+
+    def test_the_loss_falls(self) -> None:
+        net, optimizer, _ = attached("Adam")
+        optimizer.param_groups[0]["lr"] = 0.05
+        losses = []
+        for seed in range(60):
+            optimizer.zero_grad()
+            loss = loss_of(net, seed)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert sum(losses[-10:]) < sum(losses[:10]) - 0.5
+
+    def test_copies_are_refused(self) -> None:
+        net, optimizer, _ = attached(copies=2)
+        loss_of(net).backward()
+        with nothing_is_updated(net, optimizer), pytest.raises(ValueError, match=r"copies=2 is for .*closure"):
+            optimizer.step()
+
+    @pytest.mark.parametrize("estimator", ["vanilla", "approximate"])
+    @pytest.mark.parametrize("ordinary", [False, True])
+    @pytest.mark.parametrize("name", ["SGD", "LBFGS"])
+    def test_estimators_that_run_the_forward_pass_refuse_it(self, name: str, ordinary: bool, estimator: str) -> None:
+        net, optimizer, _ = attached(name, estimator=estimator)
+        loss_of(net).backward()
+        closures = [lambda: loss_of(net)] if ordinary else []
+        said = r"(without a|ordinary) closure.*step\(snntorch_lr\.closure\(.*hook\.remove.*counterfactual"
+        with nothing_is_updated(net, optimizer), pytest.raises(RuntimeError, match=said):
+            optimizer.step(*closures)
+
+    def test_gradients_without_noise_are_refused(self) -> None:
+        net, optimizer, _ = attached()
+        said = r"no likelihood-ratio gradients.*lif1 \(Leaky\), lif2 \(Leaky\) is off: call net.train\(\)"
+        for _ in range(2):
+            net.eval()
+            loss_of(net).backward()
+            with nothing_is_updated(net, optimizer), pytest.raises(ValueError, match=said):
+                optimizer.step()
+            net.train()
+            optimizer.zero_grad()
+            loss_of(net).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def test_gradients_of_a_copy_of_the_network_are_refused(self) -> None:
+        net, optimizer, _ = attached()
+        other = copy.deepcopy(net)
+        loss_of(other).backward()
+        for parameter, twin in zip(net.parameters(), other.parameters(), strict=True):
+            parameter.grad = twin.grad
+        with nothing_is_updated(net, optimizer), pytest.raises(ValueError, match="did not reach them"):
+            optimizer.step()
+
+    def test_a_step_without_gradients_does_nothing(self) -> None:
+        net, optimizer, _ = attached()
+        with nothing_is_updated(net, optimizer):
+            optimizer.step()
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("noise", ["membrane", "escape"])
+    def test_gradients_that_are_not_finite_are_refused(self, noise: str, value: float) -> None:
+        net, optimizer, _ = attached("Adam", Net(noise=noise))
+        loss_of(net).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        x = X.clone()
+        x[1, 2, 0] = value
+        net.loss(x, Y).mean().backward()
+        with (
+            nothing_is_updated(net, optimizer),
+            pytest.raises(ValueError, match=r"not finite in fc1\.weight.*no weight"),
+        ):
+            optimizer.step()
+        optimizer.zero_grad()
+        loss_of(net).backward()
+        assert all(gradient.isfinite().all() for gradient in gradients(net).values())
+        optimizer.step()
+
+    @pytest.mark.parametrize("fused", [False, True], ids=["the scaler looks", "the optimizer looks"])
+    def test_what_overflowed_is_left_to_a_gradient_scaler(self, fused: bool) -> None:
+        net = Net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, fused=fused)
+        slr.attach(optimizer, net)
+        start = weights(net)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        scaler.scale(loss_of(net) * 2.0**120).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() < 2.0**10
+        assert_same(weights(net), start)
+
+    def test_a_gradient_scaler_changes_no_gradient(self) -> None:
+        (net, optimizer, _), (other, plain, _) = attached(), attached()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        scaler.scale(loss_of(net)).backward()
+        scaler.step(optimizer)
+        loss_of(other).backward()
+        plain.step()
+        assert_same(weights(net), weights(other), rtol=1e-5, atol=1e-7)
+
+    def test_accumulation_and_clipping_are_the_users(self) -> None:
+        net, optimizer, _ = attached()
+        for seed in range(2):
+            (loss_of(net, seed) / 2).backward()
+        total = torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+        assert total > 1e-3
+        start = weights(net)
+        optimizer.step()
+        moved = torch.cat([(start[name] - now).flatten() for name, now in weights(net).items()]).norm()
+        assert moved.item() == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_a_first_backward_pass_of_frozen_weights_may_leave_them_out() -> None:
+    net, optimizer, _ = attached()
+    net.fc1.requires_grad_(False)
+    loss_of(net).backward()
+    start = weights(net)
+    optimizer.step()
+    moved = {key for key, value in weights(net).items() if not torch.equal(value, start[key])}
+    assert moved == {name for name in start if not name.startswith("fc1")}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("name", "estimator"), [("LBFGS", "counterfactual"), ("Adam", "vanilla"), *(("SGD", each) for each in MAKERS)]
+)
+def test_closures_step_with_the_estimators_gradient(name: str, estimator: str, device: str) -> None:
+    net, other = Net().to(device), Net().to(device)
+    optimizer, plain = OPTIMIZERS[name](net.parameters()), OPTIMIZERS[name](other.parameters())
+    slr.attach(optimizer, net, estimator, copies=COPIES, seed=0)
+    made = MAKERS[estimator](other, COPIES, seed=0)
+
+    def by_hand() -> Tensor:
+        plain.zero_grad()
+        return made.backward(other.loss, *data(device=device))
+
+    start = weights(net)
+    for _ in range(3):
+        loss = optimizer.step(slr.closure(net.loss, *data(device=device)))
+        expected = plain.step(by_hand)
+        assert torch.equal(torch.as_tensor(loss), torch.as_tensor(expected))
+        assert_same(weights(net), weights(other))
+    assert all(not torch.equal(value, start[key]) for key, value in weights(net).items())
+
+
+@every_estimator
+def test_the_loss_falls_with_closures(estimator: str) -> None:
+    net, optimizer, _ = attached("Adam", estimator=estimator, copies=16, seed=0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.05
+    losses = [optimizer.step(slr.closure(net.loss, X, Y)).item() for _ in range(40)]
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.2
+
+
+def test_parameter_groups_keep_their_settings() -> None:
+    net = Net()
+    sigmas = [net.lif1.noise.log_sigma, net.lif2.noise.log_sigma]
+    rest = [*net.fc1.parameters(), *net.fc2.parameters()]
+    optimizer = torch.optim.SGD([{"params": sigmas, "lr": 0.0}, {"params": rest, "lr": 0.1}])
+    slr.attach(optimizer, net, copies=COPIES, seed=0)
+    start = weights(net)
+    optimizer.step(slr.closure(net.loss, *data()))
+    moved = {key for key, value in weights(net).items() if not torch.equal(value, start[key])}
+    assert moved == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: lr_scheduler.StepLR(o, 1, gamma=0.1),
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 3),
+        lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=4),
+        lr_scheduler.ReduceLROnPlateau,
+    ],
+    ids=["StepLR", "Cosine", "OneCycle", "Plateau"],
+)
+@pytest.mark.parametrize("attach_first", [False, True])
+def test_learning_rate_schedulers_work(schedule: Callable[[Optimizer], Any], attach_first: bool) -> None:
+    net = Net()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hook = slr.attach(optimizer, net, copies=COPIES) if attach_first else None
+        scheduler = schedule(optimizer)
+        hook = hook or slr.attach(optimizer, net, copies=COPIES)
+        rates = []
+        for _ in range(3):
+            loss = optimizer.step(slr.closure(net.loss, *data()))
+            scheduler.step(*([loss] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
+            rates.append(optimizer.param_groups[0]["lr"])
+    if not isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        assert len(set(rates)) == 3
+
+
+def test_closure_may_be_a_keyword() -> None:
+    (net, optimizer, _), (other, expected, _) = attached(seed=0), attached(seed=0)
+    optimizer.step(closure=slr.closure(net.loss, *data()))
+    expected.step(slr.closure(other.loss, *data()))
+    assert_same(weights(net), weights(other))
+
+
+def test_each_step_clears_the_gradients() -> None:
+    (net, optimizer, _), (other, expected, _) = attached(seed=0), attached(seed=0)
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, 1e6)
+    optimizer.step(slr.closure(net.loss, *data()))
+    expected.step(slr.closure(other.loss, *data()))
+    assert_same(weights(net), weights(other))
+    assert_same(gradients(net), gradients(other))
+
+
+@every_estimator
+def test_a_closure_that_fails_changes_nothing(estimator: str) -> None:
+    net, optimizer, _ = attached("Adam", estimator=estimator, copies=COPIES)
+    optimizer.step(slr.closure(net.loss, X, Y))
+
+    def backward_fails(x: Tensor, y: Tensor) -> Tensor:
+        losses = net.loss(x, y)
+        if losses.requires_grad:
+            losses.register_hook(lambda _: 1 / 0)
+        return losses
+
+    for loss_fn, error in ((lambda x, y: net.loss(x, y) * torch.nan, ValueError), (backward_fails, ZeroDivisionError)):
+        with nothing_is_updated(net, optimizer), pytest.raises(error):
+            optimizer.step(slr.closure(loss_fn, X, Y))
+
+
+class TestRemove:
+    """``hook.remove()``."""
+
+    @every_estimator
+    @pytest.mark.parametrize("name", ["SGD", "Adam", "LBFGS"])
+    @pytest.mark.parametrize("steps", [0, 2])
+    def test_gives_surrogate_gradients_back_bit_for_bit(self, steps: int, name: str, estimator: str) -> None:
+        net, optimizer, hook = attached(name, estimator=estimator, copies=COPIES)
+        for _ in range(steps):
+            optimizer.step(slr.closure(net.loss, X, Y))
+        hook.remove()
+        assert not any(parameter.grad is not None and parameter.grad.any() for parameter in net.parameters())
+        slr.reset(net)
+        # A network that knew of no estimator.
+        other = Net()
+        other.load_state_dict(net.state_dict())
+        expected = OPTIMIZERS[name](other.parameters())
+        expected.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for _ in range(2):
+            losses = []
+            for each, made in ((net, optimizer), (other, expected)):
+                torch.manual_seed(0)
+                losses.append(made.step(slr.closure(each.loss, X, Y)))
+            assert losses[0] == losses[1]
+            assert_same(weights(net), weights(other))
+
+    def test_of_a_plain_loop_too(self) -> None:
+        net, optimizer, hook = attached()
+        loss_of(net).backward()
+        optimizer.step()
+        hook.remove()
+        assert all(neuron.sampler is None for neuron in noisy_neurons(net).values())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+        # Without noise too.
+        net.eval()
+        loss_of(net).backward()
+        optimizer.step()
+
+    @pytest.mark.parametrize("other_net", [False, True])
+    def test_lets_another_hook_in(self, other_net: bool) -> None:
+        net, optimizer, hook = attached()
+        second = Net() if other_net else net
+        with pytest.raises(ValueError, match=r"hook already; call remove\(\)"):
+            slr.attach(optimizer, second)
+        hook.remove()
+        slr.attach(optimizer, net)
+
+
+def test_estimators_have_copies_by_default() -> None:
+    for name, made, copies in (
+        ("counterfactual", slr.Counterfactual, 1),
+        ("vanilla", slr.Vanilla, 16),
+        ("approximate", slr.Approximate, 16),
+    ):
+        _, _, hook = attached(estimator=name)
+        assert type(hook.estimator) is made
+        assert hook.estimator.copies == copies
+
+
+def test_an_estimator_may_be_given() -> None:
+    (net, optimizer, _), other = attached(estimator="vanilla", copies=6, baseline="batch-mean", seed=0), Net()
+    expected = torch.optim.SGD(other.parameters(), lr=0.1)
+    estimator = slr.Vanilla(other, copies=6, baseline="batch-mean", seed=0)
+    assert slr.attach(expected, other, estimator=estimator).estimator is estimator
+    optimizer.step(slr.closure(net.loss, X, Y))
+    expected.step(slr.closure(other.loss, X, Y))
+    assert_same(weights(net), weights(other))
+
+
+def test_two_optimizers_may_train_one_network() -> None:
+    net = Net()
+    first = torch.optim.SGD([*net.fc1.parameters(), net.lif1.noise.log_sigma], lr=0.1)
+    second = torch.optim.SGD([*net.fc2.parameters(), net.lif2.noise.log_sigma], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for optimizer in (first, second):
+            slr.attach(optimizer, net)
+    start = weights(net)
+    loss_of(net).backward()
+    first.step()
+    assert torch.equal(net.fc2.weight, start["fc2.weight"])
+    assert not torch.equal(net.fc1.weight, start["fc1.weight"])
+    second.step()
+    assert not torch.equal(net.fc2.weight, start["fc2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda net: {"estimator": slr.Vanilla(net), "seed": 3, "baseline": "none"}, "seed, baseline belongs"),
+        (lambda net: {"estimator": slr.Vanilla(Net())}, "another network"),
+        (lambda net: {"estimator": "vanilla", "copies": 1}, "copies >= 2"),
+        (lambda net: {"copies": 0}, "copies must be a positive integer"),
+        (lambda net: {"discount": 2}, r"discount must be in \[0, 1\]"),
+    ],
+    ids=["options with an instance", "other network", "copies", "no copies", "discount"],
+)
+def test_wrong_options_are_refused_and_nothing_is_attached(make: Callable[[Net], dict[str, Any]], message: str) -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        slr.attach(optimizer, net, **make(net))
+    net.eval()
+    loss_of(net).backward()
+    optimizer.step()
+
+
+def test_noise_levels_that_the_optimizer_does_not_know_are_warned_of() -> None:
+    net = Net(noise=False)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    slr.add_noise(net)
+    with pytest.warns(UserWarning, match=r"noise levels of lif1.noise, lif2.noise: build it after add_noise\(net\)"):
+        slr.attach(optimizer, net, copies=COPIES)
+
+
+def test_noise_levels_that_are_not_learned_are_not_warned_of() -> None:
+    net = Net(noise=False)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    slr.add_noise(net, learn=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slr.attach(optimizer, net, copies=COPIES)
+
+
+def test_an_optimizer_of_another_network_is_refused() -> None:
+    net = Net()
+    with pytest.raises(ValueError, match="holds none of the parameters of Net"):
+        slr.attach(torch.optim.SGD(Net().parameters(), 0.1), net)
+    with pytest.warns(UserWarning, match="does not update the noise levels"):
+        slr.attach(torch.optim.SGD(net.readout.parameters(), 0.1), net)
+
+
+def test_optimizer_stays_an_ordinary_optimizer() -> None:
+    net, optimizer, hook = attached("Adam")
+    optimizer.step(slr.closure(net.loss, X, Y))
+    assert hook.optimizer is optimizer
+    fresh = torch.optim.Adam(net.parameters(), lr=0.5)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.param_groups[0]["lr"] == 0.01
+    assert len(fresh.state) == len(list(net.parameters()))
+
+
+def test_closure_backpropagates_the_mean_of_per_sample_losses_by_itself() -> None:
+    net, other = Net().eval(), Net().eval()
+    for _ in range(2):
+        loss = slr.closure(net.loss, *data())()
+    expected = other.loss(*data())
+    assert expected.shape == (BATCH,)
+    expected.mean().backward()
+    torch.testing.assert_close(loss, expected.mean().detach())
+    assert_same(gradients(net), gradients(other))
+
+
+class TestUseGradient:
+    """``use_gradient``."""
+
+    def test_surrogate_undoes_counterfactual_bit_for_bit(self) -> None:
+        net, other = Net(), Net()
+        slr.use_gradient(net)
+        loss_of(net).backward()
+        credit = gradients(net)
+        net.zero_grad()
+        slr.use_gradient(net, "surrogate")
+        loss_of(net).backward()
+        loss_of(other).backward()
+        assert_same(gradients(net), gradients(other))
+        assert not torch.equal(credit["fc1.weight"], net.fc1.weight.grad)
+
+    def test_a_batch_mean_a_regulariser_over_the_batch_and_any_loss_are_taken(self) -> None:
+        net = Net()
+        slr.use_gradient(net)
+        loss = F.triplet_margin_loss(net(X), net(X.flip(0)), net(X.flip(1))) + net.lif1.mem.mean().square()
+        loss.backward()
+        assert all(gradient.any() for gradient in gradients(net).values())
+
+    def test_a_copy_of_the_network_has_it_too(self) -> None:
+        net = Net()
+        slr.use_gradient(net, control=0.5)
+        loss_of(net).backward()
+        copied = copy.deepcopy(net)
+        copied.zero_grad()
+        loss_of(copied).backward()
+        assert_same(gradients(copied), gradients(net))
+
+    def test_neurons_that_get_noise_later_have_it_by_a_second_call(self) -> None:
+        net = slr.add_noise(Net(noise=False), only=["lif1"])
+        net.fc2.requires_grad_(False)
+        slr.use_gradient(net)
+        slr.use_gradient(slr.add_noise(net))
+        assert all(neuron.sampler is not None for neuron in noisy_neurons(net).values())
+
+    def test_removed_noise_takes_it_along(self) -> None:
+        net = Net()
+        slr.use_gradient(net)
+        slr.add_noise(slr.remove_noise(net))
+        assert all(neuron.sampler is None for neuron in noisy_neurons(net).values())
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("adam",), r"unknown gradient 'adam'; choose \"counterfactual\" or \"surrogate\"$"),
+            (("vanilla",), r"\"vanilla\" needs copies.*attach\(optimizer, net, estimator=\"vanilla\"\) with closure"),
+            (("counterfactual", 1.5), r"discount must be in \[0, 1\], got 1.5"),
+            (("counterfactual", 0.5, "fit"), r"control must be in \[0, 1\], or None to fit it, got 'fit'"),
+            (("surrogate", 0.5), 'belong to the gradient "counterfactual"'),
+        ],
+    )
+    def test_what_it_does_not_know_is_refused(self, arguments: tuple[Any, ...], message: str) -> None:
+        net = Net()
+        with pytest.raises(ValueError, match=message):
+            slr.use_gradient(net, *arguments)
+        assert all(neuron.sampler is None for neuron in noisy_neurons(net).values())
+
+    @pytest.mark.filterwarnings("ignore:Inhibition")
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: slr.SLSTM(3, 3, noise=True), r"1 \(SLSTM\): an LSTM cell mixes.*vanilla"),
+            (lambda: slr.SConv2dLSTM(1, 1, 3, noise=True), r"1 \(SConv2dLSTM\): an LSTM cell mixes.*vanilla"),
+            (lambda: slr.Leaky(beta=0.9, noise=True, inhibition=True), r"1 \(Leaky\): inhibition lets.*vanilla"),
+            (lambda: slr.Leaky(beta=0.9), r"Sequential has no noisy neuron.*noise=True.*add_noise\(net\)"),
+            (
+                lambda: slr.Leaky(beta=0.9, noise=True, learn_threshold=True, reset_delay=False),
+                r"1 \(Leaky\): with reset_delay=False.*learn_threshold=False",
+            ),
+        ],
+        ids=["SLSTM", "SConv2dLSTM", "inhibition", "no noise", "threshold met twice"],
+    )
+    def test_neurons_that_cannot_have_it_are_refused_by_name(self, make: Callable[[], Any], message: str) -> None:
+        net = nn.Sequential(nn.Linear(3, 3), make())
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for choose in (slr.use_gradient, lambda net: slr.attach(optimizer, net), slr.Counterfactual):
+            with pytest.raises(ValueError, match=message):
+                choose(net).backward(lambda x, y: net(x)[0].sum(1), torch.rand(2, 3), torch.zeros(2))
+        assert getattr(net[1], "sampler", None) is None

@@ -1,0 +1,401 @@
+"""The plain likelihood ratio: scores weighted by the losses of rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import snntorch_lr as slr
+from snntorch_lr import objectives
+from snntorch_lr.baselines import BASELINES
+from snntorch_lr.gradients import ESTIMATORS
+
+from .helpers import (
+    BATCH,
+    FEATURES,
+    LOG_DENSITY,
+    STEPS,
+    Net,
+    assert_same,
+    data,
+    gradients,
+    nothing_changes,
+)
+
+COPIES = 4
+
+
+def estimate(net: Net, **options: Any) -> dict[str, Tensor]:
+    net.zero_grad()
+    slr.Vanilla(net, **{"copies": COPIES, "seed": 0, **options}).backward(net.loss, *data())
+    return gradients(net)
+
+
+class OneLayer(nn.Module):
+    """Linear, Leaky with everything learned, linear readout; keeps its states and what it returned."""
+
+    def __init__(self, reset: str, learn_threshold: bool, distribution: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.fc = nn.Linear(FEATURES, 2)
+        self.lif = slr.Leaky(
+            beta=0.8,
+            threshold=0.6,
+            learn_beta=True,
+            learn_threshold=learn_threshold,
+            reset_mechanism=reset,
+            noise=slr.MembraneNoise(torch.tensor([0.4, 0.8]), distribution=distribution),
+        )
+        self.readout = nn.Linear(2, 1)
+        self.double()
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        mem = self.lif.reset_mem()
+        self.history: list[tuple[Tensor, Tensor]] = []
+        trains = []
+        for t in range(x.shape[1]):
+            spikes, mem = self.lif(self.fc(x[:, t]), mem)
+            trains.append(spikes)
+            self.history.append((spikes.detach(), mem.detach()))
+        return self.readout_loss(trains, y)
+
+    def readout_loss(self, trains: list[Tensor], y: Tensor) -> Tensor:
+        return (sum(self.readout(spikes) for spikes in trains).squeeze(1) - y).square()
+
+    def log_likelihood(self, x: Tensor, distribution: str) -> Tensor:
+        """Log density of all sampled margins u - threshold, given what was sampled before."""
+        threshold, sigma = self.lif.threshold, self.lif.noise.sigma
+        fixed = threshold.detach()
+        spikes, margin, total = torch.zeros(()), -fixed, torch.zeros(())
+        start = torch.zeros((), dtype=torch.float64)
+        for t, (now, mem) in enumerate(self.history):
+            last = start if t == 0 else margin + threshold
+            if self.lif.reset_mechanism == "zero":
+                last = last * (1 - spikes)
+            mean = self.lif.beta * last + self.fc(x[:, t]) - threshold
+            if self.lif.reset_mechanism == "subtract":
+                mean = mean - spikes * threshold
+            margin = mem - fixed
+            spikes = now
+            total = total + LOG_DENSITY[distribution](margin, mean, sigma).sum(1)
+        return total
+
+
+@pytest.mark.parametrize("distribution", LOG_DENSITY)
+@pytest.mark.parametrize("learn_threshold", [False, True])
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+def test_equals_advantages_times_the_log_likelihood_plus_the_pathwise_gradient(
+    reset: str, learn_threshold: bool, distribution: str
+) -> None:
+    net = OneLayer(reset, learn_threshold, distribution)
+    x = data(torch.float64)[0]
+    y = torch.linspace(-1, 2, BATCH, dtype=torch.float64)
+    slr.Vanilla(net, COPIES).backward(net.loss, x, y)
+    got = gradients(net)
+    losses = net.readout_loss([spikes for spikes, _ in net.history], y.repeat(COPIES))
+    advantages = BASELINES["leave-one-out"](losses.detach().view(COPIES, BATCH)).flatten()
+    surrogate = advantages * net.log_likelihood(x.repeat(COPIES, 1, 1), distribution) + losses
+    net.zero_grad()
+    surrogate.mean().backward()
+    assert len(got) == 6 + learn_threshold
+    assert_same(got, gradients(net), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_advantages_are_the_baselines(baseline: str) -> None:
+    seen: list[Tensor] = []
+
+    def spy(losses: Tensor) -> Tensor:
+        assert losses.shape == (COPIES, BATCH)
+        assert not losses.requires_grad
+        seen.append(losses)
+        return BASELINES[baseline](losses)
+
+    assert_same(estimate(Net(), baseline=baseline), estimate(Net(), baseline=spy))
+    assert len(seen) == 1
+
+
+def test_baselines_differ() -> None:
+    weights = [estimate(Net(), baseline=baseline)["fc1.weight"] for baseline in BASELINES]
+    assert not any(torch.equal(weights[i], weights[i - 1]) for i in range(3))
+
+
+def test_seed_holds_for_a_network_without_parameters() -> None:
+    neuron = slr.Leaky(beta=0.9, noise=slr.MembraneNoise(learn=False))
+    weight = torch.full((FEATURES, 2), 0.3, requires_grad=True)
+    results = []
+    for _ in range(2):
+        weight.grad = None
+        slr.Vanilla(neuron, COPIES, seed=0).backward(lambda x, y: neuron(x[:, 0] @ weight)[0].sum(1), *data())
+        slr.reset(neuron)
+        results.append(weight.grad.clone())
+    assert results[0].all()
+    assert torch.equal(*results)
+
+
+def test_spikes_alone_are_enough() -> None:
+    net = Net()
+    x, y = data()
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        slr.reset(net)
+        spikes = sum(net.lif2(net.fc2(net.lif1(net.fc1(x[:, t])))) for t in range(STEPS))
+        assert not spikes.requires_grad
+        return (spikes.sum(1) - y).square()
+
+    slr.Vanilla(net, COPIES).backward(loss_fn, x, y)
+    assert all(gradient.any() for gradient in gradients(net).values())
+    assert gradients(net).keys() == {name for name, _ in net.named_parameters() if "readout" not in name}
+
+
+def test_learned_size_of_graded_spikes_gets_its_pathwise_gradient() -> None:
+    neuron = slr.Leaky(beta=0.9, graded_spikes_factor=2.5, learn_graded_spikes_factor=True, noise=True)
+    counts: list[Tensor] = []
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        spikes, _ = neuron(x[:, 0], neuron.reset_mem())
+        counts.append((spikes > 0).float().sum(1))
+        assert spikes.unique().tolist() == [0.0, 2.5]
+        return spikes.sum(1)
+
+    slr.Vanilla(neuron, COPIES).backward(loss_fn, *data())
+    torch.testing.assert_close(neuron.graded_spikes_factor.grad, counts[-1].mean())
+
+
+@pytest.mark.parametrize("baseline", ["none", "batch-mean"])
+def test_a_single_copy_needs_no_second(baseline: str) -> None:
+    net = Net()
+    rows: list[int] = []
+    net.readout.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    filled = estimate(net, copies=1, baseline=baseline)
+    assert rows[-STEPS:] == [BATCH] * STEPS
+    assert all(gradient.any() for gradient in filled.values())
+
+
+def test_gradient_is_the_mean_over_the_batch() -> None:
+    net = Net()
+    x, y = data()
+    # With σ tiny there is nothing random, and the pathwise gradient is that of the mean loss.
+    with torch.no_grad():
+        for lif in (net.lif1, net.lif2):
+            lif.noise.log_sigma.fill_(math.log(1e-6))
+    got = estimate(net)["readout.weight"]
+    net.zero_grad()
+    with slr.noise_off(net):
+        net.loss(x, y).mean().backward()
+    torch.testing.assert_close(got, net.readout.weight.grad)
+
+
+def test_steps_without_gradient_do_not_lose_the_score_of_later_steps() -> None:
+    net = Net()
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        slr.reset(net)
+        with torch.no_grad():
+            net.lif1(net.fc1(x[:, 0]))
+        return net.lif1(net.fc1(x[:, 1])).sum(1)
+
+    slr.Vanilla(net, COPIES).backward(loss_fn, *data())
+    assert net.fc1.weight.grad is not None
+    assert net.lif1.noise.log_sigma.grad is not None
+
+
+def test_two_forward_passes_in_one_loss_both_count() -> None:
+    net = Net()
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        return (net(x).softmax(1) - net(x.flip(0)).softmax(1)).square().sum(1)
+
+    slr.Vanilla(net, COPIES).backward(loss_fn, *data())
+    assert all(gradient.any() for gradient in gradients(net).values())
+
+
+def test_neuron_may_be_used_twice_in_a_step() -> None:
+    neuron = slr.Leaky(beta=0.9, threshold=0.3, noise=True)
+    weight = nn.Parameter(torch.eye(FEATURES))
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        first, _ = neuron(x[:, 0], torch.zeros(BATCH, FEATURES))
+        second, _ = neuron(first @ weight, torch.zeros(len(first), FEATURES))
+        return second.sum(1)
+
+    slr.Vanilla(neuron, COPIES).backward(loss_fn, *data())
+    assert weight.grad.any()
+
+
+def voting() -> Net:
+    """Classes by the spikes of the last layer."""
+    net = Net(noise="escape")
+    net.readout = nn.Identity()
+    return net
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_loss_without_a_derivative_trains_what_comes_before_a_noisy_neuron(dtype: torch.dtype) -> None:
+    def found(dtype: torch.dtype) -> dict[str, Tensor]:
+        net = voting()
+        slr.Vanilla(net, 32, seed=0).backward(lambda x, y: (net(x).sum(1) > 7).to(dtype), *data())
+        return gradients(net)
+
+    assert all(gradient.any() for gradient in found(dtype).values())
+    assert_same(found(dtype), found(torch.float32))
+
+
+def test_a_0_1_loss_falls() -> None:
+    net = voting()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
+    slr.attach(optimizer, net, "vanilla", copies=32, seed=0)
+    step = slr.closure(lambda x, y: objectives.zero_one(net(x), y), *data())
+    losses = [optimizer.step(step).item() for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10]) - 1
+
+
+def spikes_of(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the spikes of the last layer, ``[time, rows, neurons]``."""
+    slr.reset(net)
+    spikes = torch.stack([net.lif2(net.fc2(net.lif1(net.fc1(x[:, t])))) for t in range(x.shape[1])])
+    return net.readout(spikes.sum(0)), spikes
+
+
+COUPLED = {
+    "mean rate": lambda s: s.mean(),
+    "limit": lambda s: (s.mean() - 0.15).clamp(min=0),
+    "lower limit": lambda s: (0.9 - s.mean()).clamp(min=0),
+    "squared rate of each neuron": lambda s: s.mean((0, 1)).square().sum(),
+}
+APART = {
+    "nothing": lambda s: 0.0,
+    "rate": objectives.spike_rate,
+    "limit": lambda s: objectives.rate_above(s, 0.15),
+    "lower limit": lambda s: objectives.rate_below(s, 0.9),
+}
+
+
+def regularised(net: Net, term: Any) -> Any:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        logits, spikes = spikes_of(net, x)
+        return F.cross_entropy(logits, y, reduction="none") + 0.1 * term(spikes)
+
+    return loss
+
+
+@pytest.mark.parametrize("estimator", [slr.Vanilla, slr.Approximate])
+@pytest.mark.parametrize("noise", ["membrane", "escape"])
+@pytest.mark.parametrize("term", COUPLED.values(), ids=COUPLED)
+def test_losses_that_couple_rows_are_refused(estimator: Any, term: Any, noise: str) -> None:
+    net = Net(noise=noise)
+    with nothing_changes(net), pytest.raises(ValueError, match=r"changes with the spikes of other rows.*rate_above"):
+        estimator(net).backward(regularised(net, term), *data())
+
+
+@pytest.mark.parametrize("estimator", [slr.Vanilla, slr.Approximate])
+@pytest.mark.parametrize("noise", ["membrane", "escape"])
+@pytest.mark.parametrize("term", APART.values(), ids=APART)
+@pytest.mark.filterwarnings("error")
+def test_regularisers_of_each_row_are_taken_without_a_warning(estimator: Any, term: Any, noise: str) -> None:
+    net = Net(noise=noise)
+    assert estimator(net).backward(regularised(net, term), *data()).isfinite()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_membranes_that_couple_rows_are_refused(learned: bool) -> None:
+    net = Net(learn_threshold=learned)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return net.loss(x, y) + net.lif1.mem.mean()
+
+    with pytest.raises(ValueError, match="other rows"):
+        slr.Vanilla(net, COPIES).backward(loss, *data())
+
+
+def test_a_loss_that_changes_by_itself_is_not_called_coupled() -> None:
+    net, generator = Net(), np.random.default_rng(0)
+    slr.Vanilla(net, COPIES).backward(lambda x, y: net.loss(x, y) * generator.random(), *data())
+    assert net.fc1.weight.grad.any()
+
+
+def test_the_look_at_rows_leaves_no_trace() -> None:
+    """With it and without it a call draws the same."""
+    results = []
+    for looks in (True, False):
+        net = Net()
+        estimator = slr.Vanilla(net, COPIES)
+        estimator._inspected = not looks
+        torch.manual_seed(0)
+        np.random.seed(0)
+        estimator.backward(lambda x, y, net=net: net.loss(x * np.random.rand(), y), *data())
+        results.append({**gradients(net), "torch": torch.rand(3), "numpy": torch.tensor(np.random.rand())})
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("estimator", [slr.Vanilla, slr.Approximate])
+def test_copies_with_equal_losses_are_said(estimator: Any) -> None:
+    net = Net()
+    with torch.no_grad():
+        net.readout.weight.zero_()
+    with pytest.warns(UserWarning, match="all copies of a sample have the same loss"):
+        estimator(net).backward(net.loss, *data())
+
+
+WRONG_LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
+    "mean": (lambda loss: loss.mean(), ValueError, r"one number.*reduction='none'"),
+    "sum in a list": (lambda loss: loss.sum().view(1), ValueError, r"one number.*reduction='none'"),
+    "no tensor": (lambda loss: loss.mean().item(), TypeError, "tensor of per-sample losses, not float"),
+    "nothing": (lambda loss: None, TypeError, "not NoneType"),
+    "too short": (lambda loss: loss[1:], ValueError, r"shape \(19,\).*4 copies of 5 samples need shape"),
+    "batch only": (lambda loss: loss[:BATCH], ValueError, "does the loss use the targets passed to it"),
+    "per output": (lambda loss: loss[:, None].expand(-1, 3), ValueError, r"losses.flatten\(1\).mean\(1\)"),
+    "copies by batch": (lambda loss: loss.view(-1, BATCH), ValueError, r"need\s+shape \(20,\)"),
+    "nan": (lambda loss: loss.index_fill(0, torch.tensor([2]), torch.nan), ValueError, "1 of 20 losses are not"),
+    "inf": (lambda loss: loss / 0, ValueError, "20 of 20 losses are not finite.*learning rate"),
+}
+
+
+@pytest.mark.parametrize("estimator", [slr.Vanilla, slr.Approximate])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", WRONG_LOSSES)
+def test_other_than_one_finite_loss_for_each_row_is_refused(kind: str, first: bool, estimator: Any) -> None:
+    net = Net()
+    change, error, message = WRONG_LOSSES[kind]
+    made = estimator(net, COPIES)
+    if not first:
+        made.backward(net.loss, *data())
+    with nothing_changes(net), pytest.raises(error, match=message):
+        made.backward(lambda x, y: change(net.loss(x, y)), *data())
+    # The network is fine, and so is the estimator.
+    made.backward(net.loss, *data())
+
+
+def test_scalar_loss_of_a_single_row_is_refused_too() -> None:
+    net = Net()
+    x, y = data()
+    with nothing_changes(net), pytest.raises(ValueError, match=r"shape \(\)"):
+        slr.Vanilla(net, 1, baseline="none").backward(lambda x, y: net.loss(x, y).mean(), x[:1], y[:1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"copies": 0}, "copies must be a positive integer"),
+        ({"baseline": "mean"}, "unknown baseline 'mean'; choose one of none, batch-mean, leave-one-out"),
+        ({"copies": 1}, r"1 copy leaves nothing.*copies >= 2.*'batch-mean' or 'none'"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    for name in ("vanilla", "approximate"):
+        with pytest.raises(ValueError, match=message):
+            ESTIMATORS[name](Net(), **options)
+
+
+def test_baseline_object_without_enough_copies_is_refused_before_any_gradient() -> None:
+    net = Net()
+    with nothing_changes(net), pytest.raises(ValueError, match="use more copies"):
+        slr.Vanilla(net, copies=1, baseline=BASELINES["leave-one-out"]).backward(net.loss, *data())
