@@ -50,7 +50,7 @@ def measure_gradients(calls: int = 600) -> Gradients:
         return F.cross_entropy(slr.rollout(net, x, num_steps=8).mean(0), y, reduction="none")
 
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-    slr.attach(optimizer, net)
+    slr.attach(optimizer, net, discount=1)
     for rows in torch.randint(1500, (60, 64)):
         optimizer.zero_grad()
         loss_fn(images[rows], labels[rows]).mean().backward()
@@ -81,7 +81,7 @@ def measure_gradients(calls: int = 600) -> Gradients:
         other[..., index] = shadow[..., index]
         differences.append(loss(train) - loss(other))
     differences = sorted(sorted(differences, key=abs)[-NEURONS:])
-    vanilla, counterfactual = slr.Vanilla(net, copies=16, seed=2), slr.Counterfactual(net, seed=2)
+    vanilla, counterfactual = slr.Vanilla(net, copies=16, seed=2), slr.Counterfactual(net, discount=1, seed=2)
     return Gradients(mean, gradient(vanilla), gradient(counterfactual), loss(train), differences)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._messages import positive_integer
 from .convert import noise_off
+from .left_as_found import left_as_found
 from .network import noises, reset
 
 
@@ -113,7 +114,7 @@ def update_batch_norm(net: nn.Module, batches: Iterable[Any], forward: Any = Non
             reset(net)
             return net(inputs) if forward is None else forward(inputs)
 
-    with noise_off(net):
+    with noise_off(net), left_as_found(net, modes=True):
         torch.optim.swa_utils.update_bn(batches, _Run())
     reset(net)
 

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from ._messages import places, warn
-from .gradients import ESTIMATORS, Counterfactual, Estimator, LossFn, Vanilla
+from .gradients import ESTIMATORS, Approximate, Counterfactual, Estimator, LossFn
+from .gradients.approximate import mixing_neurons
 from .gradients.counterfactual import dependent_neurons
+from .gradients.vanilla import RowLosses
 from .left_as_found import left_as_found
 from .validate import (
     check_network,
@@ -148,10 +150,10 @@ def check(
         collector.add(True, message)
     with collector.collecting():
         check_parameters(net)
-    if estimator is Counterfactual:
-        # The constructor refuses the first one.
-        for message in dependent_neurons(net):
-            collector.add(True, message)
+    # The constructors refuse the first one.
+    refused = {Counterfactual: dependent_neurons, Approximate: mixing_neurons}
+    for message in refused[estimator](net) if estimator in refused else ():
+        collector.add(True, message)
     runs = not collector.has_errors
     if optimizer is not None:
         with collector.collecting():
@@ -174,7 +176,7 @@ def _run(estimator: Estimator, loss_fn: LossFn, inputs: Any, targets: Any, colle
         for neuron in neurons.values():
             # Of a computed state it is said once; here again.
             neuron.warned = False
-        if isinstance(estimator, Vanilla):
+        if isinstance(estimator, RowLosses):
             with collector.collecting():
                 estimator.check_rows(neurons, loss_fn, inputs, targets)
             # Found before the method of the class, which would refuse the same once more.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._messages import warn
+from .blocks import forget_constant_inputs
 from .calibration import calibrate
 from .network import noises, noisy_neurons, reset, spiking_neurons
 from .neurons import to_noisy, to_plain
@@ -113,6 +114,7 @@ def remove_noise(net: Net) -> Net:
         >>> type(slr.remove_noise(net)[1])
         <class 'snntorch._neurons.leaky.Leaky'>
     """
+    forget_constant_inputs(net)
     for _, neuron in spiking_neurons(net):
         if isinstance(neuron, NoisyNeuron):
             to_plain(neuron)

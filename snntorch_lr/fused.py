@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .blocks import SPIKES, Emitted
 from .graph import version
 from .kernels import kinds
 from .node import Presentation, refuse_double_backward
@@ -106,6 +107,7 @@ class State:
         code: of the last step, ``[2, batch, ...]``, whose lowest bits are spikes; None before the first step.
         fired: the spikes before the first step, in place of it; None for none.
         link: carries credit from a step to the one before it.
+        bytes: of the spikes of this presentation so far.
     """
 
     plan: Plan
@@ -118,6 +120,7 @@ class State:
     code: Tensor | None
     fired: Tensor | None
     link: Tensor
+    bytes: int = 0
 
 
 class FusedSpikes(torch.autograd.Function):
@@ -144,7 +147,7 @@ class FusedSpikes(torch.autograd.Function):
             current: ``[batch, ...]`` or ``[steps, batch, ...]``.
             sigma: noise level, with its graph.
             link: of the state.
-            kept: filled with the membrane potential of the shadow, and the code of the last step.
+            kept: filled with the membrane potential of the shadow, and the code of all steps.
         """
         ctx.set_materialize_grads(False)
         plan, shape, like = state.plan, state.mem.shape, state.mem
@@ -167,7 +170,7 @@ class FusedSpikes(torch.autograd.Function):
         ctx.plan, ctx.presentation, ctx.settings = plan, state.presentation, state.settings
         ctx.before_is_code = state.code is not None
         ctx.current, ctx.sigma, ctx.seen = current.shape, (sigma.shape, sigma.dtype), seen
-        kept += [shadow, code[-1]]
+        kept += [shadow, code]
         carried = like.new_zeros(()).expand(link.shape)
         return (spikes, carried, mem) if syn is None else (spikes, carried, mem, syn)
 
@@ -265,7 +268,10 @@ def advance(
     )
     mem, *syn = (each.detach()[-1] if all_states and lead else each.detach() for each in states)
     shadow, code = kept
+    size = state.bytes + spikes.numel() * spikes.element_size()
     after = replace(
-        state, mem=mem, shadow=shadow, syn=syn[0] if syn else None, code=code, fired=None, link=link
+        state, mem=mem, shadow=shadow, syn=syn[0] if syn else None, code=code[-1], fired=None, link=link, bytes=size
     )
-    return after, (spikes, *states)
+    if neuron.emits_zeros_and_ones():
+        setattr(spikes, SPIKES, Emitted(code[:, 0] if lead else code[0, 0], version(spikes), size))
+    return after, (neuron.graded(spikes), *states)

@@ -415,7 +415,8 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
             return None, None
         # A spike that was sampled resets, whatever was done to the membrane since; rows of zeros are fresh states.
         goes_on = (mem.detach() != 0).reshape(len(mem), -1).any(1)
-        return None, _spikes(origin.fired, mem) * goes_on.view(-1, *[1] * (mem.dim() - 1))
+        fired = _spikes(origin.fired, mem)
+        return None, fired if fired is None else fired * goes_on.view(-1, *[1] * (mem.dim() - 1))
 
     def train_resets(self, mem: Tensor) -> Tensor | None:
         """The spikes that are to reset a membrane potential that comes back, without those of a shadow."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._messages import places
+from .blocks import forget_constant_inputs, remember_constant_inputs
 from .first_call import FirstCall
 from .gradients import ESTIMATORS, Counterfactual, CounterfactualCredit, Estimator, LossFn
 from .gradients.counterfactual import check_independent
@@ -96,6 +97,7 @@ def use_gradient(
     if gradient == "surrogate":
         if discount is not None or control is not None:
             raise ValueError('discount and control belong to the gradient "counterfactual"')
+        forget_constant_inputs(net)
         for neuron in noisy_neurons(net).values():
             neuron.sampler = None
         return
@@ -125,6 +127,7 @@ def choose_credit(net: nn.Module, credit: CounterfactualCredit) -> FirstCall:
     first.__enter__()
     for neuron in neurons.values():
         neuron.sampler = credit
+    remember_constant_inputs(net)
     return first
 
 

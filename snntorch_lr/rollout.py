@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ._messages import place, positive_integer
+from .blocks import SPIKES, RememberingConv2d, RememberingLinear
 from .gradients.counterfactual import CounterfactualCredit
+from .graph import version
 from .network import noisy_inputs, reset, spiking_neurons
 
 # Modules of torch that treat every row alone and draw nothing: time steps may be rows of one call.
@@ -19,8 +22,10 @@ _ROW_BY_ROW = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Flatten,
     nn.Unflatten, nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.LayerNorm, nn.GroupNorm, nn.ReLU, nn.LeakyReLU,
-    nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Upsample,
+    nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Upsample, RememberingLinear, RememberingConv2d,
 )  # fmt: skip
+# Time steps that go through all layers before the next ones do: their spikes as numbers may take much memory.
+_PIECE = 32
 
 
 def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) -> Any:
@@ -71,13 +76,29 @@ def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) ->
             inputs = module(inputs)
     if not all(_goes_by_layers(neuron) for neuron in neurons):
         return _step_by_step(modules[start:], inputs, steps, constant=num_steps is not None)
-    value: Any = inputs
     constant = num_steps is not None
-    for module in modules[start:]:
+    pieces = []
+    for first in range(0, steps, _PIECE):
+        count = min(_PIECE, steps - first)
+        piece = inputs if constant else inputs[first : first + count]
+        pieces.append(_by_layers(modules[start:], neurons, changing, piece, count, constant))
+    if isinstance(pieces[0], tuple):
+        return tuple(torch.cat(part) for part in zip(*pieces, strict=True))
+    return torch.cat(pieces)
+
+
+def _by_layers(
+    modules: list[nn.Module], neurons: set[nn.Module], changing: set[nn.Module], value: Any, steps: int, constant: bool
+) -> Any:
+    """What the last module returns in some time steps, each layer after the one before it."""
+    for module in modules:
         if module in neurons:
             value = _neuron(module, value, steps, constant)
         elif not constant and _is_row_by_row(module):
-            value = module(value.flatten(0, 1)).unflatten(0, (steps, -1))
+            rows, emitted = value.flatten(0, 1), getattr(value, SPIKES, None)
+            if emitted is not None and emitted.version == version(value):
+                setattr(rows, SPIKES, replace(emitted, version=version(rows)))
+            value = module(rows).unflatten(0, (steps, -1))
         elif constant and module not in changing and _is_row_by_row(module):
             value = module(value)
             continue

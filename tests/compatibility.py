@@ -6,8 +6,7 @@ import copy
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import snntorch as snn
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.graph import ancestors
 
 from .helpers import CLASSES, FEATURES, RESETS, STEPS, build, has_option, inputs_for, run
 
@@ -43,10 +41,10 @@ class Behind(nn.Module):
         self.block = nn.Conv2d(1, 1, 1) if name == "SConv2dLSTM" else nn.Linear(FEATURES, FEATURES)
         self.neuron = neuron
 
-    def loss(self, x: Tensor, y: Tensor, steps: int = STEPS) -> Tensor:
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
         slr.reset(self)
         out = torch.zeros(())
-        for _ in range(steps):
+        for _ in range(STEPS):
             spikes = self.neuron(self.block(self.first(x)))
             out = out + spikes.flatten(1).sum(1)
         return out - y
@@ -85,53 +83,9 @@ def learned(name: str) -> str:
     return " ".join([*weights, *symbols])
 
 
-def keeps_nothing(name: str, kind: str, estimator: type, **options: Any) -> str:
-    """Whether the graph of a training step is as large for twice as many time steps."""
-    net, x, y = behind(name, noise=NOISES[kind]())
-    sizes = []
-    for steps in (STEPS, 2 * STEPS):
-        made = estimator(net, copies=4, seed=0, **options)
-        # The first call looks for mistakes, with a graph of its own.
-        made.backward(lambda x, y, steps=steps: net.loss(x, y, steps), x, y)
-        with largest_graph() as size:
-            made.backward(lambda x, y, steps=steps: net.loss(x, y, steps), x, y)
-        sizes.append(max(size))
-    return YES if sizes[0] == sizes[1] else NO
-
-
-def goes_back_once(name: str) -> str:
-    """Whether the block in front gets its gradient in one backward pass, whatever the noise and the number of steps."""
-    counts = []
-    for make in NOISES.values():
-        net, x, y = behind(name, noise=make())
-        passes: list[int] = []
-        net.block.register_full_backward_hook(lambda *_, passes=passes: passes.append(1))
-        # Spikes that the loss reads with nothing learned in between are those of a spiking readout.
-        scale = nn.Parameter(torch.ones(()))
-        estimator = slr.Counterfactual(net, seed=0)
-        for _ in range(2):
-            # The first call looks at each time step.
-            passes.clear()
-            estimator.backward(lambda x, y, net=net, scale=scale: scale * net.loss(x, y), x, y)
-        counts.append(len(passes))
-    return YES if counts == [1, 1] else NO
-
-
-@contextmanager
-def largest_graph() -> Iterator[list[int]]:
-    """Numbers of nodes of the graphs that backward passes begin with."""
-    backward, sizes = torch.autograd.backward, [0]
-
-    def counted(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        sizes.append(len(list(ancestors(roots))))
-        return backward(tensors, *args, **kwargs)
-
-    torch.autograd.backward = counted
-    try:
-        yield sizes
-    finally:
-        torch.autograd.backward = backward
+def fuses(name: str) -> str:
+    """Whether time steps run in a kernel, where there is one for the device."""
+    return YES if build(slr, name, noise=True).fused_update() is not None else NO
 
 
 def same_without_noise(name: str) -> str:
@@ -237,13 +191,7 @@ TABLE: dict[str, Callable[[str], str]] = {
     "`reset_delay=False`": lambda name: option(name, "reset_delay", False, "membrane"),
     "`inhibition=True`, membrane noise": lambda name: option(name, "inhibition", True, "membrane"),
     "`inhibition=True`, escape noise": lambda name: option(name, "inhibition", True, "escape"),
-    "one backward pass of the block for any T: `counterfactual`": goes_back_once,
-    'one graph for any T: `memory="replay"`, membrane noise': lambda name: keeps_nothing(
-        name, "membrane", slr.Vanilla, memory="replay"
-    ),
-    '… `memory="replay"`, escape noise': lambda name: keeps_nothing(name, "escape", slr.Vanilla, memory="replay"),
-    "… `approximate`, membrane noise": lambda name: keeps_nothing(name, "membrane", slr.Approximate),
-    "… `approximate`, escape noise": lambda name: keeps_nothing(name, "escape", slr.Approximate),
+    "time steps in one kernel: `counterfactual`": fuses,
     "pickle, `copy.deepcopy`": copies,
     "`export_to_nir`": exports,
 }

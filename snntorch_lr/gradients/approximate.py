@@ -103,7 +103,7 @@ class Approximate(RowLosses):
             finally:
                 after.restore()
                 statistics.restore()
-            currents = rates.currents
+            currents = {neuron: rate for neuron, rate in rates.currents.items() if neuron in self._internal}
         roots = [(losses, torch.full_like(losses, 1 / len(losses)))]
         for neuron, sums in summing.sums.items():
             roots += sums.roots(neuron, currents.get(neuron), weights)

@@ -107,10 +107,10 @@ class CounterfactualCredit:
         return (spikes, *states)
 
     def sequence(self, neuron: NoisyNeuron, current: Tensor, steps: int, constant: bool) -> tuple[Tensor, ...] | None:
-        """All time steps of a presentation, from fresh states; None if they cannot be fused.
+        """Time steps that follow the state which the neuron holds; None if they cannot be fused.
 
         Args:
-            neuron: the neuron, whose state was reset.
+            neuron: the neuron.
             current: ``[batch, ...]`` if it is constant, otherwise ``[steps, batch, ...]``.
             steps: number of time steps.
             constant: the current is the same in all steps.
@@ -125,17 +125,24 @@ class CounterfactualCredit:
             copies.ran = True
             current = copies.repeat(current, "a current", dim=0 if constant else 1)
         shape = current.shape if constant else current.shape[1:]
-        plan = fused.Plan.of(neuron, shape, current.dtype, current.device)
-        if plan is None:
-            return None
-        zeros = dict.fromkeys(neuron.state_names, current.new_zeros(shape))
-        state = fused.begin(plan, neuron, self._present(neuron), zeros, None)
+        given = {name: getattr(neuron, name) for name in neuron.state_names}
+        if any(state.shape != shape for state in given.values()):
+            given = dict.fromkeys(given, current.new_zeros(shape))
+        state = _fused_state(neuron, current, given)
+        if state is None:
+            plan = _plan(neuron, current if constant else current[0], given)
+            carried, fired = neuron.carried(given["mem"])
+            if plan is None or carried is not None or fired is not None:
+                return None
+            state = fused.begin(plan, neuron, self._present(neuron), given, None)
         state, (spikes, mem, *syn) = fused.advance(state, neuron, current, steps, all_states=neuron.output)
-        last = (each[-1] if neuron.output else each for each in (mem, *syn))
-        for name, each in zip(("mem", "syn"), last, strict=False):
-            setattr(neuron, name, each)
-        neuron.carry(state.code)
-        return (neuron.graded(spikes), *syn, mem)
+        last = [each[-1] if neuron.output else each for each in (mem, *syn)]
+        neuron.mem = last[0]
+        if syn:
+            setattr(neuron, "syn", last[1])  # noqa: B010
+        others = {"syn": weakref.ref(last[1])} if syn else {}
+        neuron.carry(state.code, others=others, state=state)
+        return (spikes, *syn, mem)
 
     @staticmethod
     def _fused_step(neuron: NoisyNeuron, input_: Tensor, state: fused.State) -> tuple[Tensor, ...]:
@@ -147,7 +154,7 @@ class CounterfactualCredit:
             setattr(neuron, "syn", syn[0])  # noqa: B010
             others["syn"] = weakref.ref(syn[0])
         neuron.carry(state.code, others=others, state=state)
-        return (neuron.graded(spikes), *states)
+        return (spikes, *states)
 
     def _step_without_shadow(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         sample = neuron.sample(input_, given, neuron.train_resets(given["mem"]))

@@ -1,13 +1,13 @@
-"""Noise and time steps of neurons, fused for CUDA by Triton, in single precision: one launch for each.
+"""Time steps of neurons and their backward pass, and noise, fused for CUDA by Triton, in single precision.
 
-A program computes some counters of one row, a row being one copy of one sample, and the four numbers of each counter.
-Random words are those of a CPU, bit by bit. What is made of them is rounded as the device rounds, which may contract a
-product and a sum.
+``numba_steps`` says what is computed; here it is one launch for all time steps. Random words are those of a CPU, bit by
+bit. What is made of them is rounded as the device rounds, which may contract a product and a sum.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,12 +20,10 @@ from .._messages import first_line
 from . import kinds
 
 DTYPES = (torch.float32,)
-_TENSORS = (
-    "current", "reset", "mem", "syn", "new_syn", "leak", "share", "alpha", "threshold", "sigma", "weights", "gain",
-    "score", "scale", "fired", "expected", "pull", "pull_scale", "seen_spikes", "seen_mem",
-)  # fmt: skip
-# Counters, or bytes, of a program at most.
-_BLOCK = 256
+CODES = {torch.float32: torch.int16}
+"""Of what the backward pass keeps, by the dtype of the membrane potential."""
+# Of a program at most: counters forward, each of four numbers, and numbers backward.
+_BLOCK = 128
 
 _LOGISTIC_ESCAPE, _GAUSSIAN_ESCAPE = tl.constexpr(kinds.LOGISTIC_ESCAPE), tl.constexpr(kinds.GAUSSIAN_ESCAPE)
 _GAUSSIAN, _LAPLACE, _LOGISTIC = tl.constexpr(kinds.GAUSSIAN), tl.constexpr(kinds.LAPLACE), tl.constexpr(kinds.LOGISTIC)
@@ -46,19 +44,21 @@ def _polynomial(x, coefficients: tl.constexpr, count: tl.constexpr):
 
 
 @triton.jit
-def _words(key, column, sample, copy, half, draw):
-    """Four random words of each counter, and the sign of what is made of them, which antithetic copies negate."""
-    second = copy >= half
-    copy = tl.where(second, copy - half, copy)
-    words = tl.philox(
-        key, column.to(tl.uint32), tl.cast(sample, tl.uint32), tl.cast(copy, tl.uint32), tl.cast(draw, tl.uint32)
-    )
-    return words, tl.where(second, -1.0, 1.0)
+def _uniform(key, row, column, BLOCK: tl.constexpr):
+    """Uniform numbers in (−1, 1), ``[BLOCK, 4]``: Philox 4x32-10 of (column, row, 0, 0)."""
+    zero = tl.cast(0, tl.uint32)
+    w0, w1, w2, w3 = tl.philox(key, column.to(tl.uint32), row.to(tl.uint32), zero, zero)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK, 4))
+    return ((words.to(tl.int32, bitcast=True) >> 8).to(tl.float32) + 0.5) * 2.0**-23
 
 
 @triton.jit
-def _uniform(word, sign):
-    return ((word.to(tl.int32, bitcast=True) >> 8).to(tl.float32) + 0.5) * (sign * 2.0**-23)
+def _places(neurons, BLOCK: tl.constexpr):
+    """Columns of a program's counters, and which neurons of a row their four numbers belong to."""
+    quarter = (neurons + 3) // 4
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    neuron = tl.expand_dims(column, 1) + quarter * tl.expand_dims(tl.arange(0, 4), 0)
+    return column, neuron, (tl.expand_dims(column, 1) < quarter) & (neuron < neurons)
 
 
 @triton.jit
@@ -104,219 +104,307 @@ def _chances(z, KIND: tl.constexpr):
 
 
 @triton.jit
-def _escape(z, u, KIND: tl.constexpr):
-    """Spikes of escape noise, and the scores of z."""
-    p, _ = _chances(z, KIND)
-    fires = u > 1 - 2 * p
-    spike = tl.where(fires, 1.0, 0.0)
+def _escape_score(z, p, spike, KIND: tl.constexpr):
+    """Score of z, of spikes of escape noise."""
     if KIND == _LOGISTIC_ESCAPE:
-        score = spike - p
+        return spike - p
     else:
         # φ over the probability of what happened, which neither cancels nor underflows this way.
         density, tail, mills = _normal(z)
-        size = tl.where(fires == (z > 0), density / (1 - tail), 1 / mills)
-        score = tl.where(fires, size, -size)
-    return spike, score
+        size = tl.where((spike > 0) == (z > 0), density / (1 - tail), 1 / mills)
+        return tl.where(spike > 0, size, -size)
 
 
 @triton.jit
-def _membrane_score(epsilon, u, KIND: tl.constexpr):
-    """Score of the mean, times σ, from standard noise and the uniform number that it was made of."""
+def _membrane_score(epsilon, KIND: tl.constexpr):
+    """Score of the mean, times σ, from standard noise."""
     if KIND == _GAUSSIAN:
         return epsilon
     elif KIND == _LAPLACE:
-        return tl.where(u > 0, 1.0, -1.0)
+        return tl.where(epsilon > 0, 1.0, -1.0)
     else:
-        return u
+        return 2 / (1 + tl.exp(-epsilon)) - 1
 
 
 @triton.jit
-def _advance(mem, drive, reset, leak, share, threshold, MECHANISM: tl.constexpr):
+def _advance(mem, current, fired, leak, share, threshold, MECHANISM: tl.constexpr):
     """The membrane potential of the next step, without noise."""
     if MECHANISM == _SUBTRACT:
-        return mem * leak + drive * share - reset * threshold
+        return mem * leak + current * share - fired * threshold
     elif MECHANISM == _ZERO:
-        return mem * leak * (1 - reset) + drive * share
+        return mem * leak * (1 - fired) + current * share
     elif MECHANISM == _ERASE:
-        return (mem * leak + drive * share) * (1 - reset)
+        return (mem * leak + current * share) * (1 - fired)
     else:
-        return mem * leak + drive * share
+        return mem * leak + current * share
 
 
 @triton.jit
-def _add(total, place, value, inside):
-    tl.store(total + place, tl.load(total + place, inside) + value, inside)
+def _keep(value, spike):
+    """A number as 15 bits, rounded, and in the lowest bit a spike."""
+    bits = (value.to(tl.int32, bitcast=True) + 0x10000) >> 16
+    return ((bits & 0xFFFE) | spike.to(tl.int32)).to(tl.int16)
 
 
-@triton.jit(do_not_specialize=["key", "batch", "first", "half", "draw"])
-def _noise(out, key, batch, first, half, draw, neurons, KIND: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit
+def _recall(code):
+    """The inverse of ``_keep``."""
+    bits = code.to(tl.int32)
+    return ((bits & 0xFFFE) << 16).to(tl.float32, bitcast=True), (bits & 1).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["key"])
+def _noise(out, key, neurons, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
-    quarter = (neurons + 3) // 4
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    words, sign = _words(key, column, row % batch, first + row // batch, half, draw)
-    for part in tl.static_range(4):
-        neuron = part * quarter + column
-        inside = (column < quarter) & (neuron < neurons)
-        tl.store(out + row.to(tl.int64) * neurons + neuron, _to_noise(_uniform(words[part], sign), KIND), inside)
+    column, neuron, inside = _places(neurons, BLOCK)
+    u = _uniform(key, row, column, BLOCK)
+    tl.store(out + row.to(tl.int64) * neurons + neuron, _to_noise(u, KIND), inside)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "batch",
-        "copies",
-        "first",
-        "half",
-        "draw",
-        "stride",
-        "currents",
-        "gains",
-        "pulled",
-        "seen",
-        "steps",
-    ]
-)
-def _step(
-    new, spikes, keys, batch, copies, first, half, draw, stride, current, reset, mem, syn, new_syn, leak, share, alpha,
-    threshold, sigma, weights, gain, score, scale, fired, expected, pull, pull_scale, seen_spikes, seen_mem, neurons,
-    steps, currents, gains, pulled, seen,
-    KIND: tl.constexpr, MECHANISM: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["batch", "steps", "seen"])
+def _forward(
+    keys, current, mem, shadow, syn, fired, before, leak, share, alpha, threshold, sigma, new_shadow, new_fired, spikes,
+    seen_mem, seen_syn, code, noise_code, batch, neurons, steps, seen,
+    SETS: tl.constexpr, CHANGES: tl.constexpr, KIND: tl.constexpr, MECHANISM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As ``numba_steps._step``, with None for what is empty there, and numbers of rows of what may have fewer."""
+    """Some neurons of one row of one set in all time steps; None for what is not wanted, or is zero."""
     escapes: tl.constexpr = KIND == _LOGISTIC_ESCAPE or KIND == _GAUSSIAN_ESCAPE
     row = tl.program_id(0)
-    quarter = (neurons + 3) // 4
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys + row // (batch * copies))
-    start = row.to(tl.int64) * neurons
+    is_train = row < batch
+    column, neuron, inside = _places(neurons, BLOCK)
+    train, other = inside & is_train, inside & (row >= batch)
+    whole = tl.cast(batch, tl.int64) * neurons
+    # Of a row among those of all sets, and of its sample.
+    own, left = row.to(tl.int64) * neurons + neuron, (row % batch).to(tl.int64) * neurons + neuron
+    kept, decays, weight = own, tl.load(leak + neuron, inside, 0.0), tl.load(share + neuron, inside, 0.0)
+    limit, level = tl.load(threshold + neuron, inside, 0.0), tl.load(sigma + neuron, inside, 1.0)
+    if alpha is not None:
+        remains = tl.load(alpha + neuron, inside, 0.0)
+    here = tl.zeros((BLOCK, 4), tl.float32)
+    fire, flow = here, here
+    if mem is not None:
+        here += tl.load(mem + left, train, 0.0)
+    if shadow is not None:
+        here += tl.load(shadow + left, other, 0.0)
+    if before is not None:
+        fire = _recall(tl.load(before + own, inside, 0))[1]
+    elif fired is not None:
+        fire += tl.load(fired + own, inside, 0.0)
+    if syn is not None:
+        flow += tl.load(syn + left, inside, 0.0)
+    moved = left
     for step in range(steps):
-        words, sign = _words(key, column, row % batch, first + row // batch % copies, half, draw + step * stride)
-        weight = tl.load(weights + step)
-        for part in tl.static_range(4):
-            neuron = part * quarter + column
-            inside = (column < quarter) & (neuron < neurons)
-            place = start + neuron
-            level, limit = tl.load(sigma + neuron, inside, 1.0), tl.load(threshold + neuron, inside)
-            drive = tl.load(current + (row % currents).to(tl.int64) * neurons + neuron, inside)
-            if syn is not None:
-                drive += tl.load(syn + place, inside) * tl.load(alpha + neuron, inside)
-                tl.store(new_syn + place, drive, inside)
-            # Of the step before, which is the same program's.
-            before = tl.load(mem + place, inside & (step == 0), 0.0) + tl.load(new + place, inside & (step > 0), 0.0)
-            spiked = tl.load(reset + place, inside & (step == 0), 0.0) + tl.load(
-                spikes + place, inside & (step > 0), 0.0
-            )
-            mean = _advance(
-                before, drive, spiked, tl.load(leak + neuron, inside), tl.load(share + neuron, inside), limit, MECHANISM
-            )
-            u = _uniform(words[part], sign)
-            z = (mean - limit) / level
+        drive = tl.load(current + (moved if CHANGES else left), inside, 0.0)
+        if alpha is not None:
+            flow = flow * remains + drive
+            drive = flow
+        u = _uniform(tl.load(keys + step), row, column, BLOCK)
+        here = _advance(here, drive, fire, decays, weight, limit, MECHANISM)
+        z = (here - limit) / level
+        if escapes:
+            fire = tl.where(u > 1 - 2 * _chances(z, KIND)[0], 1.0, 0.0)
+        else:
+            epsilon = _to_noise(u, KIND)
+            here += level * epsilon
+            fire = tl.where(here > limit, 1.0, 0.0)
+            if noise_code is not None:
+                tl.store(noise_code + kept, _keep(epsilon, fire), inside)
+        if code is not None:
+            tl.store(code + kept, _keep(z, fire), inside)
+        tl.store(spikes + moved, fire, train)
+        is_seen = train & ((seen == steps) | (step == steps - 1))
+        shown = tl.where(seen == steps, moved, left)
+        tl.store(seen_mem + shown, here, is_seen)
+        if seen_syn is not None:
+            tl.store(seen_syn + shown, flow, is_seen)
+        moved += whole
+        kept += SETS * whole
+    if new_shadow is not None:
+        tl.store(new_shadow + left, here, other)
+    if new_fired is not None:
+        tl.store(new_fired + own, fire, inside)
+
+
+@triton.jit(do_not_specialize=["batch", "steps", "fit_rows"])
+def _backward(
+    a, b, b_syn, code, noise_code, fired, before, leak, share, alpha, sigma, settings, togo, parted, trace, syn_trace,
+    to_current, to_sigma, sums, batch, neurons, steps, fit_rows,
+    TRACES: tl.constexpr, CHANGES: tl.constexpr, KIND: tl.constexpr, MECHANISM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Some neurons of one row in all time steps, the last one first; None for what is not wanted, or is zero."""
+    escapes: tl.constexpr = KIND == _LOGISTIC_ESCAPE or KIND == _GAUSSIAN_ESCAPE
+    clears: tl.constexpr = MECHANISM == _ZERO or MECHANISM == _ERASE
+    row = tl.program_id(0)
+    neuron = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = neuron < neurons
+    fits = inside & (row < fit_rows)
+    whole = tl.cast(batch, tl.int64) * neurons
+    left = row.to(tl.int64) * neurons + neuron
+    control, discount = tl.load(settings), tl.load(settings + 1)
+    decays, weight = tl.load(leak + neuron, inside, 0.0), tl.load(share + neuron, inside, 0.0)
+    level = tl.load(sigma + neuron, inside, 1.0)
+    later, part = tl.load(togo + left, inside, 0.0), tl.load(parted + left, fits, 0.0)
+    zero = tl.zeros((BLOCK,), tl.float32)
+    g0, g1, flow, product, square, scale, total = zero, zero, zero, zero, zero, zero, zero
+    if TRACES > 0:
+        g0 = tl.load(trace + left, inside, 0.0)
+    if TRACES > 1:
+        g1 = tl.load(trace + whole + left, inside, 0.0)
+    if alpha is not None:
+        remains = tl.load(alpha + neuron, inside, 0.0)
+        flow = tl.load(syn_trace + left, inside, 0.0)
+    moved = left + (steps - 1) * whole
+    for back in range(steps):
+        step = steps - 1 - back
+        kept = left + 2 * step * whole
+        z0, s0 = _recall(tl.load(code + kept, inside, 0))
+        z1, s1 = _recall(tl.load(code + kept + whole, inside, 0))
+        p0, d0 = _chances(z0, KIND)
+        p1 = _chances(z1, KIND)[0]
+        if escapes:
+            q0, q1 = _escape_score(z0, p0, s0, KIND), _escape_score(z1, p1, s1, KIND)
+        else:
+            e0 = _recall(tl.load(noise_code + kept, inside, 0))[0]
+            e1 = _recall(tl.load(noise_code + kept + whole, inside, 0))[0]
+            q0, q1 = _membrane_score(e0, KIND), _membrane_score(e1, KIND)
+        later *= discount
+        part *= discount
+        direct = zero
+        if a is not None:
+            effect = tl.load(a + moved, inside, 0.0)
+            parting = 0.5 * effect * ((s1 - p1) - (s0 - p0))
+            part += parting
+            later += 0.5 * effect * (s0 - s1) + control * parting
+            direct = effect * d0
+        both = q0 - q1
+        multiplied = both * part + direct
+        product += tl.where(fits, both * (later - control * part) * multiplied, 0.0)
+        square += tl.where(fits, multiplied * multiplied, 0.0)
+        if to_sigma is not None:
             if escapes:
-                spike, one = _escape(z, u, KIND)
-                scale_score = -one * z
+                scale += (z1 * q1 - z0 * q0) * later - control * z0 * direct
             else:
-                epsilon = _to_noise(u, KIND)
-                mean += level * epsilon
-                spike = tl.where(mean > limit, 1.0, 0.0)
-                one = _membrane_score(epsilon, u, KIND)
-                scale_score = one * epsilon - 1
-            tl.store(new + place, mean, inside)
-            tl.store(spikes + place, spike, inside)
-            factor = 1.0
-            if gain is not None:
-                gain_row = tl.where(steps > 1, step, row % gains)
-                factor = tl.load(gain + gain_row.to(tl.int64) * neurons + neuron, inside)
-            if score is not None:
-                _add(score, place, one * factor, inside)
-            if scale is not None:
-                _add(scale, place, scale_score, inside)
-            if fired is not None:
-                _add(fired, place, spike * weight, inside)
-            if expected is not None:
-                p, density = _chances(z, KIND)
-                _add(expected, place, p * weight, inside)
-                if pull is not None:
-                    _add(pull, place, density * weight * factor, inside & (row < pulled))
-                if pull_scale is not None:
-                    _add(pull_scale, place, -density * weight * z, inside & (row < pulled))
-            if seen_mem is not None:
-                visible = (step * seen + row).to(tl.int64) * neurons + neuron
-                tl.store(seen_spikes + visible, spike, inside & (row < seen))
-                tl.store(seen_mem + visible, mean, inside & (row < seen))
-        # The threads of a program may load what another one of them has stored.
-        tl.debug_barrier()
+                scale += (e0 * q0 - e1 * q1) * later - control * z0 * direct
+        # What comes back from the next step, then what this one adds.
+        if escapes:
+            g0 *= decays
+            if clears:
+                g0 *= 1 - s0
+                g1 *= decays * (1 - s1)
+        else:
+            g0, g1 = zero, zero
+        if clears:
+            g0 += (q0 * later + control * direct) / level
+            g1 -= q1 * later / level
+        else:
+            g0 += (both * later + control * direct) / level
+        if b is not None:
+            read = tl.load(b + moved, inside, 0.0)
+            g0 += read
+            if escapes:
+                later += 0.5 * read * level * (z0 - z1)
+            else:
+                if to_sigma is not None:
+                    scale += read * e0 * level
+                later += 0.5 * read * level * ((z0 + e0) - (z1 + e1))
+        if MECHANISM == _ERASE:
+            f0 = _recall(tl.load(code + kept - 2 * whole, inside & (step > 0), 0))[1]
+            f1 = _recall(tl.load(code + kept - whole, inside & (step > 0), 0))[1]
+            at_start = inside & (step == 0)
+            if before is not None:
+                f0 += _recall(tl.load(before + left, at_start, 0))[1]
+                f1 += _recall(tl.load(before + whole + left, at_start, 0))[1]
+            elif fired is not None:
+                f0 += tl.load(fired + left, at_start, 0.0)
+                f1 += tl.load(fired + whole + left, at_start, 0.0)
+            driven = weight * (g0 * (1 - f0) + g1 * (1 - f1))
+        else:
+            driven = weight * (g0 + g1)
+        if alpha is not None:
+            flow = flow * remains + driven
+            if b_syn is not None:
+                flow += tl.load(b_syn + moved, inside, 0.0)
+            driven = flow
+        if to_current is not None:
+            if CHANGES:
+                tl.store(to_current + moved, tl.load(to_current + moved, inside, 0.0) + driven, inside)
+            else:
+                total += driven
+        moved -= whole
+    if to_current is not None and not CHANGES:
+        tl.store(to_current + left, tl.load(to_current + left, inside, 0.0) + total, inside)
+    tl.store(togo + left, later, inside)
+    tl.store(parted + left, part, fits)
+    if TRACES > 0:
+        tl.store(trace + left, g0, inside)
+    if TRACES > 1:
+        tl.store(trace + whole + left, g1, inside)
+    if alpha is not None:
+        tl.store(syn_trace + left, flow, inside)
+    if to_sigma is not None:
+        tl.store(to_sigma + left, scale, inside)
+    place = sums + 2 * (row * tl.num_programs(1) + tl.program_id(1))
+    tl.store(place, tl.sum(product, 0), row < fit_rows)
+    tl.store(place + 1, tl.sum(square, 0), row < fit_rows)
 
 
-@triton.jit
-def _pack(packed, values, size, count, BLOCK: tl.constexpr):
-    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    bits = tl.zeros((BLOCK,), tl.int32)
-    for bit in tl.static_range(8):
-        place = bit * size + byte
-        fires = tl.load(values + place, (byte < size) & (place < count), 0.0) != 0
-        bits |= fires.to(tl.int32) << bit
-    tl.store(packed + byte, bits.to(tl.uint8), byte < size)
+def noise(out: Tensor, key: int, kind: int) -> None:
+    """Fills ``[rows, numbers]`` with noise; see ``snntorch_lr.philox.draw``."""
+    rows, numbers = out.shape
+    _launch(_noise, rows, -(-numbers // 4), out=out, key=key, neurons=numbers, KIND=kind)
 
 
-@triton.jit
-def _unpack(packed, values, size, count, BLOCK: tl.constexpr):
-    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    bits = tl.load(packed + byte, byte < size, 0).to(tl.int32)
-    for bit in tl.static_range(8):
-        place = bit * size + byte
-        tl.store(values + place, ((bits >> bit) & 1).to(tl.float32), (byte < size) & (place < count))
+def forward(rows: int, dtype: torch.dtype, **given: Any) -> None:
+    """Time steps of a train and its shadow; see ``numba_steps._forward`` for the arguments.
+
+    Args:
+        rows: of the batch.
+        dtype: of the membrane potential.
+        **given: integers; contiguous tensors, which are read or filled, or None; and keys on any device.
+    """
+    sets = given.pop("sets")
+    constants = {"SETS": sets, "CHANGES": given.pop("currents") > 1}
+    constants |= {"KIND": given.pop("kind"), "MECHANISM": given.pop("mechanism")}
+    given["keys"] = given["keys"].to(given["spikes"].device, non_blocking=True)
+    _launch(_forward, sets * rows, -(-given["neurons"] // 4), batch=rows, **given, **constants)
 
 
-def noise(out: Tensor, key: int, batch: int, first: int, half: int, draw: int, kind: int) -> None:
-    """Fills ``[rows, numbers]`` with noise; see ``snntorch_lr.noise_stream.NoiseStream``."""
-    grid, block = _grid(out)
-    _launch(_noise, grid, out, key, batch, first, half, draw, out.shape[1], KIND=kind, BLOCK=block)
+def backward(rows: int, dtype: torch.dtype, learns_sigma: bool, **given: Any) -> tuple[Tensor | None, Tensor]:
+    """Counterfactual credit in these; see ``numba_steps._backward`` for the arguments.
+
+    Args:
+        rows: of the batch.
+        dtype: of the membrane potential.
+        learns_sigma: a gradient of σ is wanted.
+        **given: as for ``forward``.
+
+    Returns:
+        Gradient of σ, times σ, ``[neurons]``, or None; Σ C₀C₁ and Σ C₁².
+    """
+    given.pop("threshold")
+    constants = {"TRACES": given.pop("traces"), "CHANGES": given.pop("currents") > 1}
+    constants |= {"KIND": given.pop("kind"), "MECHANISM": given.pop("mechanism")}
+    neurons, like = given["neurons"], given["togo"]
+    # Of each program: sums that do not depend on which of them is done first.
+    to_sigma = like.new_empty(rows, neurons) if learns_sigma else None
+    sums = like.new_empty(given["fit_rows"] * _blocks(neurons)[1], 2)
+    _launch(_backward, rows, neurons, batch=rows, to_sigma=to_sigma, sums=sums, **given, **constants)
+    return None if to_sigma is None else to_sigma.sum(0), sums.sum(0)
 
 
-def pack(values: Tensor) -> Tensor:
-    """Numbers as bits, eight to a byte: whether they are zero."""
-    count = values.numel()
-    packed = values.new_empty(-(-count // 8), dtype=torch.uint8)
-    _launch(_pack, (-(-len(packed) // _BLOCK),), packed, values, len(packed), count, BLOCK=_BLOCK)
-    return packed
+def _blocks(numbers: int) -> tuple[int, int]:
+    """How many of so many numbers a program has, and how many programs that makes."""
+    block = min(_BLOCK, triton.next_power_of_2(numbers))
+    return block, -(-numbers // block)
 
 
-def unpack(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The inverse of ``pack``: zeros and ones."""
-    values = packed.new_empty(shape, dtype=dtype)
-    _launch(_unpack, (-(-len(packed) // _BLOCK),), packed, values, len(packed), values.numel(), BLOCK=_BLOCK)
-    return values
-
-
-def step(
-    new: Tensor, spikes: Tensor, keys: Tensor, batch: int, copies: int, first: int, half: int, draw: int, stride: int,
-    kind: int, mechanism: int, **tensors: Tensor | None,
-) -> None:  # fmt: skip
-    """Time steps of a neuron with the same current; see ``cpu.step``."""
-    grid, block = _grid(new)
-    given = [tensors.get(name) for name in _TENSORS]
-    held = dict(zip(_TENSORS, (None if each is None else each.contiguous() for each in given), strict=True))
-    rows = (1 if (each := held[name]) is None else len(each) for name in ("weights", "current", "gain", "pull"))
-    seen = held["seen_mem"]
-    _launch(
-        _step, grid, new, spikes, keys, batch, copies, first, half, draw, stride, *held.values(), new[0].numel(), *rows,
-        0 if seen is None else seen.shape[1], KIND=kind, MECHANISM=mechanism, BLOCK=block,
-    )  # fmt: skip
-
-
-def _grid(rows: Tensor) -> tuple[tuple[int, int], int]:
-    """Programs for all counters of ``[rows, ...]``, and how many counters each has."""
-    quarter = -(-rows[0].numel() // 4)
-    block = min(_BLOCK, triton.next_power_of_2(quarter))
-    return (len(rows), -(-quarter // block)), block
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], out: Tensor, *arguments: Any, **constants: int) -> None:
-    """Runs a kernel on the device of its output, in the stream that torch uses there now."""
-    if not grid[0]:
-        return
+def _launch(kernel: Any, rows: int, numbers: int, **arguments: Any) -> None:
+    """Runs a kernel on the device of its tensors, in the stream that torch uses there now."""
+    block, count = _blocks(numbers)
+    device = next(each.device for each in arguments.values() if isinstance(each, Tensor))
     try:
-        with torch.cuda.device_of(out):
-            kernel[grid](out, *arguments, **constants)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[rows, count](**arguments, BLOCK=block, num_warps=max(1, block // 32))
     except TritonError as error:
         raise RuntimeError(
             f"a fused time step does not compile: {first_line(error)}; torch computes the same in the context "
