@@ -8,6 +8,7 @@ neuron emitted are kept for the backward pass as the neuron keeps them anyway, o
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,30 @@ _WORTH_KEEPING_AS_BITS = 16_000_000
 _STEPS_AT_ONCE = 8
 SPIKES = "_snntorch_lr_spikes"
 """Name of what a fused neuron hangs on its spikes: see ``Emitted``."""
+
+
+# Presentations of any network that have begun.
+_presentation = 0
+
+
+def _count_presentation() -> None:
+    """What was computed before belongs to another presentation, which may go back, and be freed, before this one."""
+    global _presentation
+    _presentation += 1
+
+
+new_presentation: Callable[[], None] = torch.compiler.disable(_count_presentation)  # type: ignore[no-untyped-call]
+
+
+def _autocasts(device: torch.device) -> bool:
+    try:
+        return torch.is_autocast_enabled(device.type)
+    except RuntimeError:
+        # There is none on this device.
+        return False
+    except TypeError:
+        # Torch before 2.4.
+        return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
 @dataclass(frozen=True)
@@ -52,12 +77,13 @@ class _Remembering(nn.Module):
     """Mixin in front of a layer of torch, by which it is what this module says."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any
 
     def forward(self, x: Tensor) -> Tensor:
         """As torch's layer."""
-        if torch.compiler.is_compiling() or not isinstance(x, Tensor):
-            return super().forward(x)  # type: ignore[no-any-return, misc]
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or _is_checkpointed():
+            plain: Tensor = super().forward(x)
+            return plain
         known = self._known(x)
         memo: _Memo | None = self.__dict__.get("_memo")
         if memo is not None and memo.input() is x and memo.known == known and version(memo.output) == memo.version:
@@ -66,7 +92,7 @@ class _Remembering(nn.Module):
         if emitted is not None and self._is_worth_it(x, emitted):
             output = self._from_spikes(x, emitted.code)
         else:
-            output = super().forward(x)  # type: ignore[misc]
+            output = super().forward(x)
         self._keep(x, known, output)
         return output
 
@@ -74,8 +100,9 @@ class _Remembering(nn.Module):
         """All that decides about the output, beside the input itself. A backward pass that runs it again is apart."""
         parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
         task = torch._C._current_graph_task_id()
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(x.device.type)
-        return version(x), x.requires_grad, task, modes, *((id(each), version(each)) for each in parameters)
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocasts(x.device)
+        held = tuple((id(each), version(each)) for each in parameters)
+        return _presentation, version(x), x.requires_grad, task, modes, held
 
     def _keep(self, x: Tensor, known: tuple[Any, ...], output: Tensor) -> None:
         me = weakref.ref(self)
@@ -88,12 +115,12 @@ class _Remembering(nn.Module):
         self.__dict__["_memo"] = _Memo(weakref.ref(x, forget), known, output, version(output))
         if output.requires_grad:
             # After a backward pass the graph behind the output is gone.
-            output.register_hook(forget)
+            output.register_hook(forget)  # type: ignore[no-untyped-call]
 
     def _is_worth_it(self, x: Tensor, emitted: Emitted) -> bool:
         if emitted.version != version(x) or emitted.bytes < _WORTH_KEEPING_AS_BITS:
             return False
-        same = x.dtype == self.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+        same = x.dtype == self.weight.dtype and not _autocasts(x.device)
         return same and torch.is_grad_enabled() and self.weight.requires_grad
 
     def _from_spikes(self, x: Tensor, code: Tensor) -> Tensor:
@@ -174,6 +201,13 @@ class _ConvolutionOfSpikes(torch.autograd.Function):
             [needs_x, needs_weight, needs_bias],
         )  # fmt: skip
         return found[0], None, found[1], found[2], None
+
+
+def _is_checkpointed() -> bool:
+    """Saved tensors go through hooks, as in activation checkpointing, which has to compute all of a part again."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    # Torch before 2.4 cannot be asked.
+    return top is None or top(False) is not None
 
 
 def _spikes(code: Tensor, like: Tensor) -> Tensor:

@@ -25,11 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SURROGATE = "surrogate, 1 draw"
-_HEADER = ("parameter", "estimator", "cosine", "at most", "surrogate", "SNR", "bias", "floor")
+_HEADER = ("parameter", "estimator", "cosine", "at most", "SNR", "bias", "floor")
 _NOTE = """\
 cosine     of one call's gradient to the mean of the reference calls, averaged over the calls
 at most    what a gradient without noise would reach; where it is "-" the reference is noise: take more calls
-surrogate  cosine between the expected gradient and the mean surrogate gradient
 SNR        |E g|^2 / tr Cov(g) of one call; around or below zero where it is not resolved
 bias       |E g - E g_reference| / |E g_reference|, noise subtracted; less than the floor is not resolved
 -          not resolved by that many calls, or not available
@@ -42,8 +41,6 @@ class GradientQuality:
 
     Attributes:
         cosine: mean cosine of one call's gradient to the mean of the reference calls, in [-1, 1].
-        surrogate_cosine: cosine between the expected gradient and the mean surrogate gradient, in [-1, 1]; the noise of
-            both is subtracted from their norms.
         snr: ‖E g‖² / tr Cov(g) of one call; unbiased numerator, so that it may be below zero.
         bias: ‖E g − E g_ref‖ / ‖E g_ref‖, with the expected Monte-Carlo part subtracted, at least 0.
         bias_floor: the Monte-Carlo part, in the units of ``bias``: what noise alone would show if it were not
@@ -52,7 +49,6 @@ class GradientQuality:
     """
 
     cosine: float | None
-    surrogate_cosine: float | None
     snr: float | None
     bias: float | None
     bias_floor: float | None
@@ -76,8 +72,8 @@ class GradientReport:
     """Result of ``gradient_report``; prints as a table.
 
     Attributes:
-        quality: by name of the parameter, then of the estimator.
-        cost: by name of the estimator; also of one draw of the surrogate gradient.
+        quality: by name of the parameter, then of the estimator; also of one draw of the surrogate gradient.
+        cost: by name of the estimator, alike.
         reference_cosine: by name of the parameter, the cosine that the mean of the reference calls has to its own
             expectation, which no estimate can exceed; None where it is not resolved.
         copies: K of the reference and of estimators given by name.
@@ -114,7 +110,6 @@ class GradientReport:
                 estimator,
                 _text(figures.cosine),
                 _text(self.reference_cosine[parameter]),
-                _text(figures.surrogate_cosine),
                 _text(figures.snr, ".3g"),
                 _text(figures.bias, ".2g"),
                 _text(figures.bias_floor, ".2g"),
@@ -209,9 +204,9 @@ def gradient_report(
 ) -> GradientReport:
     """Measures gradients of a network on one batch: how far to trust an estimator, and what it costs.
 
-    ``reference`` calls of ``Vanilla``, which has no bias, give the reference gradient; as many surrogate gradients of
-    one noise draw give their mean. Each estimator is called once to warm up, once to measure memory, and ``repeats``
-    times, with other noise than the reference.
+    ``reference`` calls of ``Vanilla``, which has no bias, give the reference gradient. Each estimator is called once to
+    warm up, once to measure memory, and ``repeats`` times, with other noise than the reference. So is the surrogate
+    gradient of one noise draw, ``reference`` times.
 
     Only running sums of the gradients are kept. The network is left as it was found: gradients, modes, buffers,
     states, and random numbers. Memory on a CPU is that of the whole process, sampled each millisecond by a thread, and
@@ -242,28 +237,27 @@ def gradient_report(
             raise ValueError(f"{name} must be at least 2, got {value}")
     chosen = _named(estimators, net, copies)
     calls = _Calls(net, loss_fn, inputs, targets, seed)
+    measured, control = {}, {}
     with left_as_found(net, gradients=True, modes=True, buffers=True, states=True, random=True), torch.enable_grad():
         with FirstCall(net, noisy(net)) as first:
             expected = calls.measure(Vanilla(net, copies).backward, reference).moments
         zero = {name: calls.why_zero(name, first) for name, moments in expected.items() if not moments.mean.any()}
-        backpropagation = calls.measure_surrogate(reference)
-        measured, control = {}, {}
         for name, estimator in chosen.items():
             # Each fits a λ of its own.
             with left_as_found(net, buffers=True, states=True):
-                measured[name] = calls.measure(estimator.backward, repeats, expected, memory=True)
+                measured[name] = calls.measure(estimator.backward, repeats, expected)
                 if isinstance(estimator, Counterfactual):
                     control[name] = _control(net, estimator)
-    quality = {
-        parameter: {
-            name: _quality(found, parameter, expected[parameter], backpropagation) for name, found in measured.items()
-        }
-        for parameter in calls.parameters
-    }
-    if backpropagation is not None:
-        measured[SURROGATE] = backpropagation
+        try:
+            measured[SURROGATE] = calls.measure(calls.backpropagate, reference, expected)
+        except RuntimeError as error:
+            # Not enough memory for backpropagation through time is one of the reasons to be here.
+            warn(f"there is no surrogate gradient to compare with: {error}")
     return GradientReport(
-        quality=quality,
+        quality={
+            parameter: {name: _quality(found, parameter, expected[parameter]) for name, found in measured.items()}
+            for parameter in calls.parameters
+        },
         cost={name: Cost(statistics.median(found.times), found.megabytes) for name, found in measured.items()},
         reference_cosine={name: moments.reliability for name, moments in expected.items()},
         copies=int(copies),
@@ -344,22 +338,17 @@ class _Calls:
         return ", ".join(first.dead().values()) or "all copies had the same loss"
 
     def measure(
-        self,
-        backward: Callable[..., Any],
-        count: int,
-        expected: Mapping[str, _Moments] | None = None,
-        memory: bool = False,
+        self, backward: Callable[..., Any], count: int, expected: Mapping[str, _Moments] | None = None
     ) -> _Measured:
         """Calls ``backward(loss_fn, inputs, targets)`` with independent noise.
 
         Args:
             backward: see above.
             count: number of calls.
-            expected: what the gradients are compared with.
-            memory: whether two more calls warm up and measure memory.
+            expected: what the gradients are compared with; two more calls then warm up and measure memory.
         """
         measured = _Measured(self.parameters)
-        if memory:
+        if expected is not None:
             self._call(backward)
             measured.megabytes = self._peak_megabytes(backward)
         for _ in range(count):
@@ -373,19 +362,10 @@ class _Calls:
                     measured.cosines[name].append(_dot(gradient, mean) / norms)
         return measured
 
-    def measure_surrogate(self, count: int) -> _Measured | None:
-        """The same for the surrogate gradient; None, with a warning, if backpropagation fails."""
-
-        def backward(loss_fn: LossFn, inputs: Any, targets: Any) -> None:
-            with surrogate(self._net):
-                loss_fn(inputs, targets).mean().backward()  # type: ignore[no-untyped-call]
-
-        try:
-            return self.measure(backward, count, memory=True)
-        except RuntimeError as error:
-            # Not enough memory for backpropagation through time is one of the reasons to be here.
-            warn(f"there is no surrogate gradient to compare with: {error}")
-            return None
+    def backpropagate(self, loss_fn: LossFn, inputs: Any, targets: Any) -> None:
+        """The surrogate gradient of one noise draw."""
+        with surrogate(self._net):
+            loss_fn(inputs, targets).mean().backward()  # type: ignore[no-untyped-call]
 
     def _call(self, backward: Callable[..., Any]) -> float:
         """Leaves gradients in ``.grad``, and returns the milliseconds that they took."""
@@ -414,7 +394,7 @@ class _Calls:
             torch.cuda.synchronize(self.device)
 
 
-def _quality(measured: _Measured, parameter: str, expected: _Moments, surrogate: _Measured | None) -> GradientQuality:
+def _quality(measured: _Measured, parameter: str, expected: _Moments) -> GradientQuality:
     own, cosines = measured.moments[parameter], measured.cosines[parameter]
     error, scale = own.error + expected.error, _dot(expected.mean, expected.mean)
     bias = floor = None
@@ -425,20 +405,10 @@ def _quality(measured: _Measured, parameter: str, expected: _Moments, surrogate:
         floor = math.sqrt(error / scale)
     return GradientQuality(
         cosine=statistics.fmean(cosines) if cosines else None,
-        surrogate_cosine=None if surrogate is None else _cosine(own, surrogate.moments[parameter]),
         snr=(_dot(own.mean, own.mean) - own.error) / own.variance if own.variance > 0 else None,
         bias=bias,
         bias_floor=floor,
     )
-
-
-def _cosine(first: _Moments, second: _Moments) -> float | None:
-    """Cosine between the expectations of two independent means."""
-    squares = [_dot(moments.mean, moments.mean) for moments in (first, second)]
-    if not (_resolved(squares[0], first.error) and _resolved(squares[1], second.error)):
-        return None
-    cosine = _dot(first.mean, second.mean) / math.sqrt((squares[0] - first.error) * (squares[1] - second.error))
-    return max(-1.0, min(1.0, cosine))
 
 
 def _resolved(square: float, error: float) -> bool:

@@ -1,7 +1,8 @@
-"""Counterfactual credit in one kernel forward and one backward, for one time step or many: Leaky, Lapicque, Synaptic."""
+"""Counterfactual credit in one kernel forward and one backward, for one time step or many of them."""
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from . import kernels
 from .blocks import SPIKES, Emitted
 from .graph import version
-from .kernels import kinds
+from .kernels import kinds, memory
 from .node import Presentation, refuse_double_backward
 from .noise import EscapeNoise
 from .noisy_neuron import NoisyNeuron
@@ -58,7 +59,7 @@ class Plan:
             return None
         constants = (*rule.constants, neuron.threshold, noise.log_sigma, noise.annealed)
         known = row, dtype, device, rule.mechanism, noise.kind, *((id(each), version(each)) for each in constants)
-        held: tuple[Any, Plan] | None = vars(neuron).get("_plan")
+        held: tuple[Any, Plan] | None = neuron.__dict__.get("_plan")
         if held is not None and held[0] == known:
             return held[1]
 
@@ -78,7 +79,7 @@ class Plan:
             spread(noise.sigma),
             (2 if clears else 1) if escapes else 0,
         )
-        vars(neuron)["_plan"] = known, plan
+        neuron.__dict__["_plan"] = known, plan
         return plan
 
     @property
@@ -108,6 +109,7 @@ class State:
         fired: the spikes before the first step, in place of it; None for none.
         link: carries credit from a step to the one before it.
         bytes: of the spikes of this presentation so far.
+        run: of calls with the last current.
     """
 
     plan: Plan
@@ -121,6 +123,36 @@ class State:
     fired: Tensor | None
     link: Tensor
     bytes: int = 0
+    run: Run | None = None
+
+
+class Run:
+    """Time steps that follow each other with one and the same current: they add up its gradient among themselves.
+
+    Attributes:
+        input: the current, and its version.
+        length: number of calls so far.
+    """
+
+    def __init__(self, current: Tensor) -> None:
+        self.input = weakref.ref(current), version(current)
+        self.length = 1
+        self._buffer: Tensor | None = None
+        self._task = -1
+
+    def goes_on(self, current: Tensor) -> bool:
+        """A current is the same."""
+        return self.input[0]() is current and self.input[1] == version(current)
+
+    def take(self) -> Tensor | None:
+        """What the later ones have added up in this backward pass; None if this is the last one."""
+        task = torch._C._current_graph_task_id()
+        buffer, self._buffer = self._buffer, None
+        return buffer if task == self._task else None
+
+    def hand_on(self, buffer: Tensor) -> None:
+        """Leaves it to the call before this one."""
+        self._buffer, self._task = buffer, torch._C._current_graph_task_id()
 
 
 class FusedSpikes(torch.autograd.Function):
@@ -133,7 +165,7 @@ class FusedSpikes(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, state: State, keys: Tensor, steps: int, lead: tuple[int, ...], seen: tuple[int, ...],
-        current: Tensor, sigma: Tensor, link: Tensor, kept: list[Tensor],
+        current: Tensor, sigma: Tensor, link: Tensor, kept: list[Tensor], run: Run,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Spikes, the link, membrane potentials and synaptic currents.
 
@@ -148,16 +180,18 @@ class FusedSpikes(torch.autograd.Function):
             sigma: noise level, with its graph.
             link: of the state.
             kept: filled with the membrane potential of the shadow, and the code of all steps.
+            run: of calls with this current.
         """
         ctx.set_materialize_grads(False)
         plan, shape, like = state.plan, state.mem.shape, state.mem
         current = current.contiguous()
         currents = current.numel() // like.numel()
-        code = torch.empty(steps, 2, *shape, dtype=plan.module.CODES[like.dtype], device=like.device)
-        noise_code = torch.empty_like(code) if plan.keeps_noise else None
-        spikes, mem = like.new_empty(*lead, *shape), like.new_empty(*seen, *shape)
-        syn = None if plan.alpha is None else torch.empty_like(mem)
-        shadow = torch.empty_like(like)
+        codes, device = plan.module.CODES[like.dtype], like.device
+        code = memory.empty((steps, 2, *shape), codes, device)
+        noise_code = memory.empty(code.shape, codes, device) if plan.keeps_noise else None
+        spikes, mem = (memory.empty((*dims, *shape), like.dtype, device) for dims in (lead, seen))
+        syn = None if plan.alpha is None else memory.empty(mem.shape, like.dtype, device)
+        shadow = memory.empty(shape, like.dtype, device)
         plan.module.forward(
             shape[0], like.dtype, neurons=plan.leak.numel(), sets=2, steps=steps, currents=currents,
             seen=mem.numel() // like.numel(), kind=plan.kind, mechanism=plan.mechanism, keys=keys, current=current,
@@ -169,6 +203,7 @@ class FusedSpikes(torch.autograd.Function):
         ctx.save_for_backward(code, *([] if noise_code is None else [noise_code]), *before)
         ctx.plan, ctx.presentation, ctx.settings = plan, state.presentation, state.settings
         ctx.before_is_code = state.code is not None
+        ctx.run, ctx.is_first = run, run.length == 1
         ctx.current, ctx.sigma, ctx.seen = current.shape, (sigma.shape, sigma.dtype), seen
         kept += [shadow, code]
         carried = like.new_zeros(()).expand(link.shape)
@@ -185,8 +220,13 @@ class FusedSpikes(torch.autograd.Function):
         before = rest.pop(0) if rest else None
         steps, shape, like = len(code), code.shape[2:], plan.leak
         # Of a link, which nothing else uses: what it held is not needed again.
-        held = like.new_zeros(plan.channels, *shape) if later is None else later.contiguous()
-        to_current = like.new_zeros(ctx.current) if ctx.needs_input_grad[5] else None
+        if later is None:
+            later = memory.empty((plan.channels, *shape), like.dtype, like.device).zero_()
+        held = later.contiguous()
+        added = to_current = None
+        if ctx.needs_input_grad[5]:
+            added = ctx.run.take()
+            to_current = memory.empty(ctx.current, like.dtype, like.device) if added is None else added
         b, b_syn = (_of_all_steps(each, steps, ctx.seen) for each in (*states, None)[:2])
         end = 2 + plan.traces
         to_sigma, sums = plan.module.backward(
@@ -198,12 +238,16 @@ class FusedSpikes(torch.autograd.Function):
             threshold=plan.threshold, sigma=plan.levels, settings=ctx.settings, togo=held[0], parted=held[1],
             fit_rows=min(shape[0], _FIT_ROWS), trace=held[2:end] if plan.traces else None, traces=plan.traces,
             syn_trace=None if plan.alpha is None else held[end], to_current=to_current,
+            adds=int(added is not None),
         )  # fmt: skip
         presentation.fit.add(sums)
+        if to_current is not None and not ctx.is_first:
+            ctx.run.hand_on(to_current)
+            to_current = None
         if to_sigma is not None:
             size, dtype = ctx.sigma
             to_sigma = (to_sigma.view(1, *shape[1:]) / plan.levels).sum_to_size(size).to(dtype)
-        return None, None, None, None, None, to_current, to_sigma, held, None
+        return None, None, None, None, None, to_current, to_sigma, held, None, None
 
 
 def _of_all_steps(gradient: Tensor | None, steps: int, seen: tuple[int, ...]) -> Tensor | None:
@@ -227,6 +271,7 @@ def begin(
         fired: spikes that are to reset it, ``[2, batch, ...]``; None if there are none.
     """
     assert neuron.noise is not None
+    memory.pool.count_presentation()
     mem = given["mem"].detach().contiguous()
     syn = given["syn"].detach().contiguous() if "syn" in given else None
     return State(
@@ -263,15 +308,21 @@ def advance(
     lead = () if steps is None else (steps,)
     keys = torch.tensor([new_key(neuron.noise.generator) for _ in range(count)])
     kept: list[Tensor] = []
+    run = state.run
+    if run is not None and run.goes_on(current):
+        run.length += 1
+    else:
+        run = Run(current)
     spikes, link, *states = FusedSpikes.apply(
-        state, keys, count, lead, lead if all_states else (), current, state.sigma, state.link, kept
+        state, keys, count, lead, lead if all_states else (), current, state.sigma, state.link, kept, run
     )
     mem, *syn = (each.detach()[-1] if all_states and lead else each.detach() for each in states)
     shadow, code = kept
     size = state.bytes + spikes.numel() * spikes.element_size()
     after = replace(
-        state, mem=mem, shadow=shadow, syn=syn[0] if syn else None, code=code[-1], fired=None, link=link, bytes=size
-    )
+        state, mem=mem, shadow=shadow, syn=syn[0] if syn else None, code=code[-1], fired=None, link=link, bytes=size,
+        run=run,
+    )  # fmt: skip
     if neuron.emits_zeros_and_ones():
         setattr(spikes, SPIKES, Emitted(code[:, 0] if lead else code[0, 0], version(spikes), size))
     return after, (neuron.graded(spikes), *states)

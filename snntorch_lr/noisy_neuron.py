@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ._messages import place, warn
+from .blocks import new_presentation
 from .copies import running_copies
 from .graph import ancestors, version
 from .node import Control, Presentation, Sample
@@ -251,6 +252,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
     _inside: _Inside | None = None
     _reset_by: Tensor | None = None
     _reset_during: int = -1
+    _was_reset: bool = False
     _known_factor: tuple[Tensor, int, bool] | None = None
     # Of a state that was computed from the last one.
     warned: bool = False
@@ -440,6 +442,8 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         """Zeroes the state."""
         self.__dict__.pop("_last", None)
         self._reset_during = torch._C._current_graph_task_id()
+        self._was_reset = True
+        new_presentation()
         return super().reset_mem()
 
     def mem_reset(self, mem: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""BatchNorm in training mode behind noisy neurons."""
+"""BatchNorm in training mode, which couples rows."""
 
 from __future__ import annotations
 
@@ -7,49 +7,83 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import snntorch_lr as slr
 
-STEPS, BATCH, COPIES = 3, 6, 2
+from .helpers import FEATURES, MAKERS, STEPS, data, every_estimator, nothing_changes
+
+COPIES = 4
+SCORES = pytest.mark.parametrize("estimator", ["vanilla", "approximate"])
 
 
-def network(norm: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
-    neurons = [slr.Leaky(beta=0.8, threshold=0.3, init_hidden=True, noise="escape") for _ in range(2)]
-    return nn.Sequential(nn.Linear(4, 5), neurons[0], nn.Linear(5, 5), norm, neurons[1], nn.Linear(5, 3))
+class Normalised(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(FEATURES, 4)
+        self.inner = nn.Sequential(norm)
+        self.lif = slr.Leaky(beta=0.9, init_hidden=True, noise=True)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        slr.reset(self)
+        return sum(self.lif(self.inner(self.fc(x[:, t]))) for t in range(STEPS)).sum(1)
 
 
-def gradient(net: nn.Sequential, over_time: str) -> Tensor:
-    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(slr.rollout(net, x, num_steps=STEPS).mean(0), y, reduction="none")
+@SCORES
+def test_the_likelihood_ratio_of_rows_warns_of_it_once_before_any_change(estimator: str) -> None:
+    net = Normalised(nn.BatchNorm1d(4))
+    made = MAKERS[estimator](net, COPIES)
+    running = net.inner[0].running_mean.clone()
+    with nothing_changes(net), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"BatchNorm inner.0 is in training mode.*counterfactual.*GroupNorm"):
+            made.backward(net.loss, *data())
+    assert torch.equal(net.inner[0].running_mean, running)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            made.backward(net.loss, *data())
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
 
-    x = torch.rand(BATCH, 4, generator=torch.Generator().manual_seed(1))
-    estimator = slr.Counterfactual(net, copies=COPIES, seed=0, over_time=over_time)
-    estimator.backward(loss_fn, x, torch.arange(BATCH) % 3)
-    return net[2].weight.grad.clone()
 
-
-@pytest.mark.parametrize("over_time", ["rates", "exact"])
-def test_running_statistics_are_updated_once_in_each_time_step_of_a_call(over_time: str) -> None:
-    net = network(nn.BatchNorm1d(5))
+@SCORES
+def test_of_one_that_returns_to_training_mode_too(estimator: str) -> None:
+    net = Normalised(nn.BatchNorm1d(4).eval())
+    made = MAKERS[estimator](net, COPIES)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        gradient(net, over_time)
-    assert net[3].num_batches_tracked == STEPS
-    assert not torch.equal(net[3].running_mean, torch.zeros(5))
+        made.backward(net.loss, *data())
+    net.train()
+    with pytest.warns(UserWarning, match=r"BatchNorm inner.0"):
+        made.backward(net.loss, *data())
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d(5), nn.LayerNorm(5), nn.GroupNorm(1, 5)], ids=str)
-def test_rates_keep_the_time_steps_of_a_layer_behind_a_normalisation(norm: nn.Module) -> None:
-    net = network(norm)
-    rates = gradient(net, "rates")
-    net.zero_grad()
-    assert torch.allclose(rates, gradient(net, "exact"), rtol=1e-4, atol=1e-7)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(4).eval(), nn.LayerNorm(4), nn.GroupNorm(2, 4)], ids=str)
+@every_estimator
+def test_other_normalisation_is_not_warned_of(estimator: str, norm: nn.Module) -> None:
+    net = Normalised(norm)
+    MAKERS[estimator](net, COPIES).backward(net.loss, *data())
 
 
-def test_frozen_statistics_leave_sums_over_time() -> None:
-    net = network(nn.BatchNorm1d(5).eval())
-    rates = gradient(net, "rates")
-    net.zero_grad()
-    assert not torch.allclose(rates, gradient(net, "exact"), rtol=1e-2)
+@pytest.mark.filterwarnings("error")
+def test_counterfactual_credit_takes_it() -> None:
+    net = Normalised(nn.BatchNorm1d(4))
+    slr.use_gradient(net)
+    net.loss(*data()).mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:BatchNorm")
+@every_estimator
+def test_running_statistics_see_each_time_step_once(estimator: str) -> None:
+    nets = []
+    for name in ("counterfactual", estimator):
+        net = Normalised(nn.BatchNorm1d(4))
+        made = MAKERS[name](net, COPIES, seed=0)
+        for calls in (1, 2):
+            made.backward(net.loss, *data())
+            assert net.inner[0].num_batches_tracked == calls * STEPS
+        nets.append(net)
+    assert torch.equal(nets[0].inner[0].running_mean, nets[1].inner[0].running_mean)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import warnings
 from abc import ABC, abstractmethod
@@ -57,12 +58,13 @@ class Estimator(ABC):
 
     def __init__(self, net: nn.Module, copies: int, seed: int | None = None) -> None:
         self.copies = positive_integer("copies", copies)
-        if seed is not None and not hasattr(seed, "__index__"):
-            raise ValueError(f"seed must be an integer, or None for torch's global generator, got {seed!r}")
+        try:
+            self.seed = None if seed is None else operator.index(seed)
+        except TypeError:
+            raise ValueError(f"seed must be an integer, or None for torch's global generator, got {seed!r}") from None
         noisy(net)
         self.net = net
-        self.seed = seed
-        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self._generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
         self._inspected = False
 
     def backward(self, loss_fn: LossFn, inputs: Any, targets: Any) -> Tensor:

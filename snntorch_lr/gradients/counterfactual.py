@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import fused
 from .._messages import place, warn
+from ..blocks import new_presentation
 from ..copies import running_copies
 from ..graph import version
 from ..network import noisy_neurons
@@ -167,6 +168,9 @@ class CounterfactualCredit:
     def _present(self, neuron: NoisyNeuron) -> Presentation:
         """A new presentation, with λ of what was learned from earlier ones."""
         assert neuron.noise is not None
+        if not neuron._was_reset:
+            new_presentation()
+        neuron._was_reset = False
         with torch.no_grad():
             fitted = neuron.control.value(neuron.noise.control)
             control = fitted if self.control is None else torch.full_like(fitted, self.control)

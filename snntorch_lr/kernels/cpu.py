@@ -60,11 +60,13 @@ def forward(rows: int, dtype: torch.dtype, **given: Tensor | int | None) -> None
         dtype: of the membrane potential.
         **given: integers; and contiguous tensors, which are read or filled, or None.
     """
-    block = _Forward(rows=rows, **{name: _word(value) for name, value in given.items()})
+    block = _Forward(rows=rows, **_words(given))
     _run(numba_steps.forward, dtype, block, block.neurons * block.sets * block.steps)
 
 
-def backward(rows: int, dtype: torch.dtype, learns_sigma: bool, **given: Tensor | int | None) -> tuple[Tensor | None, Tensor]:
+def backward(
+    rows: int, dtype: torch.dtype, learns_sigma: bool, **given: Tensor | int | None
+) -> tuple[Tensor | None, Tensor]:
     """Counterfactual credit in these; see ``numba_steps._backward`` for the arguments.
 
     Args:
@@ -76,20 +78,21 @@ def backward(rows: int, dtype: torch.dtype, learns_sigma: bool, **given: Tensor 
     Returns:
         Gradient of σ, times σ, ``[neurons]``, or None; Σ C₀C₁ and Σ C₁².
     """
-    block = _Backward(rows=rows, **{name: _word(value) for name, value in given.items()})
-    threads, claim = _share(rows, block.neurons * 2 * block.steps)
+    block = _Backward(rows=rows, **_words(given))
+    _, claim = _share(rows, block.neurons * 2 * block.steps)
     chunks = -(-rows // claim)
     to_sigma = torch.zeros(chunks, block.neurons, dtype=dtype) if learns_sigma else None
     sums = torch.zeros(chunks, 2, dtype=dtype)
-    block.to_sigma, block.sums = _word(to_sigma), _word(sums)
+    block.to_sigma, block.sums = 0 if to_sigma is None else to_sigma.data_ptr(), sums.data_ptr()
     _run(numba_steps.backward, dtype, block, block.neurons * 2 * block.steps)
     return None if to_sigma is None else to_sigma.sum(0), sums.sum(0)
 
 
-def _word(value: Tensor | int | None) -> int:
-    if value is None:
-        return 0
-    return _address(value) if isinstance(value, Tensor) else value
+def _words(given: dict[str, Tensor | int | None]) -> dict[str, int]:
+    return {
+        name: value if type(value) is int else 0 if value is None else value.data_ptr()  # type: ignore[union-attr]
+        for name, value in given.items()
+    }
 
 
 def _address(x: Tensor) -> int:

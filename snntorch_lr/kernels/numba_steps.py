@@ -45,8 +45,8 @@ FORWARD = (
 """The same of ``forward``; see ``_forward``."""
 BACKWARD = (
     *_CLAIMS, "neurons", "steps", "currents", "kind", "mechanism", "a", "b", "b_syn", "code", "noise_code", "fired",
-    "before", *_CONSTANTS, "settings", "togo", "parted", "fit_rows", "trace", "traces", "syn_trace", "to_current", "to_sigma",
-    "sums",
+    "before", *_CONSTANTS, "settings", "togo", "parted", "fit_rows", "trace", "traces", "syn_trace",
+    "to_current", "adds", "to_sigma", "sums",
 )  # fmt: skip
 """The same of ``backward``; see ``_backward``."""
 _NOISE, _FORWARD, _BACKWARD = (np.dtype([(name, np.int64) for name in names]) for names in (NOISE, FORWARD, BACKWARD))
@@ -301,8 +301,8 @@ def _forward(
 def _backward(
     start: int, stop: int, batch: int, neurons: int, steps: int, kind: int, mechanism: int, a: Any, b: Any, b_syn: Any,
     code: Any, noise_code: Any, fired: Any, before_code: Any, leak: Any, share: Any, alpha: Any, sigma: Any,
-    control: Any, discount: Any, togo: Any, parted: Any, fit_rows: int, trace: Any, traces: int, syn_trace: Any, to_current: Any, to_sigma: Any,
-    sums: Any,
+    control: Any, discount: Any, togo: Any, parted: Any, fit_rows: int, trace: Any, traces: int, syn_trace: Any,
+    to_current: Any, adds: bool, to_sigma: Any, sums: Any,
 ) -> None:  # fmt: skip
     """Counterfactual credit in time steps, the last one first, in rows from ``start`` to ``stop``.
 
@@ -335,7 +335,8 @@ def _backward(
         trace: gradient of the membrane potential of the next step, ``[traces, batch, neurons]``, in and out.
         traces: 2 where train and shadow decay differently, 1 where they may be added, 0 without a trace.
         syn_trace: gradient of the synaptic current of the next step, ``[batch, neurons]``, in and out.
-        to_current: gradient of the current, added to, ``[steps or 1, batch, neurons]``.
+        to_current: gradient of the current, ``[steps or 1, batch, neurons]``.
+        adds: it is added to what is there.
         to_sigma: gradient of σ, times σ, added to, ``[neurons]``.
         sums: Σ C₀C₁ and Σ C₁², added to.
     """
@@ -478,8 +479,11 @@ def _backward(
             if len(to_current):
                 at = moved % len(to_current)
                 own = to_current[at : at + size]
-                for i in range(size):
-                    own[i] += effect[i]
+                if adds or (back and len(to_current) == whole):
+                    for i in range(size):
+                        own[i] += effect[i]
+                else:
+                    assign(own, effect)
         assign(togo[left : left + size], later)
         if fitted:
             assign(parted[left : left + fitted], part[:fitted])
@@ -579,8 +583,8 @@ def _run_backward(address: Any, like: Any, kept: Any) -> None:
         own_sigma = to_sigma[chunk * neurons : (chunk + 1) * neurons] if len(to_sigma) else to_sigma
         _backward(
             start, min(start + count, batch), batch, neurons, steps, block.kind, block.mechanism, a, b, b_syn, code,
-            noise_code, fired, before, leak, share, alpha, sigma, settings[0], settings[1], togo, parted, block.fit_rows, trace,
-            block.traces, syn_trace, to_current, own_sigma, sums[2 * chunk : 2 * chunk + 2],
+            noise_code, fired, before, leak, share, alpha, sigma, settings[0], settings[1], togo, parted, block.fit_rows,
+            trace, block.traces, syn_trace, to_current, block.adds != 0, own_sigma, sums[2 * chunk : 2 * chunk + 2],
         )  # fmt: skip
 
 

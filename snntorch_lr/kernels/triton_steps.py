@@ -229,7 +229,8 @@ def _forward(
 def _backward(
     a, b, b_syn, code, noise_code, fired, before, leak, share, alpha, sigma, settings, togo, parted, trace, syn_trace,
     to_current, to_sigma, sums, batch, neurons, steps, fit_rows,
-    TRACES: tl.constexpr, CHANGES: tl.constexpr, KIND: tl.constexpr, MECHANISM: tl.constexpr, BLOCK: tl.constexpr,
+    TRACES: tl.constexpr, CHANGES: tl.constexpr, ADDS: tl.constexpr, KIND: tl.constexpr, MECHANISM: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Some neurons of one row in all time steps, the last one first; None for what is not wanted, or is zero."""
     escapes: tl.constexpr = KIND == _LOGISTIC_ESCAPE or KIND == _GAUSSIAN_ESCAPE
@@ -325,14 +326,18 @@ def _backward(
             if b_syn is not None:
                 flow += tl.load(b_syn + moved, inside, 0.0)
             driven = flow
-        if to_current is not None:
-            if CHANGES:
-                tl.store(to_current + moved, tl.load(to_current + moved, inside, 0.0) + driven, inside)
-            else:
-                total += driven
+        if CHANGES:
+            if to_current is not None:
+                if ADDS:
+                    driven += tl.load(to_current + moved, inside, 0.0)
+                tl.store(to_current + moved, driven, inside)
+        else:
+            total += driven
         moved -= whole
     if to_current is not None and not CHANGES:
-        tl.store(to_current + left, tl.load(to_current + left, inside, 0.0) + total, inside)
+        if ADDS:
+            total += tl.load(to_current + left, inside, 0.0)
+        tl.store(to_current + left, total, inside)
     tl.store(togo + left, later, inside)
     tl.store(parted + left, part, fits)
     if TRACES > 0:
@@ -382,7 +387,7 @@ def backward(rows: int, dtype: torch.dtype, learns_sigma: bool, **given: Any) ->
         Gradient of σ, times σ, ``[neurons]``, or None; Σ C₀C₁ and Σ C₁².
     """
     given.pop("threshold")
-    constants = {"TRACES": given.pop("traces"), "CHANGES": given.pop("currents") > 1}
+    constants = {"TRACES": given.pop("traces"), "CHANGES": given.pop("currents") > 1, "ADDS": given.pop("adds") != 0}
     constants |= {"KIND": given.pop("kind"), "MECHANISM": given.pop("mechanism")}
     neurons, like = given["neurons"], given["togo"]
     # Of each program: sums that do not depend on which of them is done first.

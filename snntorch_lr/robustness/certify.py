@@ -14,6 +14,7 @@ from .._messages import markdown, positive_integer
 from ..convert import noise_off, noise_on
 from ..left_as_found import left_as_found
 from ..network import noisy_neurons, reset
+from ..neurons import Leaky, RLeaky
 from ..noise import MembraneNoise
 from ..noisy_neuron import NoisyNeuron
 from ..philox import mix
@@ -24,6 +25,8 @@ ABSTAINED = -1
 """In place of a class, where the draws do not tell."""
 Progress = Callable[[int, int], None]
 """Called with the number of images done, and of all."""
+_UNIT_GAIN = {Leaky: ("subtract", "zero", "none"), RLeaky: ("subtract", "none")}
+"""Neurons whose current adds to the membrane potential as it is, with these resets."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,8 @@ def _check_noise(name: str, neuron: NoisyNeuron) -> None:
     noise = neuron.noise
     if not isinstance(noise, MembraneNoise) or noise.distribution != "gaussian":
         raise ValueError(f"{name}: the certificate of the first layer needs Gaussian membrane noise, not {noise}")
-    if neuron.reset_mechanism not in getattr(type(neuron), "unit_gain_resets", ()):
+    resets = next((resets for cls, resets in _UNIT_GAIN.items() if isinstance(neuron, cls)), ())
+    if neuron.reset_mechanism not in resets:
         raise ValueError(
             f"{name} ({type(neuron).__name__}, reset {neuron.reset_mechanism!r}): the certificate of the first layer "
             "needs a current that adds to the membrane potential as it is, as that of Leaky does"

@@ -55,6 +55,19 @@ def test_a_network_has_the_accuracy_of_the_results() -> None:
     assert float(found.float().mean()) == pytest.approx(committed, abs=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mnist/lr", [-4.126, -3.614, 2.468, 3.724, -15.55, 4.272, -0.75, 1.396, -5.903, -8.02]),
+        ("mnist/lr-noisy-input", [-1.346, -2.986, -0.016, 0.058, -1.399, -0.395, 0.1, -4.136, 2.525, -0.666]),
+    ],
+)
+def test_a_network_computes_what_it_did_in_version_0_2(name: str, expected: list[float]) -> None:
+    image = ((torch.arange(784) * 7919) % 256 / 255).view(1, 1, 28, 28)
+    with torch.no_grad():
+        assert load(name)(image)[0].tolist() == pytest.approx(expected, abs=2e-3)
+
+
 def test_an_unknown_network_is_told_with_those_that_there_are() -> None:
     with pytest.raises(ValueError, match="choose one of mnist/lr, mnist/lr-adversarial"):
         load("mnist/best")

@@ -62,7 +62,7 @@ def gradient(estimator: str, **options: float) -> list[Tensor]:
 
 
 def compare(layer: int, tap: int, **options: float) -> tuple[float, float]:
-    """Of a tap's gradient by counterfactual credit: its error along the vanilla one, and in all; parts of the length."""
+    """Error of a tap's counterfactual gradient along the vanilla one, and in all, as parts of the length of that."""
     expected = gradient("vanilla")[layer][:, :, tap]
     error = gradient("counterfactual", **options)[layer][:, :, tap] - expected
     return float((error * expected).sum() / expected.square().sum()), float(error.norm() / expected.norm())
