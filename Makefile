@@ -6,8 +6,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 # The oldest snnTorch that pyproject.toml allows, and the tests of what touches snnTorch.
 OLDEST := $(shell sed -n 's/.*"snntorch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST_DIR := $(abspath $(VENV))/snntorch-$(OLDEST)
-TOUCH_SNNTORCH := $(patsubst %,tests/test_%.py,neurons convert switches escape estimators counterfactual losses_and_targets approximate \
-	changing_networks recording storing optim validate noise_free memory ecosystem)
+TOUCH_SNNTORCH := $(patsubst %,tests/test_%.py,neurons convert sampled_spikes attach first_call counterfactual vanilla approximate \
+	every_estimator fused rollout state loops)
 
 .PHONY: demo test test-newest test-oldest tutorials lint types docs compatibility wheel wheel-check check
 demo: $(VENV)/installed

@@ -40,12 +40,11 @@ class GradientQuality:
     """Gradient of one parameter tensor by one estimator; None where a figure is not resolved or not available.
 
     Attributes:
-        cosine: mean cosine of one call's gradient to the mean of the reference calls, in [-1, 1].
+        cosine: mean cosine of one call's gradient to the mean of the reference calls.
         snr: ‖E g‖² / tr Cov(g) of one call; unbiased numerator, so that it may be below zero.
         bias: ‖E g − E g_ref‖ / ‖E g_ref‖, with the expected Monte-Carlo part subtracted, at least 0.
-        bias_floor: the Monte-Carlo part, in the units of ``bias``: what noise alone would show if it were not
-            subtracted. A bias below it is not resolved. How well ‖E g_ref‖ is known, which scales both, is not part
-            of it.
+        bias_floor: that Monte-Carlo part: a bias below it is not resolved. How well ‖E g_ref‖ is known, which scales
+            both, is not part of it.
     """
 
     cosine: float | None
@@ -56,12 +55,7 @@ class GradientQuality:
 
 @dataclass(frozen=True)
 class Cost:
-    """Time and memory of one call.
-
-    Attributes:
-        milliseconds: median time of a call.
-        megabytes: peak memory above that before the call, in 10⁶ bytes; None if it cannot be measured.
-    """
+    """Median milliseconds of a call, and its peak memory above that before it in 10⁶ bytes, None if not measured."""
 
     milliseconds: float
     megabytes: float | None
@@ -105,18 +99,11 @@ class GradientReport:
     def tables(self) -> list[tuple[Sequence[str], list[Sequence[str]]]]:
         """Headers and lines of text: the quality of the gradients, and what they cost."""
         rows: list[Sequence[str]] = [
-            (
-                parameter,
-                estimator,
-                _text(figures.cosine),
-                _text(self.reference_cosine[parameter]),
-                _text(figures.snr, ".3g"),
-                _text(figures.bias, ".2g"),
-                _text(figures.bias_floor, ".2g"),
-            )
+            (parameter, estimator, _text(quality.cosine), _text(self.reference_cosine[parameter]),
+             _text(quality.snr, ".3g"), _text(quality.bias, ".2g"), _text(quality.bias_floor, ".2g"))
             for parameter, by_estimator in self.quality.items()
-            for estimator, figures in by_estimator.items()
-        ]
+            for estimator, quality in by_estimator.items()
+        ]  # fmt: skip
         costs: list[Sequence[str]] = [
             (name, _text(cost.milliseconds, ".3g"), _text(cost.megabytes, ".3g")) for name, cost in self.cost.items()
         ]
@@ -128,12 +115,12 @@ class GradientReport:
             f"{self.copies} copies, {self.repeats} calls of each estimator, {self.reference} calls of the reference "
             f"(vanilla), seed {self.seed}, {self.device}"
         )
-        zero = "\n".join(f"{name}: the gradient is exactly zero, {why}" for name, why in self.zero.items())
-        fitted = "\n".join(
+        zero = [f"{name}: the gradient is exactly zero, {why}" for name, why in self.zero.items()]
+        fitted = [
             f"λ of {name}: {', '.join(f'{neuron} {value:.2f}' for neuron, value in values.items())}"
             for name, values in self.control.items()
-        )
-        return [settings, *filter(None, [zero, fitted]), _NOTE]
+        ]
+        return [settings, *("\n".join(lines) for lines in (zero, fitted) if lines), _NOTE]
 
     def table(self) -> str:
         """The figures as aligned plain text, with a key."""
@@ -161,22 +148,18 @@ class GradientReport:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError(f"matplotlib is missing: {install('experiments')}") from error
-        parameters = list(self.quality)
-        estimators = list(self.quality[parameters[0]])
+        parameters, estimators = list(self.quality), list(next(iter(self.quality.values())))
         figure = Figure(figsize=(11, 1.5 + 0.3 * len(parameters) * (1 + len(estimators) / 2)), layout="constrained")
         panels = figure.subplots(1, 3, sharey=True)
         height = 0.8 / len(estimators)
         for index, estimator in enumerate(estimators):
             places = [place + (index + 0.5) * height - 0.4 for place in range(len(parameters))]
-            found = [self.quality[parameter][estimator] for parameter in parameters]
-            for axes, values in zip(
-                panels,
-                # A logarithmic axis has no place for what is not resolved.
-                ([q.cosine for q in found], [max(q.snr or 0, 0) or None for q in found], [q.bias for q in found]),
-                strict=True,
-            ):
-                axes.barh(places, [math.nan if value is None else value for value in values], height, label=estimator)
-            floors = [math.nan if q.bias_floor is None else q.bias_floor for q in found]
+            shown = [self.quality[parameter][estimator] for parameter in parameters]
+            # A logarithmic axis has no place for what is not resolved.
+            bars = [(q.cosine, max(q.snr or 0, 0) or None, q.bias, q.bias_floor) for q in shown]
+            *columns, floors = zip(*([math.nan if v is None else v for v in values] for values in bars), strict=True)
+            for axes, values in zip(panels, columns, strict=True):
+                axes.barh(places, values, height, label=estimator)
             panels[2].scatter(floors, places, marker="|", color="black", label="" if index else "noise floor", zorder=3)
         panels[0].set_yticks(range(len(parameters)), parameters)
         panels[0].invert_yaxis()
@@ -206,12 +189,11 @@ def gradient_report(
 
     ``reference`` calls of ``Vanilla``, which has no bias, give the reference gradient. Each estimator is called once to
     warm up, once to measure memory, and ``repeats`` times, with other noise than the reference. So is the surrogate
-    gradient of one noise draw, ``reference`` times.
+    gradient of one noise draw, ``reference`` times. The network is left as it was found: gradients, modes, buffers,
+    states, and random numbers.
 
-    Only running sums of the gradients are kept. The network is left as it was found: gradients, modes, buffers,
-    states, and random numbers. Memory on a CPU is that of the whole process, sampled each millisecond by a thread, and
-    coarse: it misses what is allocated for less, and what the allocator had kept from earlier. It needs psutil. On a
-    CUDA device it is what torch's allocator counts.
+    Memory on a CUDA device is what torch's allocator counts. On a CPU it is that of the process, sampled each
+    millisecond by a thread, and coarse; it needs psutil.
 
     Args:
         net: the network; its noise must be on, as in training mode.
@@ -302,14 +284,7 @@ class _Moments:
 
 
 class _Measured:
-    """What the calls of one estimator gave.
-
-    Attributes:
-        moments: of the gradients, by parameter.
-        cosines: of single calls to the reference, by parameter.
-        times: milliseconds of the calls.
-        megabytes: peak memory of a call.
-    """
+    """What the calls of one estimator gave: moments and cosines to the reference by parameter, milliseconds, memory."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.moments = {name: _Moments() for name in parameters}
@@ -325,8 +300,8 @@ class _Calls:
         self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError(f"{type(net).__name__} has no parameter that requires a gradient")
-        devices = [parameter.device for parameter in self.parameters.values()]
-        self.device = next((device for device in devices if device.type == "cuda"), devices[0])
+        # One on CUDA, if there is any.
+        self.device = min((p.device for p in self.parameters.values()), key=lambda device: device.type != "cuda")
         self._net = net
         self._data = (loss_fn, inputs, targets)
         self._seeds = torch.Generator().manual_seed(seed)
@@ -340,12 +315,9 @@ class _Calls:
     def measure(
         self, backward: Callable[..., Any], count: int, expected: Mapping[str, _Moments] | None = None
     ) -> _Measured:
-        """Calls ``backward(loss_fn, inputs, targets)`` with independent noise.
+        """Calls ``backward(loss_fn, inputs, targets)`` with independent noise, so many times.
 
-        Args:
-            backward: see above.
-            count: number of calls.
-            expected: what the gradients are compared with; two more calls then warm up and measure memory.
+        Gradients are compared with ``expected``; two more calls then warm up and measure memory.
         """
         measured = _Measured(self.parameters)
         if expected is not None:
@@ -369,10 +341,8 @@ class _Calls:
 
     def _call(self, backward: Callable[..., Any]) -> float:
         """Leaves gradients in ``.grad``, and returns the milliseconds that they took."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        self._forget()
         torch.manual_seed(int(torch.randint(2**62, (), generator=self._seeds)))
-        self._synchronize()
         started = time.perf_counter()
         backward(*self._data)
         self._synchronize()
@@ -380,14 +350,18 @@ class _Calls:
 
     def _peak_megabytes(self, backward: Callable[..., Any]) -> float | None:
         """Peak memory of one call above that before it."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        self._forget()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
             self._call(backward)
             return (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
         return _peak_resident(lambda: self._call(backward))
+
+    def _forget(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self._synchronize()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -430,12 +404,11 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 def _control(net: nn.Module, estimator: Counterfactual) -> dict[str, float]:
     """λ that an estimator would use next, by neuron."""
     fixed = estimator.sampler.control
-    with torch.no_grad():
-        return {
-            name: float(neuron.control.value(neuron.noise.control)) if fixed is None else fixed
-            for name, neuron in noisy(net).items()
-            if neuron.noise is not None
-        }
+    noises = {name: (neuron, neuron.noise) for name, neuron in noisy(net).items() if neuron.noise is not None}
+    return {
+        name: float(neuron.control.value(noise.control.detach())) if fixed is None else fixed
+        for name, (neuron, noise) in noises.items()
+    }
 
 
 def _named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,8 @@ class Plan:
         threshold: alike.
         levels: noise levels, alike.
         traces: how many gradients of membrane potentials go on from a step to the one before it.
+        made_of: what leak, share and alpha were made of, and its versions.
+        watched: what the plan follows from: where it is looked up, under which name, and what was there.
     """
 
     module: Any
@@ -47,6 +50,8 @@ class Plan:
     threshold: Tensor
     levels: Tensor
     traces: int
+    made_of: tuple[tuple[Tensor, int], ...]
+    watched: tuple[tuple[dict[str, Any], str, Any, int | None], ...]
 
     @classmethod
     @torch.no_grad()
@@ -57,11 +62,9 @@ class Plan:
         module = kernels.fused_on(device, dtype)
         if rule is None or noise.kind is None or module is None or not shape.numel():
             return None
-        constants = (*rule.constants, neuron.threshold, noise.log_sigma, noise.annealed)
-        known = row, dtype, device, rule.mechanism, noise.kind, *((id(each), version(each)) for each in constants)
-        held: tuple[Any, Plan] | None = neuron.__dict__.get("_plan")
-        if held is not None and held[0] == known:
-            return held[1]
+        held: Plan | None = neuron.__dict__.get("_plan")
+        if held is not None and held.leak.shape == row and held.leak.dtype == dtype and held.is_current():
+            return held
 
         def spread(value: Tensor) -> Tensor:
             return value.detach().to(dtype).expand(row).contiguous()
@@ -78,19 +81,55 @@ class Plan:
             spread(neuron.threshold),
             spread(noise.sigma),
             (2 if clears else 1) if escapes else 0,
+            tuple((each, version(each)) for each in rule.constants),
+            tuple(_watch(neuron, _SETTINGS)) + tuple(_watch(noise, ("log_sigma", "annealed"))),
         )
-        neuron.__dict__["_plan"] = known, plan
+        neuron.__dict__["_plan"] = plan
         return plan
+
+    def is_current(self) -> bool:
+        """Nothing that the plan follows from was changed; asked in every time step."""
+        if kernels.fused_on(self.leak.device, self.leak.dtype) is not self.module:
+            return False
+        for place, name, value, mark in self.watched:
+            if place.get(name) is not value or (mark is not None and _mark(place[name]) != mark):
+                return False
+        return True
 
     @property
     def channels(self) -> int:
         """Numbers of each neuron that the link carries back: togo, what λ multiplies in it, and traces."""
         return 2 + self.traces + (self.alpha is not None)
 
+    def fits(self, other: Plan) -> bool:
+        """Time steps of this plan may follow those of another one: what decays between them decays alike."""
+        pairs = zip(self.made_of, other.made_of, strict=True)
+        same = (first[0] is second[0] and first[1] == second[1] for first, second in pairs)
+        return self.traces == other.traces and all(same)
+
     @property
     def keeps_noise(self) -> bool:
         """The backward pass needs the noise itself."""
         return self.kind not in (kinds.LOGISTIC_ESCAPE, kinds.GAUSSIAN_ESCAPE)
+
+
+_SETTINGS = (
+    "alpha", "beta", "R", "C", "time_step", "threshold", "noise", "spike_grad", "inhibition", "state_quant",
+    "reset_delay", "_reset_mechanism", "_snn_state_function",
+)  # fmt: skip
+
+
+def _mark(value: Tensor) -> int:
+    """Changes when a tensor is changed in place, or begins to be learned."""
+    return 2 * version(value) + value.requires_grad
+
+
+def _watch(module: torch.nn.Module, names: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, Any, int | None]]:
+    for name in names:
+        for place in (module._parameters, module._buffers, module._modules, module.__dict__):
+            if name in place:
+                value: Any = place[name]
+                yield place, name, value, _mark(value) if isinstance(value, Tensor) else None
 
 
 @dataclass(frozen=True)

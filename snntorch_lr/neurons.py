@@ -41,8 +41,8 @@ class Leaky(NoisyNeuron, snn.Leaky):
         """See ``NoisyNeuron``."""
         if not _is_known(self, snn.Leaky, self.beta):
             return None
-        one = torch.ones_like(self.threshold)
-        return Update(_LEAKY[self.reset_mechanism], (self.beta,), lambda: (self.beta.clamp(0, 1), one, None))
+        vectors = lambda: (self.beta.clamp(0, 1), torch.ones_like(self.threshold), None)  # noqa: E731
+        return Update(_LEAKY[self.reset_mechanism], (self.beta,), vectors)
 
 
 class Lapicque(NoisyNeuron, snn.Lapicque):
@@ -58,8 +58,8 @@ class Lapicque(NoisyNeuron, snn.Lapicque):
         constants = self.R, self.C, self.time_step
         if not _is_known(self, snn.Lapicque, *constants):
             return None
-        share = self.time_step / (self.R * self.C)
-        return Update(_OTHERS[self.reset_mechanism], constants, lambda: (1 - share, share * self.R, None))
+        share = lambda: self.time_step / (self.R * self.C)  # noqa: E731
+        return Update(_OTHERS[self.reset_mechanism], constants, lambda: (1 - share(), share() * self.R, None))
 
 
 class Synaptic(NoisyNeuron, snn.Synaptic):
@@ -77,9 +77,8 @@ class Synaptic(NoisyNeuron, snn.Synaptic):
         constants = self.alpha, self.beta
         if not _is_known(self, snn.Synaptic, *constants):
             return None
-        one = torch.ones_like(self.threshold)
-        vectors = self.beta.clamp(0, 1), one, self.alpha.clamp(0, 1)
-        return Update(_OTHERS[self.reset_mechanism], constants, lambda: vectors)
+        vectors = lambda: (self.beta.clamp(0, 1), torch.ones_like(self.threshold), self.alpha.clamp(0, 1))  # noqa: E731
+        return Update(_OTHERS[self.reset_mechanism], constants, vectors)
 
 
 class Alpha(NoisyNeuron, snn.Alpha):

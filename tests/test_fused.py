@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import snntorch_lr as slr
 from snntorch_lr import fused, kernels
@@ -371,10 +372,10 @@ def test_constants_that_change_between_presentations_are_followed(in_place: bool
 
 
 @some_noises
-@pytest.mark.parametrize("name", ["threshold", "beta"])
+@pytest.mark.parametrize("name", ["threshold", "beta", "sigma"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_constants_that_change_between_time_steps_are_followed(name: str, in_place: bool, noise: str) -> None:
-    def found(fuse: bool) -> Tensor:
+    def found(fuse: bool) -> tuple[Tensor, Tensor]:
         lif, x, outputs = with_credit(slr.Leaky(0.9, noise=NOISES[noise]()).double()), random(4, 4, N), []
         x.requires_grad_()
         torch.manual_seed(3)
@@ -383,15 +384,87 @@ def test_constants_that_change_between_time_steps_are_followed(name: str, in_pla
             for current in x:
                 spikes, mem = lif(current, mem)
                 outputs.append(spikes)
-                if in_place:
+                if name == "sigma":
+                    lif.noise.annealed = lif.noise.annealed / 2
+                elif in_place:
                     getattr(lif, name).mul_(0.5)
                 else:
                     setattr(lif, name, getattr(lif, name) / 2)
             weighted([*outputs, mem], 5).backward()
         assert x.grad is not None
-        return x.grad
+        return torch.stack(outputs).detach(), x.grad
 
-    torch.testing.assert_close(found(True), found(False), rtol=1e-9, atol=1e-11)
+    own, plain = found(True), found(False)
+    assert torch.equal(own[0], plain[0])
+    # Where leaks change, torch takes over, and the credit of resets begins anew.
+    if name != "beta":
+        torch.testing.assert_close(own[1], plain[1], rtol=1e-9, atol=1e-11)
+
+
+def test_another_constant_is_not_taken_for_one_that_is_gone() -> None:
+    lif = slr.Leaky(0.9, noise=True)
+    for _ in range(50):
+        levels = []
+        lif.threshold = torch.tensor(1.0)
+        for value in (1.0, 2.0, 3.0):
+            lif.threshold = torch.tensor(value)
+            if value != 2:
+                plan = fused.Plan.of(lif, torch.Size((2, 3)), torch.float32, torch.device("cpu"))
+                assert plan is not None
+                levels.append(float(plan.threshold[0]))
+        assert levels == [1.0, 3.0]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would wait for a device, were the tensors there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "equal", "nonzero", "masked_select"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@some_noises
+@pytest.mark.parametrize("sequence", [False, True], ids=["loop", "rollout"])
+def test_the_host_reads_nothing_on_the_way_there_and_back(
+    noise: str, sequence: bool, monkeypatch: pytest.MonkeyPatch, calls: list[int]
+) -> None:
+    # Keys come from a generator of the host.
+    monkeypatch.setattr(fused, "new_key", lambda generator=None: 7)
+    net, x = stack("Leaky", "zero", noise, output=False), random(3, 4, 6)
+
+    def step() -> HostReads:
+        with HostReads() as reads:
+            # They read the memory of a CPU, and the dispatcher never hears of it.
+            for name in ("tolist", "numpy"):
+                monkeypatch.setattr(Tensor, name, lambda self, name=name: reads.names.append(name))
+            slr.reset(net)
+            outputs = slr.rollout(net, x) if sequence else torch.stack([net(current) for current in x])
+            weighted([outputs], 5).backward()
+        return reads
+
+    # A factor of spikes is looked at once.
+    assert step().names
+    assert not step().names
+    assert calls == ([3, 3] if sequence else [1] * 6) * 2
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_is_not_waited_for() -> None:
+    net = stack("Leaky", "zero", "escape, logistic", output=False).float().cuda()
+    x = random(3, 4, 6).float().cuda()
+    for mode in ("default", "default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            slr.rollout(net, x).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_states_of_earlier_steps_are_let_go() -> None:
@@ -404,3 +477,14 @@ def test_states_of_earlier_steps_are_let_go() -> None:
         total = total + spikes.sum()
     held = [each for each in gc.get_objects() if type(each) is fused.State and id(each) not in before]
     assert 0 < len(held) <= 2
+
+
+def test_a_threshold_that_begins_to_be_learned_gets_its_gradient() -> None:
+    neuron = slr.Leaky(beta=0.9, threshold=0.5, learn_threshold=True, init_hidden=True, noise="escape")
+    neuron.threshold.requires_grad_(False)
+    slr.use_gradient(neuron)
+    for learned in (False, True):
+        neuron.threshold.requires_grad_(learned)
+        slr.reset(neuron)
+        sum(neuron(torch.rand(4, 3)).sum() for _ in range(3)).backward()
+        assert (neuron.threshold.grad is not None) == learned

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import snntorch_lr as slr
 
-from .helpers import BATCH, FEATURES, STEPS, assert_same, gradients
+from .helpers import BATCH, FEATURES, STEPS, assert_same, every_estimator, gradients
 
 # A leak that is learned keeps time steps from being fused.
 NOISES = ["membrane", "escape", "membrane, not fused", "escape, not fused"]
@@ -171,6 +171,18 @@ def test_detach_hidden_cuts_states_that_are_held_and_kept_across_calls(noise: st
         out.square().mean().backward()
         assert_same(found, gradients(by_hand))
         assert found["fc1.weight"].any()
+
+
+@every_estimator
+def test_states_are_left_so_that_snntorch_can_detach_them(estimator: str) -> None:
+    net = Net(init_hidden=True, chosen=False)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    slr.attach(optimizer, net, estimator)
+    optimizer.step(
+        slr.closure(lambda x, y: F.cross_entropy(net(x), y, reduction="none"), inputs(), torch.arange(5) % 3)
+    )
+    snn.Leaky.detach_hidden()
+    assert net.lif1.mem.grad_fn is None
 
 
 @pytest.mark.parametrize("noise", NOISES)

@@ -186,7 +186,8 @@ def test_time_steps_are_those_of_a_cpu(name: str, device: str) -> None:
     for part, value in forward(triton_steps, device, case, given).items():
         if value.dtype == torch.int16:
             assert torch.equal(value & 1, expected[part] & 1), part
-            # Rounded up or down, where the numbers are the same but for rounding.
+            # Few numbers lie where rounding before decides about rounding here.
+            assert (value == expected[part]).float().mean() > 0.9, part
             torch.testing.assert_close(recalled(value), recalled(expected[part]), rtol=2**-6, atol=1e-4)
         else:
             torch.testing.assert_close(value, expected[part], rtol=1e-5, atol=1e-5)

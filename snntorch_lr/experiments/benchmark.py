@@ -10,39 +10,27 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .._messages import markdown
 from ..gradients import ESTIMATORS
-from ..robustness.figures import colors_of, new_figure, with_legend
+from ..noise import KINDS
+from ..philox import draw
 from . import data, files
 from .options import Place, check, command_line, option, recorded
 from .recipe import Recipe, make_network
 from .train import accuracy, stepper
-from .workloads import (
-    KERNEL_COLUMNS,
-    NOISES,
-    RIVAL,
-    Workload,
-    kernel_nanoseconds,
-    make_step,
-    median_milliseconds,
-    peak_megabytes,
-    slope,
-)
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .workloads import METHODS, REFERENCE, RIVAL, Method, Step, make_step, median_milliseconds, peak_megabytes, slope
 
 PARTS = {
-    "steps": "Training step",
-    "kernels": "Noise of one call, on one thread of a CPU",
-    "deep": "Training step of networks with two hidden layers",
-    "memory": "Peak memory of the first training step, K = 1",
-    "growth": "Growth of the time of a training step",
-    "accuracy": "Training time to an accuracy",
+    "steps": "Training step, ms",
+    "kernels": "Noise of one call on one thread of a CPU, ns for a number",
+    "deep": "Training step of networks with two hidden layers, ms",
+    "memory": "Peak memory of the first training step, MB above the start",
+    "growth": "Growth of the time of a training step, ms at 1, 2 and 4 times the size",
+    "accuracy": "Training time to an accuracy on test images",
 }
 """Parts of the benchmark, and their headings."""
 TARGETS = {"mnist": 0.95, "fashion-mnist": 0.84, "digits": 0.93}
@@ -51,16 +39,9 @@ _LOOK_EVERY = 25
 # Peaks vary from process to process, with what the allocator of the C library makes of the same requests.
 _PROCESSES = 3
 _SHAPE = (1, 28, 28)
-_SURROGATES = ("surrogate", "surrogate, hoisted", "surrogate, noise")
 _NO_RIVAL = "SpikingJelly is not installed, and has no row; pip install spikingjelly adds it."
-_DASHES = ("-", "--", ":", "-.")
-# Part, what is drawn over what, and the names of the axes.
-_FIGURES = (
-    ("steps", "copies", "ratio", "noise copies K", "time of a step / surrogate's"),
-    ("memory", "num_steps", "megabytes", "time steps T", "peak memory of a step (MB)"),
-)
 Rows = list[dict[str, Any]]
-Table = tuple[list[str], list[list[str]]]
+"""Lines of a table: cells by the names of their columns."""
 Tell = Callable[[str], None]
 """Told what is measured next."""
 
@@ -71,7 +52,6 @@ class Benchmark(Place):
 
     parts: tuple[str, ...] = option(tuple(PARTS), "what to measure", choices=PARTS, flag="--part")
     repeats: int = option(7, "timed rounds; the median counts", least=1)
-    copies: tuple[int, ...] = option((1, 4, 16, 64), "noise copies K", least=1)
     num_steps: int = option(25, "time steps of the timed steps", least=1)
     width: int = option(1000, "hidden neurons", least=1)
     batch: int = option(128, "images in a step", least=1)
@@ -86,9 +66,14 @@ class Benchmark(Place):
         """Folder for the results."""
         return self.out or Path("runs/benchmark")
 
+    def maker(self, method: Method, **sizes: Any) -> Callable[..., Step]:
+        """Makes the training step of a method, of the sizes that are chosen here or given; can be pickled."""
+        chosen: dict[str, Any] = {"num_steps": self.num_steps, "width": self.width, "batch": self.batch}
+        return partial(make_step, method, device=self.torch_device(), **chosen | sizes)
+
 
 def benchmark(options: Benchmark, tell: Tell = lambda what: None) -> dict[str, Any]:
-    """Runs the parts, and writes ``benchmark.json``, ``benchmark.md`` and figures.
+    """Runs the parts, and writes ``benchmark.json`` and ``benchmark.md``.
 
     Args:
         options: what to measure, and where.
@@ -109,20 +94,20 @@ def benchmark(options: Benchmark, tell: Tell = lambda what: None) -> dict[str, A
     with files.locked(options.folder, command):
         with _threads(options.threads):
             results = files.origin(command, device) | {"settings": recorded(options)}
-            measures = {
-                "steps": _steps, "kernels": _kernels, "deep": _deep, "memory": _memory, "growth": _growth
+            measures: dict[str, Callable[[Benchmark, Tell], Rows]] = {
+                "steps": _steps, "kernels": _kernels, "deep": _deep, "memory": _memory, "growth": _growth,
+                "accuracy": partial(_accuracy, images),
             }  # fmt: skip
-            for part, measure in measures.items():
+            for part in PARTS:
                 if part in options.parts:
-                    results[part] = measure(options, device, tell)
-            if images is not None:
-                results["accuracy"] = _accuracy(options, images, device, tell)
+                    results[part] = measures[part](options, partial(_tell, tell, part))
         files.write_json(options.folder / "benchmark.json", results)
         files.write_text(options.folder / "benchmark.md", to_markdown(results))
-        for part, x, y, *labels in _FIGURES:
-            if part in results:
-                files.save_figure(options.folder / f"{part}.png", _figure(results[part], x, y, labels))
     return results
+
+
+def _tell(tell: Tell, part: str, what: str) -> None:
+    tell(f"{part}: {what}")
 
 
 @contextmanager
@@ -136,254 +121,175 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _base(options: Benchmark, method: str, noise: str = "membrane", copies: int = 1) -> Workload:
-    return Workload(method, noise, copies, options.num_steps, options.width, batch=options.batch)
+def _methods() -> dict[str, Method]:
+    return {name: method for name, method in METHODS.items() if name != RIVAL or find_spec("spikingjelly")}
 
 
-def _steps(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
-    """Median milliseconds of all methods in turn, and their ratio to the surrogate's."""
-    workloads = [_base(options, method) for method in _SURROGATES]
-    if find_spec("spikingjelly"):
-        workloads.append(_base(options, RIVAL))
-    else:
-        tell(f"steps: {_NO_RIVAL}")
-    for copies in options.copies:
-        workloads += [_base(options, method, noise, copies) for method in ESTIMATORS for noise in NOISES]
-        workloads.append(_base(options, "textbook", copies=copies))
-    named = {f"{workload.name}, K = {workload.copies}": workload for workload in workloads}
-    steps = {name: make_step(workload, device) for name, workload in named.items()}
-    times = median_milliseconds(steps, device, options.repeats, lambda what: tell(f"steps: {what}"))
-    reference = next(iter(times.values()))
-    return [
-        {
-            "method": workload.name, "copies": workload.copies, "milliseconds": times[name],
-            "ratio": times[name] / reference,
-        }
-        for name, workload in named.items()
-    ]  # fmt: skip
-
-
-def _kernels(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
-    """Nanoseconds for each random number."""
-    tell("kernels")
-    found = kernel_nanoseconds(options.batch, options.width, 10 * options.repeats, device)
-    return [{"noise": name, **times} for name, times in found.items()]
-
-
-def _deep(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
-    """Median milliseconds of dense and convolutional layers; ratios are to the surrogate's of the same network."""
-    images = torch.rand(options.batch, *_SHAPE, device=device)
-    labels = torch.randint(10, (options.batch,), device=device)
+def _steps(options: Benchmark, tell: Tell) -> Rows:
+    """Median milliseconds of all methods in turn, and their ratio to snnTorch's."""
+    tell("all methods in turn")
+    steps = {
+        f"{name}; {noise}": options.maker(method, noise=noise)()
+        for name, method in _methods().items()
+        for noise in (KINDS if method.noisy else ("escape",))
+    }
+    times = median_milliseconds(steps, options.torch_device(), options.repeats)
     rows = []
+    for name, method in _methods().items():
+        row: dict[str, Any] = {"method": name}
+        for noise in KINDS:
+            taken = times[f"{name}; {noise if method.noisy else 'escape'}"]
+            row |= {f"{noise} noise": taken, f"ratio, {noise}": taken / times[f"{REFERENCE}; escape"]}
+        rows.append(row)
+    return rows
+
+
+def _kernels(options: Benchmark, tell: Tell) -> Rows:
+    """Nanoseconds for each random number, beside uniform numbers by torch."""
+    device, rows = options.torch_device(), []
+    out = torch.empty(options.batch, options.width, device=device)
+
+    def nanoseconds(call: Callable[[], object]) -> float:
+        return 1e6 * median_milliseconds({"": call}, device, 10 * options.repeats)[""] / out.numel()
+
+    with _threads(1):
+        for kind, made in KINDS.items():
+            for distribution in made.offered:
+                tell(f"{kind}, {distribution}")
+                noise = made(distribution=distribution)
+                counter = nanoseconds(partial(draw, noise, out.shape, out.dtype, device, 5))
+                uniform = nanoseconds(out.uniform_)
+                rows.append({"noise": f"{kind}, {distribution}", "by counter": counter, "torch, uniform": uniform})
+    return rows
+
+
+def _deep(options: Benchmark, tell: Tell) -> Rows:
+    """Median milliseconds of dense and convolutional layers; ratios are to the surrogate's of the same network."""
+    device, rows = options.torch_device(), []
+    x = torch.rand(options.batch, *_SHAPE, device=device)
+    y = torch.randint(10, (options.batch,), device=device)
     for model in ("deep-mlp", "conv"):
+        tell(model)
         surrogate = Recipe(method="surrogate", model=model, num_steps=options.num_steps)
         escape = replace(surrogate, method="likelihood ratio", noise="escape", distribution="logistic", sigma=0.3)
-        recipes = {"surrogate": surrogate} | {
-            f"counterfactual, escape, K = {copies}": replace(escape, copies=copies) for copies in (1, 2)
-        }
-        steps = {
-            name: partial(_take_step(recipe, _SHAPE, device)[1], images, labels) for name, recipe in recipes.items()
-        }
-        tell(f"deep: {model}")
-        times = median_milliseconds(steps, device, options.repeats, lambda _: None)
-        rows += [
-            {"model": model, "method": name, "milliseconds": taken, "ratio": taken / times["surrogate"]}
-            for name, taken in times.items()
-        ]
+        recipes = {"surrogate": surrogate, "counterfactual": escape, "counterfactual, K = 2": replace(escape, copies=2)}
+        steps = {name: partial(_network_and_step(recipe, _SHAPE, device)[1], x, y) for name, recipe in recipes.items()}
+        times = median_milliseconds(steps, device, options.repeats)
+        for name, taken in times.items():
+            rows.append({"model": model, "method": name, "ms": taken, "ratio": taken / times["surrogate"]})
     return rows
 
 
-def _memory(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
-    """Peak memory of one copy, with the loop of snnTorch's tutorials; the output neurons have noise too."""
+def _memory(options: Benchmark, tell: Tell) -> Rows:
+    """Median peak of a few processes, at several numbers of time steps."""
     rows = []
-    pairs = [("surrogate", "membrane"), *((method, noise) for method in ESTIMATORS for noise in ("membrane", "escape"))]
-    for method, noise in pairs:
+    for name, method in _methods().items():
+        row: dict[str, Any] = {"method": name}
         for num_steps in options.memory_steps:
-            workload = replace(_base(options, method, noise), num_steps=num_steps, hoists=False, rate=True)
-            tell(f"memory: {workload.name}, T = {num_steps}")
-            peaks = [peak_megabytes(partial(make_step, workload, device), device) for _ in range(_PROCESSES)]
-            rows.append({"method": workload.name, "num_steps": num_steps, "megabytes": statistics.median(peaks)})
+            tell(f"{name}, T = {num_steps}")
+            make = options.maker(method, num_steps=num_steps)
+            peaks = [peak_megabytes(make, options.torch_device()) for _ in range(_PROCESSES)]
+            row[f"T = {num_steps}"] = statistics.median(peaks)
+        rows.append(row)
     return rows
 
 
-def _growth(options: Benchmark, device: torch.device, tell: Tell) -> Rows:
+def _growth(options: Benchmark, tell: Tell) -> Rows:
     """Exponents of time over T, K, width and depth; a width enters the cost as the product of two layers' widths."""
-    rows = []
-    scales: dict[str, Callable[[Workload, int], Workload]] = {
-        "num_steps": lambda workload, factor: replace(workload, num_steps=workload.num_steps * factor),
-        "copies": lambda workload, factor: replace(workload, copies=workload.copies * factor),
-        "width": lambda workload, factor: replace(workload, width=workload.width * factor // 2),
-        "depth": lambda workload, factor: replace(workload, depth=workload.depth * factor),
-    }
-    for method in ESTIMATORS:
-        for axis, scale in scales.items():
-            start = replace(_base(options, method), copies=4, depth=2 if axis == "width" else 1)
-            steps = {str(factor): make_step(scale(start, factor), device) for factor in (1, 2, 4)}
-            tell(f"growth: {method}, {axis}")
-            times = [*median_milliseconds(steps, device, max(3, options.repeats // 2), lambda _: None).values()]
-            rows.append({"method": method, "axis": axis, "milliseconds": times, "exponent": slope((1, 2, 4), times)})
+    rows, factors = [], (1, 2, 4)
+    for gradient in ESTIMATORS:
+        for axis in ("num_steps", "copies", "width", "depth"):
+            tell(f"{gradient}, {axis}")
+            steps = {}
+            for factor in factors:
+                method = Method(gradient, copies=4 * factor if axis == "copies" else 4)
+                sizes = {
+                    "num_steps": {"num_steps": options.num_steps * factor}, "copies": {}, "depth": {"depth": factor},
+                    "width": {"width": options.width * factor // 2, "depth": 2},
+                }[axis]  # fmt: skip
+                steps[f"{factor} ×"] = options.maker(method, **sizes)()
+            times = median_milliseconds(steps, options.torch_device(), max(3, options.repeats // 2))
+            exponent = slope(factors, [*times.values()])
+            rows.append({"method": gradient, "over": axis, **times, "exponent": exponent})
     return rows
 
 
-def _accuracy(options: Benchmark, images: data.Images, device: torch.device, tell: Tell) -> Rows:
+def _accuracy(images: data.Images | None, options: Benchmark, tell: Tell) -> Rows:
     """Seconds of training until the test accuracy, noise off, reaches the target for the first time."""
-    surrogate = Recipe(method="surrogate", dataset=options.dataset, copies=16)
-    membrane = replace(surrogate, method="likelihood ratio", estimator="vanilla")
+    surrogate = Recipe(method="surrogate", dataset=options.dataset)
+    membrane = replace(surrogate, method="likelihood ratio")
     escape = replace(membrane, noise="escape", distribution="logistic", sigma=0.3)
     recipes = {
         "surrogate": surrogate,
-        "surrogate, learning rate 0.003": replace(surrogate, learning_rate=3e-3),
-        "vanilla, membrane, K = 16": membrane,
-        "approximate, membrane, K = 16": replace(membrane, estimator="approximate"),
-        "vanilla, escape, K = 16": escape,
-        **{
-            f"counterfactual, {noise}, K = {copies}, learning rate {rate:g}": replace(
-                recipe, estimator="counterfactual", copies=copies, learning_rate=rate
-            )
-            for noise, recipe, copies in (("membrane", membrane, 1), ("escape", escape, 1), ("escape", escape, 2))
-            for rate in (1e-3, 3e-3)
-        },
+        "counterfactual, membrane": membrane,
+        "counterfactual, escape": escape,
+        "counterfactual, escape, K = 2": replace(escape, copies=2),
+        "vanilla, escape, K = 16": replace(escape, estimator="vanilla", copies=16),
+        "approximate, escape, K = 16": replace(escape, estimator="approximate", copies=16),
     }
-    target = TARGETS[options.dataset]
-    rows = []
+    rows: Rows = []
+    assert images is not None
     for name, recipe in recipes.items():
-        tell(f"accuracy: {name}")
-        seconds, steps, best = _train_to(target, recipe, images, device, options.limit)
-        rows.append({"method": name, "target": target, "seconds": seconds, "steps": steps, "best": best})
+        # With more copies, the lower rate alone: each attempt takes a minute and more.
+        for rate in (1e-3, 3e-3) if recipe.copies < 16 else (1e-3,):
+            tell(f"{name}, learning rate {rate:g}")
+            reached = _train_to(replace(recipe, learning_rate=rate), images, options)
+            rows.append({options.dataset: f"{name}, learning rate {rate:g}", **reached})
     return rows
 
 
-def _train_to(
-    target: float, recipe: Recipe, images: data.Images, device: torch.device, limit: float
-) -> tuple[float | None, int, float]:
+def _train_to(recipe: Recipe, images: data.Images, options: Benchmark) -> dict[str, Any]:
     """Seconds, None if the limit came first; steps; and the best accuracy seen."""
-    torch.manual_seed(recipe.seed)
-    net, take_step = _take_step(recipe, images.shape, device)
+    target, device = TARGETS[recipe.dataset], options.torch_device()
+    net, take_step = _network_and_step(recipe, images.shape, device)
     spent, steps, best = 0.0, 0, 0.0
-    while spent < limit:
-        order = torch.randperm(len(images.train)).to(device)
-        for rows in torch.split(order, recipe.batch_size):
+    while spent < options.limit and best < target:
+        for rows in torch.split(torch.randperm(len(images.train)).to(device), recipe.batch_size):
             started = time.perf_counter()
             take_step(images.train[rows], images.train_labels[rows])
             spent += time.perf_counter() - started
             steps += 1
             if steps % _LOOK_EVERY == 0:
                 best = max(best, accuracy(net, images.test, images.test_labels))
-                if best >= target:
-                    return spent, steps, best
-            if spent >= limit:
+            if spent >= options.limit or best >= target:
                 break
-    return None, steps, best
+    seconds = spent if best >= target else None
+    return {"target": f"{target:.0%}", "seconds": seconds, "steps": steps, "best seen": f"{best:.1%}"}
 
 
-def _take_step(
+def _network_and_step(
     recipe: Recipe, shape: tuple[int, int, int], device: torch.device
 ) -> tuple[torch.nn.Module, Callable[[torch.Tensor, torch.Tensor], float]]:
     """An untrained network, and its training step."""
     net = make_network(recipe, shape).to(device)
-    optimizer = torch.optim.Adam(net.parameters(), lr=recipe.learning_rate)
-    return net, stepper(recipe, net, optimizer)
+    return net, stepper(recipe, net, torch.optim.Adam(net.parameters(), lr=recipe.learning_rate))
 
 
 def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Titles, headers and lines of what was measured."""
-    drawn: dict[str, Callable[[Rows, dict[str, Any]], Table]] = {
-        "steps": _steps_table, "kernels": _kernels_table, "deep": _deep_table,
-        "memory": _memory_table, "growth": _growth_table, "accuracy": _accuracy_table,
-    }  # fmt: skip
-    found = {part: draw(results[part], results["settings"]) for part, draw in drawn.items() if part in results}
-    return [(PARTS[part], *table) for part, table in found.items()]
+    return [
+        (title, [*results[part][0]], [[*map(_cell, row.values())] for row in results[part]])
+        for part, title in PARTS.items()
+        if part in results
+    ]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+    return "not reached" if value is None else str(value)
 
 
 def to_markdown(results: dict[str, Any]) -> str:
     """All tables as Markdown, with what is needed to read and repeat them."""
     settings = results["settings"]
     sections = [f"## {title}\n\n{markdown(header, lines)}" for title, header, lines in tables(results)]
-    if not any(row["method"] == RIVAL for row in results.get("steps", [{"method": RIVAL}])):
+    if "steps" in results and not any(row["method"] == RIVAL for row in results["steps"]):
         sections[0] += f"\n\n{_NO_RIVAL}"
     # The other parts train networks of the recipes.
     sized = {"steps", "kernels", "memory", "growth"} & results.keys()
-    size = f"784-{settings['width']}-10 and batch {settings['batch']} where no other is named.\n\n" if sized else ""
-    return f"# Benchmark\n\n{size}" + "\n\n".join(sections) + f"\n\n{files.origin_note(results)}"
-
-
-def _steps_table(rows: Rows, settings: dict[str, Any]) -> Table:
-    def cell(row: dict[str, Any]) -> str:
-        return f"{row['milliseconds']:.1f} ({row['ratio']:.2f} ×)"
-
-    header = ["median of turns; ms (ratio)", *(f"K = {copies}" for copies in settings["copies"])]
-    return header, _by_method(rows, "copies", settings["copies"], cell)
-
-
-def _kernels_table(rows: Rows, settings: dict[str, Any]) -> Table:
-    header = ["ns for a number", *KERNEL_COLUMNS]
-    return header, [[row["noise"], *(f"{row[column]:.2f}" for column in KERNEL_COLUMNS)] for row in rows]
-
-
-def _deep_table(rows: Rows, settings: dict[str, Any]) -> Table:
-    header = ["model", "method", "ms", "ratio"]
-    return header, [
-        [row["model"], row["method"], f"{row['milliseconds']:.1f}", f"{row['ratio']:.2f} ×"] for row in rows
-    ]
-
-
-def _memory_table(rows: Rows, settings: dict[str, Any]) -> Table:
-    header = ["MB above the start", *(f"T = {steps}" for steps in settings["memory_steps"])]
-    return header, _by_method(rows, "num_steps", settings["memory_steps"], lambda row: f"{row['megabytes']:.1f}")
-
-
-def _by_method(rows: Rows, key: str, columns: list[int], cell: Callable[[dict[str, Any]], str]) -> list[list[str]]:
-    """One line for each method, one column for each value of a key."""
-    lines = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        found = {row[key]: cell(row) for row in rows if row["method"] == method}
-        lines.append([method, *(found.get(column, "") for column in columns)])
-    return lines
-
-
-def _growth_table(rows: Rows, settings: dict[str, Any]) -> Table:
-    header = ["method", "over", "ms at 1 ×, 2 ×, 4 ×", "exponent"]
-    return header, [
-        [row["method"], row["axis"], ", ".join(f"{t:.1f}" for t in row["milliseconds"]), f"{row['exponent']:.2f}"]
-        for row in rows
-    ]
-
-
-def _accuracy_table(rows: Rows, settings: dict[str, Any]) -> Table:
-    header = [f"{settings['dataset']}, mlp, test accuracy", "target", "seconds", "steps", "best seen"]
-    return header, [
-        [
-            row["method"], f"{row['target']:.0%}", "not reached" if row["seconds"] is None else f"{row['seconds']:.1f}",
-            str(row["steps"]), f"{row['best']:.1%}",
-        ]
-        for row in rows
-    ]  # fmt: skip
-
-
-def _figure(rows: Rows, x: str, y: str, labels: list[str]) -> Figure:
-    """One line for each method: colours tell estimators, and dashes noises; surrogates, without copies, are black."""
-    figure, (axes,) = new_figure(8, 5)
-    styles = {row["method"]: _style(row["method"]) for row in rows}
-    colors = colors_of(dict.fromkeys(name for name, _ in styles.values() if name != "surrogate"))
-    for method, (name, dashes) in styles.items():
-        points = [(row[x], row[y]) for row in rows if row["method"] == method]
-        color = colors.get(name, "black")
-        if name == "surrogate" and x == "copies":
-            axes.axhline(points[0][1], color=color, linestyle=dashes, label=method)
-        else:
-            axes.plot(*zip(*points, strict=True), marker="o", color=color, linestyle=dashes, label=method)
-    values = sorted({row[x] for row in rows})
-    axes.set(xscale="log", yscale="log", xlabel=labels[0], ylabel=labels[1])
-    axes.set_xticks(values, [str(value) for value in values])
-    axes.minorticks_off()
-    return with_legend(figure, axes, 3)
-
-
-def _style(method: str) -> tuple[str, str]:
-    """The estimator of a row, which has a colour, and its dashes."""
-    if method.startswith("surrogate"):
-        return "surrogate", dict(zip((*_SURROGATES, RIVAL), _DASHES, strict=True))[method]
-    for noise, dashes in zip(NOISES, _DASHES, strict=False):
-        if method.endswith(f", {noise}"):
-            return method.removesuffix(f", {noise}"), dashes
-    return method, _DASHES[0]
+    size = (
+        f"784-{settings['width']}-10 and batch {settings['batch']} where no other is named; ratios are to snnTorch as "
+        "written; memory and growth with escape noise.\n\n"
+    )
+    return f"# Benchmark\n\n{size if sized else ''}" + "\n\n".join(sections) + f"\n\n{files.origin_note(results)}"

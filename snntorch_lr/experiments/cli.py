@@ -72,7 +72,7 @@ def _reproduce(options: reproduce.Reproduce) -> Any:
     """
     with watching() as watch:
         results = reproduce.reproduce(options, watch.training, watch.pieces("attacks"))
-    show(*reproduce.short_table(results), title=f"{options.dataset}, {options.model}, accuracy in percent")
+    show(*reproduce.table(results), title=f"{options.dataset}, {options.model}, accuracy in percent")
     for sentence in results["conclusions"]:
         _say(sentence)
     _say(f"Written: {options.folder}/report.html, table.md, robustness.md, results.json and figures")
@@ -88,7 +88,7 @@ def _benchmark(options: benchmark.Benchmark) -> Any:
         results = benchmark.benchmark(options, status.update if console.is_terminal else console.print)
     for title, header, lines in benchmark.tables(results):
         show(header, lines, title)
-    _say(f"Written: {options.folder}/benchmark.json, benchmark.md and figures")
+    _say(f"Written: {options.folder}/benchmark.json, benchmark.md")
     return results
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .._messages import markdown
-from ..robustness import CORRUPTIONS, SUITES, Certificate, Protocol, RobustnessReport, certify, evaluate
+from ..robustness import SUITES, Certificate, Protocol, RobustnessReport, certify, evaluate
 from ..robustness.figures import colors_of
 from . import NETWORKS, data, files
 from .options import Place, check, command_line, option
@@ -44,7 +44,6 @@ class Evaluate(Place):
     norm: str = option("linf", "linf or l2")
     draws: int = option(8, "noise draws that attacks average over")
     votes: int = option(32, "noise draws for each prediction")
-    corruptions: bool = option(False, "score natural corruptions too")
     seed: int = option(0, "of attacks and noise")
     out: Path | None = option(None, "folder for the results; runs/robustness/DATASET-MODEL-seedSEED", recorded=False)
 
@@ -88,12 +87,7 @@ def evaluate_checkpoints(options: Evaluate, progress: Progress = lambda what, do
             baselines=dict(baselines),
             seed=options.seed,
             name=name,
-            protocol=Protocol(
-                norm=options.norm,
-                draws=options.draws,
-                votes=options.votes,
-                corruptions=tuple(CORRUPTIONS) if options.corruptions else (),
-            ),
+            protocol=Protocol(norm=options.norm, draws=options.draws, votes=options.votes),
             cache=out / "attacks",
             progress=progress,
         )

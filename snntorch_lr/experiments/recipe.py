@@ -18,8 +18,6 @@ from ..objectives import OBJECTIVES, sensitivity
 from . import data, files
 from .options import check, option
 
-FLAT = ("zero-one", "vote")
-"""Objectives without a gradient."""
 METHODS = ("surrogate", "surrogate, noise", "likelihood ratio")
 ATTACKERS = ("surrogate", "counterfactual")
 """Gradients that adversarial training may follow."""
@@ -152,10 +150,6 @@ class TrainingOptions(NoiseOptions):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-    def shared(self) -> dict[str, Any]:
-        """Values of the fields of this class, for a recipe."""
-        return {each.name: getattr(self, each.name) for each in fields(TrainingOptions)}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(TrainingOptions):
@@ -169,8 +163,7 @@ class Recipe(TrainingOptions):
         batch_size: images per step.
         validation: training images held out to choose by, drawn by the seed.
         stop_at: validation accuracy (noise off) at which training stops; None to train to the end.
-        objective: loss per sample, one of ``OBJECTIVES``, or ``"vote"``: the 0-1 loss of a majority of noise draws.
-            With ``"zero-one"`` and ``"vote"`` the output neurons have noise too.
+        objective: loss per sample, one of ``OBJECTIVES``; with ``"zero-one"`` the output neurons have noise too.
         decay: decoupled weight decay of the first block's weights, as a multiple of the learning rate.
         input_noise: initial level of Gaussian noise on the input, for every method; 0 for none.
         input_noise_each_step: it is drawn in each time step, in place of once for each presentation.
@@ -178,14 +171,11 @@ class Recipe(TrainingOptions):
         adversary: l∞ budget of the adversarial examples that take the place of the training images; 0 for none.
         attacker: gradient that they are made by: ``"surrogate"``, or ``"counterfactual"`` of as many ``copies``.
         attacker_steps: steps of projected gradient descent.
-        attacker_noise: the noise is on while they are made.
         free: updates of each batch, whose gradient with respect to the images makes the next adversarial examples in
             place of an attack (Shafahi et al. 2019, "Adversarial Training for Free!"); 0 for an attack.
         penalty: factor of the mean sensitivity of the first layer's neurons, without their noise, in the loss.
         learn_sigma: noise levels are learned.
-        per_neuron: each neuron, or channel, has a noise level of its own.
         late_copies: noise copies once the learning rate has fallen by half; 0 for as many as before.
-        votes: noise draws of which ``"vote"`` counts the majority.
     """
 
     method: str = option(choices=METHODS)
@@ -194,7 +184,7 @@ class Recipe(TrainingOptions):
     batch_size: int = option(128, least=1)
     validation: int = option(0, least=0)
     stop_at: float | None = None
-    objective: str = option("cross-entropy", choices=(*OBJECTIVES, "vote"))
+    objective: str = option("cross-entropy", choices=OBJECTIVES)
     decay: float = option(0.0, least=0)
     input_noise: float = option(0.0, least=0)
     input_noise_each_step: bool = False
@@ -202,13 +192,15 @@ class Recipe(TrainingOptions):
     adversary: float = option(0.0, least=0)
     attacker: str = option("surrogate", choices=ATTACKERS)
     attacker_steps: int = option(7, least=1)
-    attacker_noise: bool = True
     free: int = option(0, least=0)
     penalty: float = option(0.0, least=0)
     learn_sigma: bool = True
-    per_neuron: bool = False
     late_copies: int = option(0, least=0)
-    votes: int = option(1, least=1)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Recipe:
+        """A recipe as it was saved, by this version or an earlier one, whose other options nobody used."""
+        return cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -219,18 +211,15 @@ def check_recipe(recipe: Recipe) -> None:
     """
     check(recipe, flags=False)
     recipe.check_noise()
-    if recipe.objective in FLAT and recipe.method != "likelihood ratio":
-        raise ValueError(
-            f"the objective {recipe.objective} has no gradient to backpropagate: use the method likelihood ratio"
-        )
-    if recipe.votes > 1 and recipe.objective != "vote":
-        raise ValueError(f"votes must be 1 unless the objective is vote, got {recipe.votes}")
+    flat = recipe.objective == "zero-one"
+    if flat and recipe.method != "likelihood ratio":
+        raise ValueError("the objective zero-one has no gradient to backpropagate: use the method likelihood ratio")
     if recipe.late_copies and recipe.method != "likelihood ratio":
         raise ValueError(f"late_copies needs the method likelihood ratio, got {recipe.method}")
-    if recipe.objective in FLAT and recipe.estimator == "counterfactual":
-        raise ValueError(f"the objective {recipe.objective} has no derivative by a spike: use the estimator vanilla")
-    if recipe.free and (not recipe.adversary or recipe.votes > 1):
-        raise ValueError("free needs the budget of an adversary, and votes 1")
+    if flat and recipe.estimator == "counterfactual":
+        raise ValueError("the objective zero-one has no derivative by a spike: use the estimator vanilla")
+    if recipe.free and not recipe.adversary:
+        raise ValueError("free needs the budget of an adversary")
     if recipe.attacker == "counterfactual" and recipe.method == "surrogate":
         raise ValueError("the counterfactual attacker needs neurons with noise: use another method")
     if recipe.model == "ann" and (recipe.method != "surrogate" or recipe.input_noise or recipe.penalty):
@@ -248,21 +237,11 @@ def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
         net.input = NoisyInput(recipe.input_noise, recipe.learn_input_noise, frozen=frozen)
     if recipe.method == "surrogate" or not isinstance(net, SpikingClassifier):
         return net
-    for name in net.spiking:
-        add_noise(net, _level(recipe, net, name), recipe.learn_sigma, [name], recipe.noise, recipe.distribution)
-    if recipe.objective in FLAT and not net.counts:
+    add_noise(net, recipe.sigma, recipe.learn_sigma, net.spiking, recipe.noise, recipe.distribution)
+    if recipe.objective == "zero-one" and not net.counts:
         # What is learned without a gradient of the loss has to be sampled, and the loss reads membrane potentials.
         add_noise(net, recipe.sigma, recipe.learn_sigma, ["output"])
     return net
-
-
-def _level(recipe: Recipe, net: SpikingClassifier, name: str) -> float | Tensor:
-    """Initial σ of a neuron: one number, or one for each feature or channel of the block in front of it."""
-    if not recipe.per_neuron:
-        return recipe.sigma
-    block = net.readout if name == "output" else net.blocks[int(name.rpartition(".")[2])]
-    weight = [module for module in block.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1].weight
-    return torch.full((weight.shape[0], *[1] * (weight.dim() - 2)), recipe.sigma)
 
 
 def make_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
@@ -299,7 +278,7 @@ def load_trained(checkpoint: Path) -> tuple[Recipe, nn.Module]:
     """
     state = files.load_checkpoint(checkpoint)
     try:
-        recipe = Recipe(**state["recipe"])
+        recipe = Recipe.of(state["recipe"])
         net = make_network(recipe, tuple(state["shape"]))
         net.load_state_dict(state["net"])
     except INCOMPLETE as error:

@@ -1,25 +1,22 @@
-"""Tables that fit the terminal, and progress: bars in a terminal, lines in a file."""
+"""Tables that fit the terminal, and progress."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from .train import Observer
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..robustness.evaluate import Progress as AttackProgress
 
 console = Console()
@@ -37,7 +34,7 @@ def show(header: Sequence[str], lines: Sequence[Sequence[str]], title: str = "",
         title: above the table.
         names: columns at the left that name a line.
     """
-    least = [_least(column) for column in zip(header, *lines, strict=True)]
+    least = [max(map(_least, column)) for column in zip(header, *lines, strict=True)]
     for columns in _groups(least, names, console.width):
         table = Table(title=Text(title, "bold") if title else None, title_justify="left", box=box.SIMPLE)
         for column in columns:
@@ -61,43 +58,35 @@ def _groups(least: Sequence[int], names: int, width: int) -> Iterator[list[int]]
     yield columns
 
 
-def _least(cells: Sequence[str]) -> int:
+def _least(cell: str) -> int:
     """Width below which a figure with its interval or unit would wrap, or a word break."""
-    return max(len(cell) if cell[:1].isdigit() and len(cell) < _FIGURE else _longest_word(cell) for cell in cells)
-
-
-def _longest_word(text: str) -> int:
-    return max(map(len, text.split()), default=0)
+    return len(cell) if cell[:1].isdigit() and len(cell) < _FIGURE else max(map(len, cell.split()), default=0)
 
 
 class Watch:
-    """Progress of trainings and attacks: a bar for each in a terminal; elsewhere a line for each epoch and attack.
+    """Progress of trainings and attacks, with the time left: one line that changes in a terminal, else many lines.
 
     Args:
-        bars: drawn in a terminal.
+        live: changes the line, in a terminal.
     """
 
-    def __init__(self, bars: Progress) -> None:
-        self.bars = bars
+    def __init__(self, live: Callable[[str], None] | None) -> None:
+        self.live = live
 
     def training(self, name: str, epochs: int, steps: int) -> Observer:
         """Called before a network is trained, with the number of its epochs and steps."""
-        return _Training(self.bars, name, epochs, steps)
+        return _Training(self, name, epochs, steps)
 
     def pieces(self, title: str, apart: float = 0.0) -> AttackProgress:
         """The progress of many pieces, told before each; without a terminal in lines that are so many seconds apart."""
-        task = self.bars.add_task(title, start=False, note="", visible=False)
         left, said = _Left(), -math.inf
 
         def update(what: str, done: int, total: int) -> None:
             nonlocal said
-            if left.first is None:
-                self.bars.start_task(task)
             now, remaining = time.monotonic(), left.after(done, total)
-            if self.bars.disable and done < total and now >= said + apart:
+            if done < total and (self.live or now >= said + apart):
                 said = now
-                print(f"{title}: {done + 1} of {total}{remaining}: {what}", flush=True)
-            self.bars.update(task, completed=done, total=total, note=what, visible=True)
+                (self.live or _print)(f"{title}: {done + 1} of {total}{remaining}: {what}")
 
         return update
 
@@ -105,35 +94,37 @@ class Watch:
 class _Training(Observer):
     """Tells how far a training is."""
 
-    def __init__(self, bars: Progress, name: str, epochs: int, steps: int) -> None:
-        self.bars, self.name, self.epochs, self.steps = bars, name, epochs, steps
-        self.task = bars.add_task(name, total=steps, note="")
+    def __init__(self, watch: Watch, name: str, epochs: int, steps: int) -> None:
+        self.live, self.name, self.epochs, self.steps = watch.live, name, epochs, steps
         self.left, self.done = _Left(), 0
-        if bars.disable:
-            print(f"training: {name}", flush=True)
+        _print(f"training: {name}")
 
     def after_step(self, done: int, loss: float) -> None:
-        """Moves the bar."""
+        """Changes the line of a terminal."""
         if not self.done:
             # Of a training that goes on, the steps before were another's.
             self.left.after(done - 1, self.steps)
         self.done = done
-        self.bars.update(self.task, completed=done, note=f"loss {loss:.3f}")
+        if self.live:
+            left = self.left.after(done, self.steps)
+            self.live(f"{self.name}: step {done} of {self.steps}{left}: loss {loss:.3f}")
 
-    def after_epoch(self, entry: dict[str, float], net: nn.Module) -> None:
-        """Prints a line where there is no bar."""
-        if self.bars.disable:
-            said = f"loss {entry['train_loss']:.3f}, accuracy {entry['test_accuracy']:.1%}"
-            said += f", with noise {entry['noisy_test_accuracy']:.1%}" if "noisy_test_accuracy" in entry else ""
-            left = self.left.after(self.done, self.steps)
-            print(f"{self.name}: epoch {entry['epoch']:.3g} of {self.epochs}{left}: {said}", flush=True)
+    def after_epoch(self, entry: dict[str, float]) -> None:
+        """Prints a line."""
+        said = f"loss {entry['train_loss']:.3f}, accuracy {entry['test_accuracy']:.1%}"
+        said += f", with noise {entry['noisy_test_accuracy']:.1%}" if "noisy_test_accuracy" in entry else ""
+        left = self.left.after(self.done, self.steps)
+        _print(f"{self.name}: epoch {entry['epoch']:.3g} of {self.epochs}{left}: {said}")
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 class _Left:
     """The time left, by the pace since the first call."""
 
-    def __init__(self) -> None:
-        self.first: tuple[float, int] | None = None
+    first: tuple[float, int] | None = None
 
     def after(self, done: int, total: int) -> str:
         """In words, for a line; nothing while it is not known."""
@@ -147,9 +138,10 @@ class _Left:
 
 @contextmanager
 def watching() -> Iterator[Watch]:
-    """Progress bars until the block ends; in continuous integration lines, whose terminals only look like one."""
-    # Names of checkpoints are no markup.
-    what, note = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]"))
-    columns = (what, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal or "CI" in os.environ) as bars:
-        yield Watch(bars)
+    """Progress until the block ends; in continuous integration many lines, whose terminals only look like one."""
+    if not console.is_terminal or "CI" in os.environ:
+        yield Watch(None)
+        return
+    with console.status("") as status:
+        # Names of checkpoints are no markup.
+        yield Watch(lambda line: status.update(Text(line)))

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..convert import noise_on
 from ..copies import per_copy
 from ..gradients import ESTIMATORS
 from ..network import noises
-from ..objectives import OBJECTIVES, vote
+from ..objectives import OBJECTIVES
 from ..optim import attach, closure
 from ..robustness import Budget, Descent, Target, gradient_attack, perturb
 from . import files
@@ -31,20 +30,16 @@ from .recipe import INCOMPLETE, Recipe, check_recipe, first_sensitivity, make_ne
 CHECKS = 20
 """Times in an epoch at which a run with ``stop_at`` looks at its validation accuracy."""
 Step = Callable[[Tensor, Tensor], float]
-AfterStep = Callable[[int, float], None]
-"""Called after each step with the number of steps done, resumed ones included, and the loss."""
-AfterEpoch = Callable[[dict[str, float], nn.Module], None]
-"""Called after each epoch with its entry of the history, and the network."""
 
 
 class Observer:
     """Watches a training, and does nothing."""
 
     def after_step(self, done: int, loss: float) -> None:
-        """As ``AfterStep``."""
+        """Told the number of steps done, resumed ones included, and the loss."""
 
-    def after_epoch(self, entry: dict[str, float], net: nn.Module) -> None:
-        """As ``AfterEpoch``."""
+    def after_epoch(self, entry: dict[str, float]) -> None:
+        """Told the entry of the history, when its checkpoint is written."""
 
 
 @dataclass
@@ -113,8 +108,7 @@ def train(
     checkpoint: Path,
     device: torch.device,
     resume: bool = False,
-    after_step: AfterStep = lambda done, loss: None,
-    after_epoch: AfterEpoch = lambda entry, net: None,
+    observer: Observer | None = None,
 ) -> Trained:
     """Trains a network, or goes on from its checkpoint.
 
@@ -128,13 +122,13 @@ def train(
         checkpoint: file to write after each epoch.
         device: where to train.
         resume: go on from the checkpoint if it exists.
-        after_step: called after each step.
-        after_epoch: called after each epoch, when its checkpoint is written.
+        observer: watches it.
 
     Raises:
         ValueError: if the recipe cannot be trained, or the checkpoint was written with other settings.
     """
     check_recipe(recipe)
+    observer = observer or Observer()
     images = images.to(device)
     net = make_network(recipe, images.shape).to(device)
     optimizer = make_optimizer(recipe, net)
@@ -167,7 +161,7 @@ def train(
             losses.append(take_step(images.train[batch], images.train_labels[batch]) * len(batch))
             for schedule in schedules:
                 schedule.step()
-            after_step(epoch * steps + step, losses[-1] / len(batch))
+            observer.after_step(epoch * steps + step, losses[-1] / len(batch))
             looks = step == steps or step % max(1, steps // CHECKS) == 0
             if recipe.stop_at is not None and looks:
                 stopped = validation_accuracy(net, recipe, images) >= recipe.stop_at
@@ -186,7 +180,7 @@ def train(
         history.append(entry)
         about = {"recipe": asdict(recipe), "shape": list(images.shape), "history": history, "stopped": stopped}
         save(checkpoint, about | {name: part.state_dict() for name, part in parts.items()})
-        after_epoch(entry, net)
+        observer.after_epoch(entry)
     # A single draw that costs accuracy is nothing to mend.
     gap = noise_gap(*tests) if len(tests) == 2 and tests[0].sum() < tests[1].sum() else None
     if gap is not None:
@@ -196,8 +190,7 @@ def train(
 
 def stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     """One update from a batch, by the method of the recipe; returns the mean loss."""
-    voted = partial(vote, draws=recipe.votes)
-    objective = voted if recipe.objective == "vote" else OBJECTIVES[recipe.objective]
+    objective = OBJECTIVES[recipe.objective]
 
     def loss_fn(x: Tensor, y: Tensor) -> Tensor:
         losses = objective(net(x), y)
@@ -221,9 +214,6 @@ def stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer) ->
     def by_copies(x: Tensor, y: Tensor) -> float:
         if optimizer.param_groups[0]["lr"] < recipe.learning_rate / 2:
             hook.estimator = estimators[-1]
-        if recipe.votes > 1:
-            # Rows of the same image are draws of one vote.
-            x, y = x.repeat_interleave(recipe.votes, 0), y.repeat_interleave(recipe.votes, 0)
         return float(optimizer.step(closure(loss_fn, x, y)))
 
     return _disturbed(recipe, net, by_copies)
@@ -235,7 +225,7 @@ def _disturbed(recipe: Recipe, net: nn.Module, step: Step) -> Step:
         return step
     epsilon = recipe.adversary
     counterfactual = recipe.attacker == "counterfactual"
-    target = Target(net, noise=recipe.attacker_noise, draws=recipe.copies if counterfactual else 1)
+    target = Target(net, noise=True, draws=recipe.copies if counterfactual else 1)
     descent = Descent("counterfactual" if counterfactual else "training", steps=recipe.attacker_steps, length=0.25)
     attack = gradient_attack("adversary", descent)
 
@@ -257,9 +247,7 @@ def _disturbed(recipe: Recipe, net: nn.Module, step: Step) -> Step:
 
 def _matching(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
     state = files.load_checkpoint(checkpoint)
-    wanted, found = asdict(recipe), state.get("recipe")
-    if not isinstance(found, dict):
-        raise ValueError(f"{checkpoint} is not a checkpoint of reproduce")
+    wanted, found = asdict(recipe), state.get("recipe", {})
     different = [f"{key}={found.get(key)!r} (now {wanted[key]!r})" for key in wanted if found.get(key) != wanted[key]]
     if different:
         raise ValueError(

@@ -340,7 +340,8 @@ class _Summing(SamplerOfOnePass):
                 sample = Sample(
                     run.noise, _primal(run.margin), _primal(run.sigma), _primal(run.z), run.spikes, run.epsilon
                 )
-                outputs = [state.primal for state in new.values()]
+                # Not as views, which snnTorch could not detach in place.
+                outputs = [state.primal.detach() for state in new.values()]
                 location, scale = self._scores(sample)
                 if sums.sigma.requires_grad:
                     sums.scale = scale if sums.scale is None else sums.scale + scale

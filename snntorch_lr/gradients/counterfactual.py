@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,9 @@ class CounterfactualCredit:
         mem = given["mem"]
         if not torch.is_grad_enabled():
             return self._step_without_shadow(neuron, input_, given)
+        if input_.dtype != mem.dtype and torch.promote_types(input_.dtype, mem.dtype) == mem.dtype:
+            # As snnTorch's update does; a presentation goes on in the dtype of its states.
+            input_ = input_.to(mem.dtype)
         state = _fused_state(neuron, input_, given)
         if state is not None:
             return self._fused_step(neuron, input_, state)
@@ -137,7 +140,8 @@ class CounterfactualCredit:
                 return None
             state = fused.begin(plan, neuron, self._present(neuron), given, None)
         state, (spikes, mem, *syn) = fused.advance(state, neuron, current, steps, all_states=neuron.output)
-        last = [each[-1] if neuron.output else each for each in (mem, *syn)]
+        # No views: snnTorch detaches states in place.
+        last = [each[-1].clone() if neuron.output else each for each in (mem, *syn)]
         neuron.mem = last[0]
         if syn:
             setattr(neuron, "syn", last[1])  # noqa: B010
@@ -210,8 +214,17 @@ def _fused_state(neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) 
     if carried is None or carried.state is None or carried.version != version(mem):
         return None
     goes_on = carried.attached == (mem.grad_fn is not None) and input_.dtype == mem.dtype
+    if not goes_on or not all(carried.holds(name, state) for name, state in given.items()):
+        return None
     state: fused.State = carried.state
-    return state if goes_on and all(carried.holds(name, state_) for name, state_ in given.items()) else None
+    if state.plan.is_current():
+        return state
+    # Something was changed between two time steps, and goes for the next ones.
+    plan = fused.Plan.of(neuron, mem.shape, mem.dtype, mem.device)
+    if plan is None:
+        return None
+    assert neuron.noise is not None
+    return replace(state, plan=plan, sigma=neuron.noise.sigma.to(mem.dtype)) if plan.fits(state.plan) else None
 
 
 class _Recurrence:

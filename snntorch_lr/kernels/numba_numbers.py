@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from .kinds import GAUSSIAN, LAPLACE, LOGISTIC, MILLS, NORMAL, NORMAL_TAIL
+from .kinds import GAUSSIAN, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, MILLS, NORMAL, NORMAL_TAIL
 
 # No leave to reorder sums, on which rounding to an integer and the exactness of the uniform numbers depend, nor to take
 # for granted that there is no NaN, which has to reach the gradient to be found.
@@ -236,3 +236,98 @@ def to_noise(epsilon: Any, u: Any, kind: int) -> None:
             epsilon[i] = _log(_1 + u[i]) - _log(_1 - u[i])
     else:
         assign(epsilon, u)
+
+
+@njit(**OPTIONS)
+def escape_spikes(spikes: Any, z: Any, u: Any, kind: int) -> None:
+    """Spikes of escape noise."""
+    if kind == LOGISTIC_ESCAPE:
+        for i in range(len(z)):
+            spikes[i] = _1 if u[i] > -half_tanh(z[i]) else _0
+    else:
+        for i in range(len(z)):
+            _, tail, _ = normal(z[i])
+            spikes[i] = _1 if u[i] > _1 - _2 * (_1 - tail if z[i] > _0 else tail) else _0
+
+
+@njit(**OPTIONS)
+def chances(p: Any, density: Any, z: Any, kind: int) -> None:
+    """Probability of a spike at a distance z to the threshold, and its derivative."""
+    if kind in (LOGISTIC, LOGISTIC_ESCAPE):
+        for i in range(len(z)):
+            p[i] = _HALF + _HALF * half_tanh(z[i])
+            density[i] = p[i] * (_1 - p[i])
+    elif kind == LAPLACE:
+        for i in range(len(z)):
+            tail = _HALF * exp(-abs(z[i]))
+            p[i] = _1 - tail if z[i] > _0 else tail
+            density[i] = tail
+    else:
+        for i in range(len(z)):
+            density[i], tail, _ = normal(z[i])
+            p[i] = _1 - tail if z[i] > _0 else tail
+
+
+@njit(**OPTIONS)
+def escape_scores(score: Any, z: Any, p: Any, spikes: Any, kind: int) -> None:
+    """Scores of z, of spikes of escape noise."""
+    if kind == LOGISTIC_ESCAPE:
+        for i in range(len(z)):
+            score[i] = spikes[i] - p[i]
+    else:
+        for i in range(len(z)):
+            slope, tail, mills = normal(z[i])
+            # φ over the probability of what happened, which neither cancels nor underflows this way.
+            likely, unlikely = slope / (_1 - tail), _1 / mills
+            size = likely if (spikes[i] > _0) == (z[i] > _0) else unlikely
+            score[i] = size if spikes[i] > _0 else -size
+
+
+@njit(**OPTIONS)
+def membrane_scores(score: Any, epsilon: Any, kind: int) -> None:
+    """Scores of the mean, times σ, from standard noise."""
+    if kind == GAUSSIAN:
+        assign(score, epsilon)
+    elif kind == LAPLACE:
+        for i in range(len(score)):
+            score[i] = _1 if epsilon[i] > _0 else -_1
+    else:
+        for i in range(len(score)):
+            score[i] = half_tanh(epsilon[i])
+
+
+def keep(code: Any, value: Any, spikes: Any) -> None:
+    """Keeps numbers, and in their lowest bit a spike: in single precision as 15 bits, rounded."""
+
+
+@overload(keep)
+def _overload_keep(code: Any, value: Any, spikes: Any) -> Any:
+    def double(code: Any, value: Any, spikes: Any) -> None:
+        for i in range(len(code)):
+            code[i] = (np.float64(value[i]).view(np.int64) & ~np.int64(1)) | np.int64(spikes[i])
+
+    def single(code: Any, value: Any, spikes: Any) -> None:
+        for i in range(len(code)):
+            bits = np.int32(np.float32(value[i]).view(np.int32) + np.int32(0x10000))
+            code[i] = np.uint16(np.uint16(bits >> np.int32(16)) & np.uint16(0xFFFE)) | np.uint16(spikes[i])
+
+    return double if code.dtype == types.int64 else single
+
+
+def recall(value: Any, spikes: Any, code: Any) -> None:
+    """The inverse of ``keep``."""
+
+
+@overload(recall)
+def _overload_recall(value: Any, spikes: Any, code: Any) -> Any:
+    def double(value: Any, spikes: Any, code: Any) -> None:
+        for i in range(len(code)):
+            value[i] = np.int64(code[i] & ~np.int64(1)).view(np.float64)
+            spikes[i] = np.float64(code[i] & np.int64(1))
+
+    def single(value: Any, spikes: Any, code: Any) -> None:
+        for i in range(len(code)):
+            value[i] = np.int32(np.int32(np.uint32(code[i] & np.uint16(0xFFFE)) << np.uint32(16))).view(np.float32)
+            spikes[i] = np.float32(np.int32(code[i] & np.uint16(1)))
+
+    return double if code.dtype == types.int64 else single

@@ -16,13 +16,26 @@ from typing import Any
 
 import numpy as np
 from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 from . import kinds, numba_numbers
-from .kinds import ERASE, GAUSSIAN, GAUSSIAN_ESCAPE, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, SUBTRACT, ZERO
-from .numba_numbers import OPTIONS, SINGLES, assign, counters, exp, half_tanh, normal, to_noise, uniform
+from .kinds import ERASE, GAUSSIAN_ESCAPE, LOGISTIC_ESCAPE, SUBTRACT, ZERO
+from .numba_numbers import (
+    OPTIONS,
+    SINGLES,
+    assign,
+    chances,
+    counters,
+    escape_scores,
+    escape_spikes,
+    keep,
+    membrane_scores,
+    recall,
+    to_noise,
+    uniform,
+)
 
-_0, _HALF, _1, _2 = SINGLES
+_0, _HALF, _1, _ = SINGLES
 # Numba looks at the age of this file alone when it takes compiled code from its cache, and at what a function closes
 # over: the content of the other files is there.
 _SOURCES = zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in (kinds, numba_numbers)))
@@ -83,101 +96,6 @@ def _advance(
     else:
         for i in range(len(new)):
             new[i] = mem[i] * leak[i] + current[i] * share[i]
-
-
-@njit(**OPTIONS)
-def _fire(spikes: Any, z: Any, u: Any, kind: int) -> None:
-    """Spikes of escape noise."""
-    if kind == LOGISTIC_ESCAPE:
-        for i in range(len(z)):
-            spikes[i] = _1 if u[i] > -half_tanh(z[i]) else _0
-    else:
-        for i in range(len(z)):
-            _, tail, _ = normal(z[i])
-            spikes[i] = _1 if u[i] > _1 - _2 * (_1 - tail if z[i] > _0 else tail) else _0
-
-
-@njit(**OPTIONS)
-def _chances(p: Any, density: Any, z: Any, kind: int) -> None:
-    """Probability of a spike at a distance z to the threshold, and its derivative."""
-    if kind in (LOGISTIC, LOGISTIC_ESCAPE):
-        for i in range(len(z)):
-            p[i] = _HALF + _HALF * half_tanh(z[i])
-            density[i] = p[i] * (_1 - p[i])
-    elif kind == LAPLACE:
-        for i in range(len(z)):
-            tail = _HALF * exp(-abs(z[i]))
-            p[i] = _1 - tail if z[i] > _0 else tail
-            density[i] = tail
-    else:
-        for i in range(len(z)):
-            density[i], tail, _ = normal(z[i])
-            p[i] = _1 - tail if z[i] > _0 else tail
-
-
-@njit(**OPTIONS)
-def _escape_scores(score: Any, z: Any, p: Any, spikes: Any, kind: int) -> None:
-    """Scores of z, of spikes of escape noise."""
-    if kind == LOGISTIC_ESCAPE:
-        for i in range(len(z)):
-            score[i] = spikes[i] - p[i]
-    else:
-        for i in range(len(z)):
-            slope, tail, mills = normal(z[i])
-            # φ over the probability of what happened, which neither cancels nor underflows this way.
-            likely, unlikely = slope / (_1 - tail), _1 / mills
-            size = likely if (spikes[i] > _0) == (z[i] > _0) else unlikely
-            score[i] = size if spikes[i] > _0 else -size
-
-
-@njit(**OPTIONS)
-def _membrane_scores(score: Any, epsilon: Any, kind: int) -> None:
-    """Scores of the mean, times σ, from standard noise."""
-    if kind == GAUSSIAN:
-        assign(score, epsilon)
-    elif kind == LAPLACE:
-        for i in range(len(score)):
-            score[i] = _1 if epsilon[i] > _0 else -_1
-    else:
-        for i in range(len(score)):
-            score[i] = half_tanh(epsilon[i])
-
-
-def _keep(code: Any, value: Any, spikes: Any) -> None:
-    """Keeps numbers, and in their lowest bit a spike: in single precision as 15 bits, rounded."""
-
-
-@overload(_keep)
-def _overload_keep(code: Any, value: Any, spikes: Any) -> Any:
-    def double(code: Any, value: Any, spikes: Any) -> None:
-        for i in range(len(code)):
-            code[i] = (np.float64(value[i]).view(np.int64) & ~np.int64(1)) | np.int64(spikes[i])
-
-    def single(code: Any, value: Any, spikes: Any) -> None:
-        for i in range(len(code)):
-            bits = np.int32(np.float32(value[i]).view(np.int32) + np.int32(0x10000))
-            code[i] = np.uint16(np.uint16(bits >> np.int32(16)) & np.uint16(0xFFFE)) | np.uint16(spikes[i])
-
-    return double if code.dtype == types.int64 else single
-
-
-def _recall(value: Any, spikes: Any, code: Any) -> None:
-    """The inverse of ``_keep``."""
-
-
-@overload(_recall)
-def _overload_recall(value: Any, spikes: Any, code: Any) -> Any:
-    def double(value: Any, spikes: Any, code: Any) -> None:
-        for i in range(len(code)):
-            value[i] = np.int64(code[i] & ~np.int64(1)).view(np.float64)
-            spikes[i] = np.float64(code[i] & np.int64(1))
-
-    def single(value: Any, spikes: Any, code: Any) -> None:
-        for i in range(len(code)):
-            value[i] = np.int32(np.int32(np.uint32(code[i] & np.uint16(0xFFFE)) << np.uint32(16))).view(np.float32)
-            spikes[i] = np.float32(np.int32(code[i] & np.uint16(1)))
-
-    return double if code.dtype == types.int64 else single
 
 
 @njit(**OPTIONS)
@@ -250,7 +168,7 @@ def _forward(
             else:
                 before[:] = _0
             if len(before_code):
-                _recall(z, fire, before_code[at : at + size])
+                recall(z, fire, before_code[at : at + size])
             elif len(fired):
                 assign(fire, fired[at : at + size])
             else:
@@ -272,7 +190,7 @@ def _forward(
                 for i in range(size):
                     z[i] = (here[i] - threshold[i]) * inverse[i]
                 if escapes:
-                    _fire(fire, z, u, kind)
+                    escape_spikes(fire, z, u, kind)
                 else:
                     to_noise(epsilon, u, kind)
                     for i in range(size):
@@ -280,9 +198,9 @@ def _forward(
                         fire[i] = _1 if here[i] > threshold[i] else _0
                 if len(code):
                     kept = step * sets * whole + at
-                    _keep(code[kept : kept + size], z, fire)
+                    keep(code[kept : kept + size], z, fire)
                     if len(noise_code):
-                        _keep(noise_code[kept : kept + size], epsilon, fire)
+                        keep(noise_code[kept : kept + size], epsilon, fire)
                 if own == 0:
                     assign(spikes[moved : moved + size], fire)
                     if seen == steps or step == steps - 1:
@@ -371,18 +289,18 @@ def _backward(
             step = steps - 1 - back
             moved = step * whole + left
             kept = step * 2 * whole + left
-            _recall(z0, s0, code[kept : kept + size])
-            _recall(z1, s1, code[kept + whole : kept + whole + size])
-            _chances(p0, d0, z0, kind)
-            _chances(p1, d1, z1, kind)
+            recall(z0, s0, code[kept : kept + size])
+            recall(z1, s1, code[kept + whole : kept + whole + size])
+            chances(p0, d0, z0, kind)
+            chances(p1, d1, z1, kind)
             if escapes:
-                _escape_scores(q0, z0, p0, s0, kind)
-                _escape_scores(q1, z1, p1, s1, kind)
+                escape_scores(q0, z0, p0, s0, kind)
+                escape_scores(q1, z1, p1, s1, kind)
             else:
-                _recall(e0, s0, noise_code[kept : kept + size])
-                _recall(e1, s1, noise_code[kept + whole : kept + whole + size])
-                _membrane_scores(q0, e0, kind)
-                _membrane_scores(q1, e1, kind)
+                recall(e0, s0, noise_code[kept : kept + size])
+                recall(e1, s1, noise_code[kept + whole : kept + whole + size])
+                membrane_scores(q0, e0, kind)
+                membrane_scores(q1, e1, kind)
             if len(a):
                 assign(effect, a[moved : moved + size])
                 for i in range(fitted):
@@ -453,11 +371,11 @@ def _backward(
             if erases:
                 if step:
                     earlier = kept - 2 * whole
-                    _recall(d1, f0, code[earlier : earlier + size])
-                    _recall(d1, f1, code[earlier + whole : earlier + whole + size])
+                    recall(d1, f0, code[earlier : earlier + size])
+                    recall(d1, f1, code[earlier + whole : earlier + whole + size])
                 elif len(before_code):
-                    _recall(d1, f0, before_code[left : left + size])
-                    _recall(d1, f1, before_code[whole + left : whole + left + size])
+                    recall(d1, f0, before_code[left : left + size])
+                    recall(d1, f1, before_code[whole + left : whole + left + size])
                 elif len(fired):
                     assign(f0, fired[left : left + size])
                     assign(f1, fired[whole + left : whole + left + size])
@@ -583,8 +501,9 @@ def _run_backward(address: Any, like: Any, kept: Any) -> None:
         own_sigma = to_sigma[chunk * neurons : (chunk + 1) * neurons] if len(to_sigma) else to_sigma
         _backward(
             start, min(start + count, batch), batch, neurons, steps, block.kind, block.mechanism, a, b, b_syn, code,
-            noise_code, fired, before, leak, share, alpha, sigma, settings[0], settings[1], togo, parted, block.fit_rows,
-            trace, block.traces, syn_trace, to_current, block.adds != 0, own_sigma, sums[2 * chunk : 2 * chunk + 2],
+            noise_code, fired, before, leak, share, alpha, sigma, settings[0], settings[1], togo, parted,
+            block.fit_rows, trace, block.traces, syn_trace, to_current, block.adds != 0, own_sigma,
+            sums[2 * chunk : 2 * chunk + 2],
         )  # fmt: skip
 
 

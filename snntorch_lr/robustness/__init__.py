@@ -1,11 +1,10 @@
-"""Robustness of spiking networks: an attackable view, attacks, corruptions, and an evaluation that checks itself."""
+"""Robustness of spiking networks: an attackable view, attacks, and an evaluation that checks itself."""
 
 from .attacks import Attack, Budget, perturb
 from .certify import Certificate, certify
-from .corruptions import CORRUPTIONS
 from .evaluate import evaluate
 from .gates import Gate, verdict
-from .gradient_attacks import Descent, gradient_attack, tune_sharpness
+from .gradient_attacks import Descent, gradient_attack
 from .input_gradient import likelihood_ratio_input_gradient, surrogate_input_gradient
 from .report import Headline, Protocol, RobustnessReport, Row
 from .scoring import McNemar, Scores, Share, clopper_pearson, mcnemar, score, share_of, wilson
@@ -14,7 +13,6 @@ from .surrogates import SURROGATES
 from .view import AttackableView, Target
 
 __all__ = [
-    "CORRUPTIONS",
     "SUITES",
     "SURROGATES",
     "Attack",
@@ -42,7 +40,6 @@ __all__ = [
     "share_of",
     "suite",
     "surrogate_input_gradient",
-    "tune_sharpness",
     "verdict",
     "wilson",
 ]

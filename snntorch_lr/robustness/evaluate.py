@@ -24,15 +24,14 @@ from ..network import noises, noisy_neurons, not_finite, reset, spiking_neurons
 from ..philox import mix
 from . import gates
 from .attacks import Attack, Budget, perturb
-from .corruptions import CORRUPTIONS
 from .gradient_attacks import COUNTERFACTUAL
+from .html import Example
 from .input_gradient import likelihood_ratio_input_gradient, with_noise
-from .report import PACKAGES, Example, Findings, Protocol, RobustnessReport, Row, Subject
-from .scoring import Scores, Share, batch_size, is_random, logits_of, pieces, score, seeded, share_of
+from .report import PACKAGES, GateFindings, Protocol, RobustnessReport, Row, Subject
+from .scoring import Scores, batch_size, is_random, logits_of, pieces, score, seeded, share_of
 from .suites import SUITES, suite
 from .view import Forward, Target, device_of
 
-SEVERITIES = (1, 2, 3, 4, 5)
 FINGERPRINT_IMAGES = 8
 EXAMPLES, EXAMPLES_OF_AN_ATTACK = 8, 4
 """Images that an attack broke, kept to be looked at: of a network, and of one attack at one budget."""
@@ -82,7 +81,7 @@ def evaluate(
         forward: as ``AttackableView``'s, for the network and the baselines.
         baselines: other networks by name; a ``Target`` for one that needs another ``forward``.
         seed: of attacks and noise.
-        protocol: norm, noise draws and votes, corruptions, gates and so on; the defaults of ``Protocol`` if it is None.
+        protocol: norm, noise draws and votes, gates and so on; the defaults of ``Protocol`` if it is None.
         sources: networks by name that adversarial images are transferred from, and that are not evaluated themselves.
         name: of the network in the report.
         cache: folder for finished pieces; the same call goes on from there. An attack of yours is known by its name and
@@ -238,13 +237,13 @@ class _Evaluation:
         # Transfers run on the networks that they come from.
         self.size = min(batch_size(subject.target, self.protocol.rows) for subject in self.sources)
         self.marks = {subject.label: self._mark(subject) for subject in self.sources}
-        each = 2 + len(self.protocol.corruptions)
-        self.total = sum(each + len(attacks) * len(self.epsilons) for attacks in self.attacks.values())
+        # Beside the attacks: clean, and the gates.
+        self.total = sum(2 + len(attacks) * len(self.epsilons) for attacks in self.attacks.values())
         self.done = 0
         self.broken: dict[str, list[Example]] = {}
 
     def row(self, subject: Subject) -> Row:
-        """Clean accuracy, all attacks, corruptions and gates of one subject."""
+        """Clean accuracy, all attacks and gates of one subject."""
         clean = self._piece(subject, "clean", (), lambda: asdict(self._score(subject, self.images, self.labels)))
         right: dict[str, dict[float, Tensor]] = {}
         unchanged: dict[str, float] = {}
@@ -256,8 +255,7 @@ class _Evaluation:
                 # One attack that fails must not cost hours of the others; the gate G9 tells.
                 failures[attack.name] = str(error)
         ran = tuple(attack for attack in self.attacks[subject.label] if attack.name in right)
-        corrupted = {name: self._corrupted(subject, name) for name in self.protocol.corruptions}
-        row = Row(subject, clean["right"], share_of(clean["single"]), ran, right, corrupted)
+        row = Row(subject, clean["right"], share_of(clean["single"]), ran, right)
         return replace(row, findings=self._findings(row, unchanged, failures), examples=tuple(self._examples(subject)))
 
     def _examples(self, subject: Subject) -> Iterator[Example]:
@@ -332,34 +330,20 @@ class _Evaluation:
         after[still] = torch.cat([*right, still[:0]])
         return {"right": after, "unchanged": unchanged, "broken": broken}
 
-    def _corrupted(self, subject: Subject, name: str) -> dict[int, Share]:
-        """Accuracy by severity; the corrupted images are the same for all subjects."""
-
-        def scores() -> dict[str, Any]:
-            right = {}
-            for severity in SEVERITIES:
-                seed = mix(self.seed, crc32(name.encode()), severity)
-                images = CORRUPTIONS[name](self.images, severity, torch.Generator().manual_seed(seed))
-                right[str(severity)] = self._score(subject, images, self.labels, seed, 1).right
-            return right
-
-        found = self._piece(subject, name, (), scores)
-        return {int(severity): share_of(right) for severity, right in found.items()}
-
-    def _findings(self, row: Row, unchanged: Mapping[str, float], failures: Mapping[str, str]) -> Findings:
+    def _findings(self, row: Row, unchanged: Mapping[str, float], failures: Mapping[str, str]) -> GateFindings:
         attacks = [(attack.name, attack.access, dict(attack.settings)) for attack in row.attacks]
         depends = [attacks, unchanged, failures, self.protocol.gate_images, self.protocol.gates]
         tensors = [right for under in row.right.values() for right in under.values()]
         compute = partial(self._judged, row, unchanged, failures)
         found = self._piece(row.subject, "gates", depends, compute, row.clean, *tensors)
-        return Findings(**found | {"gates": tuple(gates.Gate(**gate) for gate in found["gates"])})
+        return GateFindings(**found | {"gates": tuple(gates.Gate(**gate) for gate in found["gates"])})
 
     def _judged(self, row: Row, unchanged: Mapping[str, float], failures: Mapping[str, str]) -> dict[str, Any]:
         """Gates of one subject and the curves that they are read from, as plain values."""
         chosen = row.clean.nonzero()[: self.protocol.gate_images, 0]
         if not len(chosen):
             gate = gates.Gate("G0 forward pass", None, "no image is right clean: there is nothing to attack")
-            return asdict(Findings((gate,)))
+            return asdict(GateFindings((gate,)))
         target, protocol = row.subject.target, self.protocol
         probe = gates.Probe(
             target, self.images[chosen], self.labels[chosen], protocol.norm, protocol.votes, self.seed, protocol.rows
@@ -409,7 +393,7 @@ class _Evaluation:
             attacked("G8 canary", lambda: gates.canary(probe)),
             gates.assertions(failures),
         )
-        return asdict(Findings(judged, middle, ladder, steps, survived))
+        return asdict(GateFindings(judged, middle, ladder, steps, survived))
 
     def _score(self, subject: Subject, images: Tensor, labels: Tensor, *seeds: int) -> Scores:
         return score(subject.target, images, labels, self.protocol.votes, mix(self.seed, *seeds), self.protocol.rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -200,46 +200,3 @@ def gradient_attack(name: str, descent: Descent) -> Attack:
     """
     norms = ("linf",) if descent.rule == "sa-pgd" else NORMS
     return Attack(name, descent, {"library": "snntorch_lr"} | asdict(descent), "white-box", norms)
-
-
-def tune_sharpness(
-    target: Target, x: Tensor, y: Tensor, budget: Budget, descent: Descent | None = None, rounds: int = 5, seed: int = 0
-) -> float:
-    """ω of the surrogate ``"assg"`` with which an attack raises the margin of wrong classes most.
-
-    By ternary search in [0.35, 0.49]: two attacks in each round.
-
-    Args:
-        target: the network.
-        x: validation images ``[batch, ...]``, not those that are to be reported.
-        y: their labels.
-        budget: of the attack.
-        descent: the attack; its surrogate does not matter. By default SA-PGD with 20 steps.
-        rounds: each narrows the interval by a third.
-        seed: of all attacks.
-
-    Returns:
-        ω; the surrogate is then called ``f"assg:{omega}"``.
-
-    Examples:
-        >>> x, y = torch.tensor([[[[0.6, 0.4]]]]), torch.tensor([0])
-        >>> omega = tune_sharpness(Target(nn.Flatten()), x, y, Budget(0.1), Descent(steps=2), rounds=1)
-
-    Source: arXiv 2512.22522.
-    """
-    descent = Descent(rule="sa-pgd") if descent is None else descent
-    view = target.view(seed=seed + _FRESH)
-
-    def success(omega: float) -> float:
-        images = replace(descent, surrogate=f"assg:{omega}")(target, x, y, budget, seed)
-        with torch.no_grad():
-            return float(margin(view(images), y).mean())
-
-    low, high = 0.35, 0.49
-    for _ in range(rounds):
-        first, second = low + (high - low) / 3, high - (high - low) / 3
-        if success(first) < success(second):
-            low = first
-        else:
-            high = second
-    return (low + high) / 2

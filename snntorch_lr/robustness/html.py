@@ -6,6 +6,7 @@ import io
 import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,6 @@ from .._messages import install
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .report import Example, Row
-
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -117,16 +115,45 @@ def _figure(figure: Figure) -> str:
     return drawn.replace("<svg ", '<svg fill="currentColor" ', 1)
 
 
-def examples(rows: Sequence[Row]) -> str:
-    """Images that attacks broke beside their originals, with the spikes of both; nothing if there are none."""
-    parts = []
-    for row in rows:
-        if row.examples:
-            cards = "".join(map(_card, row.examples))
-            parts.append(f'<h3>{escape(row.subject.label)}</h3>\n<div class="strip">{cards}</div>\n')
+@dataclass(frozen=True)
+class Example:
+    """An image that an attack broke, to be looked at.
+
+    Attributes:
+        index: of the image among those attacked.
+        original: the image, ``[channels, height, width]``.
+        adversarial: what the attack made of it.
+        label: its class.
+        predicted: class that the network takes the adversarial image for.
+        attack: name of the attack.
+        epsilon: its budget.
+        place: among the images that this attack broke at this budget.
+        layer: name of the first neurons, with noise if any have it.
+        spikes: of some of them for the original and the adversarial image, ``[time, 2, neurons]``.
+    """
+
+    index: int
+    original: Tensor
+    adversarial: Tensor
+    label: int
+    predicted: int
+    attack: str
+    epsilon: float
+    place: int
+    layer: str = ""
+    spikes: Tensor = field(default_factory=lambda: torch.zeros(0, 2, 0))
+
+
+def examples(broken: Mapping[str, Sequence[Example]]) -> str:
+    """Images that attacks broke beside their originals, by network, with the spikes of both; nothing if none."""
+    parts = [
+        f'<h3>{escape(network)}</h3>\n<div class="strip">{"".join(map(_card, images))}</div>\n'
+        for network, images in broken.items()
+        if images
+    ]
     if not parts:
         return ""
-    layers = ", ".join(dict.fromkeys(each.layer for row in rows for each in row.examples if each.layer))
+    layers = ", ".join(dict.fromkeys(image.layer for images in broken.values() for image in images if image.layer))
     below = f" Below, spikes of {escape(layers)}: time from left to right, a line for each of the first neurons."
     return (
         "<h2>Images that attacks broke</h2>\n"

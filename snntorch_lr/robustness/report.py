@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,11 +14,10 @@ from .._files import replacing
 from .._messages import aligned, listed, markdown, versions
 from ..network import noises
 from .attacks import NORMS, Attack
-from .corruptions import CORRUPTIONS
-from .figures import epsilon_figure, steps_figure, surrogates_figure
+from .figures import colors_of, new_figure, percent, with_legend
 from .gates import Gate, mark, verdict
-from .html import examples, page
-from .scoring import ROWS, McNemar, Share, mcnemar, share_of
+from .html import Example, examples, page
+from .scoring import ROWS, McNemar, Share, mcnemar, share_of, wilson
 from .view import Target
 
 if TYPE_CHECKING:
@@ -39,6 +36,7 @@ _NOTE = (
     "robustness. One with '?' has a gate that the suite could not run: masking not ruled out."
 )
 _WITHOUT_GATES = " The attacks of the gates were left out (gates=False): no claim of robustness is possible."
+_SIGNS = {" !": "! a gate failed: masking suspected", " ?": "? a gate was not run: masking not ruled out"}
 
 
 @dataclass(frozen=True)
@@ -52,17 +50,16 @@ class Protocol:
         draws: noise draws that the gradient of an attack averages over.
         votes: noise draws for each prediction.
         scale: as ``AttackableView``'s.
-        corruptions: names of natural corruptions to score too, see ``CORRUPTIONS``.
         gates: False leaves out the attacks that the gates make themselves, for a quick look. Without them no claim of
             robustness is possible, and the report says so.
         gate_images: images that are right, for these attacks.
         rows: images times draws that a network sees at once; bounds the memory.
 
     Raises:
-        ValueError: if a number is below 1, or a norm, noise or corruption is unknown.
+        ValueError: if a number is below 1, or a norm or noise is unknown.
 
     Examples:
-        >>> Protocol(norm="l2", corruptions=["contrast"]).votes
+        >>> Protocol(norm="l2").votes
         32
     """
 
@@ -71,13 +68,11 @@ class Protocol:
     draws: int = 8
     votes: int = 32
     scale: float = 10.0
-    corruptions: Sequence[str] = ()
     gates: bool = True
     gate_images: int = 128
     rows: int = ROWS
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "corruptions", tuple(self.corruptions))
         if self.noise not in ("off", "on", "both"):
             raise ValueError(f"noise must be 'off', 'on' or 'both', got {self.noise!r}")
         for name in "draws", "votes", "gate_images", "rows":
@@ -85,19 +80,11 @@ class Protocol:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; choose one of {', '.join(NORMS)}")
-        if unknown := [name for name in self.corruptions if name not in CORRUPTIONS]:
-            raise ValueError(f"unknown corruption {', '.join(unknown)}; choose from {', '.join(CORRUPTIONS)}")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network with its noise on or off.
-
-    Attributes:
-        network: its name.
-        noise: ``"on"``, ``"off"``, or ``"none"`` for a network that has none.
-        target: the network and how it is read.
-    """
+    """A network by name, with its noise ``"on"`` or ``"off"``, or ``"none"`` for one that has none."""
 
     network: str
     noise: str
@@ -115,7 +102,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Findings:
+class GateFindings:
     """Gates of one network, and the curves that they are read from.
 
     Attributes:
@@ -134,35 +121,6 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Example:
-    """An image that an attack broke, to be looked at.
-
-    Attributes:
-        index: of the image among those attacked.
-        original: the image, ``[channels, height, width]``.
-        adversarial: what the attack made of it.
-        label: its class.
-        predicted: class that the network takes the adversarial image for.
-        attack: name of the attack.
-        epsilon: its budget.
-        place: among the images that this attack broke at this budget.
-        layer: name of the first neurons, with noise if any have it.
-        spikes: of some of them for the original and the adversarial image, ``[time, 2, neurons]``.
-    """
-
-    index: int
-    original: Tensor
-    adversarial: Tensor
-    label: int
-    predicted: int
-    attack: str
-    epsilon: float
-    place: int
-    layer: str = ""
-    spikes: Tensor = field(default_factory=lambda: torch.zeros(0, 2, 0))
-
-
-@dataclass(frozen=True)
 class Row:
     """Measurements of one network with its noise on or off.
 
@@ -172,7 +130,6 @@ class Row:
         single: expected accuracy of a single noise draw.
         attacks: the attacks that ran, transfers included.
         right: images that are right under an attack, by its name and budget, Boolean, ``[images]``.
-        corruptions: accuracy by corruption and severity.
         findings: gates and curves.
         examples: a few images that attacks broke.
     """
@@ -182,8 +139,7 @@ class Row:
     single: Share
     attacks: tuple[Attack, ...]
     right: Mapping[str, Mapping[float, Tensor]]
-    corruptions: Mapping[str, Mapping[int, Share]]
-    findings: Findings = Findings()
+    findings: GateFindings = GateFindings()
     examples: tuple[Example, ...] = ()
 
     @property
@@ -206,19 +162,36 @@ class Row:
             if "surrogate" in attack.settings and attack.access == "white-box":
                 names.setdefault(str(attack.settings["surrogate"]), []).append(attack.name)
         budgets = list(next(iter(self.right.values()), {}))
-        return {key: {epsilon: self.under(found, epsilon) for epsilon in budgets} for key, found in names.items()}
+        return {key: {epsilon: self.under(through, epsilon) for epsilon in budgets} for key, through in names.items()}
 
     def worst(self, epsilon: float) -> Tensor:
         """Images that are right clean and under every attack at a budget, Boolean, ``[images]``."""
         return self.with_gates(self.under(self.right, epsilon), epsilon)
 
+    def to_json(self, epsilons: Sequence[float]) -> dict[str, Any]:
+        """All figures as plain dicts and numbers."""
+        right = {**self.right, "worst case": {epsilon: self.worst(epsilon) for epsilon in epsilons}}
+        shares = {
+            name: {f"{epsilon:g}": asdict(share_of(images)) for epsilon, images in under.items()}
+            for name, under in right.items()
+        }
+        return {
+            "network": self.subject.network,
+            "noise": self.subject.noise,
+            "clean": asdict(share_of(self.clean)),
+            "single_draw": asdict(self.single),
+            "worst_case": shares.pop("worst case"),
+            "attacks": shares,
+            "verdict": verdict(self.findings.gates),
+            "gates": [asdict(gate) for gate in self.findings.gates],
+            "ladder": {f"{epsilon:g}": share for epsilon, share in self.findings.ladder.items()},
+            "steps": {"epsilon": self.findings.epsilon, "right": {str(n): s for n, s in self.findings.steps.items()}},
+        }
+
 
 @dataclass(frozen=True)
 class Headline(Share):
-    """Worst-case accuracy with its interval and the verdict of the gates.
-
-    Attributes:
-        verdict: of the gates, in a few words.
+    """Worst-case accuracy with its interval, and the verdict of the gates in a few words.
 
     Examples:
         >>> print(Headline(0.5, 0.4, 0.6, 96, "all gates passed"))
@@ -233,14 +206,7 @@ class Headline(Share):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired tests of two networks on the same images.
-
-    Attributes:
-        first: label of the one.
-        second: label of the other.
-        clean: test of the clean predictions.
-        worst: of the worst cases, by budget.
-    """
+    """Paired tests of two networks, by their labels, on the same images: clean, and of the worst cases by budget."""
 
     first: str
     second: str
@@ -299,6 +265,34 @@ class RobustnessReport:
             if row.subject.network == own != other.subject.network
         ]
 
+    def summary(self) -> str:
+        """The worst case of the headline row, a line for each budget."""
+        row = self.headline
+        first = f"{row.subject.label}: worst case over {len(row.attacks)} attacks, {self.protocol.norm}"
+        return "\n".join([first, *(f"  ε = {epsilon:g}: {share}" for epsilon, share in self.worst_case.items())])
+
+    def tables(self) -> list[Table]:
+        """All figures as titles, headers and lines of text, gates included."""
+        header = ["", *(row.subject.label for row in self.rows)]
+        clean = [
+            ["majority vote", *(str(share_of(row.clean)) for row in self.rows)],
+            ["single draw", *(str(row.single) for row in self.rows)],
+        ]
+        tables = [("Clean accuracy", header, clean)]
+        tables += [(f"Accuracy, ε = {epsilon:g}", header, self._attacked(epsilon)) for epsilon in self.epsilons]
+        for row in self.rows:
+            lines = [[gate.name, gate.verdict, gate.detail] for gate in row.findings.gates]
+            tables.append((f"Gates: {row.subject.label}", ["gate", "", "measured"], lines))
+        if self.comparisons:
+            lines = [
+                [f"{pair.first} / {pair.second}", what, str(test.only_first), str(test.only_second),
+                 f"{test.p_value:.2g}"]
+                for pair in self.comparisons
+                for what, test in (("clean", pair.clean), *((f"ε = {e:g}", test) for e, test in pair.worst.items()))
+            ]  # fmt: skip
+            tables.append(("Paired McNemar tests", ["", "images", "only the first", "only the second", "p"], lines))
+        return tables
+
     def table(self) -> str:
         """All figures as aligned plain text, gates included."""
         parts = [f"{title}\n{aligned(header, lines)}" for title, header, lines in self.tables()]
@@ -308,11 +302,7 @@ class RobustnessReport:
         return self.table()
 
     def to_markdown(self, level: int = 2) -> str:
-        """All figures as Markdown, gates included, with the settings of every attack.
-
-        Args:
-            level: of the headings.
-        """
+        """All figures as Markdown, gates included, with the settings of every attack, under headings of a level."""
         settings = [
             [attack.name, attack.access, ", ".join(f"{key} {value}" for key, value in attack.settings.items())]
             for attack in self.attacks
@@ -330,37 +320,17 @@ class RobustnessReport:
             "versions": versions(*PACKAGES),
             "attacks": [{"name": a.name, "access": a.access, "settings": dict(a.settings)} for a in self.attacks],
             "headline": self.headline.subject.label,
-            "rows": [_row(row, self.epsilons) for row in self.rows],
+            "rows": [row.to_json(self.epsilons) for row in self.rows],
             "comparisons": [
-                asdict(each) | {"worst": {f"{e:g}": asdict(test) for e, test in each.worst.items()}}
-                for each in self.comparisons
+                asdict(pair) | {"worst": {f"{e:g}": asdict(test) for e, test in pair.worst.items()}}
+                for pair in self.comparisons
             ],
         }
 
-    def to_csv(self, path: str | Path | None = None) -> str:
-        """All accuracies as comma-separated values, a line for each network, its noise, attack and budget.
-
-        Args:
-            path: file to write, too.
-
-        Returns:
-            The text. Columns: network, noise, attack, epsilon, severity (of corruptions), accuracy, low, high, images,
-            gates.
-
-        Raises:
-            OSError: if the file cannot be written.
-        """
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(self._records()[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self._records())
-        if path is not None:
-            with replacing(Path(path)) as temporary:
-                temporary.write_text(text.getvalue(), encoding="utf-8")
-        return text.getvalue()
-
     def to_dataframe(self) -> pandas.DataFrame:
-        """All accuracies as a pandas ``DataFrame``, with the columns of ``to_csv``.
+        """All accuracies as a pandas ``DataFrame``, a line for each network, its noise, attack and budget.
+
+        Columns: network, noise, attack, epsilon, accuracy, low, high, images, gates.
 
         Raises:
             ImportError: if pandas is not installed.
@@ -368,8 +338,19 @@ class RobustnessReport:
         try:
             import pandas
         except ImportError as error:
-            raise ImportError("pandas is missing: pip install pandas, or use to_csv()") from error
-        return pandas.DataFrame(self._records())
+            raise ImportError("pandas is missing: pip install pandas") from error
+        records = []
+        for row in self.rows:
+            shares = [("clean", None, share_of(row.clean)), ("clean, single draw", None, row.single)]
+            for e in self.epsilons:
+                shares += [(name, e, share_of(right[e])) for name, right in row.right.items()]
+                shares.append(("worst case", e, share_of(row.worst(e))))
+            about, said = {"network": row.subject.network, "noise": row.subject.noise}, verdict(row.findings.gates)
+            records += [
+                about | {"attack": name, "epsilon": epsilon} | asdict(share) | {"gates": said}
+                for name, epsilon, share in shares
+            ]
+        return pandas.DataFrame(records)
 
     def html(
         self,
@@ -396,8 +377,9 @@ class RobustnessReport:
         shown = [f"![]({name})" for name in (*own, "examples")]
         summary, _, rest = self.to_markdown().partition("\n\n")
         text = "\n\n".join([f"# {title}", head, summary, *shown, rest, note])
+        cards = examples({row.subject.label: row.examples for row in self.rows})
         with replacing(Path(path)) as temporary:
-            written = page(title, text, {**(figures or {}), **own, "examples": examples(self.rows)})
+            written = page(title, text, {**(figures or {}), **own, "examples": cards})
             temporary.write_text(written, encoding="utf-8")
 
     def figures(self) -> dict[str, Figure]:
@@ -413,74 +395,85 @@ class RobustnessReport:
         Raises:
             ImportError: if matplotlib is not installed.
         """
-        return epsilon_figure(self)
+        figure, (axes,) = new_figure()
+        for row, look in self._looks():
+            worst = [share_of(row.clean), *(share_of(row.worst(e)) for e in self.epsilons)]
+            middle, bars = percent(worst)
+            axes.errorbar([0.0, *self.epsilons], middle, bars, label=row.marked, capsize=2, elinewidth=0.8, **look)
+            # Both bound the accuracy at a larger budget: what is wrong within a smaller one, and what ascent breaks.
+            # The ladder was measured on images that are right clean.
+            beyond = {e: share for e, share in row.findings.ladder.items() if e > self.epsilons[-1]}
+            heights = [100 * min(worst[-1].accuracy, worst[0].accuracy * share) for share in beyond.values()]
+            line = {"color": look["color"], "marker": ".", "lw": 1, "ls": ":"}
+            axes.plot([self.epsilons[-1], *beyond], [middle[-1], *heights], **line)
+        axes.set_xscale("symlog", linthresh=self.epsilons[0])
+        rungs = {e for row in self.rows for e in row.findings.ladder if e > self.epsilons[-1]}
+        ticks = sorted({0.0, *self.epsilons, *rungs})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45, ha="right")
+        axes.minorticks_off()
+        axes.set(xlabel=f"ε ({self.protocol.norm})", ylabel="accuracy (%)", ylim=(-2, 103))
+        beyond_said = "; beyond, plain ascent (dotted)" if rungs else ""
+        axes.set_title(f"Worst case over all attacks, with 95 % intervals{beyond_said}", fontsize="medium")
+        return with_legend(figure, axes, title=self._signs())
 
     def plot_steps(self) -> Figure:
         """Figure of the accuracy under plain ascent against its steps; flat at the end if the attack has converged."""
-        return steps_figure(self)
+        figure, (axes,) = new_figure()
+        for row, look in self._looks():
+            probed = min(self.protocol.gate_images, int(row.clean.sum()))
+            curve = {steps: wilson(round(share * probed), probed) for steps, share in row.findings.steps.items()}
+            label = f"{row.marked}, ε = {row.findings.epsilon:g}, {probed} images"
+            middle, bars = percent([*curve.values()])
+            axes.errorbar([*curve], middle, bars, label=label, capsize=2, elinewidth=0.8, **look)
+        if not any(row.findings.steps for row in self.rows):
+            axes.text(0.5, 0.5, "not measured: the gates were left out", ha="center", transform=axes.transAxes)
+        counts = sorted({count for row in self.rows for count in row.findings.steps})
+        axes.set_xscale("log")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.set(xlabel="steps", ylabel="accuracy on images that are right clean (%)", ylim=(-2, 103))
+        axes.set_title("Plain ascent by its number of steps, with 95 % intervals", fontsize="medium")
+        return with_legend(figure, axes, title=self._signs())
 
     def plot_surrogates(self) -> Figure:
         """Figure of the accuracy under the attacks through each surrogate, beside the worst case; a panel a budget."""
-        return surrogates_figure(self)
+        names = [*dict.fromkeys(name for row in self.rows for name in row.by_surrogate()), "worst case"]
+        height = 1.8 + 0.2 * len(self.rows) * (1 + max(len(row.by_surrogate()) for row in self.rows))
+        figure, panels = new_figure(3 + 2.5 * len(self.epsilons), height, len(self.epsilons), sharey=True)
+        for axes, epsilon in zip(panels, self.epsilons, strict=True):
+            for index, (row, look) in enumerate(self._looks()):
+                shares = {name: share_of(right[epsilon]) for name, right in row.by_surrogate().items()}
+                shares["worst case"] = share_of(row.worst(epsilon))
+                offset = 0.7 * (index + 0.5) / len(self.rows) - 0.35
+                middle, bars = percent([*shares.values()])
+                places = [names.index(name) + offset for name in shares]
+                axes.errorbar(middle, places, xerr=bars, label=row.marked, **look | {"ls": "none", "lw": 1, "ms": 4})
+            axes.set_yticks(range(len(names)), [*(f"through {name}" for name in names[:-1]), names[-1]])
+            axes.set(title=f"ε = {epsilon:g}", xlabel="accuracy (%)", xlim=(-2, 103))
+            axes.grid(axis="x", alpha=0.3)
+        panels[0].invert_yaxis()
+        figure.suptitle("Attacks by the derivative of a spike that they use, with 95 % intervals", fontsize="medium")
+        return with_legend(figure, panels[0], title=self._signs())
 
-    def summary(self) -> str:
-        """The worst case of the headline row, a line for each budget."""
-        row = self.headline
-        first = f"{row.subject.label}: worst case over {len(row.attacks)} attacks, {self.protocol.norm}"
-        return "\n".join([first, *(f"  ε = {epsilon:g}: {share}" for epsilon, share in self.worst_case.items())])
+    def _looks(self) -> list[tuple[Row, dict[str, Any]]]:
+        """Rows with how they are drawn: the network has the colour; with its noise on it is hollow and dashed."""
+        colors = colors_of(row.subject.network for row in self.rows)
+        hollow = {"ls": "--", "mfc": "white"}
+        return [
+            (
+                row,
+                {"color": colors[row.subject.network], "marker": "o"}
+                | (hollow if row.subject.noise == "on" else {"ls": "-"}),
+            )
+            for row in self.rows
+        ]
+
+    def _signs(self) -> str | None:
+        marks = {mark(row.findings.gates) for row in self.rows}
+        return "; ".join(words for sign, words in _SIGNS.items() if sign in marks) or None
 
     def _note(self) -> str:
         return _NOTE.format(votes=self.protocol.votes) + ("" if self.protocol.gates else _WITHOUT_GATES)
-
-    def _records(self) -> list[dict[str, Any]]:
-        """A flat record of each accuracy; what a column does not apply to is None."""
-
-        def record(row: Row, attack: str, share: Share, epsilon: Any = None, severity: Any = None) -> dict[str, Any]:
-            about = {"network": row.subject.network, "noise": row.subject.noise, "attack": attack}
-            about |= {"epsilon": epsilon, "severity": severity}
-            return about | asdict(share) | {"gates": verdict(row.findings.gates)}
-
-        records = []
-        for row in self.rows:
-            records += [record(row, "clean", share_of(row.clean)), record(row, "clean, single draw", row.single)]
-            for epsilon in self.epsilons:
-                under = {
-                    **{name: right[epsilon] for name, right in row.right.items()},
-                    "worst case": row.worst(epsilon),
-                }
-                records += [record(row, name, share_of(right), epsilon) for name, right in under.items()]
-            for name, shares in row.corruptions.items():
-                records += [record(row, name, share, severity=severity) for severity, share in shares.items()]
-        return records
-
-    def tables(self) -> list[Table]:
-        """All figures as titles, headers and lines of text, gates included."""
-        header = ["", *(row.subject.label for row in self.rows)]
-        clean = [
-            ["majority vote", *(str(share_of(row.clean)) for row in self.rows)],
-            ["single draw", *(str(row.single) for row in self.rows)],
-        ]
-        tables = [("Clean accuracy", header, clean)]
-        tables += [(f"Accuracy, ε = {epsilon:g}", header, self._attacked(epsilon)) for epsilon in self.epsilons]
-        if self.protocol.corruptions:
-            corrupted = [
-                [f"{name} {severity}", *(str(row.corruptions[name][severity]) for row in self.rows)]
-                for name in self.protocol.corruptions
-                for severity in self.rows[0].corruptions[name]
-            ]
-            tables.append(("Corruptions, by severity", header, corrupted))
-        for row in self.rows:
-            lines = [[gate.name, gate.verdict, gate.detail] for gate in row.findings.gates]
-            tables.append((f"Gates: {row.subject.label}", ["gate", "", "measured"], lines))
-        if self.comparisons:
-            lines = [
-                [f"{each.first} / {each.second}", what, str(test.only_first), str(test.only_second),
-                 f"{test.p_value:.2g}"]
-                for each in self.comparisons
-                for what, test in (("clean", each.clean), *((f"ε = {e:g}", test) for e, test in each.worst.items()))
-            ]  # fmt: skip
-            tables.append(("Paired McNemar tests", ["", "images", "only the first", "only the second", "p"], lines))
-        return tables
 
     def _attacked(self, epsilon: float) -> list[list[str]]:
         names = dict.fromkeys(attack.name for row in self.rows for attack in row.attacks)
@@ -488,27 +481,5 @@ class RobustnessReport:
             [name, *(str(share_of(row.right[name][epsilon])) if name in row.right else "-" for row in self.rows)]
             for name in names
         ]
-        gates = [row.findings.gates for row in self.rows]
-        worst = [f"{share_of(row.worst(epsilon))}{mark(each)}" for row, each in zip(self.rows, gates, strict=True)]
-        return [*lines, ["worst case", *worst], ["gates", *map(verdict, gates)]]
-
-
-def _row(row: Row, epsilons: Sequence[float]) -> dict[str, Any]:
-    return {
-        "network": row.subject.network,
-        "noise": row.subject.noise,
-        "clean": asdict(share_of(row.clean)),
-        "single_draw": asdict(row.single),
-        "attacks": {
-            name: {f"{e:g}": asdict(share_of(right)) for e, right in under.items()} for name, under in row.right.items()
-        },
-        "worst_case": {f"{epsilon:g}": asdict(share_of(row.worst(epsilon))) for epsilon in epsilons},
-        "verdict": verdict(row.findings.gates),
-        "gates": [asdict(gate) for gate in row.findings.gates],
-        "corruptions": {
-            name: {str(severity): asdict(share) for severity, share in shares.items()}
-            for name, shares in row.corruptions.items()
-        },
-        "ladder": {f"{epsilon:g}": share for epsilon, share in row.findings.ladder.items()},
-        "steps": {"epsilon": row.findings.epsilon, "right": {str(n): s for n, s in row.findings.steps.items()}},
-    }
+        worst = [f"{share_of(row.worst(epsilon))}{mark(row.findings.gates)}" for row in self.rows]
+        return [*lines, ["worst case", *worst], ["gates", *(verdict(row.findings.gates) for row in self.rows)]]

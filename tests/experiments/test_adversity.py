@@ -26,7 +26,7 @@ from .commands import Result, is_one_line, quick_gates, run
 from .test_data import write_idx
 
 PATIENCE = 120  # seconds, on a busy machine
-STEPS = ["--repeats", "1", "--copies", "2", "--num-steps", "1", "--width", "2", "--batch", "2"]
+STEPS = ["--repeats", "1", "--num-steps", "1", "--width", "2", "--batch", "2"]
 COMMANDS = {
     "reproduce": ["--epochs", "1", "--copies", "2", "--attack-images", "4", "--draws", "1", "--epsilon", "0.1"],
     "evaluate": ["NET", "--suite", "quick", "--images", "4", "--draws", "1", "--votes", "1", "--epsilon", "0.1"],

@@ -1,108 +1,81 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from snntorch_lr.experiments import benchmark
 from snntorch_lr.experiments.benchmark import Benchmark
-from snntorch_lr.experiments.workloads import NOISES, RIVAL, Workload, kernel_nanoseconds, make_step
-from snntorch_lr.gradients import ESTIMATORS
+from snntorch_lr.experiments.workloads import FEATURES, METHODS, REFERENCE, RIVAL, make_step
+from snntorch_lr.noise import KINDS
 
 from .commands import is_one_line, run
 
-CPU = torch.device("cpu")
-DEEP = ["counterfactual, escape, K = 1", "counterfactual, escape, K = 2"]
 TINY: dict[str, Any] = {"num_steps": 4, "width": 20, "batch": 8}
 
 
-@pytest.mark.parametrize("rate", [False, True])
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("method", ["surrogate", "surrogate, hoisted", RIVAL, "textbook", *ESTIMATORS])
-def test_every_workload_learns(method: str, noise: str, rate: bool) -> None:
-    if method in (RIVAL, "textbook") and (rate or noise == "escape"):
-        pytest.skip("written for one case")
-    if method == RIVAL:
+@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns(name: str, noise: str) -> None:
+    if name == RIVAL:
         pytest.importorskip("spikingjelly")
-    step = make_step(Workload(method, noise, copies=16, rate=rate, num_steps=4, width=50, batch=4), CPU)
+    step = make_step(METHODS[name], noise, num_steps=4, width=50, batch=4, depth=2 if noise == "escape" else 1)
     losses = [float(step()) for _ in range(40)]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
-def test_textbook_has_the_gradient_of_vanilla() -> None:
-    means = []
-    for method in ("textbook", "vanilla"):
-        step = make_step(Workload(method, copies=20_000, num_steps=3, width=4, batch=2), CPU)
-        step()
-        gradient = step.net.linears[0].weight.grad
-        means.append(gradient.clone())
-    assert torch.nn.functional.cosine_similarity(means[0].flatten(), means[1].flatten(), dim=0) > 0.95
-    assert float(means[0].norm()) == pytest.approx(float(means[1].norm()), rel=0.1)
-
-
-def test_the_rival_has_the_loss_and_the_gradient_of_the_readout_of_snntorch_where_nothing_resets() -> None:
-    pytest.importorskip("spikingjelly")
-    found = []
-    for method in ("surrogate, hoisted", RIVAL):
-        # Before the second time step no neuron has reset.
-        step = make_step(Workload(method, num_steps=1, width=30, batch=4), CPU)
-        loss = float(step())
-        found.append((loss, step.net.linears[1].weight.grad))
-    assert found[0][0] == pytest.approx(found[1][0])
-    torch.testing.assert_close(found[0][1], found[1][1])
-
-
-@pytest.mark.parametrize("copies", [1, 4])
-def test_one_copy_of_counterfactual_credit_is_a_plain_loop(copies: int) -> None:
-    step = make_step(Workload("counterfactual", copies=copies, **TINY), CPU)
+def first_step(name: str, **sizes: Any) -> tuple[float, list[torch.Tensor], list[int]]:
+    """Loss and gradients of the first step, and the rows that went through the first block in each of its calls."""
+    gradients: list[torch.Tensor] = []
     rows: list[int] = []
-    step.net.linears[1].register_forward_hook(lambda _, args, out: rows.append(len(args[0])))
-    step()
-    assert set(rows) == {8 * copies}
-    assert all(parameter.grad.any() for parameter in step.net.parameters())
+
+    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            gradients.extend(p.grad for p in group["params"] if p.grad is not None)
+
+    def after_call(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(module, nn.Linear) and module.in_features == FEATURES:
+            rows.append(len(args[0]))
+
+    hooks = register_optimizer_step_post_hook(after_step), register_module_forward_hook(after_call)
+    try:
+        return float(make_step(METHODS[name], **sizes)()), gradients, rows
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def test_noise_of_every_kind_is_timed() -> None:
-    threads = torch.get_num_threads()
-    found = kernel_nanoseconds(4, 8, 2, CPU)
-    assert {*found} == {
-        "membrane, gaussian", "membrane, laplace", "membrane, logistic", "escape, logistic", "escape, gaussian"
-    }  # fmt: skip
-    assert all(value > 0 for row in found.values() for value in row.values())
-    assert torch.get_num_threads() == threads
+@pytest.mark.parametrize("name", ["snnTorch, hoisted", RIVAL])
+def test_without_noise_the_loss_and_the_gradient_are_those_of_snntorch(name: str) -> None:
+    if name == RIVAL:
+        pytest.importorskip("spikingjelly")
+    # SpikingJelly's neurons reset otherwise: before the second time step none has.
+    sizes = TINY | {"num_steps": 1 if name == RIVAL else 4}
+    (loss, gradients, _), (other, others, _) = first_step(REFERENCE, **sizes), first_step(name, **sizes)
+    assert loss == pytest.approx(other)
+    torch.testing.assert_close(gradients[-2:], others[-2:])
 
 
-def test_hoisting_computes_the_first_current_once() -> None:
-    calls: list[int] = []
-    for method in ("surrogate", "surrogate, hoisted"):
-        step = make_step(Workload(method, **TINY), CPU)
-        step.net.linears[0].register_forward_hook(lambda *_: calls.append(1))
-        step()
-    assert len(calls) == TINY["num_steps"] + 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_methods() -> Iterator[list[str]]:
-    """All of them are tried above."""
-    few = ["vanilla", "counterfactual"]
-    with mock.patch.object(benchmark, "ESTIMATORS", few):
-        yield few
+def test_the_first_current_is_computed_as_often_as_the_loop_says_for_all_copies() -> None:
+    calls = {name: first_step(name, **TINY)[2] for name in METHODS if name != RIVAL}
+    written = {name for name, rows in calls.items() if rows == [8] * 4}
+    assert written == {REFERENCE, "counterfactual, as written"}
+    assert all(len(rows) == 1 for name, rows in calls.items() if name not in written)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory, two_methods: list[str]) -> Path:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("benchmark")
-    options = Benchmark(
-        repeats=1, copies=(1, 2), memory_steps=(2, 3), dataset="digits", limit=0.1, threads=2, out=out, **TINY
-    )
+    options = Benchmark(repeats=1, memory_steps=(2, 3), dataset="digits", limit=0.05, threads=2, out=out, **TINY)
     with pytest.MonkeyPatch.context() as patch:
-        # A process for each figure takes minutes; one is measured above.
-        patch.setattr(benchmark, "peak_megabytes", lambda make, device: float(make.args[0].num_steps))
+        # A process for each figure takes minutes; one is measured in test_cost.
+        patch.setattr(benchmark, "peak_megabytes", lambda make, device: float(make.keywords["num_steps"]))
         patch.setattr(benchmark, "find_spec", lambda name: None)
         benchmark.benchmark(options)
     return out
@@ -112,9 +85,7 @@ def test_threads_are_as_before(written: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        benchmark.benchmark(
-            Benchmark(parts=("steps",), repeats=1, copies=(1,), threads=1, out=written / "again", **TINY)
-        )
+        benchmark.benchmark(Benchmark(parts=("kernels",), repeats=1, threads=1, out=written / "again", **TINY))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -123,21 +94,24 @@ def test_threads_are_as_before(written: Path) -> None:
 def test_writes_every_part(written: Path) -> None:
     results = json.loads((written / "benchmark.json").read_text())
     assert {part for part in benchmark.PARTS if results[part]} == set(benchmark.PARTS)
-    assert results["steps"][0]["ratio"] == 1
-    # Two numbers of copies.
-    assert len(results["steps"]) == 3 + 2 * (2 * len(NOISES) + 1)
+    assert [row["method"] for row in results["steps"]] == [name for name in METHODS if name != RIVAL]
+    assert results["steps"][0]["ratio, escape"] == 1
+    assert results["memory"][0] == {"method": REFERENCE, "T = 2": 2.0, "T = 3": 3.0}
+    assert all(row[key] > 0 for row in results["kernels"] for key in ("by counter", "torch, uniform"))
+    assert {row["noise"] for row in results["kernels"]} == {
+        "membrane, gaussian", "membrane, laplace", "membrane, logistic", "escape, logistic", "escape, gaussian"
+    }  # fmt: skip
     page = (written / "benchmark.md").read_text()
     assert results["command"] in page
     assert "SpikingJelly is not installed, and has no row" in page
-    assert [row["method"] for row in results["deep"]] == ["surrogate", *DEEP] * 2
-    assert {path.name for path in written.glob("*.png")} == {"steps.png", "memory.png"}
+    assert "not reached" in page
 
 
 def test_the_command_runs_chosen_parts(tmp_path: Path) -> None:
-    arguments = ["--part", "steps", "--repeats", "1", "--copies", "2", "--num-steps", "2", "--width", "5"]
+    arguments = ["--part", "steps", "--repeats", "1", "--num-steps", "2", "--width", "5"]
     result = run("benchmark", *arguments, "--batch", "2", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
-    assert "textbook" in result.output
+    assert "approximate, K = 16" in result.output
     assert "memory" not in json.loads((tmp_path / "benchmark.json").read_text())
 
 
@@ -147,7 +121,6 @@ def test_the_command_runs_chosen_parts(tmp_path: Path) -> None:
         (["--part", "speed"], "steps, kernels, deep, memory, growth, accuracy"),
         (["--dataset", "cifar"], "mnist, fashion-mnist, digits"),
         (["--repeats", "0"], "--repeats must be at least 1"),
-        (["--copies", "0"], "--copies must be at least 1"),
         (["--device", "gpu"], "unknown device"),
     ],
 )
@@ -155,12 +128,3 @@ def test_wrong_arguments_are_one_line(arguments: list[str], message: str, tmp_pa
     result = run("benchmark", *arguments, "--out", str(tmp_path))
     is_one_line(result, 2, message)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_no_two_lines_of_a_figure_look_alike() -> None:
-    methods = ["surrogate", "surrogate, hoisted", "surrogate, noise", RIVAL, "textbook"]
-    methods += [f"{method}, {noise}" for method in ESTIMATORS for noise in NOISES]
-    rows = [{"method": method, "copies": copies, "ratio": copies} for method in methods for copies in (1, 2)]
-    (axes,) = benchmark._figure(rows, "copies", "ratio", ["K", "ratio"]).axes
-    looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
-    assert len(looks) == len(methods)

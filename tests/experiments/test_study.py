@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from snntorch_lr.experiments.study import page, run
+from snntorch_lr.experiments.study import page
 from snntorch_lr.experiments.study.plan import PRESETS, Entry, read_plan
 from snntorch_lr.experiments.study.run import Study, finished, result_file, study, work
 from snntorch_lr.robustness import SUITES, Descent, gradient_attack
@@ -25,8 +25,6 @@ def small_plan(folder: Path) -> Path:
     ):
         assert old in text
         text = text.replace(old, new)
-    # Corruptions of a network without noise, and of one with it.
-    text = text.replace("epsilons = [0.05, 0.1] },", "epsilons = [0.05, 0.1], corruptions = true },")
     path = folder / "small.toml"
     path.write_text(text)
     return path
@@ -38,8 +36,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Study:
     options = Study(plan=str(small_plan(folder)), out=folder / "out")
     entries = read_plan(options.plan)
     with pytest.MonkeyPatch.context() as patch, quick_gates():
-        # A process for each takes seconds; one is measured in test_cost.
-        patch.setattr(run, "peak_megabytes", lambda *_: 1.0)
         short = gradient_attack("EOT-PGD training", Descent(steps=2, draws=2))
         patch.setitem(SUITES, "quick", (SUITES["quick"][0], short))
         for entry in entries:
@@ -116,12 +112,10 @@ def test_the_page_says_what_was_found(done: Study) -> None:
     text = page.to_markdown(results)
     for part in (
         "Table A",
-        "Approximate and vanilla",
         "Table B",
         "Gates",
         "McNemar",
         "Noise levels",
-        "corruptions",
         f"`snntorch-lr study {done.plan}`",
     ):
         assert part in text

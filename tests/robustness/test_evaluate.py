@@ -352,14 +352,6 @@ def test_memory_is_bounded() -> None:
     assert max(sizes) == 10
 
 
-def test_corruptions_are_the_same_for_all_networks() -> None:
-    report = run(canaries.trained(), baselines={"twin": canaries.trained()}, corruptions=["contrast", "gaussian noise"])
-    first, second = report.rows
-    assert list(first.corruptions) == ["contrast", "gaussian noise"]
-    assert first.corruptions == second.corruptions
-    assert first.corruptions["contrast"][5].accuracy < first.corruptions["contrast"][1].accuracy
-
-
 def test_without_torchattacks_the_suites_that_need_it_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchattacks", None)
     with pytest.raises(ImportError, match=r"snntorch-lr\[attacks\]"):
@@ -436,7 +428,6 @@ def images_of(value: float) -> Iterable[tuple[Tensor, Tensor]]:
         ({"draws": 0}, "draws must be at least 1"),
         ({"votes": 0}, "votes must be at least 1"),
         ({"gate_images": 0}, "gate_images must be at least 1"),
-        ({"corruptions": ["fog"]}, "unknown corruption fog"),
         ({"baselines": {"network": nn.Flatten()}}, "rename"),
         ({"baselines": {"b": "net.pt"}}, "b must be a network or a Target, got str"),
         ({"loader": []}, "no images"),

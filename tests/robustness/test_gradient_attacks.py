@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.robustness import Budget, Descent, Target, score, tune_sharpness
+from snntorch_lr.robustness import Budget, Descent, Target, score
 from snntorch_lr.robustness.gradient_attacks import Best, StableAdaptiveSteps, margin
 
 from . import canaries
@@ -142,26 +142,3 @@ def test_a_network_without_gradient_is_still_attacked_at_random() -> None:
 def test_refuses_unknown_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"loss|rule|surrogate|steps"):
         Descent(**wrong)
-
-
-def test_sharpness_is_tuned_within_its_interval() -> None:
-    net, x = SmallNet(), images()
-    omega = tune_sharpness(Target(net, draws=1), x, predictions(net, x), Budget(0.1), Descent(steps=2), rounds=2)
-    assert 0.35 < omega < 0.49
-
-
-@pytest.mark.parametrize("peak", [0.37, 0.46])
-def test_ternary_search_finds_the_peak(monkeypatch: pytest.MonkeyPatch, peak: float) -> None:
-    def attack(self: Descent, target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
-        return x - (float(self.surrogate.split(":")[1]) - peak) ** 2
-
-    monkeypatch.setattr(Descent, "__call__", attack)
-    x = torch.full((1, 1, 1, 2), 0.5)
-
-    class Sum(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            total = x.flatten(1).sum(1, keepdim=True)
-            return torch.cat([torch.zeros_like(total), total], 1)
-
-    found = tune_sharpness(Target(Sum(), draws=1), x, torch.tensor([0]), Budget(0.1), rounds=6)
-    assert found == pytest.approx(peak, abs=0.01)

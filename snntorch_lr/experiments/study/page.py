@@ -103,10 +103,8 @@ def to_markdown(results: Sequence[Result]) -> str:
     if usual:
         parts += [_note_a(usual), "## Worst case minus that of the surrogate", _NOTE_DIFFERENCES]
         parts += [markdown(*tables.differences(usual))]
-        if any(row["corruptions"] for result in usual for row in result["rows"]):
+        if any(row.get("corruptions") for result in usual for row in result["rows"]):
             parts += ["## Natural corruptions", "Mean of five severities.", markdown(*tables.corruptions(usual))]
-        if tables.pair(usual):
-            parts += ["## Approximate and vanilla", _NOTE_COST, markdown(*tables.costs(usual))]
         parts += ["## Noise levels", _NOTE_LEVELS, markdown(*tables.levels(results))]
     if tables.of_group(results, "seed"):
         parts += ["## Seeds", _NOTE_SEEDS, markdown(*tables.seeds(results))]
@@ -127,10 +125,6 @@ _NOTE_SHORT = (
 )
 _NOTE_DIFFERENCES = (
     "In points, with McNemar's p, on the images that both were attacked on: fewer where the noise is on."
-)
-_NOTE_COST = (
-    "Membrane noise: what the approximate estimator saves, and what it costs. Memory: the peak of one training step "
-    "above weights, gradients and the optimizer's state."
 )
 _NOTE_LEVELS = (
     "Noise levels as they were initialised and as they were learned, the networks of the ablation among those tried on "
@@ -176,11 +170,8 @@ def _foot(results: Sequence[Result]) -> str:
     versions = dict.fromkeys(listed(r["versions"]) for r in results)
     machines = dict.fromkeys(r["machine"] for r in results)
     minutes = sum(entry["seconds"] for r in results for entry in r["history"]) / 60
-    dataset, model = _about(results)
-    # Results of 0.1 do not have it.
-    command = results[0].get("command", f"snntorch-lr study {dataset}{'-conv' if model == 'conv' else ''}")
     return (
-        f"Command: `{command}`; this page again from its results: `snntorch-lr report DIR`, DIR the "
+        f"Command: `{results[0]['command']}`; this page again from its results: `snntorch-lr report DIR`, DIR the "
         f"folder of `{TOGETHER}`. {len(results)} networks, {minutes:.0f} minutes of training. Versions: "
         f"{'; '.join(versions)}. Machine: {'; '.join(machines)}."
     )

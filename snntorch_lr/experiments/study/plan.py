@@ -34,7 +34,6 @@ class Evaluation:
         images: number of images, from the first.
         epsilons: budgets, l∞.
         noise: ``"off"`` or ``"on"``.
-        corruptions: natural corruptions are scored too.
         held_out: on training images that were held out, and so never trained on, in place of test images.
     """
 
@@ -42,7 +41,6 @@ class Evaluation:
     images: int = option(least=1)
     epsilons: tuple[float, ...] = option(above=0, most=1)
     noise: str = option("off", choices=("off", "on"))
-    corruptions: bool = False
     held_out: bool = False
 
 
@@ -94,6 +92,7 @@ class Entry:
 class _File:
     """Tables of a file; hints only."""
 
+    like: str
     recipes: dict[str, Any]
     usual: dict[str, Any]
     seed: dict[str, Any]
@@ -145,14 +144,10 @@ def read_plan(plan: str) -> list[Entry]:
         OSError: if the file cannot be read.
     """
     path = plan_path(plan)
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     recipes: dict[str, dict[str, Any]] = {}
     entries: list[Entry] = []
     with _within(str(path)):
-        tables = from_table(_File, tomllib.loads(path.read_text(encoding="utf-8")))
+        tables = _tables(path)
         for name, table in tables.pop("recipes", {}).items():
             with _within(f"recipes.{name}"):
                 recipes[name] = _fields(table, recipes)
@@ -173,6 +168,20 @@ def read_plan(plan: str) -> list[Entry]:
         if not tables:
             raise ValueError(f"no network: add one of the tables {', '.join(GROUPS[1:])}")
     return entries
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    """Tables of a file; of one that is like a plan of this package, those of that plan, with its own changes."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    tables = from_table(_File, tomllib.loads(path.read_text(encoding="utf-8")))
+    if "like" not in tables:
+        return tables
+    base, own = _tables(_named(tables.pop("like"), PRESETS)), tables.pop("recipes", {})
+    recipes = {name: base["recipes"].get(name, {}) | table for name, table in own.items()}
+    return base | tables | {"recipes": base["recipes"] | recipes}
 
 
 def _fields(table: Any, recipes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -218,7 +227,8 @@ def _entry(
         raise ValueError(f"there are {recipe.validation} held-out images: raise validation, or attack fewer")
     # A network without noise has no row with its noise on.
     attacked = tuple(each for each in evaluations if each.noise == "off" or recipe.method != "surrogate")
-    name = f"{group}: {about.family}{f', {about.label}' if about.label else ''}"
+    label = about.label.replace("{adversary}", f"{recipe.adversary:g}")
+    name = f"{group}: {about.family}{f', {label}' if label else ''}"
     entry = Entry(name, about.family, group, recipe, attacked, about.matches)
     if entry.slug in {other.slug for other in above}:
         raise ValueError(f"there is a network {name!r} above: give this one another label")

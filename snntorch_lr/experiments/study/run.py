@@ -13,19 +13,17 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...robustness import CORRUPTIONS, Protocol, RobustnessReport, Target, evaluate, score, share_of
+from ...robustness import Protocol, RobustnessReport, Target, evaluate, score, share_of
 from .. import data, files
 from ..options import DataPlace, check, command_line, option
-from ..recipe import Recipe, load_trained, make_network, make_optimizer, noise_levels
-from ..train import split, stepper, train, validation_accuracy
-from ..workloads import TrainingStep, peak_megabytes
+from ..recipe import load_trained, make_network, noise_levels
+from ..train import split, train, validation_accuracy
 from .plan import GROUPS, PRESETS, REDUCED, SOURCES, Entry, Evaluation, plan_path, read_plan
 
 CPU = torch.device("cpu")
@@ -178,8 +176,6 @@ def work(entry: Entry, entries: Sequence[Entry], options: Study) -> None:
         "validation": validation_accuracy(run.net, recipe, images),
         "sigma": {"before": noise_levels(make_network(recipe, images.shape)), "after": noise_levels(run.net)},
     }
-    if entry.group == "usual":
-        result["step_megabytes"] = peak_megabytes(partial(training_step, recipe, images.shape), CPU)
     if entry.evaluations:
         sources = {name: load_trained(checkpoint_file(named[name], out))[1].eval() for name in SOURCES}
         if recipe == named["surrogate"].recipe:
@@ -187,14 +183,6 @@ def work(entry: Entry, entries: Sequence[Entry], options: Study) -> None:
         rows = [row for each in entry.evaluations for row in _attacked(entry, each, run.net, sources, images, out)]
         result |= {"clean": _clean(run.net, rows, images), "rows": rows}
     files.write_json(result_file(entry, out), result)
-
-
-def training_step(recipe: Recipe, shape: tuple[int, int, int]) -> TrainingStep:
-    """A training step of a recipe on random images of a shape: channels, height, width."""
-    net = make_network(recipe, shape)
-    take_step = stepper(recipe, net, make_optimizer(recipe, net))
-    x, y = torch.rand(recipe.batch_size, *shape), torch.randint(10, (recipe.batch_size,))
-    return TrainingStep(net, lambda: take_step(x, y))
 
 
 def _attacked(
@@ -217,7 +205,7 @@ def _attacked(
         evaluation.attacks if isinstance(evaluation.attacks, str) else list(evaluation.attacks),
         sources=sources,
         name=entry.name,
-        protocol=Protocol(noise=evaluation.noise, corruptions=tuple(CORRUPTIONS) if evaluation.corruptions else ()),
+        protocol=Protocol(noise=evaluation.noise),
         cache=out / "attacks" / entry.slug,
     )
     # With the images that attacks broke, which the results have no room for.

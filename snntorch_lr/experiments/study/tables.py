@@ -223,34 +223,14 @@ def differences(results: Sequence[Result]) -> Table:
 
 
 def corruptions(results: Sequence[Result]) -> Table:
-    """Accuracy on natural corruptions, the mean of five severities."""
-    columns = [column for column in _columns(results) if column[2]["corruptions"]]
+    """Accuracy on natural corruptions, the mean of five severities, in results of 0.2."""
+    columns = [column for column in _columns(results) if column[2].get("corruptions")]
     names = list(dict.fromkeys(name for _, _, row in columns for name in row["corruptions"]))
     lines = []
     for label, _, row in columns:
         found = [[share["accuracy"] for share in row["corruptions"][name].values()] for name in names]
         lines.append([label, *(_percent(np.mean(each)) for each in found), str(len(row["right"]["clean"]))])
     return ["", *names, "images"], lines
-
-
-def pair(results: Sequence[Result]) -> dict[str, Result]:
-    """Vanilla and approximate with membrane noise, if both are there."""
-    named = {r["entry"]["family"].removeprefix("likelihood ratio, "): r for r in results}
-    wanted = ("membrane, vanilla", "membrane, approximate")
-    return {name: named[name] for name in wanted} if named.keys() >= {*wanted} else {}
-
-
-def costs(results: Sequence[Result]) -> Table:
-    """Membrane noise: vanilla and approximate side by side."""
-    both = pair(results)
-    rows = [r["rows"][0] for r in both.values()]
-    lines = [
-        ["clean", *(share_text(r["clean"]["off"]["majority vote"]) for r in both.values())],
-        *([f"worst, ε = {e}", *(share_text(row["worst_case"][e]) for row in rows)] for e in budgets_of(results)),
-        ["training, s", *map(_seconds, both.values())],
-        ["memory of a step, MB", *(f"{r['step_megabytes']:.0f}" for r in both.values())],
-    ]
-    return ["", *both], lines
 
 
 def levels(results: Sequence[Result]) -> Table:
@@ -276,7 +256,6 @@ def settings(results: Sequence[Result]) -> Table:
         extras += [name.replace("_", " ") for name in SWITCHES if recipe.get(name)]
         extras += ["counterfactual attacker"] if recipe.get("attacker") == "counterfactual" else []
         extras += [] if recipe["learn_sigma"] else ["σ fixed"]
-        extras += ["σ per neuron"] if recipe["per_neuron"] else []
         attacked = [f"{each['images']}{' held out' if each['held_out'] else ''}" for each in evaluations]
         lines.append(
             [
