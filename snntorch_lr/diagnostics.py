@@ -63,18 +63,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class GradientReport:
-    """Result of ``gradient_report``; prints as a table.
+    """Result of ``gradient_report``; prints as a table. Settings are those of the call.
 
     Attributes:
         quality: by name of the parameter, then of the estimator; also of one draw of the surrogate gradient.
         cost: by name of the estimator, alike.
         reference_cosine: by name of the parameter, the cosine that the mean of the reference calls has to its own
             expectation, which no estimate can exceed; None where it is not resolved.
-        copies: K of the reference and of estimators given by name.
-        repeats: calls of each estimator.
-        reference: calls of the reference.
-        seed: of the noise.
-        device: where the network is.
         control: λ at the end, by name of each ``Counterfactual``, then of the neuron.
         zero: by name of each parameter whose gradient was exactly zero in all calls of the reference, the likely cause.
 
@@ -136,14 +131,7 @@ class GradientReport:
         return asdict(self)
 
     def plot(self) -> Figure:
-        """Bars of cosine, signal-to-noise and bias for each parameter; a tick marks the noise floor of the bias.
-
-        Returns:
-            A figure; ``figure.savefig(path)`` writes it.
-
-        Raises:
-            ImportError: if matplotlib is not installed.
-        """
+        """Figure with bars of cosine, signal-to-noise and bias by parameter; a tick is the noise floor of the bias."""
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -242,14 +230,9 @@ def gradient_report(
         },
         cost={name: Cost(statistics.median(found.times), found.megabytes) for name, found in measured.items()},
         reference_cosine={name: moments.reliability for name, moments in expected.items()},
-        copies=int(copies),
-        repeats=int(repeats),
-        reference=int(reference),
-        seed=seed,
-        device=str(calls.device),
-        zero=zero,
-        control=control,
-    )
+        copies=int(copies), repeats=int(repeats), reference=int(reference), seed=seed, device=str(calls.device),
+        zero=zero, control=control,
+    )  # fmt: skip
 
 
 class _Moments:
@@ -302,9 +285,7 @@ class _Calls:
             raise ValueError(f"{type(net).__name__} has no parameter that requires a gradient")
         # One on CUDA, if there is any.
         self.device = min((p.device for p in self.parameters.values()), key=lambda device: device.type != "cuda")
-        self._net = net
-        self._data = (loss_fn, inputs, targets)
-        self._seeds = torch.Generator().manual_seed(seed)
+        self._net, self._data, self._seeds = net, (loss_fn, inputs, targets), torch.Generator().manual_seed(seed)
 
     def why_zero(self, name: str, first: FirstCall) -> str:
         """Likely cause of a gradient that is exactly zero in all calls."""
@@ -404,10 +385,10 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 def _control(net: nn.Module, estimator: Counterfactual) -> dict[str, float]:
     """λ that an estimator would use next, by neuron."""
     fixed = estimator.sampler.control
-    noises = {name: (neuron, neuron.noise) for name, neuron in noisy(net).items() if neuron.noise is not None}
     return {
-        name: float(neuron.control.value(noise.control.detach())) if fixed is None else fixed
-        for name, (neuron, noise) in noises.items()
+        name: float(neuron.control.value(neuron.noise.control.detach())) if fixed is None else fixed
+        for name, neuron in noisy(net).items()
+        if neuron.noise is not None
     }
 
 
@@ -415,18 +396,16 @@ def _named(
     estimators: Sequence[str | Estimator] | Mapping[str, str | Estimator], net: nn.Module, copies: int
 ) -> dict[str, Estimator]:
     """The estimators to measure, by name."""
-    if isinstance(estimators, (str, Estimator)):
-        estimators = [estimators]
-    if isinstance(estimators, Mapping):
-        pairs = list(estimators.items())
-    else:
-        pairs = [(item if isinstance(item, str) else type(item).__name__.lower(), item) for item in estimators]
-    if not pairs:
+    if not isinstance(estimators, Mapping):
+        listed = [estimators] if isinstance(estimators, (str, Estimator)) else estimators
+        names = [item if isinstance(item, str) else type(item).__name__.lower() for item in listed]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two estimators are called {twice.pop()!r}: give a dict with names of your own")
+        estimators = dict(zip(names, listed, strict=True))
+    if not estimators:
         raise ValueError("there is no estimator to measure")
     named: dict[str, Estimator] = {}
-    for name, item in pairs:
-        if name in named:
-            raise ValueError(f"two estimators are called {name!r}: give a dict with names of your own")
+    for name, item in estimators.items():
         if isinstance(item, str):
             if item not in ESTIMATORS:
                 raise ValueError(f"unknown estimator {item!r}; choose one of {', '.join(ESTIMATORS)}")
@@ -445,22 +424,20 @@ def _peak_resident(call: Callable[[], object]) -> float | None:
         return None
     process, done = psutil.Process(), threading.Event()
     # Freed memory that glibc keeps is resident, and a call that uses it again would seem to need none.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if psutil.LINUX else None
-    if trim is not None:
+    if psutil.LINUX and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
-    start = peak = process.memory_info().rss
+    sizes = [process.memory_info().rss]
 
     def sample() -> None:
-        nonlocal peak
         while not done.wait(0.001):
-            peak = max(peak, process.memory_info().rss)
+            sizes.append(process.memory_info().rss)
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
     try:
         call()
-        peak = max(peak, process.memory_info().rss)
+        sizes.append(process.memory_info().rss)
     finally:
         done.set()
         thread.join()
-    return float(peak - start) / 1e6
+    return float(max(sizes) - sizes[0]) / 1e6

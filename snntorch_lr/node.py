@@ -75,7 +75,9 @@ class Sample:
     def save(self, ctx: Any, *others: Tensor) -> None:
         """Keeps for a backward pass what it needs; not the margin, which would keep the graph from being freed."""
         epsilon = () if self.epsilon is None else (self.epsilon,)
-        ctx.save_for_backward(self.z, self.spikes.to(torch.bool), self.sigma.detach(), *epsilon, *others)
+        # Others than zeros and ones come from a spike function of the user's own.
+        spikes = self.spikes.to(torch.bool) if self.chance_known else self.spikes
+        ctx.save_for_backward(self.z, spikes, self.sigma.detach(), *epsilon, *others)
         ctx.noise, ctx.dtypes = self.noise, (self.margin.dtype, self.sigma.dtype)
 
 

@@ -242,7 +242,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         sampler: see above; None for the surrogate gradient.
     """
 
-    transient = ("_inside", "_last", "_plan", "_reset_by", "_control", "_known_factor")
+    transient = ("_inside", "_last", "_plan", "_reset_by", "_control", "_known_factor", "_known_function")
     state_names: tuple[str, ...] = ("mem",)
     shadow_states: tuple[str, ...] = ()
     is_elementwise = True
@@ -254,6 +254,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
     _reset_during: int = -1
     _was_reset: bool = False
     _known_factor: tuple[Tensor, int, bool] | None = None
+    _known_function: tuple[Any, bool] | None = None
     # Of a state that was computed from the last one.
     warned: bool = False
     _snn_state_function: Callable[[Tensor], Any]
@@ -539,8 +540,20 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
 
     @property
     def is_step_function(self) -> bool:
-        """Spikes are zeros and ones: all surrogates of snnTorch are the step function going forward."""
-        return (getattr(self.spike_grad, "__module__", None) or "").startswith("snntorch.")
+        """Spikes are one where the membrane potential exceeds the threshold, and zero elsewhere.
+
+        So are those of all surrogates of snnTorch; one of the user's own is tried once.
+        """
+        function = self.spike_grad
+        if (getattr(function, "__module__", None) or "").startswith("snntorch."):
+            return True
+        known = self._known_function
+        if known is None or known[0] is not function:
+            margins = torch.tensor([-3.0, -0.7, -1e-3, 1e-3, 0.7, 3.0])
+            with torch.no_grad():
+                is_step = torch.equal(function(margins).float(), (margins > 0).float())
+            known = self._known_function = (function, is_step)
+        return known[1]
 
     def emits_zeros_and_ones(self) -> bool:
         """Spikes are zeros and ones, and their factor is one and fixed."""

@@ -1,5 +1,8 @@
 """Losses per sample, beside torch's own, that the likelihood ratio can minimise: it never differentiates a spike.
 
+Logits are ``[batch, classes]``, targets class indices ``[batch]``, losses ``[batch]``. Spikes are ``[time, rows, ...]``,
+as ``torch.stack`` of all time steps; limits are in spikes per neuron and time step.
+
 ``loss_fn`` may return any of them. Backpropagation gets stuck on the first, whose gradient vanishes for samples that
 are confidently wrong, and gets no gradient at all from the second. What is to be added to a loss, such as a limit of
 the spike rate, must be one number per row too, as ``rate_above`` is: terms over the whole batch are refused.
@@ -18,13 +21,6 @@ from torch.nn import functional as F
 def true_class(logits: Tensor, targets: Tensor) -> Tensor:
     """One minus the softmax probability of the true class: the expected error of a prediction drawn from it.
 
-    Args:
-        logits: ``[batch, classes]``.
-        targets: class indices ``[batch]``.
-
-    Returns:
-        In [0, 1], ``[batch]``.
-
     Examples:
         >>> true_class(torch.zeros(1, 4), torch.tensor([2]))
         tensor([0.7500])
@@ -37,13 +33,6 @@ def zero_one(logits: Tensor, targets: Tensor) -> Tensor:
 
     It has no gradient: whatever is learned by it must come before a noisy neuron, the readout's weights included.
 
-    Args:
-        logits: ``[batch, classes]``.
-        targets: class indices ``[batch]``.
-
-    Returns:
-        0 or 1 in the dtype of the logits, ``[batch]``.
-
     Examples:
         >>> zero_one(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1]))
         tensor([1., 0.])
@@ -54,16 +43,7 @@ def zero_one(logits: Tensor, targets: Tensor) -> Tensor:
 def clipped_margin(logits: Tensor, targets: Tensor, margin: float = 1.0) -> Tensor:
     """The hinge loss of the margin to the best wrong class, clipped so that no outlier counts more than an error.
 
-    Args:
-        logits: ``[batch, classes]``.
-        targets: class indices ``[batch]``.
-        margin: by which the true class has to lead; positive, in units of the logits.
-
-    Returns:
-        ``(margin − lead) / (2 margin)`` clipped to [0, 1], ``[batch]``.
-
-    Raises:
-        ValueError: if the margin is not positive.
+    It is ``(margin − lead) / (2 margin)`` clipped to [0, 1]; ``margin`` is positive, in units of the logits.
 
     Examples:
         >>> clipped_margin(torch.tensor([[0.0, 0.5]]), torch.tensor([1]))
@@ -83,17 +63,6 @@ def vote(logits: Tensor, targets: Tensor, draws: int) -> Tensor:
     the likelihood ratio then minimises the error of the vote. Its gradient is that of the mean error,
     divided by ``draws``: the loss of a row meets the score of that row alone. Of tied classes the first is elected.
 
-    Args:
-        logits: ``[images · draws, classes]``.
-        targets: class indices ``[images · draws]``.
-        draws: predictions that are counted together.
-
-    Returns:
-        0 or 1 in the dtype of the logits, the same for all draws of an image, ``[images · draws]``.
-
-    Raises:
-        ValueError: if the rows are no multiple of the draws, or these are not positive.
-
     Examples:
         >>> vote(torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 0]), draws=3)
         tensor([1., 1., 1.])
@@ -107,15 +76,6 @@ def vote(logits: Tensor, targets: Tensor, draws: int) -> Tensor:
 
 def spike_rate(spikes: Tensor) -> Tensor:
     """Mean over time and neurons, one number per row: for regularisers that couple no rows.
-
-    Args:
-        spikes: ``[time, rows, ...]``, as ``torch.stack`` of the spikes of all time steps.
-
-    Returns:
-        ``[rows]``.
-
-    Raises:
-        ValueError: if there is no dimension of neurons.
 
     Examples:
         >>> spike_rate(torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[1.0, 1.0], [0.0, 1.0]]]))
@@ -131,13 +91,6 @@ def spike_rate(spikes: Tensor) -> Tensor:
 def rate_above(spikes: Tensor, limit: float) -> Tensor:
     """By how much the rate of each row exceeds a limit, to be added to the losses of the rows.
 
-    Args:
-        spikes: ``[time, rows, ...]``.
-        limit: spikes per neuron and time step.
-
-    Returns:
-        At least 0, ``[rows]``.
-
     Examples:
         >>> rate_above(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), 0.2)
         tensor([0.3000, 0.0000])
@@ -147,13 +100,6 @@ def rate_above(spikes: Tensor, limit: float) -> Tensor:
 
 def rate_below(spikes: Tensor, limit: float) -> Tensor:
     """By how much the rate of each row falls short of a limit; the counterpart of ``rate_above``.
-
-    Args:
-        spikes: ``[time, rows, ...]``.
-        limit: spikes per neuron and time step.
-
-    Returns:
-        At least 0, ``[rows]``.
 
     Examples:
         >>> rate_below(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), 0.2)

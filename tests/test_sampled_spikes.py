@@ -284,3 +284,40 @@ def test_a_membrane_may_have_no_features(noise: str) -> None:
 def test_no_samples_are_no_problem() -> None:
     neuron = nn.Sequential(sampled(slr.Leaky(beta=0.9, noise=True, init_hidden=True)))
     assert slr.rollout(neuron, torch.zeros(0, 3), num_steps=2).shape == (2, 0, 3)
+
+
+class _Own(torch.autograd.Function):
+    """A step with a derivative of the user's own."""
+
+    @staticmethod
+    def forward(ctx: Any, margin: torch.Tensor) -> torch.Tensor:
+        return (margin > 0).float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+@pytest.mark.parametrize(
+    ("function", "is_step"),
+    [(_Own.apply, True), (lambda margin: 2 * (margin > 0).float(), False), (torch.sigmoid, False)],
+)
+def test_a_spike_function_of_the_users_own_is_known_by_what_it_does(function: Any, is_step: bool) -> None:
+    def gradient(spike_grad: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer, neuron = torch.nn.Linear(4, 3), slr.Leaky(beta=0.8, threshold=0.3, spike_grad=spike_grad, noise=True)
+        slr.use_gradient(neuron, control=0.0, discount=1.0)
+        mem, total = neuron.reset_mem(), 0.0
+        for _ in range(3):
+            spikes, mem = neuron(layer(torch.ones(50, 4)), mem)
+            total = total + spikes.sum()
+        total.backward()
+        return layer.weight.grad
+
+    assert slr.Leaky(beta=0.8, spike_grad=function, noise=True).is_step_function == is_step
+    expected = gradient(None)
+    if is_step:
+        torch.testing.assert_close(gradient(function), expected)
+    elif function is not torch.sigmoid:
+        # Spikes of two are worth twice as much to the loss; resets do not change with them where there are none.
+        assert gradient(function).norm() > 1.2 * expected.norm()

@@ -73,19 +73,7 @@ class Benchmark(Place):
 
 
 def benchmark(options: Benchmark, tell: Tell = lambda what: None) -> dict[str, Any]:
-    """Runs the parts, and writes ``benchmark.json`` and ``benchmark.md``.
-
-    Args:
-        options: what to measure, and where.
-        tell: told what is measured next.
-
-    Returns:
-        What ``benchmark.json`` holds.
-
-    Raises:
-        ValueError: if an option is wrong, or another process works in the folder.
-        DataError: if the data cannot be had.
-    """
+    """Runs the parts, and writes ``benchmark.json`` and ``benchmark.md``."""
     check(options)
     device = options.torch_device()
     files.check_writable(options.folder)

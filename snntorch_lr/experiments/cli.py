@@ -7,11 +7,10 @@ import sys
 from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from importlib.util import find_spec
 from inspect import cleandoc
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from .._messages import install
 
@@ -39,19 +38,15 @@ class Parser(ArgumentParser):
         _fail(f"{message}; see {self.prog} --help", 2)
 
 
-@dataclass(frozen=True)
-class Command:
-    """One of the commands.
+class Command(NamedTuple):
+    """One of the commands: ``run`` does it with its ``options``, prints, and returns the results for JSON.
 
-    Attributes:
-        run: does it with its options, prints, and returns the results for JSON; the docstring is its help.
-        options: dataclass that its options are made from.
-        kept: said after Ctrl-C: the results that are left.
+    Its docstring is the help; ``kept`` is said after Ctrl-C: the results that are left.
     """
 
     run: Callable[[Any], Any]
     options: type
-    kept: str
+    kept: str = "nothing was written"
 
     def parse(self, name: str, words: Sequence[str]) -> Any:
         """Options from the words of a command line that follow the name of the command."""
@@ -73,9 +68,8 @@ def _reproduce(options: reproduce.Reproduce) -> Any:
     with watching() as watch:
         results = reproduce.reproduce(options, watch.training, watch.pieces("attacks"))
     show(*reproduce.table(results), title=f"{options.dataset}, {options.model}, accuracy in percent")
-    for sentence in results["conclusions"]:
-        _say(sentence)
-    _say(f"Written: {options.folder}/report.html, table.md, robustness.md, results.json and figures")
+    written = f"Written: {options.folder}/report.html, table.md, robustness.md, results.json and figures"
+    _say("\n".join([*results["conclusions"], written]))
     return results
 
 
@@ -104,9 +98,7 @@ def _diagnose(options: diagnose.Diagnose) -> Any:
     quality, cost = report.tables()
     show(*quality, names=2)
     show(*cost)
-    for note in report.notes():
-        _say(note)
-    _say(f"Written: {options.folder}/gradients.json, gradients.md, gradients.png")
+    _say("\n".join([*report.notes(), f"Written: {options.folder}/gradients.json, gradients.md, gradients.png"]))
     return report.to_json()
 
 
@@ -174,22 +166,18 @@ def _say(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
-_NOTHING = "nothing was written"
+_RESUME = "finished epochs are kept: the same command with --resume goes on from there"
+_GO_ON = "finished attacks are kept: the same command goes on from there"
+_AGAIN = "finished networks, epochs and attacks are kept: start again"
 COMMANDS = {
-    "reproduce": Command(
-        _reproduce, reproduce.Reproduce,
-        "finished epochs are kept: the same command with --resume goes on from there",
-    ),
-    "evaluate": Command(
-        _evaluate, evaluate_checkpoints.Evaluate,
-        "finished attacks are kept: the same command goes on from there",
-    ),
-    "certify": Command(_certify, evaluate_checkpoints.Certify, _NOTHING),
-    "diagnose": Command(_diagnose, diagnose.Diagnose, _NOTHING),
-    "benchmark": Command(_benchmark, benchmark.Benchmark, _NOTHING),
-    "study": Command(_study, run.Study, "finished networks, epochs and attacks are kept: start again"),
-    "report": Command(_report, page.Report, _NOTHING),
-}  # fmt: skip
+    "reproduce": Command(_reproduce, reproduce.Reproduce, _RESUME),
+    "evaluate": Command(_evaluate, evaluate_checkpoints.Evaluate, _GO_ON),
+    "certify": Command(_certify, evaluate_checkpoints.Certify),
+    "diagnose": Command(_diagnose, diagnose.Diagnose),
+    "benchmark": Command(_benchmark, benchmark.Benchmark),
+    "study": Command(_study, run.Study, _AGAIN),
+    "report": Command(_report, page.Report),
+}
 
 
 def call(words: Sequence[str]) -> None:
@@ -211,20 +199,17 @@ def call(words: Sequence[str]) -> None:
     command = COMMANDS[given.command]
     try:
         options = command.parse(given.command, given.options)
+        with redirect_stdout(sys.stderr if options.json else sys.stdout):
+            results = command.run(options)
         if options.json:
-            with redirect_stdout(sys.stderr):
-                results = command.run(options)
             print(json.dumps(results, ensure_ascii=False, allow_nan=False))
-        else:
-            command.run(options)
     except KeyboardInterrupt:
         _fail(f"interrupted; {command.kept}", 130)
     except ValueError as error:
         _fail(str(error), 2)
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
-    except DataError as error:
-        _fail(str(error), 1)
+    except (OSError, DataError) as error:
+        named = isinstance(error, OSError) and error.filename
+        _fail(f"{error.filename}: {error.strerror}" if named else str(error), 1)  # type: ignore[union-attr]
 
 
 def _fail(message: str, status: int) -> NoReturn:

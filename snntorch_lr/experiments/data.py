@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,7 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Images:
-    """A data set of grey images in memory.
-
-    Attributes:
-        name: one of ``NAMES``.
-        train: training images, ``[n, 1, height, width]`` in [0, 1].
-        train_labels: ``[n]``.
-        test: test images, likewise.
-        test_labels: ``[m]``.
-    """
+    """A data set in memory, one of ``NAMES``: grey images ``[n, 1, height, width]`` in [0, 1], labels ``[n]``."""
 
     name: str
     train: Tensor
@@ -48,22 +40,16 @@ class Images:
 
     def to(self, device: torch.device) -> Images:
         """The same images on another device."""
-        return replace(
-            self,
-            train=self.train.to(device),
-            train_labels=self.train_labels.to(device),
-            test=self.test.to(device),
-            test_labels=self.test_labels.to(device),
+        return Images(
+            self.name, *(part.to(device) for part in (self.train, self.train_labels, self.test, self.test_labels))
         )
 
 
 def load(name: str, root: Path | None = None) -> Images:
-    """Reads a data set; MNIST and Fashion-MNIST are downloaded if they are not under ``root``.
+    """Reads ``"digits"``, ``"mnist"`` or ``"fashion-mnist"``; the latter are downloaded if they are not under ``root``.
 
-    Args:
-        name: ``"digits"`` (1,797 images of 8 × 8 pixels, a fifth of them for testing), ``"mnist"`` or
-            ``"fashion-mnist"`` (60,000 and 10,000 images of 28 × 28 pixels).
-        root: torchvision root of MNIST and Fashion-MNIST; ``data`` by default.
+    The digits are 1,797 images of 8 × 8 pixels, a fifth of them for testing; the others 60,000 and 10,000 images of
+    28 × 28 pixels. ``root`` is that of torchvision, ``data`` by default.
 
     Raises:
         DataError: if the name is unknown, or the data are neither there nor downloadable, or cannot be read.

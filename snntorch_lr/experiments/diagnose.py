@@ -45,15 +45,7 @@ class Diagnose(Place, NoiseOptions):
 
 
 def diagnose(options: Diagnose) -> GradientReport:
-    """Measures the gradients, and writes ``gradients.json``, ``gradients.md`` and ``gradients.png``.
-
-    Args:
-        options: what to measure, and where.
-
-    Raises:
-        ValueError: if an option is wrong, the checkpoint is not one, or another process works in the folder.
-        DataError: if the data cannot be had.
-    """
+    """Measures the gradients, and writes ``gradients.json``, ``gradients.md`` and ``gradients.png``."""
     check(options)
     options.check_noise()
     device, out = options.torch_device(), options.folder
@@ -69,8 +61,8 @@ def diagnose(options: Diagnose) -> GradientReport:
         raise ValueError(f"the model {recipe.model} has no spiking neurons")
     _set_noise(net, options)
     net.to(device)
-    order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(options.seed))
-    rows = order[: options.batch]
+    generator = torch.Generator().manual_seed(options.seed)
+    rows = torch.randperm(len(images.train), generator=generator)[: options.batch]
 
     def loss_fn(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(net(x), y, reduction="none")
@@ -82,11 +74,8 @@ def diagnose(options: Diagnose) -> GradientReport:
             _estimators(net, options), copies=options.copies, repeats=options.repeats,
             reference=options.reference, seed=options.seed,
         )  # fmt: skip
-        results = files.origin(command, device) | {
-            "settings": recorded(options),
-            "recipe": asdict(recipe),
-            "report": report.to_json(),
-        }
+        made = {"settings": recorded(options), "recipe": asdict(recipe), "report": report.to_json()}
+        results = files.origin(command, device) | made
         files.write_json(out / "gradients.json", results)
         files.write_text(out / "gradients.md", _markdown(results, report))
         files.save_figure(out / "gradients.png", report.plot())

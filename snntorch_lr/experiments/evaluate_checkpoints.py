@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,15 +59,6 @@ def evaluate_checkpoints(options: Evaluate, progress: Progress = lambda what, do
     """Evaluates checkpoints, and writes ``robustness.md``, ``robustness.json`` and figures.
 
     Finished attacks are kept in the folder ``attacks``: the same call goes on from there.
-
-    Args:
-        options: what to evaluate, how, and where.
-        progress: told before each piece.
-
-    Raises:
-        ValueError: if an option is wrong, a file is not a checkpoint, a package is missing, or another process works in
-            the folder.
-        DataError: if the data cannot be had.
     """
     check(options)
     check_suite(options.suite)
@@ -111,19 +101,7 @@ class Certify(Place):
 def certify_checkpoints(
     options: Certify, progress: Callable[[str, int, int], None] = lambda what, done, total: None
 ) -> tuple[list[str], list[list[str]]]:
-    """Certifies checkpoints, and writes ``certificates.json``, ``certificates.md`` and ``certificates.png``.
-
-    Args:
-        options: what to certify, how, and where.
-        progress: told after each image.
-
-    Returns:
-        Header and lines of the table of certified accuracies.
-
-    Raises:
-        ValueError: if an option is wrong, a file is not a checkpoint, or another process works in the folder.
-        DataError: if the data cannot be had.
-    """
+    """Certifies checkpoints, and writes ``certificates.json``, ``certificates.md`` and ``certificates.png``."""
     check(options)
     device, command = options.torch_device(), command_line("certify", options)
     recipes, nets = _load(options.checkpoints, device)
@@ -137,7 +115,10 @@ def certify_checkpoints(
         for name, net in nets.items():
             for sigma in options.sigmas:
                 label, before = f"{name}, σ = {sigma:g}", len(found) * len(loader[0][0])
-                tell = partial(_told, progress, label, before, total)
+
+                def tell(done: int, _: int, label: str = label, before: int = before) -> None:
+                    progress(label, before + done, total)
+
                 found[label] = certify(net, loader, sigma, options.draws, seed=options.seed, progress=tell)
         header = ["", *(f"r = {radius:g}" for radius in RADII)]
         lines = [[label, *(str(each.accuracy(radius)) for radius in RADII)] for label, each in found.items()]
@@ -152,10 +133,6 @@ def certify_checkpoints(
         files.write_json(options.out / "certificates.json", origin | {"certificates": results})
         files.save_figure(options.out / "certificates.png", _certified_figure(found))
     return header, lines
-
-
-def _told(progress: Callable[[str, int, int], None], label: str, before: int, total: int, done: int, _: int) -> None:
-    progress(label, before + done, total)
 
 
 def _certified_figure(found: Mapping[str, Certificate]) -> Figure:

@@ -27,11 +27,7 @@ fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None
 
 
 def check_writable(directory: Path) -> None:
-    """Refuses, before hours of work, a directory that no files can be written to; makes none.
-
-    Raises:
-        OSError: if they cannot.
-    """
+    """Refuses, before hours of work, a directory that no files can be written to; makes none."""
     try:
         nearest = next(place for place in (directory, *directory.absolute().parents) if place.exists())
         with tempfile.TemporaryFile(dir=nearest) as file:
@@ -45,40 +41,28 @@ def locked(folder: Path, command: str) -> Iterator[None]:
     """Keeps other processes out of a folder until the block ends; leaves no folder in which nothing was written.
 
     The lock is the system's, which frees it when the process is killed. Where there are none, a warning says so.
-
-    Args:
-        folder: for results; made if it is absent.
-        command: what other processes are told.
-
-    Raises:
-        ValueError: if another process has the folder.
-        OSError: if it cannot be written to.
+    Other processes are told the command.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     file = _lock(folder / ".lock")
     try:
-        if file is not None:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}: {command}")
-            file.flush()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}: {command}")
+        file.flush()
         yield
     finally:
-        if file is not None:
-            # Before it is free: who waits for it would lock a file that is gone.
+        # Before it is free: who waits for it would lock a file that is gone. Windows deletes no open file.
+        with suppress(PermissionError):
             Path(file.name).unlink(missing_ok=True)
-            file.close()
+        file.close()
         with suppress(OSError):
             for place in made:
                 place.rmdir()
 
 
-def _lock(path: Path) -> TextIO | None:
-    """A file, open and locked; None where the system has no locks."""
-    said = f"{path.parent} cannot be locked on this system: give the same --out to no other process"
-    if fcntl is None:
-        warnings.warn(said, stacklevel=4)
-        return None
+def _lock(path: Path) -> TextIO:
+    """A file, open and locked where the system has locks."""
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
@@ -88,12 +72,12 @@ def _lock(path: Path) -> TextIO | None:
             holder = file.read() or "another process"
             file.close()
             raise ValueError(f"{path.parent} is in use by {holder}; wait, or choose another --out") from error
-        except OSError:
+        except (OSError, AttributeError):
+            said = f"{path.parent} cannot be locked on this system: give the same --out to no other process"
             warnings.warn(said, stacklevel=4)
         # The process that had it may have deleted it since it was opened here.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
         file.close()
 
 
@@ -109,12 +93,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint of tensors and plain values; code in the file is never run.
-
-    Raises:
-        ValueError: if the file is not a checkpoint, or is damaged.
-        OSError: if it cannot be read.
-    """
+    """Reads a checkpoint of tensors and plain values; code in the file is never run."""
     state = load(path)
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint of this program")
@@ -129,19 +108,10 @@ def save_figure(path: Path, figure: Figure, **options: Any) -> None:
 
 def origin(command: str, device: torch.device) -> dict[str, Any]:
     """The command that makes results, the versions of the packages that they depend on, and the machine."""
-    packages = (
-        "snntorch-lr",
-        "snntorch",
-        "torch",
-        "torchvision",
-        "torchattacks",
-        "numpy",
-        "numba",
-        "scikit-learn",
-        "spikingjelly",
-    )
+    ours, further = ("snntorch-lr", "snntorch", "torch"), ("numpy", "numba", "scikit-learn", "spikingjelly")
+    found = versions(*ours, "torchvision", "torchattacks", *further)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"
-    return {"command": command, "versions": versions(*packages), "machine": machine}
+    return {"command": command, "versions": found, "machine": machine}
 
 
 def origin_note(results: Mapping[str, Any]) -> str:

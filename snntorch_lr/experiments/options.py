@@ -30,15 +30,13 @@ def option(
     positional: bool = False,
     recorded: bool = True,
 ) -> Any:
-    """A field of a dataclass of options.
+    """A field of a dataclass of options; without a default it is required.
 
     Args:
-        default: the value if none is given; without one the option is required.
+        default: the value if none is given.
         help: for ``--help``, and in place of a line in the docstring of the class.
         choices: the names that are allowed, looked up when options are checked: a registry may grow.
-        least: the smallest number allowed.
-        above: the number that all allowed ones are greater than.
-        most: the greatest number allowed.
+        least, above, most: bounds of the numbers that are allowed.
         flag: name on the command line, if it is not that of the field; of a tuple, the name of one of its values.
         positional: on the command line the value stands alone.
         recorded: results depend on it, and it is saved with them.
@@ -53,15 +51,7 @@ def flag_of(each: Field[Any]) -> str:
 
 
 def check(options: Any, flags: bool = True) -> None:
-    """Refuses values that are out of range or none of the choices.
-
-    Args:
-        options: an instance of a dataclass of options.
-        flags: errors name options as on the command line, and not as in Python and in plans.
-
-    Raises:
-        ValueError: for the first such value.
-    """
+    """Refuses values that are out of range or none of the choices."""
     for each in fields(options):
         given, about = getattr(options, each.name), each.metadata
         bounds = [(*_BOUNDS[name], about[name]) for name in _BOUNDS if about.get(name) is not None]
@@ -111,11 +101,7 @@ def from_arguments(kind: Callable[..., T], given: Namespace) -> T:
 
 
 def from_table(kind: type, table: Any) -> dict[str, Any]:
-    """Values of fields from a table of a TOML file, lists as tuples.
-
-    Raises:
-        ValueError: if a key is unknown, or a value has another type.
-    """
+    """Values of fields from a table of a TOML file, lists as tuples."""
     if not isinstance(table, dict):
         raise ValueError(f"expected a table, got {table!r}")
     hints, found = get_type_hints(kind), {}
@@ -131,11 +117,7 @@ def from_table(kind: type, table: Any) -> dict[str, Any]:
 
 
 def made(kind: Callable[..., T], values: Mapping[str, Any]) -> T:
-    """A checked instance of a dataclass of options.
-
-    Raises:
-        ValueError: if a value is missing or wrong.
-    """
+    """A checked instance of a dataclass of options."""
     missing = [each.name for each in fields(cast("Any", kind)) if each.default is MISSING and each.name not in values]
     if missing:
         raise ValueError(f"{missing[0]} is missing")
@@ -208,11 +190,7 @@ class Place(DataPlace):
     device: str = option("cpu", "cpu, cuda, cuda:1, ...", recorded=False)
 
     def torch_device(self) -> torch.device:
-        """The device.
-
-        Raises:
-            ValueError: if there is no such device.
-        """
+        """The device."""
         try:
             device = torch.device(self.device)
         except RuntimeError as error:

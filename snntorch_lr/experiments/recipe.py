@@ -14,13 +14,11 @@ from ..convert import add_noise
 from ..gradients import ESTIMATORS
 from ..network import noises, reset
 from ..noise import KINDS, NoisyInput
-from ..objectives import OBJECTIVES, sensitivity
+from ..objectives import OBJECTIVES
 from . import data, files
 from .options import check, option
 
 METHODS = ("surrogate", "surrogate, noise", "likelihood ratio")
-ATTACKERS = ("surrogate", "counterfactual")
-"""Gradients that adversarial training may follow."""
 INCOMPLETE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 """Errors of a checkpoint that lacks something, or has something else in its place."""
 MODELS = ("mlp", "wide-mlp", "deep-mlp", "spiking-mlp", "conv")
@@ -79,18 +77,11 @@ class SpikingClassifier(nn.Module):
 
 
 def build(model: str, shape: tuple[int, int, int], classes: int = 10, num_steps: int = 8) -> nn.Module:
-    """A network for images of a given shape.
+    """A network for images of a shape: channels, height, width.
 
-    Args:
-        model: ``"mlp"`` (256 hidden neurons), ``"wide-mlp"`` (1000), ``"deep-mlp"`` (256 and 128),
-            ``"spiking-mlp"`` (256, and a readout by spike counts), ``"conv"`` (8 and 16 channels, 5 × 5 kernels, each
-            with max pooling by 2), or ``"ann"`` (256 rectified linear units).
-        shape: channels, height, width.
-        classes: number of outputs.
-        num_steps: time steps.
-
-    Raises:
-        ValueError: if the model is unknown.
+    The models are ``"mlp"`` (256 hidden neurons), ``"wide-mlp"`` (1000), ``"deep-mlp"`` (256 and 128),
+    ``"spiking-mlp"`` (256, and a readout by spike counts), ``"conv"`` (8 and 16 channels, 5 × 5 kernels, each with max
+    pooling by 2), and ``"ann"`` (256 rectified linear units).
     """
     channels, height, width = shape
     pixels = channels * height * width
@@ -121,11 +112,7 @@ class NoiseOptions:
     sigma: float = option(0.5, "initial noise level of the hidden neurons")
 
     def check_noise(self) -> None:
-        """Refuses noise that cannot be made.
-
-        Raises:
-            ValueError: if the distribution or the level is wrong.
-        """
+        """Refuses noise that cannot be made."""
         KINDS[self.noise](self.sigma, distribution=self.distribution)
 
 
@@ -169,11 +156,8 @@ class Recipe(TrainingOptions):
         input_noise_each_step: it is drawn in each time step, in place of once for each presentation.
         learn_input_noise: its level is learned, down to half of where it starts.
         adversary: l∞ budget of the adversarial examples that take the place of the training images; 0 for none.
-        attacker: gradient that they are made by: ``"surrogate"``, or ``"counterfactual"`` of as many ``copies``.
-        attacker_steps: steps of projected gradient descent.
         free: updates of each batch, whose gradient with respect to the images makes the next adversarial examples in
             place of an attack (Shafahi et al. 2019, "Adversarial Training for Free!"); 0 for an attack.
-        penalty: factor of the mean sensitivity of the first layer's neurons, without their noise, in the loss.
         learn_sigma: noise levels are learned.
         late_copies: noise copies once the learning rate has fallen by half; 0 for as many as before.
     """
@@ -190,10 +174,7 @@ class Recipe(TrainingOptions):
     input_noise_each_step: bool = False
     learn_input_noise: bool = False
     adversary: float = option(0.0, least=0)
-    attacker: str = option("surrogate", choices=ATTACKERS)
-    attacker_steps: int = option(7, least=1)
     free: int = option(0, least=0)
-    penalty: float = option(0.0, least=0)
     learn_sigma: bool = True
     late_copies: int = option(0, least=0)
 
@@ -204,11 +185,7 @@ class Recipe(TrainingOptions):
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuses a recipe that cannot be trained.
-
-    Raises:
-        ValueError: if a name is unknown, a number is out of range, or there is nothing to stop by.
-    """
+    """Refuses a recipe that cannot be trained."""
     check(recipe, flags=False)
     recipe.check_noise()
     flat = recipe.objective == "zero-one"
@@ -220,10 +197,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("the objective zero-one has no derivative by a spike: use the estimator vanilla")
     if recipe.free and not recipe.adversary:
         raise ValueError("free needs the budget of an adversary")
-    if recipe.attacker == "counterfactual" and recipe.method == "surrogate":
-        raise ValueError("the counterfactual attacker needs neurons with noise: use another method")
-    if recipe.model == "ann" and (recipe.method != "surrogate" or recipe.input_noise or recipe.penalty):
-        raise ValueError("the model ann has no spiking neurons: use the method surrogate, without noise and penalty")
+    if recipe.model == "ann" and (recipe.method != "surrogate" or recipe.input_noise):
+        raise ValueError("the model ann has no spiking neurons: use the method surrogate, without noise")
     if recipe.stop_at is not None and not recipe.validation:
         raise ValueError("stop_at needs validation images, so that the test images decide nothing")
 
@@ -252,18 +227,6 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([group for group in groups if group["params"]], recipe.learning_rate, weight_decay=0.0)
 
 
-def first_sensitivity(recipe: Recipe, net: nn.Module, images: Tensor) -> Tensor:
-    """Mean sensitivity of the neurons of the first layer to their current, without noise, ``[batch]``."""
-    assert isinstance(net, SpikingClassifier)
-    current, neuron = net.blocks[0](images), net.neurons[0]
-    silent = snn.Leaky(neuron.beta, neuron.threshold)
-    mem, record = silent.reset_mem(), []
-    for _ in range(net.num_steps):
-        _, mem = silent(current, mem)
-        record.append(mem)
-    return sensitivity(torch.stack(record), silent.threshold, recipe.sigma)
-
-
 def noise_levels(net: nn.Module) -> dict[str, list[float]]:
     """Noise levels σ by neuron and input, as plain numbers."""
     found = {name.removesuffix(".noise"): noise.sigma.detach().flatten() for name, noise in noises(net).items()}
@@ -271,11 +234,7 @@ def noise_levels(net: nn.Module) -> dict[str, list[float]]:
 
 
 def load_trained(checkpoint: Path) -> tuple[Recipe, nn.Module]:
-    """Recipe and network of a checkpoint.
-
-    Raises:
-        ValueError: if the file is not a checkpoint of ``train``.
-    """
+    """Recipe and network of a checkpoint."""
     state = files.load_checkpoint(checkpoint)
     try:
         recipe = Recipe.of(state["recipe"])

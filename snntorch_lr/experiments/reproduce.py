@@ -52,11 +52,7 @@ class Reproduce(Place, TrainingOptions):
 
 
 def check_suite(name: str) -> None:
-    """Refuses attacks that would only be missed after hours of training.
-
-    Raises:
-        ValueError: if the suite needs torchattacks, and that is not installed.
-    """
+    """Refuses attacks that would only be missed after hours of training."""
     try:
         suite(name)
     except ImportError as error:
@@ -73,19 +69,6 @@ def reproduce(
     A tenth of the training images is held out. The likelihood-ratio network stands beside surrogate-gradient networks
     without noise, with the same noise, and without noise but stopped at its own accuracy on the held-out images:
     robustness falls while accuracy rises, and is to be compared where accuracy is equal.
-
-    Args:
-        options: what to run, and where.
-        announce: progress of each training.
-        watch: progress of the evaluation.
-
-    Returns:
-        What ``results.json`` holds.
-
-    Raises:
-        ValueError: if an option is wrong, another process works in the folder, or it has checkpoints and ``resume`` is
-            False.
-        DataError: if the data cannot be had.
     """
     out, command, device = options.folder, command_line("reproduce", options), options.torch_device()
     checkpoints = {name: out / f"{name.replace(', ', '-').replace(' ', '-')}.pt" for name in (*METHODS, STOPPED)}
@@ -108,7 +91,8 @@ def reproduce(
 
         def run(name: str) -> Trained:
             seen = announce(name, options.epochs, options.epochs * steps)
-            return train(recipes[name], images, checkpoints[name], device, options.resume, seen)
+            recipe, path = recipes[name], checkpoints[name]
+            return train(recipe, images, path, device, options.resume, seen.after_step, seen.after_epoch)
 
         ratio = run(LIKELIHOOD_RATIO)
         reached = validation_accuracy(ratio.net, recipes[LIKELIHOOD_RATIO], images)
@@ -166,10 +150,6 @@ def conclusions(measured: Sequence[tuple[Row, Scores]], suite: str) -> list[str]
     """Three sentences: the more accurate network, the more robust one, and what the gates allow.
 
     The likelihood ratio is held against the best of the surrogate networks in each, all with their noise off.
-
-    Args:
-        measured: rows of the evaluation, with their scores on all test images.
-        suite: name of the attacks.
     """
     silent = [(row, scores) for row, scores in measured if row.subject.noise != "on"]
     epsilons = [row.findings.epsilon for row, _ in silent if row.subject.network == LIKELIHOOD_RATIO]
@@ -227,15 +207,7 @@ def write_evaluation(
     title: str = "Robustness",
     head: str = "",
 ) -> None:
-    """Writes ``robustness.md``, ``robustness.json``, figures, and ``report.html`` with all of it.
-
-    Args:
-        evaluation: the report.
-        out: directory for the files.
-        note: what made it, for the end of the pages.
-        title: of ``report.html``.
-        head: Markdown for the beginning of ``report.html``.
-    """
+    """Writes ``robustness.md``, ``robustness.json``, figures, and ``report.html`` with all of it."""
     files.write_text(out / "robustness.md", f"# Robustness\n\n{evaluation.to_markdown()}\n{note}")
     files.write_json(out / "robustness.json", evaluation.to_json())
     for name, figure in evaluation.figures().items():

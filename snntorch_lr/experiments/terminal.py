@@ -1,22 +1,25 @@
-"""Tables that fit the terminal, and progress."""
+"""Tables that fit the terminal, and progress: bars in a terminal, lines in a file."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from .train import Observer
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..robustness.evaluate import Progress as AttackProgress
 
 console = Console()
@@ -27,12 +30,6 @@ def show(header: Sequence[str], lines: Sequence[Sequence[str]], title: str = "",
     """Prints a table; where it is too wide, one for as many columns as fit, each with the names of the lines.
 
     Words wrap, and nothing is cut.
-
-    Args:
-        header: of the columns.
-        lines: cells.
-        title: above the table.
-        names: columns at the left that name a line.
     """
     least = [max(map(_least, column)) for column in zip(header, *lines, strict=True)]
     for columns in _groups(least, names, console.width):
@@ -64,29 +61,33 @@ def _least(cell: str) -> int:
 
 
 class Watch:
-    """Progress of trainings and attacks, with the time left: one line that changes in a terminal, else many lines.
+    """Progress of trainings and attacks: a bar for each in a terminal; elsewhere a line for each epoch and attack.
 
     Args:
-        live: changes the line, in a terminal.
+        bars: drawn in a terminal.
     """
 
-    def __init__(self, live: Callable[[str], None] | None) -> None:
-        self.live = live
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
 
     def training(self, name: str, epochs: int, steps: int) -> Observer:
         """Called before a network is trained, with the number of its epochs and steps."""
-        return _Training(self, name, epochs, steps)
+        return _Training(self.bars, name, epochs, steps)
 
     def pieces(self, title: str, apart: float = 0.0) -> AttackProgress:
         """The progress of many pieces, told before each; without a terminal in lines that are so many seconds apart."""
+        task = self.bars.add_task(title, start=False, note="", visible=False)
         left, said = _Left(), -math.inf
 
         def update(what: str, done: int, total: int) -> None:
             nonlocal said
+            if left.first is None:
+                self.bars.start_task(task)
             now, remaining = time.monotonic(), left.after(done, total)
-            if done < total and (self.live or now >= said + apart):
+            if self.bars.disable and done < total and now >= said + apart:
                 said = now
-                (self.live or _print)(f"{title}: {done + 1} of {total}{remaining}: {what}")
+                print(f"{title}: {done + 1} of {total}{remaining}: {what}", flush=True)
+            self.bars.update(task, completed=done, total=total, note=what, visible=True)
 
         return update
 
@@ -94,37 +95,35 @@ class Watch:
 class _Training(Observer):
     """Tells how far a training is."""
 
-    def __init__(self, watch: Watch, name: str, epochs: int, steps: int) -> None:
-        self.live, self.name, self.epochs, self.steps = watch.live, name, epochs, steps
+    def __init__(self, bars: Progress, name: str, epochs: int, steps: int) -> None:
+        self.bars, self.name, self.epochs, self.steps = bars, name, epochs, steps
+        self.task = bars.add_task(name, total=steps, note="")
         self.left, self.done = _Left(), 0
-        _print(f"training: {name}")
+        if bars.disable:
+            print(f"training: {name}", flush=True)
 
     def after_step(self, done: int, loss: float) -> None:
-        """Changes the line of a terminal."""
+        """Moves the bar."""
         if not self.done:
             # Of a training that goes on, the steps before were another's.
             self.left.after(done - 1, self.steps)
         self.done = done
-        if self.live:
-            left = self.left.after(done, self.steps)
-            self.live(f"{self.name}: step {done} of {self.steps}{left}: loss {loss:.3f}")
+        self.bars.update(self.task, completed=done, note=f"loss {loss:.3f}")
 
-    def after_epoch(self, entry: dict[str, float]) -> None:
-        """Prints a line."""
-        said = f"loss {entry['train_loss']:.3f}, accuracy {entry['test_accuracy']:.1%}"
-        said += f", with noise {entry['noisy_test_accuracy']:.1%}" if "noisy_test_accuracy" in entry else ""
-        left = self.left.after(self.done, self.steps)
-        _print(f"{self.name}: epoch {entry['epoch']:.3g} of {self.epochs}{left}: {said}")
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)
+    def after_epoch(self, entry: dict[str, float], net: nn.Module) -> None:
+        """Prints a line where there is no bar."""
+        if self.bars.disable:
+            said = f"loss {entry['train_loss']:.3f}, accuracy {entry['test_accuracy']:.1%}"
+            said += f", with noise {entry['noisy_test_accuracy']:.1%}" if "noisy_test_accuracy" in entry else ""
+            left = self.left.after(self.done, self.steps)
+            print(f"{self.name}: epoch {entry['epoch']:.3g} of {self.epochs}{left}: {said}", flush=True)
 
 
 class _Left:
     """The time left, by the pace since the first call."""
 
-    first: tuple[float, int] | None = None
+    def __init__(self) -> None:
+        self.first: tuple[float, int] | None = None
 
     def after(self, done: int, total: int) -> str:
         """In words, for a line; nothing while it is not known."""
@@ -138,10 +137,9 @@ class _Left:
 
 @contextmanager
 def watching() -> Iterator[Watch]:
-    """Progress until the block ends; in continuous integration many lines, whose terminals only look like one."""
-    if not console.is_terminal or "CI" in os.environ:
-        yield Watch(None)
-        return
-    with console.status("") as status:
-        # Names of checkpoints are no markup.
-        yield Watch(lambda line: status.update(Text(line)))
+    """Progress bars until the block ends; in continuous integration lines, whose terminals only look like one."""
+    # Names of checkpoints are no markup.
+    what, note = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]"))
+    columns = (what, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal or "CI" in os.environ) as bars:
+        yield Watch(bars)

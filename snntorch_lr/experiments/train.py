@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,7 +16,6 @@ from .._files import save
 from .._messages import warn
 from ..anneal import anneal, noise_gap
 from ..convert import noise_on
-from ..copies import per_copy
 from ..gradients import ESTIMATORS
 from ..network import noises
 from ..objectives import OBJECTIVES
@@ -25,21 +23,25 @@ from ..optim import attach, closure
 from ..robustness import Budget, Descent, Target, gradient_attack, perturb
 from . import files
 from .data import Images
-from .recipe import INCOMPLETE, Recipe, check_recipe, first_sensitivity, make_network, make_optimizer
+from .recipe import INCOMPLETE, Recipe, check_recipe, make_network, make_optimizer
 
 CHECKS = 20
 """Times in an epoch at which a run with ``stop_at`` looks at its validation accuracy."""
 Step = Callable[[Tensor, Tensor], float]
+AfterStep = Callable[[int, float], None]
+"""Called after each step with the number of steps done, resumed ones included, and the loss."""
+AfterEpoch = Callable[[dict[str, float], nn.Module], None]
+"""Called after each epoch with its entry of the history, and the network."""
 
 
 class Observer:
     """Watches a training, and does nothing."""
 
     def after_step(self, done: int, loss: float) -> None:
-        """Told the number of steps done, resumed ones included, and the loss."""
+        """As ``AfterStep``."""
 
-    def after_epoch(self, entry: dict[str, float]) -> None:
-        """Told the entry of the history, when its checkpoint is written."""
+    def after_epoch(self, entry: dict[str, float], net: nn.Module) -> None:
+        """As ``AfterEpoch``."""
 
 
 @dataclass
@@ -57,12 +59,8 @@ class Trained:
 
     @property
     def seconds_per_epoch(self) -> float:
-        """Median training time of an epoch, without the test."""
-        ends = [0.0, *(entry["epoch"] for entry in self.history)]
-        paces = [
-            entry["seconds"] / (end - start) for entry, start, end in zip(self.history, ends, ends[1:], strict=False)
-        ]
-        return statistics.median(paces)
+        """Mean training time of an epoch, without the test."""
+        return sum(entry["seconds"] for entry in self.history) / self.history[-1]["epoch"]
 
 
 def right(net: nn.Module, images: Tensor, labels: Tensor, noise: bool = False, batch_size: int = 1000) -> Tensor:
@@ -84,11 +82,7 @@ def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def split(recipe: Recipe, images: Images) -> tuple[Tensor, Tensor]:
-    """Rows of the training images to train on, and those held out; the same for all recipes of a seed.
-
-    Raises:
-        ValueError: if nothing is left to train on.
-    """
+    """Rows of the training images to train on, and those held out; the same for all recipes of a seed."""
     if not 0 <= recipe.validation < len(images.train):
         raise ValueError(f"validation must be in [0, {len(images.train)}), got {recipe.validation}")
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(recipe.seed))
@@ -108,27 +102,19 @@ def train(
     checkpoint: Path,
     device: torch.device,
     resume: bool = False,
-    observer: Observer | None = None,
+    after_step: AfterStep = lambda done, loss: None,
+    after_epoch: AfterEpoch = lambda entry, net: None,
 ) -> Trained:
-    """Trains a network, or goes on from its checkpoint.
+    """Trains a network, or goes on from its checkpoint, which is written after each epoch.
 
     The random numbers of an epoch depend on the seed and the epoch alone, so that an interrupted and resumed run ends
     with the same weights as one that was not interrupted. A warning says at the end if the network is another one
     without its noise.
 
-    Args:
-        recipe: what to train.
-        images: the data, on any device.
-        checkpoint: file to write after each epoch.
-        device: where to train.
-        resume: go on from the checkpoint if it exists.
-        observer: watches it.
-
     Raises:
         ValueError: if the recipe cannot be trained, or the checkpoint was written with other settings.
     """
     check_recipe(recipe)
-    observer = observer or Observer()
     images = images.to(device)
     net = make_network(recipe, images.shape).to(device)
     optimizer = make_optimizer(recipe, net)
@@ -161,7 +147,7 @@ def train(
             losses.append(take_step(images.train[batch], images.train_labels[batch]) * len(batch))
             for schedule in schedules:
                 schedule.step()
-            observer.after_step(epoch * steps + step, losses[-1] / len(batch))
+            after_step(epoch * steps + step, losses[-1] / len(batch))
             looks = step == steps or step % max(1, steps // CHECKS) == 0
             if recipe.stop_at is not None and looks:
                 stopped = validation_accuracy(net, recipe, images) >= recipe.stop_at
@@ -180,7 +166,7 @@ def train(
         history.append(entry)
         about = {"recipe": asdict(recipe), "shape": list(images.shape), "history": history, "stopped": stopped}
         save(checkpoint, about | {name: part.state_dict() for name, part in parts.items()})
-        observer.after_epoch(entry)
+        after_epoch(entry, net)
     # A single draw that costs accuracy is nothing to mend.
     gap = noise_gap(*tests) if len(tests) == 2 and tests[0].sum() < tests[1].sum() else None
     if gap is not None:
@@ -193,8 +179,7 @@ def stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer) ->
     objective = OBJECTIVES[recipe.objective]
 
     def loss_fn(x: Tensor, y: Tensor) -> Tensor:
-        losses = objective(net(x), y)
-        return losses + recipe.penalty * per_copy(first_sensitivity(recipe, net, x)) if recipe.penalty else losses
+        return objective(net(x), y)
 
     def loop(x: Tensor, y: Tensor) -> float:
         optimizer.zero_grad()
@@ -224,14 +209,12 @@ def _disturbed(recipe: Recipe, net: nn.Module, step: Step) -> Step:
     if not recipe.adversary:
         return step
     epsilon = recipe.adversary
-    counterfactual = recipe.attacker == "counterfactual"
-    target = Target(net, noise=True, draws=recipe.copies if counterfactual else 1)
-    descent = Descent("counterfactual" if counterfactual else "training", steps=recipe.attacker_steps, length=0.25)
-    attack = gradient_attack("adversary", descent)
+    target = Target(net, noise=True, draws=1)
+    attack = gradient_attack("adversary", Descent("training", steps=7, length=0.25))
 
     def attacked(x: Tensor, y: Tensor) -> float:
-        seed, rows = int(torch.randint(2**31, ())), len(x) * target.draws
-        return step(perturb(attack, target, x, y, Budget(epsilon), seed, rows), y)
+        seed = int(torch.randint(2**31, ()))
+        return step(perturb(attack, target, x, y, Budget(epsilon), seed, len(x)), y)
 
     def free(x: Tensor, y: Tensor) -> float:
         moved, loss = torch.empty_like(x).uniform_(-epsilon, epsilon), 0.0

@@ -173,13 +173,7 @@ def make_step(
 
 
 def median_milliseconds(steps: Mapping[str, Step], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median time of each step; they take turns, so that a busy machine slows all of them.
-
-    Args:
-        steps: by name.
-        device: where they compute.
-        repeats: timed rounds, after one that warms up.
-    """
+    """Median time of each step; they take turns, so that a busy machine slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats + 1):
         for name, step in steps.items():

@@ -5,7 +5,7 @@ from .certify import Certificate, certify
 from .evaluate import evaluate
 from .gates import Gate, verdict
 from .gradient_attacks import Descent, gradient_attack
-from .input_gradient import likelihood_ratio_input_gradient, surrogate_input_gradient
+from .input_gradient import likelihood_ratio_input_gradient
 from .report import Headline, Protocol, RobustnessReport, Row
 from .scoring import McNemar, Scores, Share, clopper_pearson, mcnemar, score, share_of, wilson
 from .suites import SUITES, suite
@@ -39,7 +39,6 @@ __all__ = [
     "score",
     "share_of",
     "suite",
-    "surrogate_input_gradient",
     "verdict",
     "wilson",
 ]

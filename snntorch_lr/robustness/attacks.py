@@ -16,18 +16,12 @@ from .scoring import batch_size
 from .view import Target
 
 NORMS = ("linf", "l2")
+ACCESS = ("white-box", "black-box", "transfer")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Largest perturbation of an image with pixels in [0, 1].
-
-    Attributes:
-        epsilon: radius, positive.
-        norm: ``"linf"``, of each pixel, or ``"l2"``, of the whole image.
-
-    Raises:
-        ValueError: if epsilon is not positive and finite, or the norm is unknown.
+    """Largest perturbation of an image with pixels in [0, 1]: ``"linf"`` of each pixel, ``"l2"`` of the whole image.
 
     Examples:
         >>> Budget(0.1).project(torch.tensor([[0.2, 0.9]]), torch.tensor([[0.5, 0.95]]))
@@ -88,13 +82,9 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross-entropy": partial(F.cross_entropy, reduction="none"),
-    "margin": margin,
-}
-
-
+    "cross-entropy": partial(F.cross_entropy, reduction="none"), "margin": margin,
+}  # fmt: skip
 Run = Callable[[Target, Tensor, Tensor, Budget, int], Tensor]
-ACCESS = ("white-box", "black-box", "transfer")
 
 
 @dataclass(frozen=True)
@@ -137,8 +127,8 @@ def perturb(
 ) -> Tensor:
     """Adversarial images of an attack, checked: in the budget, in [0, 1], finite, of the right shape.
 
-    torch's random state is as it was afterwards, whatever the attack did to it. Images that are wrong already are
-    attacked too: leave them out to save time.
+    torch's random state is as it was afterwards, whatever the attack did to it. An attack that failed on an image
+    returns the image that it tried.
 
     Args:
         attack: to run.
@@ -148,9 +138,6 @@ def perturb(
         budget: how far.
         seed: of everything random.
         rows: images times noise draws in one forward pass, for the memory that there is.
-
-    Returns:
-        Detached images of the shape of x. An attack that failed on an image returns the image that it tried.
 
     Raises:
         ValueError: if the attack cannot run on this target within this budget, or images and labels do not fit.

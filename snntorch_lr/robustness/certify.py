@@ -29,10 +29,7 @@ class Certificate:
     """Certified predictions of a smoothed network.
 
     Attributes:
-        sigma: level of the noise on the input.
-        draws: noise draws that each radius is estimated from.
-        selection: further draws that choose the class.
-        alpha: probability that a certificate is wrong, for each image.
+        sigma, draws, selection, alpha: as of ``certify``.
         predictions: classes, ``ABSTAINED`` (−1) where the draws do not tell, ``[images]``.
         radii: l2 radii within which the prediction is constant, 0 where it abstains, ``[images]``.
         right: the predictions that are right, Boolean, ``[images]``.

@@ -58,17 +58,12 @@ def evaluate(
 ) -> RobustnessReport:
     """Robustness of a network and its baselines: the per-example worst case over attacks, beside gates that must pass.
 
-    1. Every network is scored clean with its noise off and on: by the majority of fresh noise draws, and by a single
-       draw. A warning says where the two differ by more than chance.
-    2. Every attack runs at every budget, from the smallest, and is scored with noise draws that it has not seen. It
-       attacks only what is right clean and under the same attack at smaller budgets: what is wrong within a budget is
-       wrong within a larger one. An accuracy under attack is thus a fraction of all images.
-    3. Adversarial images of every other network, and of the same network with its noise switched over, are tried too.
-    4. The gates G0 to G9 look for signs of masked gradients. An attack that fails does not count, and fails G9. Those
-       gates that attack do so on some of the images that are right clean.
-    5. An image counts as right in the worst case if it is right clean and under all of these attacks, also those of the
-       gates. With noise, every attack has a fresh chance at an image near the decision boundary: the worst case errs on
-       the attacker's side.
+    Every attack runs at every budget, from the smallest, on what is right clean and under the same attack at smaller
+    budgets, and is scored with noise draws that it has not seen: an accuracy under attack is a fraction of all images.
+    Adversarial images of every other network, and of the same network with its noise switched over, are tried too. An
+    image is right in the worst case if it is right clean and under all of these attacks, those of the gates included;
+    with noise, each has a fresh chance at an image near the decision boundary: it errs on the attacker's side. An
+    attack that fails does not count, and fails the gate G9. ``docs/robustness.md`` explains the protocol.
 
     The result is a function of the seed. Modes, states, gradients and torch's global random state are left as found.
 
@@ -139,13 +134,9 @@ def _warn_about_noise_gaps(rows: Sequence[Row]) -> None:
 
 
 def _budgets(epsilons: float | Sequence[float], norm: str) -> tuple[float, ...]:
-    given = list(epsilons) if isinstance(epsilons, Iterable) else [epsilons]
-    try:
-        budgets = tuple(sorted({float(epsilon) for epsilon in given}))
-    except (TypeError, ValueError):
-        budgets = ()
+    budgets = tuple(sorted({float(e) for e in (epsilons if isinstance(epsilons, Iterable) else [epsilons])}))
     if not budgets or any(not 0 < epsilon < math.inf for epsilon in budgets):
-        raise ValueError(f"epsilons must be positive numbers and there must be one, got {given}")
+        raise ValueError(f"epsilons must be positive numbers and there must be one, got {list(budgets)}")
     if norm == "linf" and budgets[-1] > 1:
         raise ValueError(f"epsilons of linf are in units of pixels in [0, 1], as 8 / 255; got {budgets[-1]:g}")
     return budgets
@@ -275,7 +266,12 @@ class _Evaluation:
         transfers = [attack for attack in usable if attack.needs_sources] or [
             attack for attack in SUITES["standard"] if attack.needs_sources and self.protocol.norm in attack.norms
         ]
-        sources = [other for other in self.sources if _is_source(other, subject)]
+        # Other networks without noise, whose gradient costs less, and the same with its noise switched over.
+        sources = [
+            other
+            for other in self.sources
+            if other.noise != (subject.noise if other.network == subject.network else "on")
+        ]
         return (
             *(attack for attack in usable if not attack.needs_sources),
             *(_from_source(attack, source) for attack in transfers for source in sources),
@@ -425,40 +421,28 @@ class _Evaluation:
 def _recorded(target: Target, images: Tensor, seed: int) -> tuple[str, Tensor]:
     """Name of the first neurons, with noise if any have it, and some of their spikes, ``[time, images, neurons]``."""
     neurons: dict[str, nn.Module] = dict(noisy_neurons(target.net)) or dict(spiking_neurons(target.net))
-    spikes: list[list[Tensor]] = []
+    if not neurons:
+        return "", torch.zeros(0, len(images), 0)
+    name, neuron = next(iter(neurons.items()))
+    spikes: list[Tensor] = []
 
-    def keep(neuron: nn.Module, given: Any, output: Any) -> None:
+    def keep(neuron: nn.Module, inputs: Any, output: Any) -> None:
         fired = output[0] if isinstance(output, tuple) else output
-        spikes[-1].append(fired.detach().flatten()[:RECORDED_NEURONS].cpu())
+        spikes.append(fired.detach().flatten()[:RECORDED_NEURONS].cpu())
 
-    for name, neuron in neurons.items():
-        hook = neuron.register_forward_hook(keep)
-        try:
-            for image in images:
-                spikes.append([])
-                # One at a time, so that both have the same noise.
-                logits_of(target, image[None].to(device_of(target.net)), seed)
-        finally:
-            hook.remove()
-        return name, torch.stack([torch.stack(steps) for steps in spikes], 1)
-    return "", torch.zeros(0, len(images), 0)
-
-
-def _is_source(other: Subject, victim: Subject) -> bool:
-    """True for other networks without noise, whose gradient costs less, and the victim with its noise switched over."""
-    if other.network == victim.network:
-        return other.noise != victim.noise
-    return other.noise != "on"
+    with neuron.register_forward_hook(keep):
+        for image in images:
+            # One at a time, so that both have the same noise.
+            logits_of(target, image[None].to(device_of(target.net)), seed)
+    return name, torch.stack(spikes).unflatten(0, (len(images), -1)).transpose(0, 1)
 
 
 def _from_source(attack: Attack, source: Subject) -> Attack:
     def run(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
         return attack.run(replace(target, sources={source.label: source.target}), x, y, budget, seed)
 
-    name = f"{attack.name} from {source.label}"
-    return replace(
-        attack, name=name, run=run, settings={**attack.settings, "source": source.label}, needs_sources=False
-    )
+    name, settings = f"{attack.name} from {source.label}", {**attack.settings, "source": source.label}
+    return replace(attack, name=name, run=run, settings=settings, needs_sources=False)
 
 
 def fingerprint(*parts: Any) -> str:
@@ -477,22 +461,17 @@ def fingerprint(*parts: Any) -> str:
 
 
 def cached(folder: Path, name: str, mark: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Tensors and plain values that an earlier run computed, or else those of ``compute``, which are then kept.
+    """What an earlier run computed and kept in a folder, or else what ``compute`` returns, which is then kept.
 
-    The fingerprint of everything that they depend on is part of the file's name and is checked again when it is read,
-    so that nothing stale is used; files of other settings stay beside it, and a damaged one is written anew.
-
-    Args:
-        folder: of the files, made if it is absent.
-        name: for people who look at the folder.
-        mark: the fingerprint.
-        compute: called if there is no such file.
+    The mark, a fingerprint of everything that it depends on, is part of the file's name and is checked again, so that
+    nothing stale is used; files of other settings stay beside it, and a damaged one is written anew.
     """
     path = folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{mark[:16]}.pt"
+    value: dict[str, Any]
     try:
-        found = atomic.load(path)
-        if found["fingerprint"] == mark:
-            value: dict[str, Any] = found["value"]
+        kept = atomic.load(path)
+        if kept["fingerprint"] == mark:
+            value = kept["value"]
             return value
     except Exception:  # Absent, damaged, or of another program.
         pass

@@ -47,12 +47,7 @@ RESOLVED = 0.2
 
 @dataclass(frozen=True)
 class Gate:
-    """Check of an evaluation, with its measurement.
-
-    Attributes:
-        name: ``"G1 gradients"`` and so on.
-        passed: None if the check could not be run, or was left out.
-        detail: the measurement, and its bound.
+    """Check of an evaluation, with its measurement; ``passed`` is None if it could not be run, or was left out.
 
     Examples:
         >>> print(Gate("G3 ladder", True, "1: 0.0 %"))
@@ -122,10 +117,7 @@ class FrozenTarget(Target):
 
 @dataclass(frozen=True)
 class Probe:
-    """Images that a network has right, ``[n, channels, height, width]``, for attacks of the gates.
-
-    The other attributes are as in ``score`` and ``Protocol``.
-    """
+    """Images that a network has right, for attacks of the gates; settings as in ``score`` and ``Protocol``."""
 
     target: Target
     images: Tensor
@@ -253,9 +245,7 @@ def convergence(survived: Tensor, after: Tensor, epsilon: float, attack: Descent
 def black_box(white: Mapping[float, Tensor], black: Mapping[float, Tensor]) -> Gate:
     """G5: attacks without the gradient break no more images that the white-box attacks miss than the interval allows.
 
-    Args:
-        white: images that are right under all white-box attacks together, by budget, Boolean, ``[images]``.
-        black: the same for black-box and transfer attacks.
+    Both are images that are right under all of these attacks together, by budget, Boolean, ``[images]``.
     """
     name = "G5 black box"
     if not white or not black:

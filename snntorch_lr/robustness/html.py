@@ -65,16 +65,10 @@ figcaption, .note {{ color: var(--faint); font-size: .85rem; max-width: 48rem; }
 
 
 def page(title: str, markdown: str, figures: Mapping[str, Figure | str]) -> str:
-    """A self-contained page: no style sheet, script, font or picture is loaded from elsewhere.
+    """A self-contained page from Markdown: no style sheet, script, font or picture is loaded from elsewhere.
 
-    Args:
-        title: of the window.
-        markdown: the text; HTML in it is shown as text.
-        figures: what takes the place of pictures, by file name: of ``![words](name.png)``, and of nothing else. A
-            string is HTML.
-
-    Raises:
-        ImportError: if markdown-it-py or matplotlib is not installed.
+    Figures take the place of pictures, ``![words](name.png)``, by file name; a string is HTML. HTML in the Markdown is
+    shown as text.
     """
     try:
         from markdown_it import MarkdownIt
@@ -117,19 +111,10 @@ def _figure(figure: Figure) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """An image that an attack broke, to be looked at.
+    """An image that an attack broke, to be looked at: its index among those attacked, pixels, classes, the attack.
 
-    Attributes:
-        index: of the image among those attacked.
-        original: the image, ``[channels, height, width]``.
-        adversarial: what the attack made of it.
-        label: its class.
-        predicted: class that the network takes the adversarial image for.
-        attack: name of the attack.
-        epsilon: its budget.
-        place: among the images that this attack broke at this budget.
-        layer: name of the first neurons, with noise if any have it.
-        spikes: of some of them for the original and the adversarial image, ``[time, 2, neurons]``.
+    ``place`` is that among the images that this attack broke at this budget. ``spikes`` are of some neurons of the first
+    layer, with noise if any has it, for the original and the adversarial image, ``[time, 2, neurons]``.
     """
 
     index: int

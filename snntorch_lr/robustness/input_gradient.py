@@ -1,8 +1,7 @@
-"""Input gradients of the expected loss: without a surrogate, as a yardstick, and through one."""
+"""Gradient of the expected loss by the input without a surrogate, the yardstick for those that attacks follow."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 
@@ -20,7 +19,6 @@ from ..philox import mix
 from .attacks import LOSSES, margin
 from .pooling import SpikePooling
 from .scoring import seeded
-from .surrogates import Surrogate
 from .view import Target, device_of, evaluating
 
 TINY = 1e-30
@@ -82,22 +80,17 @@ def likelihood_ratio_input_gradient(
     switch = noise_on(net, torch.Generator(device_of(net)).manual_seed(seed))
     credit = sampling(neurons, _Apart(discount=1.0, control=control))
     with evaluating(net), switch, credit, FirstCall(net, neurons), SpikePooling(), seeded(seed):
-        for count, rows, labels in _draws(x, y, copies, chunk):
+        for done in range(0, copies, chunk):
             reset(net)
-            losses = LOSSES[loss](view.read(view.net_forward(net, rows)), labels).sum()
+            count = min(chunk, copies - done)
+            rows = x.detach().repeat(count, *[1] * (x.dim() - 1)).requires_grad_()
+            losses = LOSSES[loss](view.read(view.net_forward(net, rows)), y.repeat(count)).sum()
             found = torch.autograd.grad(losses, rows, allow_unused=True)[0] if losses.requires_grad else None
             if found is None:
                 raise ValueError("the loss has no derivative by the images: look for a detach() or no_grad in forward=")
             total += found.view(count, *x.shape).sum(0)
         reset(net)
     return total / copies
-
-
-def _draws(x: Tensor, y: Tensor, draws: int, chunk: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Images and labels in pieces of at most ``chunk`` draws: their number, images with a gradient, labels."""
-    for done in range(0, draws, chunk):
-        count = min(chunk, draws - done)
-        yield count, x.detach().repeat(count, *[1] * (x.dim() - 1)).requires_grad_(), y.repeat(count)
 
 
 def with_noise(target: Target) -> Target:
@@ -112,45 +105,6 @@ def with_noise(target: Target) -> Target:
     return replace(target, net=add_noise(deepcopy(target.net), UNMATCHED_SIGMA))
 
 
-def surrogate_input_gradient(
-    target: Target,
-    x: Tensor,
-    y: Tensor,
-    surrogate: str | Surrogate | None = None,
-    draws: int = 256,
-    loss: str = "cross-entropy",
-    seed: int = 0,
-    chunk: int = 64,
-) -> Tensor:
-    """Gradient of the same expected loss of one noise draw through a surrogate.
-
-    Attacks follow the gradient of the loss of the mean logits instead; this is what compares with the likelihood ratio.
-
-    Args:
-        target: the network.
-        x: images ``[batch, ...]``.
-        y: labels ``[batch]``.
-        surrogate: as ``make_surrogate`` takes it; by default that of the network.
-        draws: noise draws of each image.
-        loss: ``"cross-entropy"`` or ``"margin"``.
-        seed: of the noise.
-        chunk: draws in one forward pass.
-
-    Returns:
-        Gradient of the loss of each image with respect to it, in the shape of x.
-
-    Examples:
-        >>> surrogate_input_gradient(Target(torch.nn.Flatten()), torch.zeros(1, 2), torch.tensor([0]))
-        tensor([[-0.5000,  0.5000]])
-    """
-    view = target.view(draws=1, surrogate=surrogate, seed=seed)
-    total = torch.zeros_like(x)
-    for count, rows, labels in _draws(x, y, draws, chunk):
-        (gradient,) = torch.autograd.grad(LOSSES[loss](view(rows), labels).sum(), rows)
-        total += gradient.view(count, *x.shape).sum(0)
-    return total / draws
-
-
 def alignment(target: Target, images: Tensor, labels: Tensor, copies: int = 256, seed: int = 0) -> tuple[float, float]:
     """Agreement of the gradient that attacks follow, through the network's own surrogate, with one that needs none.
 
@@ -158,17 +112,11 @@ def alignment(target: Target, images: Tensor, labels: Tensor, copies: int = 256,
     without noise is given some. It is made twice, independently: the product of the halves is its squared norm without
     the part that is noise.
 
-    Args:
-        target: the network and how it is read.
-        images: ``[batch, channels, height, width]``, on the network's device.
-        labels: ``[batch]``.
-        copies: noise draws of each half.
-        seed: of the noise.
-
     Returns:
         The cosine of the surrogate gradient to the likelihood-ratio gradient, over all images at once, with the noise
         of the latter taken out, so that it may exceed 1 by chance; and the repeatability, the cosine between two
-        independent halves of the likelihood-ratio gradient: near 0, nothing can be said.
+        independent halves of the likelihood-ratio gradient, of ``copies`` noise draws each: near 0, nothing can be
+        said.
 
     Raises:
         ValueError: if the network has no likelihood-ratio gradient.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,16 +69,8 @@ def _height(x: Tensor) -> float:
     return float(top) if bool((top > 0) & ((x == 0) | (x == top)).all()) else 0.0
 
 
-@dataclass(frozen=True)
-class _Windows:
-    """The windows of a max-pooling, one number for each dimension.
-
-    Attributes:
-        kernel: size.
-        stride: from one to the next.
-        padding: how far they begin in front of the border.
-        dilation: from one element to the next.
-    """
+class _Windows(NamedTuple):
+    """The windows of a max-pooling, one number for each dimension."""
 
     kernel: list[int]
     stride: list[int]
@@ -87,15 +78,12 @@ class _Windows:
     dilation: list[int]
 
     @classmethod
-    def of(cls, dims: int, given: Mapping[str, Any]) -> _Windows:
+    def of(cls, dims: int, arguments: Mapping[str, Any]) -> _Windows:
         """The windows of so many dimensions, from the arguments of ``max_pool``."""
-
-        def each(value: Any) -> list[int]:
-            return [value] * dims if isinstance(value, int) else list(value)
-
-        kernel = each(given["kernel_size"])
-        stride = each(given["stride"]) if given.get("stride") else kernel
-        return cls(kernel, stride, each(given.get("padding", 0)), each(given.get("dilation", 1)))
+        defaults = {"stride": arguments["kernel_size"], "padding": 0, "dilation": 1}
+        values = (arguments.get(name) or defaults[name] for name in ("stride", "padding", "dilation"))
+        sizes = (arguments["kernel_size"], *values)
+        return cls(*([size] * dims if isinstance(size, int) else list(size) for size in sizes))
 
 
 class _Maximum(torch.autograd.Function):

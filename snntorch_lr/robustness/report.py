@@ -341,7 +341,10 @@ class RobustnessReport:
             raise ImportError("pandas is missing: pip install pandas") from error
         records = []
         for row in self.rows:
-            shares = [("clean", None, share_of(row.clean)), ("clean, single draw", None, row.single)]
+            shares: list[tuple[str, float | None, Share]] = [
+                ("clean", None, share_of(row.clean)),
+                ("clean, single draw", None, row.single),
+            ]
             for e in self.epsilons:
                 shares += [(name, e, share_of(right[e])) for name, right in row.right.items()]
                 shares.append(("worst case", e, share_of(row.worst(e))))
@@ -368,10 +371,6 @@ class RobustnessReport:
             head: Markdown for its beginning.
             note: Markdown for its end, such as the command that made it.
             figures: by the file names under which ``head`` shows them, as in ``![caption](name.png)``.
-
-        Raises:
-            ImportError: if matplotlib or markdown-it-py is not installed.
-            OSError: if the file cannot be written.
         """
         own = {f"{name}.png": figure for name, figure in self.figures().items()}
         shown = [f"![]({name})" for name in (*own, "examples")]
@@ -387,14 +386,7 @@ class RobustnessReport:
         return {"epsilon": self.plot_epsilon(), "steps": self.plot_steps(), "surrogates": self.plot_surrogates()}
 
     def plot_epsilon(self) -> Figure:
-        """Figure of the worst case against the budget, and of plain ascent beyond the largest, which has to reach zero.
-
-        Returns:
-            A figure; ``figure.savefig(path)`` writes it.
-
-        Raises:
-            ImportError: if matplotlib is not installed.
-        """
+        """Figure of the worst case against the budget, and of plain ascent beyond the largest, which has to reach zero."""
         figure, (axes,) = new_figure()
         for row, look in self._looks():
             worst = [share_of(row.clean), *(share_of(row.worst(e)) for e in self.epsilons)]

@@ -21,14 +21,7 @@ ROWS = 4000
 
 @dataclass(frozen=True)
 class Share:
-    """Accuracy with its confidence interval.
-
-    Attributes:
-        accuracy: in [0, 1].
-        low: lower end of the interval.
-        high: upper end of the interval.
-        images: number of images.
-    """
+    """Accuracy in [0, 1] with both ends of its confidence interval, and its number of images."""
 
     accuracy: float
     low: float
@@ -45,12 +38,7 @@ class Share:
 
 
 def wilson(right: int, total: int, confidence: float = 0.95) -> Share:
-    """Accuracy with its Wilson score interval.
-
-    Args:
-        right: images that are right.
-        total: images.
-        confidence: in (0, 1).
+    """Accuracy with its Wilson score interval, from the numbers of images that are right and of all.
 
     Raises:
         ValueError: if ``right`` is not in [0, total], or total is 0.
@@ -66,17 +54,7 @@ def wilson(right: int, total: int, confidence: float = 0.95) -> Share:
 
 
 def clopper_pearson(right: int, total: int, confidence: float = 0.95) -> Share:
-    """Accuracy with its Clopper-Pearson interval, whose coverage is at least ``confidence``.
-
-    Args:
-        right: images that are right.
-        total: images.
-        confidence: in (0, 1).
-
-    Raises:
-        ValueError: if ``right`` is not in [0, total], or total is 0.
-
-    Source: Clopper & Pearson (1934).
+    """As ``wilson``, with the Clopper-Pearson interval (1934), whose coverage is at least ``confidence``.
 
     Examples:
         >>> print(clopper_pearson(81, 263))
@@ -102,13 +80,7 @@ def share_of(right: Tensor) -> Share:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Result of an exact McNemar test of two networks on the same images.
-
-    Attributes:
-        only_first: images that only the first network has right.
-        only_second: images that only the second network has right.
-        p_value: two-sided, of the hypothesis that both are right equally often.
-    """
+    """Numbers of images that only one of two networks has right, and the two-sided p-value of their being as good."""
 
     only_first: int
     only_second: int
@@ -118,9 +90,7 @@ class McNemar:
 def mcnemar(first: Tensor, second: Tensor) -> McNemar:
     """Exact McNemar test that two networks are right equally often, on the images that only one of them has right.
 
-    Args:
-        first: images that the first network has right, Boolean, ``[images]``.
-        second: the same for the second network.
+    It takes the images that each network has right, Boolean, ``[images]``.
 
     Raises:
         ValueError: if the shapes differ.

@@ -18,11 +18,7 @@ _NORM_NAMES = {"linf": "Linf", "l2": "L2"}
 
 
 def import_torchattacks() -> Any:
-    """The module ``torchattacks``.
-
-    Raises:
-        ImportError: if it is not installed.
-    """
+    """The module ``torchattacks``, or an error that says how to install it."""
     try:
         import torchattacks
     except ImportError as error:
@@ -67,15 +63,10 @@ class Library(_Run):
 
 @dataclass(frozen=True)
 class AutoPgd(_Run):
-    """Automatic projected gradient descent (APGD) of torchattacks.
+    """Automatic projected gradient descent (APGD) of torchattacks, with the 100 steps of the source.
 
     Called as usual it returns the clean image where it failed, and counts one lucky draw of the noise as success. Here
     it returns the iterate with the largest loss instead.
-
-    Attributes:
-        loss: ``"ce"`` or ``"dlr"``.
-        steps: number of steps; torchattacks would make 10 where the source makes 100.
-        draws: noise draws of each step; None for the target's.
 
     Source: Croce & Hein (2020), "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
     Parameter-free Attacks".
@@ -104,9 +95,6 @@ class SquareSearch(_Run):
     Called as usual it returns the clean image where it failed; here it returns its last candidate. It searches the
     network without its noise: a search that keeps what looked best keeps lucky draws, and finds far less.
 
-    Attributes:
-        queries: candidates for each image.
-
     Source: Andriushchenko, Croce, Flammarion & Hein (2020), "Square Attack: a Query-efficient Black-box Adversarial
     Attack via Random Search".
     """
@@ -116,11 +104,7 @@ class SquareSearch(_Run):
     queries: int = 5000
 
     def __call__(self, target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
-        """Adversarial images, in the shape of x.
-
-        Raises:
-            ValueError: if the images are too small for the first pattern of the search in l2.
-        """
+        """Adversarial images, in the shape of x."""
         if budget.norm == "l2" and min(x.shape[2:]) < 5:
             raise ValueError(f"Square in l2 needs images of 5 × 5 pixels or more, got {tuple(x.shape[2:])}")
         view = target.view(noise=False, seed=seed)
@@ -134,12 +118,9 @@ class SquareSearch(_Run):
 
 @dataclass(frozen=True)
 class RandomNoise(_Run):
-    """Random perturbations, of which the worst counts.
+    """Random perturbations of each image, uniform in the ball, of which the worst counts.
 
-    For l∞ every other one has all pixels moved by epsilon, up or down; the others are uniform in the ball.
-
-    Attributes:
-        samples: number of perturbations of each image.
+    For l∞ every other one has all pixels moved by epsilon, up or down.
     """
 
     samples: int = 64
@@ -160,22 +141,14 @@ class RandomNoise(_Run):
 
 @dataclass(frozen=True)
 class Transfer(_Run):
-    """Adversarial images of the target's sources, of which the target is shown one each and the worst counts.
-
-    Attributes:
-        descent: the attack on each source.
-    """
+    """Adversarial images of the target's sources, of which the target is shown one each and the worst counts."""
 
     access = "transfer"
 
     descent: Descent = field(default_factory=Descent)
 
     def __call__(self, target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
-        """Adversarial images, in the shape of x.
-
-        Raises:
-            ValueError: if the target has no sources.
-        """
+        """Adversarial images, in the shape of x."""
         if not target.sources:
             raise ValueError("a transfer attack needs other networks: give the target sources, evaluate baselines=")
         view, best = target.view(seed=seed), Best(x)
@@ -229,15 +202,9 @@ SUITES: dict[str, tuple[Attack, ...]] = {
 
 
 def suite(attacks: str | Sequence[str | Attack]) -> tuple[Attack, ...]:
-    """Attacks of a suite, or of a list of names and attacks.
+    """Attacks of a suite, or of a list of names of attacks and suites and of ``Attack`` objects.
 
-    Args:
-        attacks: name of a suite; or a list of names of attacks and suites and of ``Attack`` objects. Where suites have
-            attacks of the same name, it is the one that needs no torchattacks.
-
-    Raises:
-        ValueError: if a name is unknown, one occurs twice, or there is none.
-        ImportError: if an attack needs torchattacks and that is not installed.
+    Where suites have attacks of the same name, it is the one that needs no torchattacks.
 
     Examples:
         >>> [attack.name for attack in suite("quick")]

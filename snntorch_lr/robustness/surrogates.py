@@ -40,11 +40,7 @@ class Training:
 
 
 class OfMargin:
-    """Surrogate with a derivative of the margin that stays the same at every time step.
-
-    Args:
-        of: from a neuron to its derivative.
-    """
+    """Surrogate that is a derivative of the margin, the same at every time step, by neuron."""
 
     def __init__(self, of: Callable[[nn.Module], Derivative]) -> None:
         self.of = of
@@ -67,8 +63,7 @@ def straight_through() -> OfMargin:
 def gaussian(width: float | None = None) -> OfMargin:
     """Derivative of Φ(u/w): that of the probability to fire, if w is the standard deviation of a neuron's noise.
 
-    Args:
-        width: w; by default that of the noise of each neuron, on or off, and 0.5 for a neuron that has none.
+    By default w is that of each neuron, whether its noise is on or off, and 0.5 for a neuron that has none.
     """
 
     def of(neuron: nn.Module) -> Derivative:
@@ -164,9 +159,6 @@ class RateGradient:
 
     Applies to neurons with a leak ``beta`` whose spikes have the shape of their input; others (LSTM cells, pooling
     inside the neuron) keep their own gradient, and so does a membrane potential that the network reads.
-
-    Args:
-        gain: slope of the firing rate, ``rga`` or ``bptr``.
     """
 
     def __init__(self, gain: Gain) -> None:
@@ -227,9 +219,8 @@ SURROGATES: dict[str, Callable[..., Surrogate]] = {
 def make_surrogate(which: str | Surrogate) -> Surrogate:
     """A surrogate by name, or the one that is given.
 
-    Args:
-        which: a name of ``SURROGATES``, or a name and its parameter as in ``"atan:4"`` (α), ``"gaussian:0.3"`` (width),
-            ``"assg:0.42"`` (ω) or ``"rga:0.1"`` (γ); or an object.
+    A name of ``SURROGATES`` may have a parameter behind it, as in ``"atan:4"`` (α), ``"gaussian:0.3"`` (width),
+    ``"assg:0.42"`` (ω) or ``"rga:0.1"`` (γ).
 
     Raises:
         ValueError: if there is no surrogate of this name, or it has no such parameter.

@@ -131,15 +131,9 @@ class AttackableView(nn.Module):
 
 @dataclass(frozen=True)
 class Target:
-    """The network under attack and how it is read.
+    """The network under attack and how it is read, in the words of ``AttackableView``.
 
-    Attributes:
-        net: the network.
-        forward: as ``AttackableView``'s.
-        noise: neurons that have noise draw it at test time.
-        draws: noise draws that the gradient of an attack averages over (expectation over transformations, EOT).
-        scale: as ``AttackableView``'s.
-        sources: other networks, by name, whose adversarial images may be tried on this one.
+    ``sources`` are other networks, by name, whose adversarial images may be tried on this one.
 
     Examples:
         >>> Target(nn.Flatten(), draws=4).view(noise=False).draws
@@ -162,15 +156,8 @@ class Target:
         seed: int = 0,
     ) -> AttackableView:
         """The network as attacks see it; settings that are not given are those of the target."""
-        return AttackableView(
-            self.net,
-            forward=self.forward,
-            draws=self.draws if draws is None else draws,
-            noise=self.noise if noise is None else noise,
-            seed=seed,
-            scale=self.scale,
-            surrogate=surrogate or "training",
-        )
+        draws, noise = (self.draws if draws is None else draws), (self.noise if noise is None else noise)
+        return AttackableView(self.net, self.forward, draws, noise, seed, self.scale, surrogate or "training")
 
 
 def device_of(net: nn.Module) -> torch.device:

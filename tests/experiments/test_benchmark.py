@@ -31,7 +31,7 @@ def test_every_method_learns(name: str, noise: str) -> None:
 
 
 def first_step(name: str, **sizes: Any) -> tuple[float, list[torch.Tensor], list[int]]:
-    """Loss and gradients of the first step, and the rows that went through the first block in each of its calls."""
+    """Loss and gradients of the first step, and the rows that went through the first block in its calls."""
     gradients: list[torch.Tensor] = []
     rows: list[int] = []
 
@@ -62,11 +62,9 @@ def test_without_noise_the_loss_and_the_gradient_are_those_of_snntorch(name: str
     torch.testing.assert_close(gradients[-2:], others[-2:])
 
 
-def test_the_first_current_is_computed_as_often_as_the_loop_says_for_all_copies() -> None:
-    calls = {name: first_step(name, **TINY)[2] for name in METHODS if name != RIVAL}
-    written = {name for name, rows in calls.items() if rows == [8] * 4}
-    assert written == {REFERENCE, "counterfactual, as written"}
-    assert all(len(rows) == 1 for name, rows in calls.items() if name not in written)
+def test_the_first_current_is_computed_as_often_as_the_loop_says() -> None:
+    calls = {name: len(first_step(name, **TINY)[2]) for name in METHODS if name != RIVAL and METHODS[name].copies < 16}
+    assert {name for name, number in calls.items() if number > 1} == {REFERENCE, "counterfactual, as written"}
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +109,7 @@ def test_the_command_runs_chosen_parts(tmp_path: Path) -> None:
     arguments = ["--part", "steps", "--repeats", "1", "--num-steps", "2", "--width", "5"]
     result = run("benchmark", *arguments, "--batch", "2", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
-    assert "approximate, K = 16" in result.output
+    assert "slr.rollout" in result.output
     assert "memory" not in json.loads((tmp_path / "benchmark.json").read_text())
 
 

@@ -12,7 +12,6 @@ from snntorch_lr import Counterfactual
 from snntorch_lr.experiments import data
 from snntorch_lr.experiments.recipe import (
     Recipe,
-    first_sensitivity,
     load_trained,
     make_network,
     make_optimizer,
@@ -105,13 +104,8 @@ def test_training_images_are_disturbed(method: str, images: data.Images, tmp_pat
     plain = losses(replace(RECIPE, method=method), images, tmp_path / "plain")[-1]
     changes = [{"adversary": 0.2}, {"adversary": 0.2, "free": 2}, {"input_noise": 1.0}]
     changes += [{"input_noise": 1.0, "input_noise_each_step": True}, {"input_noise": 0.2, "adversary": 0.2}]
-    if method != "surrogate":
-        changes += [{"adversary": 0.2, "attacker": "counterfactual"}]
     for number, change in enumerate(changes):
-        assert (
-            losses(replace(RECIPE, method=method, attacker_steps=2, **change), images, tmp_path / str(number))[-1]
-            > plain
-        )
+        assert losses(replace(RECIPE, method=method, **change), images, tmp_path / str(number))[-1] > plain
 
 
 @pytest.mark.parametrize("method", ["surrogate", "likelihood ratio"])
@@ -121,16 +115,6 @@ def test_the_level_of_noise_on_the_input_is_learned(method: str, images: data.Im
     assert 0.25 < noise_levels(net)["input"][0] != pytest.approx(0.5, abs=1e-4)
     _, loaded = load_trained(tmp_path / "c.pt")
     assert noise_levels(loaded) == noise_levels(net)
-
-
-@pytest.mark.parametrize("method", ["surrogate", "likelihood ratio"])
-def test_a_penalty_makes_the_first_layer_less_sensitive(method: str, images: data.Images, tmp_path: Path) -> None:
-    found = []
-    for penalty in (0.0, 10.0):
-        recipe = replace(RECIPE, method=method, penalty=penalty)
-        net = train(recipe, images, tmp_path / f"{penalty}.pt", CPU).net
-        found.append(first_sensitivity(recipe, net, images.test[:50]).mean().item())
-    assert found[1] < 0.8 * found[0]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +130,6 @@ def test_a_penalty_makes_the_first_layer_less_sensitive(method: str, images: dat
         ({"late_copies": 8, "method": "surrogate"}, "late_copies"),
         ({"decay": -1.0}, "decay"),
         ({"free": 4}, "free needs the budget"),
-        ({"attacker": "counterfactual", "method": "surrogate"}, "counterfactual attacker"),
         ({"attacker": "magic"}, "unknown attacker"),
         ({"model": "ann"}, "no spiking neurons"),
         ({"stop_at": 0.5}, "validation"),

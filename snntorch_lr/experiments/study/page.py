@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..._messages import listed, markdown
 from ...robustness import wilson
@@ -35,19 +35,7 @@ class Report(Printed):
 
 
 def write(results: Path, out: Path, html: bool = False) -> list[Path]:
-    """Writes ``index.md``, its figures, and ``results.json``, which is all that they are made from.
-
-    Args:
-        results: folder of JSON files of ``study``, one for each network, or of the ``results.json`` of them all.
-        out: folder for the page.
-        html: write ``report.html`` too.
-
-    Returns:
-        The files.
-
-    Raises:
-        ValueError: if there is no result in the folder, a network is there twice, or a file cannot be read as one.
-    """
+    """Writes ``index.md``, its figures, and ``results.json``, which is all that they are made from."""
     single = [path for path in sorted(results.glob("*.json")) if path.name != TOGETHER]
     return write_page(single or list(results.glob(TOGETHER)), out, results, html)
 
@@ -178,11 +166,7 @@ def _foot(results: Sequence[Result]) -> str:
 
 
 def _fronts_figure(panels: Sequence[tuple[str, Sequence[Point]]]) -> Figure:
-    """Worst-case accuracy against clean error, a panel for each budget and a line for each family; surrogates hollow.
-
-    Args:
-        panels: budgets, and the networks.
-    """
+    """Worst-case accuracy against clean error, a panel for each budget, a line for each family; surrogates hollow."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure, axes = new_figure(11, 5.4, len(panels))
@@ -195,19 +179,12 @@ def _fronts_figure(panels: Sequence[tuple[str, Sequence[Point]]]) -> Figure:
                 continue
             middle, bars = percent([wilson(int(point.right.sum()), len(point.right)) for point in mine])
             error, sides = percent([point.error for point in mine])
-            axis.errorbar(
-                error,
-                middle,
-                yerr=bars,
-                xerr=sides,
-                marker=_MARKERS[index % len(_MARKERS)],
-                linestyle="-" if len(mine) > 2 else "none",
-                lw=1,
-                elinewidth=0.5,
-                color=colors[family],
-                markerfacecolor="white" if mine[0].surrogate else None,
-                label=family,
-            )
+            look: dict[str, Any] = {
+                "marker": _MARKERS[index % len(_MARKERS)],
+                "linestyle": "-" if len(mine) > 2 else "none",
+            }
+            look |= {"color": colors[family], "markerfacecolor": "white" if mine[0].surrogate else colors[family]}
+            axis.errorbar(error, middle, bars, sides, lw=1, elinewidth=0.5, label=family, **look)
         # Most networks differ by a point or two, and some by ten.
         axis.set(xscale="log", xlabel="error on all test images (%), smaller to the right", title=f"ε = {epsilon}")
         axis.set_ylabel("worst-case accuracy, reduced suite (%)")

@@ -118,14 +118,7 @@ class _Network:
 
 
 def plan_path(plan: str) -> Path:
-    """The file of a plan.
-
-    Args:
-        plan: one of ``PRESETS``, or the path of a file ending in ``.toml``.
-
-    Raises:
-        ValueError: if it is neither.
-    """
+    """The file of a plan."""
     if plan in PRESETS:
         return PRESETS[plan]
     if not plan.endswith(".toml"):
@@ -171,7 +164,7 @@ def read_plan(plan: str) -> list[Entry]:
 
 
 def _tables(path: Path) -> dict[str, Any]:
-    """Tables of a file; of one that is like a plan of this package, those of that plan, with its own changes."""
+    """Tables of a file; of one that is like a plan of this package, those of that plan with its own; empty ones go."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -181,7 +174,8 @@ def _tables(path: Path) -> dict[str, Any]:
         return tables
     base, own = _tables(_named(tables.pop("like"), PRESETS)), tables.pop("recipes", {})
     recipes = {name: base["recipes"].get(name, {}) | table for name, table in own.items()}
-    return base | tables | {"recipes": base["recipes"] | recipes}
+    tables = base | tables | {"recipes": base["recipes"] | recipes}
+    return {name: table for name, table in tables.items() if table}
 
 
 def _fields(table: Any, recipes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

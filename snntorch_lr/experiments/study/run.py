@@ -51,18 +51,6 @@ def study(options: Study, tell: Tell = lambda what, done, total, left: None) -> 
 
     Every process computes with one thread. The same call goes on where an earlier one was interrupted: finished
     networks are not touched, and of others finished epochs and attacks are kept.
-
-    Args:
-        options: the plan, and where to work.
-        tell: told after each network.
-
-    Returns:
-        The files of all finished networks of the plan.
-
-    Raises:
-        ValueError: if the plan or an option is wrong, or another process works in the folder.
-        DataError: if the data cannot be had.
-        ChildProcessError: if a process is killed from outside.
     """
     check(options)
     out, entries = options.folder, read_plan(options.plan)
