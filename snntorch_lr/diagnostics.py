@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ._messages import aligned, install, positive_integer, warn
-from .first_call import FirstCall
 from .gradients import ESTIMATORS, Counterfactual, Estimator, LossFn, Vanilla
 from .gradients.base import surrogate
 from .left_as_found import left_as_found
-from .validate import noisy
+from .validate import FirstCall, noisy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,12 +38,9 @@ The inputs are the same in all calls: noise of the batch is not part of these fi
 class GradientQuality:
     """Gradient of one parameter tensor by one estimator; None where a figure is not resolved or not available.
 
-    Attributes:
-        cosine: mean cosine of one call's gradient to the mean of the reference calls.
-        snr: ‖E g‖² / tr Cov(g) of one call; unbiased numerator, so that it may be below zero.
-        bias: ‖E g − E g_ref‖ / ‖E g_ref‖, with the expected Monte-Carlo part subtracted, at least 0.
-        bias_floor: that Monte-Carlo part: a bias below it is not resolved. How well ‖E g_ref‖ is known, which scales
-            both, is not part of it.
+    What each figure is stands below the table of a report. ``snr`` has an unbiased numerator, and may be below zero.
+    ``bias_floor`` is the Monte-Carlo part of the bias, which is subtracted from it; how well ‖E g_ref‖ is known, which
+    scales both, is not part of it.
     """
 
     cosine: float | None
@@ -123,8 +119,7 @@ class GradientReport:
         texts = [aligned(*table, left=left) for table, left in zip(self.tables(), (2, 1), strict=True)]
         return "\n\n".join((settings, *texts, *notes))
 
-    def __str__(self) -> str:
-        return self.table()
+    __str__ = table
 
     def to_json(self) -> dict[str, Any]:
         """All figures and settings as plain dicts and numbers, ready for ``json.dump``."""

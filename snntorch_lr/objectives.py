@@ -1,7 +1,7 @@
 """Losses per sample, beside torch's own, that the likelihood ratio can minimise: it never differentiates a spike.
 
-Logits are ``[batch, classes]``, targets class indices ``[batch]``, losses ``[batch]``. Spikes are ``[time, rows, ...]``,
-as ``torch.stack`` of all time steps; limits are in spikes per neuron and time step.
+Logits are ``[batch, classes]``, targets class indices ``[batch]``, losses ``[batch]``. Spikes are
+``[time, rows, ...]``, as ``torch.stack`` of all time steps; limits are in spikes per neuron and time step.
 
 ``loss_fn`` may return any of them. Backpropagation gets stuck on the first, whose gradient vanishes for samples that
 are confidently wrong, and gets no gradient at all from the second. What is to be added to a loss, such as a limit of

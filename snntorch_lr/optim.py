@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from ._messages import places
 from .blocks import forget_constant_inputs, remember_constant_inputs
-from .first_call import FirstCall
 from .gradients import ESTIMATORS, Counterfactual, CounterfactualCredit, Estimator, LossFn
 from .gradients.counterfactual import check_independent
 from .graph import ancestors
 from .network import noisy_neurons
 from .noisy_neuron import NoisyNeuron
-from .validate import check_finite_gradients, check_optimizer, noisy, refuse_thresholds_met_twice
+from .validate import FirstCall, check_finite_gradients, check_optimizer, noisy, refuse_thresholds_met_twice
 
 
 class Closure:

@@ -501,3 +501,26 @@ def test_a_call_leaves_nothing_alive(estimator: str, noise: str) -> None:
         gc.unfreeze()
         gc.enable()
     assert len(set(alive[1:])) == 1
+
+
+class _Surrogate(slr.Estimator):
+    """An estimator of one's own: surrogate gradients, with noise copies."""
+
+    def estimate(self, neurons: Any, loss_fn: Any, inputs: Any, targets: Any) -> torch.Tensor:
+        losses, _ = self.run(neurons, None, loss_fn, inputs, targets)
+        losses.mean().backward()
+        return losses.detach().mean()
+
+
+def test_an_estimator_of_ones_own_adds_its_gradient_and_is_attached() -> None:
+    net, (x, y) = Net(), data()
+    torch.manual_seed(0)
+    net.loss(x, y).mean().backward()
+    expected = gradients(net)
+    torch.manual_seed(0)
+    _Surrogate(net, copies=1).backward(net.loss, x, y)
+    assert_same(gradients(net), {name: 2 * gradient for name, gradient in expected.items()}, rtol=1e-5, atol=1e-7)
+    optimizer, before = torch.optim.SGD(net.parameters(), lr=0.1), net.fc1.weight.detach().clone()
+    slr.attach(optimizer, net, _Surrogate(net, copies=3))
+    optimizer.step(slr.closure(net.loss, x, y))
+    assert not torch.equal(net.fc1.weight, before)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snntorch_lr as slr
-from snntorch_lr import fused, kernels
-from snntorch_lr.gradients import CounterfactualCredit
+from snntorch_lr import kernels
+from snntorch_lr.gradients import CounterfactualCredit, fused
 from snntorch_lr.noisy_neuron import NoisyNeuron
 
 from .helpers import RESETS, assert_same, initial_states

@@ -29,14 +29,8 @@ class SpikingClassifier(nn.Module):
     """Blocks with leaky neurons between them, and a readout by the mean membrane potential or by spike counts.
 
     The image is the constant input current of every time step (direct coding), so the first block runs once, unless
-    the module ``input`` in front of it draws noise in each time step.
-
-    Args:
-        blocks: modules in front of the hidden neurons, in order.
-        readout: module in front of the output neurons.
-        num_steps: time steps.
-        beta: leak of all neurons.
-        counts: the logits are the spike counts of the output neurons; otherwise these integrate and never reset.
+    the module ``input`` in front of it draws noise in each time step. Without ``counts`` of spikes as logits, the
+    output neurons integrate and never reset.
     """
 
     def __init__(

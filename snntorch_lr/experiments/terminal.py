@@ -61,11 +61,7 @@ def _least(cell: str) -> int:
 
 
 class Watch:
-    """Progress of trainings and attacks: a bar for each in a terminal; elsewhere a line for each epoch and attack.
-
-    Args:
-        bars: drawn in a terminal.
-    """
+    """Progress of trainings and attacks: a bar for each in a terminal; elsewhere a line for each epoch and attack."""
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars

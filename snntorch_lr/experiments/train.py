@@ -28,30 +28,24 @@ from .recipe import INCOMPLETE, Recipe, check_recipe, make_network, make_optimiz
 CHECKS = 20
 """Times in an epoch at which a run with ``stop_at`` looks at its validation accuracy."""
 Step = Callable[[Tensor, Tensor], float]
-AfterStep = Callable[[int, float], None]
-"""Called after each step with the number of steps done, resumed ones included, and the loss."""
-AfterEpoch = Callable[[dict[str, float], nn.Module], None]
-"""Called after each epoch with its entry of the history, and the network."""
 
 
 class Observer:
     """Watches a training, and does nothing."""
 
     def after_step(self, done: int, loss: float) -> None:
-        """As ``AfterStep``."""
+        """Called after each step with the number of steps done, resumed ones included, and the loss."""
 
     def after_epoch(self, entry: dict[str, float], net: nn.Module) -> None:
-        """As ``AfterEpoch``."""
+        """Called after each epoch, when its checkpoint is written, with its entry of the history."""
 
 
 @dataclass
 class Trained:
-    """A trained network and its history: one entry for each epoch.
+    """A trained network and its history, one entry for each epoch.
 
-    Attributes:
-        net: the network.
-        history: epoch (a fraction where training stopped within one), train_loss, test_accuracy (noise off), seconds,
-            and noisy_test_accuracy (noise on, one draw) of networks with noise.
+    An entry has epoch (a fraction where training stopped within one), train_loss, test_accuracy (noise off), seconds,
+    and noisy_test_accuracy (noise on, one draw) of networks with noise.
     """
 
     net: nn.Module
@@ -102,8 +96,8 @@ def train(
     checkpoint: Path,
     device: torch.device,
     resume: bool = False,
-    after_step: AfterStep = lambda done, loss: None,
-    after_epoch: AfterEpoch = lambda entry, net: None,
+    after_step: Callable[[int, float], None] = lambda done, loss: None,
+    after_epoch: Callable[[dict[str, float], nn.Module], None] = lambda entry, net: None,
 ) -> Trained:
     """Trains a network, or goes on from its checkpoint, which is written after each epoch.
 

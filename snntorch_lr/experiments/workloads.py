@@ -97,14 +97,7 @@ LOOPS: dict[str, Callable[[nn.Sequential], Forward]] = {
 
 @dataclass(frozen=True)
 class Method:
-    """A way to compute a training step.
-
-    Attributes:
-        gradient: ``"surrogate"``, or one of ``ESTIMATORS``.
-        loop: one of ``LOOPS``.
-        copies: K.
-        noisy: the hidden neurons have noise.
-    """
+    """A way to compute a training step: by ``"surrogate"`` or one of ``ESTIMATORS``, in one of ``LOOPS``, K copies."""
 
     gradient: str = "surrogate"
     loop: str = "hoisted"
@@ -134,14 +127,7 @@ def make_step(
 ) -> Step:  # fmt: skip
     """A training step with Adam on a fixed random batch; the loss is summed over all time steps.
 
-    Args:
-        method: how to compute it.
-        noise: kind of the noise of the hidden neurons.
-        num_steps: T.
-        width: neurons of each hidden layer.
-        depth: number of hidden layers.
-        batch: images in a step.
-        device: where.
+    The network has ``depth`` hidden layers of ``width`` neurons, with noise of a kind where the method has it.
     """
     torch.manual_seed(0)
     x = torch.rand(batch, FEATURES).to(device)
@@ -200,14 +186,7 @@ def peak_megabytes(make: Callable[..., Step], device: torch.device) -> float:
     Gradients, the optimizer's state and all that an estimator looks at in its first call are in it. Another network
     takes a step with a single time step before, so that libraries are there. On a CPU it is the memory of a fresh
     process, so that nothing that was freed earlier hides a part of it. On a CUDA device it is what torch's allocator
-    counts.
-
-    Args:
-        make: makes the step, with ``num_steps=1`` one of a single time step; ``pickle`` has to find it in a module.
-        device: where the step computes.
-
-    Raises:
-        ChildProcessError: if the process dies, for want of memory for example.
+    counts. ``make`` makes the step, with ``num_steps=1`` one of a single time step; ``pickle`` has to find it.
     """
     job = pickle.dumps((make, str(device), torch.get_num_threads()))
     # In a session of its own: Ctrl-C is for this process, which ends the other one.

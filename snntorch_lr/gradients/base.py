@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from .._messages import places, positive_integer
 from ..copies import Copies
-from ..first_call import FirstCall
 from ..left_as_found import Buffers, left_as_found
 from ..network import noisy_inputs, noisy_neurons, parameters
 from ..noisy_neuron import NoisyNeuron, Sampler
-from ..validate import check_finite_gradients, check_levels, check_network, check_parameters, noisy
+from ..validate import FirstCall, check_finite_gradients, check_levels, check_network, check_parameters, noisy
 
 LossFn = Callable[[Any, Any], Tensor]
 """Forward pass and loss: from inputs and targets to one loss per row of the targets."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import fused
 from .._messages import place, warn
 from ..blocks import new_presentation
 from ..copies import running_copies
@@ -20,6 +19,7 @@ from ..node import CounterfactualSpike, Presentation, Reads
 from ..noisy_neuron import CARRIED, Carried, NoisyNeuron
 from ..philox import resolved
 from ..validate import check_loss
+from . import fused
 from .base import Estimator, LossFn, sampling
 
 DISCOUNT = 0.7

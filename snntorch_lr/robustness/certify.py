@@ -58,8 +58,7 @@ class Certificate:
         lines = [[f"{radius:g}", str(self.accuracy(radius))] for radius in radii]
         return markdown(["l2 radius", "certified accuracy, %"], lines)
 
-    def __str__(self) -> str:
-        return self.table()
+    __str__ = table
 
     def to_json(self) -> dict[str, Any]:
         """Settings and results as plain numbers, ready for ``json.dump``."""
@@ -83,11 +82,9 @@ def certify(
     """Certified l2 radii by randomized smoothing, which no masked gradient can fake.
 
     What is certified is the smoothed network: the class that most noise draws choose. No attack within the radius
-    changes it, whatever it knows, except with probability ``alpha``.
-
-    1. ``selection`` draws choose the class of each image.
-    2. ``draws`` others bound its probability p from below (Clopper-Pearson).
-    3. If the bound is above one half, the radius is Φ⁻¹(p) · σ; otherwise the network abstains.
+    changes it, whatever it knows, except with probability ``alpha``. ``selection`` draws choose the class of each
+    image, and ``draws`` others bound its probability p from below (Clopper-Pearson). If the bound is above one half,
+    the radius is Φ⁻¹(p) · σ; otherwise the network abstains.
 
     Args:
         net: any network; its neurons' noise is off. A ``Target`` for other ways to read it.

@@ -24,8 +24,8 @@ from ..network import noises, noisy_neurons, not_finite, reset, spiking_neurons
 from ..philox import mix
 from . import gates
 from .attacks import Attack, Budget, perturb
+from .figures import Example
 from .gradient_attacks import COUNTERFACTUAL
-from .html import Example
 from .input_gradient import likelihood_ratio_input_gradient, with_noise
 from .report import PACKAGES, GateFindings, Protocol, RobustnessReport, Row, Subject
 from .scoring import Scores, batch_size, is_random, logits_of, pieces, score, seeded, share_of
@@ -127,16 +127,20 @@ def _warn_about_noise_gaps(rows: Sequence[Row]) -> None:
     """Warns of networks whose accuracy is another one without their noise than by the majority of noise draws."""
     off = {row.subject.network: row.clean for row in rows if row.subject.noise == "off"}
     for row in rows:
-        if row.subject.noise == "on" and row.subject.network in off and not row.subject.noisy_in_evaluation:
-            gap = noise_gap(off[row.subject.network], row.clean)
-            if gap is not None:
-                warn(f"{row.subject.network}: {gap}")
+        name, noise = row.subject.network, row.subject.noise
+        compared = noise == "on" and name in off and not row.subject.noisy_in_evaluation
+        if compared and (gap := noise_gap(off[name], row.clean)):
+            warn(f"{name}: {gap}")
 
 
 def _budgets(epsilons: float | Sequence[float], norm: str) -> tuple[float, ...]:
-    budgets = tuple(sorted({float(e) for e in (epsilons if isinstance(epsilons, Iterable) else [epsilons])}))
+    wanted = list(epsilons) if isinstance(epsilons, Iterable) else [epsilons]
+    try:
+        budgets = tuple(sorted({float(epsilon) for epsilon in wanted}))
+    except (TypeError, ValueError):
+        budgets = ()
     if not budgets or any(not 0 < epsilon < math.inf for epsilon in budgets):
-        raise ValueError(f"epsilons must be positive numbers and there must be one, got {list(budgets)}")
+        raise ValueError(f"epsilons must be positive numbers and there must be one, got {wanted}")
     if norm == "linf" and budgets[-1] > 1:
         raise ValueError(f"epsilons of linf are in units of pixels in [0, 1], as 8 / 255; got {budgets[-1]:g}")
     return budgets
@@ -434,7 +438,7 @@ def _recorded(target: Target, images: Tensor, seed: int) -> tuple[str, Tensor]:
         for image in images:
             # One at a time, so that both have the same noise.
             logits_of(target, image[None].to(device_of(target.net)), seed)
-    return name, torch.stack(spikes).unflatten(0, (len(images), -1)).transpose(0, 1)
+    return name, torch.stack(spikes).view(len(images), -1, len(spikes[0])).transpose(0, 1)
 
 
 def _from_source(attack: Attack, source: Subject) -> Attack:

@@ -1,11 +1,18 @@
-"""What the figures of this package share: colours of networks, intervals, panels, legends."""
+"""What figures and pages share: colours of networks, panels and legends; one HTML page with all in it."""
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Iterable, Sequence
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from .._messages import install
 from .scoring import Share
@@ -86,3 +93,169 @@ def with_legend(figure: Figure, axes: Axes, columns: int = 2, title: str | None 
     look = {"fontsize": "small", "title_fontsize": "small", "ncols": columns}
     figure.legend(handles, labels, loc="outside lower center", title=title, **look)
     return figure
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --text: #1b1f24; --faint: #59636e; --back: #fff; --card: #f6f8fa; --line: #d1d9e0; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --text: #e6edf3; --faint: #9198a1; --back: #0d1117; --card: #151b23; --line: #3d444d; }}
+}}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 70rem; color: var(--text); background: var(--back);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }}
+h1, h2, h3 {{ line-height: 1.25; margin: 2rem 0 .75rem; }}
+h1 {{ margin-top: 0; }}
+p, li {{ max-width: 48rem; }}
+a {{ color: inherit; }}
+code {{ font-size: .85em; background: var(--card); padding: .1em .3em; border-radius: 4px; }}
+.scroll {{ overflow-x: auto; margin: 1rem 0; }}
+table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
+  min-width: 5.5rem; max-width: 32rem; }}
+th:first-child, td:first-child {{ min-width: 8.5rem; }}
+th {{ color: var(--faint); }}
+figure {{ margin: 1rem 0; }}
+figure svg {{ display: block; width: 100%; min-width: 34rem; height: auto; }}
+figcaption, .note {{ color: var(--faint); font-size: .85rem; max-width: 48rem; }}
+.strip {{ display: flex; gap: 1rem; overflow-x: auto; padding-bottom: .5rem; }}
+.broken {{ flex: 0 0 13rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .75rem;
+  font-size: .8rem; }}
+.broken p {{ margin: 0 0 .5rem; }}
+.pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; }}
+.pair div {{ display: grid; gap: .25rem; align-content: start; }}
+.pair img {{ width: 100%; image-rendering: pixelated; border: 1px solid var(--line); background: var(--back); }}
+.pair img.spikes {{ height: 6rem; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def page(title: str, markdown: str, figures: Mapping[str, Figure | str]) -> str:
+    """A self-contained page from Markdown: no style sheet, script, font or picture is loaded from elsewhere.
+
+    Figures take the place of pictures, ``![words](name.png)``, by file name; a string is HTML. HTML in the Markdown is
+    shown as text.
+    """
+    try:
+        from markdown_it import MarkdownIt
+    except ImportError as error:
+        raise ImportError(f"markdown-it-py is missing: {install('experiments')}") from error
+    body = MarkdownIt("js-default", {"linkify": False}).render(markdown)
+    # A wide table scrolls inside the page, and an accuracy stays on its line.
+    body = (
+        body.replace("<table>", '<div class="scroll"><table>')
+        .replace("</table>", "</table></div>")
+        .replace(" ± ", "&nbsp;±&nbsp;")
+    )
+
+    def drawn(found: re.Match[str]) -> str:
+        figure, words = figures[found[1]], found[2]
+        if isinstance(figure, str):
+            return figure
+        return f'<figure><div class="scroll">{_figure(figure)}</div><figcaption>{words}</figcaption></figure>'
+
+    body = re.sub(r'<p><img src="([^"]*)" alt="([^"]*)"[^>]*></p>', drawn, body)
+    return _PAGE.format(title=escape(title), body=body)
+
+
+def _figure(figure: Figure) -> str:
+    """A figure as SVG, whose black is the colour of the text around it and whose white that of the page."""
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"]}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    drawn = file.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    # Groups are numbered in each figure, and nothing refers to them.
+    drawn = re.sub(r'<g id="[^"]*">', "<g>", drawn)
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
+    for color, name in (("#ffffff", "var(--back)"), ("#000000", "currentColor"), ("black", "currentColor")):
+        drawn = re.sub(rf'(fill|stroke)(: |="){color}\b', rf"\1\2{name}", drawn)
+    return drawn.replace("<svg ", '<svg fill="currentColor" ', 1)
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image that an attack broke, to be looked at: its index among those attacked, pixels, classes, the attack.
+
+    ``place`` is that among the images that this attack broke at this budget. ``spikes`` are of some neurons of the
+    first layer, with noise if any has it, for the original and the adversarial image, ``[time, 2, neurons]``.
+    """
+
+    index: int
+    original: Tensor
+    adversarial: Tensor
+    label: int
+    predicted: int
+    attack: str
+    epsilon: float
+    place: int
+    layer: str = ""
+    spikes: Tensor = field(default_factory=lambda: torch.zeros(0, 2, 0))
+
+
+def examples(broken: Mapping[str, Sequence[Example]]) -> str:
+    """Images that attacks broke beside their originals, by network, with the spikes of both; nothing if none."""
+    parts = [
+        f'<h3>{escape(network)}</h3>\n<div class="strip">{"".join(map(_card, images))}</div>\n'
+        for network, images in broken.items()
+        if images
+    ]
+    if not parts:
+        return ""
+    layers = ", ".join(dict.fromkeys(image.layer for images in broken.values() for image in images if image.layer))
+    below = f" Below, spikes of {escape(layers)}: time from left to right, a line for each of the first neurons."
+    return (
+        "<h2>Images that attacks broke</h2>\n"
+        "<p>Left the original, which the network has right; right what the attack made of it."
+        f"{below if layers else ''}</p>\n{''.join(parts)}"
+    )
+
+
+def _card(example: Example) -> str:
+    about = f"image {example.index}, {example.attack}, ε = {example.epsilon:g}"
+    sides = []
+    for index, (image, said) in enumerate(
+        ((example.original, f"right: {example.label}"), (example.adversarial, f"taken for {example.predicted}"))
+    ):
+        spikes = example.spikes[:, index].T
+        raster = f'<img class="spikes" alt="spikes" src="{_png(_raster(spikes))}">' if spikes.numel() else ""
+        count = f"<span>{int(spikes.sum())} spikes</span>" if spikes.numel() else ""
+        sides.append(f'<div><img alt="{said}" src="{_png(_pixels(image))}"><span>{said}</span>{raster}{count}</div>')
+    return f'<div class="broken"><p>{escape(about)}</p><div class="pair">{"".join(sides)}</div></div>'
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """Pixels ``[height, width, 3]`` of an image ``[channels, height, width]``; of many channels their mean."""
+    shown = image if len(image) in (1, 3) else image.mean(0, keepdim=True)
+    return shown.clamp(0, 1).expand(3, *image.shape[1:]).permute(1, 2, 0)
+
+
+def _raster(spikes: Tensor) -> Tensor:
+    """Pixels ``[neurons, time, 4]``: blue where a neuron fires, and else transparent."""
+    blue = torch.tensor([0.0, 0.45, 0.70, 1.0])
+    return (spikes > 0).float()[..., None] * blue
+
+
+def _png(pixels: Tensor) -> str:
+    """A picture as a data URI."""
+    try:
+        from matplotlib.image import imsave
+    except ImportError as error:
+        raise ImportError(f"matplotlib is missing: {install('experiments')}") from error
+    file = io.BytesIO()
+    options: dict[str, Any] = {"format": "png", "metadata": {"Software": None}}
+    imsave(file, pixels.contiguous().numpy(), **options)
+    return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"

@@ -132,14 +132,9 @@ class Probe:
         """Size of the smallest budget that holds every image: there, nothing can be robust."""
         return 1.0 if self.norm == "linf" else math.sqrt(self.images[0].numel())
 
-    def only(self, chosen: Tensor) -> Probe:
+    def only(self, chosen: Tensor | slice) -> Probe:
         """The same with some of the images."""
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
-
-    def first(self, count: int) -> Probe:
-        """The same with the first images only, on the network's device."""
-        device = device_of(self.target.net)
-        return replace(self, images=self.images[:count].to(device), labels=self.labels[:count].to(device))
 
     def right_after(self, epsilon: float, descent: Descent) -> Tensor:
         """Correct predictions after an attack with fresh noise, Boolean, ``[n]``."""
@@ -277,9 +272,9 @@ def direction(probe: Probe) -> Gate:
     name = "G7 direction"
     if not any(True for _ in spiking_neurons(probe.target.net)):
         return Gate(name, True, "the network has no spikes: its gradient is exact")
-    few = probe.first(FEW_IMAGES)
+    few, device = probe.only(slice(FEW_IMAGES)), device_of(probe.target.net)
     try:
-        cosine, repeatability = alignment(probe.target, few.images, few.labels, seed=probe.seed)
+        cosine, repeatability = alignment(probe.target, few.images.to(device), few.labels.to(device), seed=probe.seed)
     except ValueError as error:
         return Gate(name, None, f"no likelihood-ratio gradient: {first_line(error)}")
     if repeatability < RESOLVED:
@@ -295,8 +290,7 @@ def canary(probe: Probe) -> Gate:
     def masked(net: nn.Module, images: Tensor) -> Tensor:
         return net(images.detach()) if forward is None else forward(net, images.detach())
 
-    few = probe.first(FEW_IMAGES)
-    blind = replace(few, target=replace(few.target, forward=masked))
+    blind = replace(probe.only(slice(FEW_IMAGES)), target=replace(probe.target, forward=masked))
     # No number of steps leads away without a gradient.
     ascent = replace(ASCENT, steps=2)
     tripped = [

@@ -93,9 +93,6 @@ class Descent:
         targets: number of wrong classes to aim at, one after the other from the likeliest, with the margin of that
             class over the right one as the loss; 0 for any wrong class, with ``loss``.
 
-    Raises:
-        ValueError: if a setting is none of these.
-
     Source: Athalye, Carlini & Wagner (2018), "Obfuscated Gradients Give a False Sense of Security", for the expectation
     over draws; Gowal et al. (2019), "An Alternative Surrogate Loss for PGD-based Adversarial Testing", for targets.
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..convert import add_noise, noise_on
-from ..first_call import FirstCall
 from ..gradients.base import sampling
 from ..gradients.counterfactual import CounterfactualCredit, check_independent
 from ..network import noisy_neurons, reset
 from ..node import Control, Presentation
 from ..noisy_neuron import NoisyNeuron
 from ..philox import mix
+from ..validate import FirstCall
 from .attacks import LOSSES, margin
 from .pooling import SpikePooling
 from .scoring import seeded
@@ -43,7 +43,7 @@ def likelihood_ratio_input_gradient(
     chunk: int = 64,
     control: float = 0.0,
 ) -> Tensor:
-    """Gradient of the expected loss of one noise draw by the likelihood ratio: without a surrogate.
+    """Gradient of the expected loss of one noise draw by each image, by the likelihood ratio: without a surrogate.
 
     By counterfactual credit with γ = 1, whatever gradient was chosen for the network. It is the yardstick for
     surrogates: those of a masked network do not point its way.
@@ -58,9 +58,6 @@ def likelihood_ratio_input_gradient(
         chunk: draws in one forward pass.
         control: λ of counterfactual credit. A yardstick is better off with more variance than with an error of second
             order, and so has 0; an attack the other way round.
-
-    Returns:
-        Gradient of the loss of each image with respect to it, in the shape of x.
 
     Raises:
         ValueError: if no neuron has noise, a neuron cannot be given this gradient (LSTM cells, inhibition, spikes
@@ -94,11 +91,7 @@ def likelihood_ratio_input_gradient(
 
 
 def with_noise(target: Target) -> Target:
-    """A target whose neurons have noise: itself, or one with a copy of its network.
-
-    Raises:
-        ValueError: if its neurons cannot have noise.
-    """
+    """A target whose neurons have noise: itself, or one with a copy of its network."""
     if noisy_neurons(target.net):
         return target
     reset(target.net)
@@ -117,9 +110,6 @@ def alignment(target: Target, images: Tensor, labels: Tensor, copies: int = 256,
         of the latter taken out, so that it may exceed 1 by chance; and the repeatability, the cosine between two
         independent halves of the likelihood-ratio gradient, of ``copies`` noise draws each: near 0, nothing can be
         said.
-
-    Raises:
-        ValueError: if the network has no likelihood-ratio gradient.
     """
     noisy = with_noise(target)
     first, second = (

@@ -14,9 +14,8 @@ from .._files import replacing
 from .._messages import aligned, listed, markdown, versions
 from ..network import noises
 from .attacks import NORMS, Attack
-from .figures import colors_of, new_figure, percent, with_legend
+from .figures import Example, colors_of, examples, new_figure, page, percent, with_legend
 from .gates import Gate, mark, verdict
-from .html import Example, examples, page
 from .scoring import ROWS, McNemar, Share, mcnemar, share_of, wilson
 from .view import Target
 
@@ -298,8 +297,7 @@ class RobustnessReport:
         parts = [f"{title}\n{aligned(header, lines)}" for title, header, lines in self.tables()]
         return "\n\n".join([self.summary(), *parts, self._note()])
 
-    def __str__(self) -> str:
-        return self.table()
+    __str__ = table
 
     def to_markdown(self, level: int = 2) -> str:
         """All figures as Markdown, gates included, with the settings of every attack, under headings of a level."""
@@ -386,7 +384,7 @@ class RobustnessReport:
         return {"epsilon": self.plot_epsilon(), "steps": self.plot_steps(), "surrogates": self.plot_surrogates()}
 
     def plot_epsilon(self) -> Figure:
-        """Figure of the worst case against the budget, and of plain ascent beyond the largest, which has to reach zero."""
+        """Figure of the worst case against the budget; beyond the largest, of plain ascent, which has to reach zero."""
         figure, (axes,) = new_figure()
         for row, look in self._looks():
             worst = [share_of(row.clean), *(share_of(row.worst(e)) for e in self.epsilons)]

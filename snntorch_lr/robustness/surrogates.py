@@ -31,23 +31,15 @@ class Surrogate(Protocol):
         """Context for one forward pass of the network that is to be differentiated in this way."""
 
 
-class Training:
-    """The surrogate that the network was built with."""
-
-    def applied_to(self, net: nn.Module) -> AbstractContextManager[None]:
-        """Context that changes nothing."""
-        return nullcontext()
-
-
 class OfMargin:
-    """Surrogate that is a derivative of the margin, the same at every time step, by neuron."""
+    """Surrogate that is a derivative of the margin, the same at every time step, by neuron; None for the network's."""
 
-    def __init__(self, of: Callable[[nn.Module], Derivative]) -> None:
+    def __init__(self, of: Callable[[nn.Module], Derivative] | None = None) -> None:
         self.of = of
 
     def applied_to(self, net: nn.Module) -> AbstractContextManager[None]:
         """Context in which every snnTorch neuron has its derivative."""
-        return spike_derivatives(net, self.of)
+        return nullcontext() if self.of is None else spike_derivatives(net, self.of)
 
 
 def arctangent(alpha: float = 2.0) -> OfMargin:
@@ -205,7 +197,7 @@ class _Rates:
 
 
 SURROGATES: dict[str, Callable[..., Surrogate]] = {
-    "training": Training,
+    "training": OfMargin,
     "gaussian": gaussian,
     "atan": arctangent,
     "ste": straight_through,

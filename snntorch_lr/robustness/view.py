@@ -24,11 +24,10 @@ class AttackableView(nn.Module):
     """Module from images in [0, 1] to logits, for torchattacks and other attack libraries.
 
     Each call resets every neuron's state, draws fresh noise from a generator of its own, averages the logits over the
-    draws (which makes its gradient an expectation over transformations, EOT), and leaves the network in the mode and
-    state it found: ``train()`` and ``eval()`` of the view, which attack libraries call, do not reach the network, and
-    it always runs in evaluation mode, with noise or without as asked. Spikes have a surrogate gradient, whatever
-    ``attach`` or ``use_gradient`` chose for training. Max-pooling of spikes is differentiated as what a flip of one
-    spike does: torch's derivative, which goes to the first of several equal spikes, hides the gradient.
+    draws (which makes its gradient an expectation over transformations, EOT), and leaves the network as it found it. It
+    always runs in evaluation mode: ``train()`` of the view, which attack libraries call, does not reach the network.
+    Spikes have a surrogate gradient, whatever ``attach`` or ``use_gradient`` chose for training. Max-pooling of spikes
+    is differentiated as what a flip of one spike does: torch's derivative hides the gradient.
 
     Args:
         net: the network.
@@ -37,8 +36,8 @@ class AttackableView(nn.Module):
         draws: noise draws to average over, in one batch.
         noise: neurons that have noise draw it; without noise one draw is made.
         seed: of the view's generator.
-        scale: factor from a record's mean over time to logits. Spike counts of many steps would saturate the softmax
-            and hide the gradient from the attack, rates alone would hardly move it.
+        scale: factor from a record's mean over time to logits: spike counts would saturate the softmax, rates hardly
+            move it.
         surrogate: how to differentiate through the spikes, a name of ``SURROGATES`` or an object; by default as the
             network was built.
 
@@ -116,11 +115,7 @@ class AttackableView(nn.Module):
         return self._forward(net, images.to(weight.dtype))
 
     def read(self, output: Any) -> Tensor:
-        """Logits ``[batch, classes]`` from an output of ``forward``; a tensor of another shape stays as it is.
-
-        Raises:
-            ValueError: if it is no tensor.
-        """
+        """Logits ``[batch, classes]`` from an output of ``forward``; a tensor of another shape stays as it is."""
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"forward returned a {type(output).__name__} where logits or a record are needed; say what to read, "

@@ -130,7 +130,6 @@ def test_the_level_of_noise_on_the_input_is_learned(method: str, images: data.Im
         ({"late_copies": 8, "method": "surrogate"}, "late_copies"),
         ({"decay": -1.0}, "decay"),
         ({"free": 4}, "free needs the budget"),
-        ({"attacker": "magic"}, "unknown attacker"),
         ({"model": "ann"}, "no spiking neurons"),
         ({"stop_at": 0.5}, "validation"),
         ({"anneal": 0.0}, "anneal must be above 0 and at most 1"),

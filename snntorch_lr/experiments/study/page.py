@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..._messages import listed, markdown
 from ...robustness import wilson
 from ...robustness.figures import colors_of, new_figure, percent, with_legend
-from ...robustness.html import page as html_page
+from ...robustness.figures import page as html_page
 from .. import files
 from ..options import Printed, option
 from . import tables
@@ -179,11 +179,8 @@ def _fronts_figure(panels: Sequence[tuple[str, Sequence[Point]]]) -> Figure:
                 continue
             middle, bars = percent([wilson(int(point.right.sum()), len(point.right)) for point in mine])
             error, sides = percent([point.error for point in mine])
-            look: dict[str, Any] = {
-                "marker": _MARKERS[index % len(_MARKERS)],
-                "linestyle": "-" if len(mine) > 2 else "none",
-            }
-            look |= {"color": colors[family], "markerfacecolor": "white" if mine[0].surrogate else colors[family]}
+            look: dict[str, Any] = {"color": colors[family], "marker": _MARKERS[index % len(_MARKERS)]}
+            look |= {"linestyle": "-" if len(mine) > 2 else "none"} | ({"mfc": "white"} if mine[0].surrogate else {})
             axis.errorbar(error, middle, bars, sides, lw=1, elinewidth=0.5, label=family, **look)
         # Most networks differ by a point or two, and some by ten.
         axis.set(xscale="log", xlabel="error on all test images (%), smaller to the right", title=f"ε = {epsilon}")

@@ -77,16 +77,10 @@ class Entry:
 
     @property
     def work(self) -> float:
-        """About how long it takes, in epochs of a dense surrogate-gradient network."""
-        # The factors are those of the seconds on the committed pages.
-        recipe = self.recipe
-        work = recipe.epochs * (3.0 if recipe.method == "likelihood ratio" else 1.0)
-        if recipe.adversary:
-            work *= 5 if recipe.free else 20
-        for each in self.evaluations:
-            attacked = each.images * len(each.epsilons) * (0.04 if each.attacks == "standard" else 0.01)
-            work += attacked * (5 if each.noise == "on" else 1)
-        return work * (12 if recipe.model == "conv" else 1)
+        """About how long it takes, in epochs of a surrogate-gradient network, by the seconds on committed pages."""
+        epochs = self.recipe.epochs * (3 if self.recipe.method == "likelihood ratio" else 1)
+        attacked = sum(e.images * len(e.epsilons) * (5 if e.noise == "on" else 1) for e in self.evaluations)
+        return epochs * (5 if self.recipe.adversary else 1) + 0.02 * attacked
 
 
 class _File:
@@ -127,14 +121,10 @@ def plan_path(plan: str) -> Path:
 
 
 def read_plan(plan: str) -> list[Entry]:
-    """The networks of a plan, what others depend on first.
-
-    Args:
-        plan: one of ``PRESETS``, or the path of a file, whose format docs/results/index.md describes.
+    """The networks of a plan, what others depend on first; docs/results/index.md describes the format of a file.
 
     Raises:
         ValueError: if the name is unknown, or something in the file is wrong; it names the file and the place.
-        OSError: if the file cannot be read.
     """
     path = plan_path(plan)
     recipes: dict[str, dict[str, Any]] = {}

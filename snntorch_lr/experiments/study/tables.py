@@ -36,26 +36,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Point:
-    """One network on the plane of accuracy and robustness.
-
-    Attributes:
-        name: of the network.
-        family: of the network.
-        change: its label within the family.
-        surrogate: it was trained by surrogate gradients.
-        adversarial: it was trained on adversarial images.
-        clean: accuracy, in [0, 1].
-        right: what is right under attack, 0 or 1, ``[images]``.
-        images: whose clean accuracy it is.
-    """
+    """One network on the plane of accuracy and robustness; ``change`` is its label within the family."""
 
     name: str
     family: str
     change: str
-    surrogate: bool
-    adversarial: bool
-    clean: float
-    right: NDArray[np.float64]
+    surrogate: bool  # trained by surrogate gradients
+    adversarial: bool  # trained on adversarial images
+    clean: float  # accuracy, in [0, 1], of so many images
+    right: NDArray[np.float64]  # under attack, 0 or 1, [images]
     images: int
 
     @property
@@ -88,13 +77,10 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def beside(point: Point, others: Sequence[Point]) -> Difference | None:
-    """Distance of a network from the front of others at its clean accuracy.
+    """Distance of a network from the front of others at its clean accuracy; None if none of them is as accurate.
 
     Between two neighbours on the front, robustness is interpolated over clean accuracy; below the least accurate of
     them it is that one's, which is more accurate and at least as robust as anything known there.
-
-    Returns:
-        The difference of robustness; None if no other network is as accurate.
     """
     line = front(others)
     above = next((index for index, other in enumerate(line) if other.clean >= point.clean), None)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels
-from .blocks import SPIKES, Emitted
-from .graph import version
-from .kernels import kinds, memory
-from .node import Presentation, refuse_double_backward
-from .noise import EscapeNoise
-from .noisy_neuron import NoisyNeuron
-from .philox import new_key
+from .. import kernels
+from ..blocks import SPIKES, Emitted
+from ..graph import version
+from ..kernels import kinds, memory
+from ..node import Presentation, refuse_double_backward
+from ..noise import EscapeNoise
+from ..noisy_neuron import NoisyNeuron
+from ..philox import new_key
 
 # λ is one number for a layer: so many rows of a batch are enough to fit it by.
 _FIT_ROWS = 16
