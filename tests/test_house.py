@@ -36,18 +36,19 @@ TOUCH_SNNTORCH = {
 
 # What the experiments take from inside the package, beside public names: make it public rather than add to this.
 INNER = {
-    "_files.load", "_files.replacing", "_files.save", "_messages.first_line", "_messages.install", "_messages.listed",
-    "_messages.markdown", "_messages.versions", "_messages.warn", "anneal.noise_gap", "gradients.ESTIMATORS",
-    "network.noises", "network.noisy_neurons", "noise.KINDS", "philox.draw", "objectives.OBJECTIVES", "objectives.sensitivity", "objectives.vote", "robustness.figures.colors_of",
-    "robustness.figures.new_figure", "robustness.figures.percent", "robustness.figures.with_legend",
-    "robustness.figures.page",
+    "_files.load", "_files.replacing", "_files.save", "_messages.first_line", "_messages.install",
+    "_messages.listed", "_messages.markdown", "_messages.versions", "_messages.warn", "anneal.noise_gap",
+    "gradients.ESTIMATORS", "network.noises", "network.noisy_neurons", "noise.KINDS", "objectives.OBJECTIVES",
+    "objectives.sensitivity", "objectives.vote", "philox.draw", "robustness.figures.colors_of",
+    "robustness.figures.new_figure", "robustness.figures.page", "robustness.figures.percent",
+    "robustness.figures.with_legend",
 }  # fmt: skip
 
 
 # One idea of its own each, though only one module asks for it.
 SINGLE_USE = {
-    "experiments.workloads", "gradients.fused", "kernels.cpu", "kernels.memory", "kernels.numba_numbers", "kernels.numba_steps",
-    "kernels.triton_steps",
+    "experiments.workloads", "gradients.fused", "kernels.cpu", "kernels.memory", "kernels.numba_numbers",
+    "kernels.numba_steps", "kernels.triton_steps",
 }  # fmt: skip
 
 

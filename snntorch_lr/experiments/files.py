@@ -52,9 +52,10 @@ def locked(folder: Path, command: str) -> Iterator[None]:
         file.flush()
         yield
     finally:
-        # Before it is free: who waits for it would lock a file that is gone. Windows deletes no open file.
-        with suppress(PermissionError):
-            Path(file.name).unlink(missing_ok=True)
+        if fcntl is None:  # Windows, which deletes no open file
+            file.close()
+        # Before it is free: who waits for it would lock a file that is gone.
+        Path(file.name).unlink(missing_ok=True)
         file.close()
         with suppress(OSError):
             for place in made:
@@ -109,9 +110,9 @@ def save_figure(path: Path, figure: Figure, **options: Any) -> None:
 def origin(command: str, device: torch.device) -> dict[str, Any]:
     """The command that makes results, the versions of the packages that they depend on, and the machine."""
     ours, further = ("snntorch-lr", "snntorch", "torch"), ("numpy", "numba", "scikit-learn", "spikingjelly")
-    found = versions(*ours, "torchvision", "torchattacks", *further)
+    installed = versions(*ours, "torchvision", "torchattacks", *further)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"
-    return {"command": command, "versions": found, "machine": machine}
+    return {"command": command, "versions": installed, "machine": machine}
 
 
 def origin_note(results: Mapping[str, Any]) -> str:
