@@ -318,6 +318,7 @@ DEEP = Task(
 )  # fmt: skip
 TASKS = {
     "mnist": MNIST,
+    "mnist, annealed": replace(MNIST, to=1 / 3),
     "speech": SPEECH,
     "deep": DEEP,
     "deep, arctangent": replace(DEEP, network=Deep),
@@ -329,10 +330,10 @@ TASKS = {
     "events": EVENTS,
     "pooled images": Task(
         lambda root: images("mnist", root, 2000), PooledImages, 200, 64, 2e-3,
-        "two convolutions with pooled spikes on MNIST, T = 6, β .5",
+        "two convolutions with pooled spikes on MNIST, T = 6, β .5", sigma=0.1,
     ),
     "pooled events": replace(
-        EVENTS, network=lambda: Convolutional(pooled=True), steps=4 * 25, to=1.0,
+        EVENTS, network=lambda: Convolutional(pooled=True), steps=4 * 25, sigma=0.1, to=1.0,
         says="two convolutions with pooled spikes on N-MNIST, T = 20, β .5",
     ),
 }  # fmt: skip
@@ -366,7 +367,8 @@ def plan(part: str, seeds: int) -> Iterator[Run]:
     for seed in range(seeds):
         if part == "mnist":
             for rate in (1e-3, 3e-3):
-                yield from (Run(part, "mnist", method, seed, rate) for method in (SURROGATE, RATIO))
+                yield from (Run(part, "mnist", method, seed, rate) for method in (SURROGATE, SAME_NOISE, RATIO))
+                yield Run(part, "mnist, annealed", RATIO, seed, rate)
         elif part == "speech":
             yield from (Run(part, "speech", method, seed) for method in (SURROGATE, SAME_NOISE, RATIO))
         elif part == "deep":
@@ -479,7 +481,7 @@ def comparison(rows: list[dict[str, Any]], part: str) -> str:
     groups = grouped(rows, part)
     lines = []
     for (_, task, method, rate, _, multilinear), runs in groups.items():
-        reference = groups.get((part, task, SURROGATE, rate, None, False), [])
+        reference = groups.get((part, task.removesuffix(", annealed"), SURROGATE, rate, None, False), [])
         plain = {row["run"]["seed"]: row["off"] for row in reference}
         differences = [100 * (row["off"] - plain[row["run"]["seed"]]) for row in runs if row["run"]["seed"] in plain]
         again = [row["off, statistics again"] for row in runs if "off, statistics again" in row]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 import snntorch as snn
 import torch
@@ -16,21 +15,7 @@ from .noisy_neuron import UNSUPPORTED, NoisyNeuron
 
 # snnTorch 0.9.4 lacks some of those that are not supported.
 _SPIKING_TYPES = (snn.SpikingNeuron, *(getattr(snn, name) for name in UNSUPPORTED if hasattr(snn, name)))
-R = TypeVar("R")
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
-
-
-_found: ContextVar[dict[Any, Any] | None] = ContextVar("snntorch_lr_found", default=None)
-
-
-@contextmanager
-def looking_once() -> Iterator[None]:
-    """Context in which a network is searched once: it keeps the neurons that it has."""
-    token = _found.set({})
-    try:
-        yield
-    finally:
-        _found.reset(token)
 
 
 def spiking_neurons(net: nn.Module) -> Sequence[tuple[str, nn.Module]]:
@@ -38,18 +23,7 @@ def spiking_neurons(net: nn.Module) -> Sequence[tuple[str, nn.Module]]:
 
     Finds them at any depth, and also in plain lists, tuples and dicts, which ``net.modules()`` does not see.
     """
-    return _search(net, lambda: list(_visit("", net, set())), "neurons")
-
-
-def _search(net: nn.Module, search: Callable[[], R], kind: str) -> R:
-    """What a search finds, or found."""
-    found = _found.get()
-    if found is None:
-        return search()
-    if (net, kind) not in found:
-        found[net, kind] = search()
-    result: R = found[net, kind]
-    return result
+    return list(_visit("", net, set()))
 
 
 def _visit(name: str, value: object, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
@@ -83,9 +57,7 @@ def noisy_neurons(net: nn.Module) -> dict[str, NoisyNeuron]:
 
 def noisy_inputs(net: nn.Module) -> dict[str, NoisyInput]:
     """The modules of a network that add noise to an input, by name."""
-    return _search(
-        net, lambda: {name: each for name, each in net.named_modules() if isinstance(each, NoisyInput)}, "inputs"
-    )
+    return {name: module for name, module in net.named_modules() if isinstance(module, NoisyInput)}
 
 
 def noises(net: nn.Module) -> dict[str, Noise]:

@@ -351,10 +351,16 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         return output
 
     def _snn_forward(self, input_: Tensor, given: Mapping[str, Tensor]) -> Any:
+        before = {name: getattr(self, name) for name in given}
         for name, state in given.items():
             setattr(self, name, state)
         try:
             return super().forward(input_)
+        except BaseException:
+            # Inside, states have a shadow: they are not to be found in the neuron.
+            for name, state in before.items():
+                setattr(self, name, state)
+            raise
         finally:
             self._reset_by = None
 

@@ -129,3 +129,16 @@ def test_without_numba_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(kernels, "_load", lambda device: None)
     # Quantiles have the polynomials of single precision.
     assert_same(found(), fused, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int16, torch.int64])
+def test_memory_that_is_given_out_is_no_view(dtype: torch.dtype) -> None:
+    first = memory.pool.empty((100, 1000), dtype)
+    assert first.shape == (100, 1000)
+    assert first.is_contiguous()
+    assert not first._is_view()
+    part, address = first[50:], first.data_ptr()
+    del first
+    assert memory.pool.empty((100, 1000), dtype).data_ptr() != address, "a part of it is still held"
+    del part
+    assert memory.pool.empty((100, 1000), dtype).data_ptr() == address

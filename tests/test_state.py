@@ -76,7 +76,7 @@ def backward(net: nn.Module, loss: Callable[[], Tensor], seed: int = 3) -> dict[
 def keys(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     """Sets the keys of the noise of the next calls of noisy neurons."""
     waiting: list[int] = []
-    for module in ("noise", "fused"):
+    for module in ("noise", "gradients.fused"):
         monkeypatch.setattr(f"snntorch_lr.{module}.new_key", lambda generator=None: waiting.pop(0))
 
     def use(values: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int16: np.int16, torch.int64: np.int64}
 # Smaller blocks come back from the C library as they were.
 _WORTH_KEEPING = 1 << 16
 
@@ -38,9 +39,10 @@ class Pool:
         self._used[size] = self._presentations
         free = self._free.setdefault(size, [])
         block = free.pop() if free else np.empty(size, np.uint8)
-        given = block[:]
+        # Shaped by NumPy: of a tensor that is a view snnTorch could not detach states in place.
+        given = block.view(_NUMPY[dtype]).reshape(tuple(shape))
         weakref.finalize(given, free.append, block).atexit = False
-        return torch.from_numpy(given).view(dtype).view(tuple(shape))
+        return torch.from_numpy(given)
 
     def count_presentation(self) -> None:
         """Lets go of sizes that were not asked for during the last presentations."""
