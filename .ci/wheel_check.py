@@ -31,7 +31,6 @@ import torch
 from torch import nn
 
 import snntorch_lr as slr
-import snntorch_lr.distributed
 import snntorch_lr.robustness
 
 assert Path(slr.__file__).is_relative_to(sys.prefix), slr.__file__
@@ -42,15 +41,11 @@ first, second = (snn.Leaky(beta=0.9, init_hidden=True) for _ in range(2))
 net = nn.Sequential(nn.Linear(4, 8), first, nn.Linear(8, 3), second)
 slr.add_noise(net)
 optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-slr.attach(optimizer, net, copies=8, seed=0)
+slr.attach(optimizer, net)
 before = net[0].weight.detach().clone()
-
-
-def loss_fn(x, y):
-    return nn.functional.cross_entropy(slr.rollout(net, x, num_steps=5).sum(0), y, reduction="none")
-
-
-loss = optimizer.step(slr.closure(loss_fn, torch.rand(6, 4), torch.arange(6) % 3))
+loss = nn.functional.cross_entropy(slr.rollout(net, torch.rand(6, 4), num_steps=5).sum(0), torch.arange(6) % 3)
+loss.backward()
+optimizer.step()
 assert loss.isfinite() and not torch.equal(net[0].weight, before)
 print(f"snntorch_lr {slr.__version__} trained a step")
 """

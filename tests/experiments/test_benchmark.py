@@ -70,7 +70,7 @@ def test_the_first_current_is_computed_as_often_as_the_loop_says() -> None:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("benchmark")
-    options = Benchmark(repeats=1, memory_steps=(2, 3), dataset="digits", limit=0.05, threads=2, out=out, **TINY)
+    options = Benchmark(repeats=1, memory_steps=(2, 3), dataset="digits", limit=0.05, threads=1, out=out, **TINY)
     with pytest.MonkeyPatch.context() as patch:
         # A process for each figure takes minutes; one is measured in test_cost.
         patch.setattr(benchmark, "peak_megabytes", lambda make, device: float(make.keywords["num_steps"]))

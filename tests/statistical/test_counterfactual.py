@@ -389,7 +389,7 @@ def test_control_is_fitted_before_it_is_used(fitted: str) -> None:
         net.losses(x, y).mean().backward()
         return net.blocks[0].bias.grad.clone()
 
-    for seed in range(1500):
+    for seed in range(800):
         control = 0.4
         if fitted == "on the same noise":
             gradient(seed, 0.0)
