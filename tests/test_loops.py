@@ -435,3 +435,34 @@ def test_lightning_trains_it_by_automatic_optimization(tmp_path: Any) -> None:
     assert module.steps == 60
     assert module.net.lif1.control.steps == 3 * 40 * STEPS
     assert accuracy(module.net) > 0.9
+
+
+def test_an_attack_library_follows_the_likelihood_ratio_of_a_network_in_training_mode() -> None:
+    torchattacks = pytest.importorskip("torchattacks")
+
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.lif = nn.Linear(16, 10), slr.Leaky(beta=0.8, threshold=0.5, noise=slr.EscapeNoise(0.3))
+
+        def forward(self, images: Tensor) -> Tensor:
+            mem, count = self.lif.reset_mem(), torch.zeros(())
+            for _ in range(5):
+                spikes, mem = self.lif(self.fc(images.flatten(1)), mem)
+                count = count + spikes
+            return count
+
+    torch.manual_seed(0)
+    net = Classifier()
+    slr.use_gradient(net)
+    images, labels = torch.rand(40, 1, 4, 4), torch.randint(10, (40,))
+    attack = torchattacks.PGD(net, eps=0.2, alpha=0.1, steps=10)
+    attack.set_model_training_mode(model_training=True)
+    found = attack(images, labels)
+    assert net.training
+    with torch.no_grad():
+        before, after = (
+            nn.functional.cross_entropy(net(x.repeat(50, 1, 1, 1)), labels.repeat(50)) for x in (images, found)
+        )
+    assert net.lif.control.steps > 0, "the gradient was that of the neuron"
+    assert after > before + 0.1
