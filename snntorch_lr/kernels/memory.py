@@ -38,7 +38,10 @@ class Pool:
             return torch.empty(tuple(shape), dtype=dtype)
         self._used[size] = self._presentations
         free = self._free.setdefault(size, [])
-        block = free.pop() if free else np.empty(size, np.uint8)
+        try:
+            block = free.pop()
+        except IndexError:
+            block = np.empty(size, np.uint8)
         # Shaped by NumPy: of a tensor that is a view snnTorch could not detach states in place.
         given = block.view(_NUMPY[dtype]).reshape(tuple(shape))
         weakref.finalize(given, free.append, block).atexit = False
