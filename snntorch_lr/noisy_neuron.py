@@ -84,7 +84,7 @@ class Sampler(Protocol):
         """
 
 
-@dataclass
+@dataclass(slots=True)
 class Carried:
     """What a membrane potential that was handed out does not say by itself; it hangs on the tensor.
 
@@ -142,7 +142,7 @@ class Update:
     vectors: Callable[[], tuple[Tensor, Tensor, Tensor | None]]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Last:
     """A membrane potential that was handed out a short while ago, in case that it comes back in another guise.
 
@@ -306,6 +306,9 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         noise, names = self.noise, self.all_states
         if noise is None:
             return super().forward(input_, *states, **named_states)
+        outputs = None if named_states else self._go_on(input_, states)
+        if outputs is not None:
+            return outputs if self.output or not self.init_hidden else outputs[0]
         passed = dict(zip(names, states, strict=False)) | named_states
         if passed and (self.init_hidden or len(states) > len(names) or not passed.keys() <= set(names)):
             # snnTorch says what is wrong.
@@ -323,6 +326,27 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         if self.output or not self.init_hidden:
             return (spikes, *new)
         return spikes
+
+    def _go_on(self, input_: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+        """A fused time step that follows another one; None if it is not known to be one."""
+        if bool(states) == self.init_hidden or torch.compiler.is_compiling():
+            return None
+        buffers = self._buffers
+        given = states or tuple(buffers.get(name) for name in self.state_names)
+        carried: Carried | None = getattr(given[-1], CARRIED, None)
+        if carried is None or carried.state is None or len(given) != len(self.state_names):
+            return None
+        if torch._C._current_graph_task_id() != -1 or not self.noise.active:  # type: ignore[union-attr]
+            return None
+        state = carried.state.next(self, input_, given[-1], given[0] if len(given) == 2 else None)
+        return None if state is None else state.step(self, input_)
+
+    def hold(self, name: str, state: Tensor) -> None:
+        """Keeps a state, as snnTorch does."""
+        if name in self._buffers:
+            self._buffers[name] = state
+        else:
+            setattr(self, name, state)
 
     def _given(self, input_: Tensor, passed: Mapping[str, Any]) -> dict[str, Tensor]:
         """States by name, from those that were passed and those that the neuron holds; zeros where they do not fit."""

@@ -32,31 +32,56 @@ def resolved(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def new_key(generator: torch.Generator | None = None) -> int:
-    """A key of 63 bits from a torch generator; from the global one of the CPU if it is None.
+def new_keys(count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Keys of 63 bits from a torch generator, ``[count]``; from the global one of the CPU if it is None.
 
-    One key makes all noise of a neuron in one call. So ``torch.manual_seed``, checkpointing that keeps the random
+    One key makes all noise of a neuron in one time step. So ``torch.manual_seed``, checkpointing that keeps the random
     state, and copies of that state all repeat the noise, whatever device it is drawn on. Processes of
-    ``torch.distributed`` have noise of their own, although their global generators be the same.
+    ``torch.distributed`` have noise of their own, although their global generators be the same. While a CUDA graph is
+    captured keys come from the generator of that device, so that each replay draws new ones.
+
+    Args:
+        count: number of keys.
+        generator: see above.
+        device: that the noise will be on.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured, with a generator of another device.
+    """
+    source = torch.device("cpu") if generator is None else generator.device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if generator is not None and source.type != "cuda":
+            raise RuntimeError(
+                "noise from a generator of the CPU (seed=) cannot be drawn while a CUDA graph is captured: each replay "
+                "would repeat it; leave out seed="
+            )
+        source = device
+    keys = torch.empty(count, dtype=torch.int64, device=source).random_(generator=generator)
+    if generator is None and dist.is_available() and dist.is_initialized() and dist.get_rank():
+        # Ranks that were seeded alike would give their first samples the same noise.
+        keys ^= mix(dist.get_rank())
+    return keys
+
+
+def new_key(generator: torch.Generator | None = None) -> int:
+    """A key as ``new_keys`` makes it, known to the host.
 
     Raises:
         RuntimeError: while a CUDA graph is captured, which would repeat this very key in each replay.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("noise cannot be drawn while a CUDA graph is captured: each replay would repeat it")
-    device = "cpu" if generator is None else generator.device
-    key = int(torch.empty((), dtype=torch.int64, device=device).random_(generator=generator))
-    if generator is None and dist.is_available() and dist.is_initialized() and dist.get_rank():
-        # Ranks that were seeded alike would give their first samples the same noise.
-        key = mix(key, dist.get_rank())
-    return key
+        raise RuntimeError(
+            "the noise of this neuron cannot be drawn while a CUDA graph is captured, for each replay would repeat it: "
+            "its time steps are not fused"
+        )
+    return int(new_keys(1, generator, torch.device("cpu")))
 
 
 def draw(noise: Drawn, shape: torch.Size, dtype: torch.dtype, device: torch.device, key: int) -> Tensor:
     """Noise of a distribution, a function of key, row and place in the row.
 
-    Number i of row b is word ⌊i / q⌋ of Philox 4x32-10 (Salmon et al. 2011) for the counter (i mod q, b, 0, 0), where
-    q is a quarter of the numbers of a row, rounded up. So more rows leave the first ones as they are.
+    Number i of row b is word i mod 4 of Philox 4x32-10 (Salmon et al. 2011) for the counter (⌊i / 4⌋, b, 0, 0). So more
+    rows leave the first ones as they are.
 
     Args:
         noise: what to draw.
@@ -88,7 +113,7 @@ def _fill(rows: Tensor, key: int) -> None:
     for start in range(0, len(rows), block):
         row = torch.arange(start, min(start + block, len(rows)), device=rows.device).unsqueeze(1)
         counter = (torch.arange(quarter, device=rows.device), row, 0, 0)
-        words = torch.cat(philox(counter, key, (len(row), quarter)), 1)[:, :numbers]
+        words = torch.stack(philox(counter, key, (len(row), quarter)), 2).flatten(1)[:, :numbers]
         # As signed integers of 32 bits, or of the upper 24.
         words = (words ^ 0x80000000) - 0x80000000
         digits = 31 if rows.dtype == torch.float64 else 23

@@ -47,8 +47,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from snntorch_lr.kernels import cpu
 
     steps: list[int] = []
-    forward = cpu.forward
-    monkeypatch.setattr(cpu, "forward", lambda *args, **named: (steps.append(named["steps"]), forward(*args, **named)))
+    forward = cpu.TimeSteps.forward
+
+    def counted(self: Any, rows: int, sets: int, count: int, *rest: Any) -> None:
+        steps.append(count)
+        forward(self, rows, sets, count, *rest)
+
+    monkeypatch.setattr(cpu.TimeSteps, "forward", counted)
     return steps
 
 
@@ -195,14 +200,14 @@ def test_a_sequence_may_be_cut_anywhere(reset: str, noise: str, constant: bool, 
         plan = fused.Plan.of(lif, torch.Size((3, N)), torch.float64, torch.device("cpu"))
         assert plan is not None
         given = {"syn": random(3, N, seed=8), "mem": random(3, N, seed=9)}
-        fired = (random(3, N, seed=10) > 0).double().expand(2, 3, N)
-        state = fused.begin(plan, lif, lif.sampler._present(lif), given, fired)
+        fired = (random(3, N, seed=10) > 0).double()
+        state = fused.begin(plan, lif, given, fired, lif.sampler._present(lif))
         record, start = [], 0
         for steps in pieces:
             entering = current if constant else current[start : start + (steps or 1)]
             entering = entering if constant or steps else entering[0]
-            state, outputs = fused.advance(state, lif, entering, steps, all_states=True)
-            record.append([each if steps else each.unsqueeze(0) for each in outputs])
+            state, *outputs = fused.advance(state, lif, entering, steps, all_states=True)
+            record.append([output if steps else output.unsqueeze(0) for output in outputs])
             start += steps or 1
         weighted([torch.cat(part) for part in zip(*record, strict=True)], 5).backward()
         assert current.grad is not None
@@ -217,8 +222,8 @@ def test_the_last_states_alone_may_be_handed_out() -> None:
         torch.manual_seed(3)
         plan = fused.Plan.of(lif, torch.Size((3, N)), torch.float64, torch.device("cpu"))
         assert plan is not None
-        state = fused.begin(plan, lif, lif.sampler._present(lif), {"mem": torch.zeros(3, N).double()}, None)
-        _, (spikes, mem) = fused.advance(state, lif, current, 4, all_states)
+        state = fused.begin(plan, lif, {"mem": torch.zeros(3, N).double()}, None, lif.sampler._present(lif))
+        _, spikes, mem, _ = fused.advance(state, lif, current, 4, all_states)
         weighted((spikes, mem[-1] if all_states else mem), 5).backward()
         assert current.grad is not None
         return current.grad
@@ -411,7 +416,7 @@ def test_another_constant_is_not_taken_for_one_that_is_gone() -> None:
             if value != 2:
                 plan = fused.Plan.of(lif, torch.Size((2, 3)), torch.float32, torch.device("cpu"))
                 assert plan is not None
-                levels.append(float(plan.threshold[0]))
+                levels.append(float(plan.steps._kept[3][0]))
         assert levels == [1.0, 3.0]
 
 
@@ -435,7 +440,7 @@ def test_the_host_reads_nothing_on_the_way_there_and_back(
     noise: str, sequence: bool, monkeypatch: pytest.MonkeyPatch, calls: list[int]
 ) -> None:
     # Keys come from a generator of the host.
-    monkeypatch.setattr(fused, "new_key", lambda generator=None: 7)
+    monkeypatch.setattr(fused, "new_keys", lambda count, generator, device: torch.arange(count))
     net, x = stack("Leaky", "zero", noise, output=False), random(3, 4, 6)
 
     def step() -> HostReads:

@@ -61,9 +61,9 @@ def test_compiled_code_is_not_taken_from_the_cache_if_another_file_changed(
     from snntorch_lr.kernels import numba_steps
 
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-    hits = [numba_steps.noise(np.float32).cache_hits for _ in range(2)]
+    hits = [numba_steps.noise(np.float32, 0).cache_hits for _ in range(2)]
     monkeypatch.setattr(numba_steps, "_SOURCES", numba_steps._SOURCES + 1)
-    assert [*hits, numba_steps.noise(np.float32).cache_hits] == [0, 1, 0]
+    assert [*hits, numba_steps.noise(np.float32, 0).cache_hits] == [0, 1, 0]
 
 
 def test_errors_of_the_normal_distribution_are_as_stated() -> None:

@@ -76,8 +76,9 @@ def backward(net: nn.Module, loss: Callable[[], Tensor], seed: int = 3) -> dict[
 def keys(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     """Sets the keys of the noise of the next calls of noisy neurons."""
     waiting: list[int] = []
-    for module in ("noise", "gradients.fused"):
-        monkeypatch.setattr(f"snntorch_lr.{module}.new_key", lambda generator=None: waiting.pop(0))
+    monkeypatch.setattr("snntorch_lr.noise.new_key", lambda generator: waiting.pop(0))
+    next_keys = lambda count, generator, device: torch.tensor([waiting.pop(0) for _ in range(count)])  # noqa: E731
+    monkeypatch.setattr("snntorch_lr.gradients.fused.new_keys", next_keys)
 
     def use(values: Sequence[int]) -> None:
         assert not waiting, "not all noise was drawn"

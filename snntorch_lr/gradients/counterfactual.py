@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from .._messages import place, warn
 from ..blocks import new_presentation
 from ..copies import running_copies
-from ..graph import version
 from ..network import noisy_neurons
 from ..node import CounterfactualSpike, Presentation, Reads
-from ..noisy_neuron import CARRIED, Carried, NoisyNeuron
+from ..noisy_neuron import Carried, NoisyNeuron
 from ..philox import resolved
 from ..validate import check_loss
 from . import fused
@@ -55,14 +54,14 @@ class CounterfactualCredit:
     def step(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """A time step of a neuron; see ``snntorch_lr.noisy_neuron.Sampler``."""
         mem = given["mem"]
-        if not torch.is_grad_enabled():
-            return self._step_without_shadow(neuron, input_, given)
         if input_.dtype != mem.dtype and torch.promote_types(input_.dtype, mem.dtype) == mem.dtype:
             # As snnTorch's update does; a presentation goes on in the dtype of its states.
             input_ = input_.to(mem.dtype)
-        state = _fused_state(neuron, input_, given)
+        state = fused.going_on(neuron, input_, given)
         if state is not None:
-            return self._fused_step(neuron, input_, state)
+            return state.step(neuron, input_)
+        if not torch.is_grad_enabled():
+            return self._step_without_shadow(neuron, input_, given)
         carried, fired = neuron.carried(mem)
         known = carried is not None
         if carried is not None and (carried.inside is None or carried.attached != (mem.grad_fn is not None)):
@@ -77,13 +76,10 @@ class CounterfactualCredit:
                 train = fired[0] if fired.dim() > mem.dim() else fired
                 fired = train.expand(2, *train.shape)
         assert presentation is not None
-        plan = None if carried is not None else _plan(neuron, input_, given)
+        plan = None if carried is not None else fused.planned(neuron, input_, given)
         if plan is not None:
-            if fired is None:
-                # By the threshold, as in snnTorch.
-                reset = neuron.mem_reset(mem.detach())
-                fired = reset.expand(2, *reset.shape)
-            return self._fused_step(neuron, input_, fused.begin(plan, neuron, presentation, given, fired))
+            train = None if fired is None else fired[0]
+            return fused.begin(plan, neuron, given, train, presentation).step(neuron, input_)
         pairs = {
             name: state.expand(2, *state.shape) if carried is None else carried.pair(name, state)
             for name, state in given.items()
@@ -132,37 +128,30 @@ class CounterfactualCredit:
         given = {name: getattr(neuron, name) for name in neuron.state_names}
         if any(state.shape != shape for state in given.values()):
             given = dict.fromkeys(given, current.new_zeros(shape))
-        state = _fused_state(neuron, current, given)
+        state = None
+        if constant:
+            state = fused.going_on(neuron, current, given)
+        elif steps:
+            state = fused.going_on(neuron, current[0], given)
         if state is None:
-            plan = _plan(neuron, current if constant else current[0], given)
+            plan = fused.planned(neuron, current if constant else current[0], given)
             carried, fired = neuron.carried(given["mem"])
             if plan is None or carried is not None or fired is not None:
                 return None
-            state = fused.begin(plan, neuron, self._present(neuron), given, None)
-        state, (spikes, mem, *syn) = fused.advance(state, neuron, current, steps, all_states=neuron.output)
+            state = fused.begin(plan, neuron, given, None, self._present(neuron))
+        state, spikes, mem, syn = fused.advance(state, neuron, current, steps, all_states=neuron.output)
+        states = (mem,) if syn is None else (syn, mem)
         # No views: snnTorch detaches states in place.
-        last = [each[-1].clone() if neuron.output else each for each in (mem, *syn)]
-        neuron.mem = last[0]
-        if syn:
-            setattr(neuron, "syn", last[1])  # noqa: B010
-        others = {"syn": weakref.ref(last[1])} if syn else {}
-        neuron.carry(state.code, others=others, state=state)
-        return (spikes, *syn, mem)
-
-    @staticmethod
-    def _fused_step(neuron: NoisyNeuron, input_: Tensor, state: fused.State) -> tuple[Tensor, ...]:
-        state, (spikes, mem, *syn) = fused.advance(state, neuron, input_)
-        neuron.mem = mem
-        states = (*syn, mem)
-        others = {}
-        if syn:
-            setattr(neuron, "syn", syn[0])  # noqa: B010
-            others["syn"] = weakref.ref(syn[0])
-        neuron.carry(state.code, others=others, state=state)
+        last = [value[-1].clone() for value in states] if neuron.output else states
+        state.hang(neuron, spikes, last[-1], None if syn is None else last[0])
         return (spikes, *states)
 
     def _step_without_shadow(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        sample = neuron.sample(input_, given, neuron.train_resets(given["mem"]))
+        fired = neuron.train_resets(given["mem"])
+        plan = fused.planned(neuron, input_, given)
+        if plan is not None:
+            return fused.begin(plan, neuron, given, fired).step(neuron, input_)
+        sample = neuron.sample(input_, given, fired)
         spikes = neuron.graded(sample.spikes.clone())
         if "spk" in given:
             neuron.spk = spikes
@@ -198,33 +187,6 @@ class CounterfactualCredit:
                 "there. To begin a new presentation pass what reset_mem() returns; to leave rows as they are, mask the "
                 "input or the spikes instead"
             )
-
-
-def _plan(neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> fused.Plan | None:
-    """How the time steps of a presentation that begins are fused; None if they are not."""
-    if any(state.requires_grad or state.dtype != input_.dtype for state in given.values()):
-        return None
-    return fused.Plan.of(neuron, input_.shape, input_.dtype, input_.device)
-
-
-def _fused_state(neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> fused.State | None:
-    """The state from which fused time steps go on; None if they do not, or a presentation begins."""
-    mem = given["mem"]
-    carried: Carried | None = getattr(mem, CARRIED, None)
-    if carried is None or carried.state is None or carried.version != version(mem):
-        return None
-    goes_on = carried.attached == (mem.grad_fn is not None) and input_.dtype == mem.dtype
-    if not goes_on or not all(carried.holds(name, state) for name, state in given.items()):
-        return None
-    state: fused.State = carried.state
-    if state.plan.is_current():
-        return state
-    # Something was changed between two time steps, and goes for the next ones.
-    plan = fused.Plan.of(neuron, mem.shape, mem.dtype, mem.device)
-    if plan is None:
-        return None
-    assert neuron.noise is not None
-    return replace(state, plan=plan, sigma=neuron.noise.sigma.to(mem.dtype)) if plan.fits(state.plan) else None
 
 
 class _Recurrence:

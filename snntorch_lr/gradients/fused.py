@@ -1,55 +1,58 @@
-"""Counterfactual credit in one kernel forward and one backward, for one time step or many of them."""
+"""Time steps of a noisy neuron in one kernel forward and one backward, for one time step or many of them.
+
+A *chain* is what the time steps of one presentation share; its *states* hang on the membrane potentials that are handed
+out. With a shadow the chain has counterfactual credit; with scores alone it is a part of ``Vanilla``; and without a
+graph it is noise, whoever samples it.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import kernels
-from ..blocks import SPIKES, Emitted
+from ..blocks import SPIKES, WORTH_KEEPING_AS_BITS, Emitted
 from ..graph import version
 from ..kernels import kinds, memory
 from ..node import Presentation, refuse_double_backward
 from ..noise import EscapeNoise
-from ..noisy_neuron import NoisyNeuron
-from ..philox import new_key
+from ..noisy_neuron import CARRIED, NoisyNeuron
+from ..philox import new_keys
 
 # λ is one number for a layer: so many rows of a batch are enough to fit it by.
 _FIT_ROWS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """What the kernels are told about a neuron in one presentation.
+    """What the kernels are told about a neuron, as long as nothing about it changes.
 
     Attributes:
         module: the kernels of the device.
-        kind: of the noise.
+        steps: the time steps of the neuron, by these.
+        escapes: the neuron has escape noise.
         mechanism: of the reset.
-        leak: what remains of the membrane potential, in the shape of one row.
-        share: what the current adds to it, alike.
-        alpha: what remains of the synaptic current; None without one.
-        threshold: alike.
-        levels: noise levels, alike.
-        traces: how many gradients of membrane potentials go on from a step to the one before it.
+        levels: noise levels, in the shape of a row.
+        has_syn: there is a synaptic current.
+        apart: train and shadow decay differently: the reset multiplies.
+        plain: spikes are handed out as zeros and ones.
         made_of: what leak, share and alpha were made of, and its versions.
         watched: what the plan follows from: where it is looked up, under which name, and what was there.
     """
 
     module: Any
-    kind: int
+    steps: Any
+    escapes: bool
     mechanism: int
-    leak: Tensor
-    share: Tensor
-    alpha: Tensor | None
-    threshold: Tensor
     levels: Tensor
-    traces: int
+    has_syn: bool
+    apart: bool
+    plain: bool
     made_of: tuple[tuple[Tensor, int], ...]
     watched: tuple[tuple[dict[str, Any], str, Any, int | None], ...]
 
@@ -63,25 +66,27 @@ class Plan:
         if rule is None or noise.kind is None or module is None or not shape.numel():
             return None
         held: Plan | None = neuron.__dict__.get("_plan")
-        if held is not None and held.leak.shape == row and held.leak.dtype == dtype and held.is_current():
+        if held is not None and held.levels.shape == row and held.levels.dtype == dtype and held.is_current():
             return held
 
         def spread(value: Tensor) -> Tensor:
             return value.detach().to(dtype).expand(row).contiguous()
 
         leak, share, alpha = rule.vectors()
-        escapes, clears = isinstance(noise, EscapeNoise), rule.mechanism in (kinds.ZERO, kinds.ERASE)
+        levels = spread(noise.sigma)
         plan = cls(
             module,
-            noise.kind,
+            module.TimeSteps(
+                noise.kind, rule.mechanism, spread(leak), spread(share), None if alpha is None else spread(alpha),
+                spread(neuron.threshold), levels,
+            ),  # fmt: skip
+            isinstance(noise, EscapeNoise),
             rule.mechanism,
-            spread(leak),
-            spread(share),
-            None if alpha is None else spread(alpha),
-            spread(neuron.threshold),
-            spread(noise.sigma),
-            (2 if clears else 1) if escapes else 0,
-            tuple((each, version(each)) for each in rule.constants),
+            levels,
+            alpha is not None,
+            rule.mechanism in (kinds.ZERO, kinds.ERASE),
+            neuron.emits_zeros_and_ones(),
+            tuple((constant, version(constant)) for constant in rule.constants),
             tuple(_watch(neuron, _SETTINGS)) + tuple(_watch(noise, ("log_sigma", "annealed"))),
         )
         neuron.__dict__["_plan"] = plan
@@ -89,33 +94,27 @@ class Plan:
 
     def is_current(self) -> bool:
         """Nothing that the plan follows from was changed; asked in every time step."""
-        if kernels.fused_on(self.leak.device, self.leak.dtype) is not self.module:
+        if kernels.fused_on(self.levels.device, self.levels.dtype) is not self.module:
             return False
         for place, name, value, mark in self.watched:
-            if place.get(name) is not value or (mark is not None and _mark(place[name]) != mark):
+            if place.get(name) is not value or (mark is not None and _mark(value) != mark):
                 return False
         return True
 
-    @property
-    def channels(self) -> int:
-        """Numbers of each neuron that the link carries back: togo, what λ multiplies in it, and traces."""
-        return 2 + self.traces + (self.alpha is not None)
+    def traces(self, pairs: bool) -> int:
+        """How many gradients of membrane potentials go on from a step to the one before it."""
+        return 0 if not self.escapes else 2 if self.apart and pairs else 1
 
     def fits(self, other: Plan) -> bool:
         """Time steps of this plan may follow those of another one: what decays between them decays alike."""
         pairs = zip(self.made_of, other.made_of, strict=True)
         same = (first[0] is second[0] and first[1] == second[1] for first, second in pairs)
-        return self.traces == other.traces and all(same)
-
-    @property
-    def keeps_noise(self) -> bool:
-        """The backward pass needs the noise itself."""
-        return self.kind not in (kinds.LOGISTIC_ESCAPE, kinds.GAUSSIAN_ESCAPE)
+        return self.escapes == other.escapes and self.apart == other.apart and all(same)
 
 
 _SETTINGS = (
     "alpha", "beta", "R", "C", "time_step", "threshold", "noise", "spike_grad", "inhibition", "state_quant",
-    "reset_delay", "_reset_mechanism", "_snn_state_function",
+    "reset_delay", "graded_spikes_factor", "_reset_mechanism", "_snn_state_function",
 )  # fmt: skip
 
 
@@ -132,56 +131,100 @@ def _watch(module: torch.nn.Module, names: Sequence[str]) -> Iterator[tuple[dict
                 yield place, name, value, _mark(value) if isinstance(value, Tensor) else None
 
 
-@dataclass(frozen=True)
-class State:
-    """The state of a train and its shadow between fused time steps.
+class Chain:
+    """What the time steps of one presentation share.
+
+    Args:
+        plan: of the neuron.
+        sampler: of the neuron.
+        sigma: noise level, with its graph.
+        presentation: of counterfactual credit; None without a shadow.
+        weights: of the scores of each row, a list that holds them in the backward pass of ``Vanilla``; None otherwise.
 
     Attributes:
-        plan: of the presentation.
-        presentation: see there.
-        settings: λ and γ.
-        sigma: noise level, with its graph.
-        mem: membrane potential of the train, ``[batch, ...]``.
-        shadow: that of the shadow.
-        syn: synaptic current; None without one.
-        code: of the last step, ``[2, batch, ...]``, whose lowest bits are spikes; None before the first step.
-        fired: the spikes before the first step, in place of it; None for none.
-        link: carries credit from a step to the one before it.
-        bytes: of the spikes of this presentation so far.
-        run: of calls with the last current.
+        sampler: a weak reference, for what it has seen may refer to the chain.
+        sets: 2 with a shadow, otherwise 1.
+        learns: there is a graph.
+        settings: λ and γ, for the kernels.
+        zero: a tensor of no dimension.
     """
 
-    plan: Plan
-    presentation: Presentation
-    settings: Tensor
-    sigma: Tensor
-    mem: Tensor
-    shadow: Tensor
-    syn: Tensor | None
-    code: Tensor | None
-    fired: Tensor | None
-    link: Tensor
-    bytes: int = 0
-    run: Run | None = None
+    __slots__ = ("_sums", "_task", "learns", "plan", "presentation", "sampler", "sets", "settings", "sigma", "weights",
+                 "zero")  # fmt: skip
+
+    def __init__(
+        self,
+        plan: Plan,
+        sampler: Any,
+        sigma: Tensor,
+        presentation: Presentation | None = None,
+        weights: list[Tensor] | None = None,
+    ) -> None:
+        self.plan, self.sigma, self.presentation, self.weights = plan, sigma, presentation, weights
+        self.sampler: Callable[[], Any] = weakref.ref(sampler)
+        self.sets = 1 if presentation is None else 2
+        self.learns = presentation is not None or weights is not None
+        self.zero = plan.levels.new_zeros(())
+        self.settings: Tensor | None = None
+        if presentation is not None:
+            discount = self.zero.new_full((), presentation.discount)
+            self.settings = torch.stack([presentation.control.to(self.zero.dtype), discount])
+        self._task = -1
+        self._sums: tuple[Tensor, Tensor] | None = None
+
+    def follow(self, plan: Plan, neuron: NoisyNeuron) -> Chain:
+        """The same after something was changed between two time steps, which goes for the next ones."""
+        return Chain(plan, neuron.sampler, _sigma(neuron, self.zero.dtype), self.presentation, self.weights)
+
+    @property
+    def channels(self) -> int:
+        """Numbers of each neuron that the link carries back: togo, what λ multiplies in it, and traces."""
+        return 2 * (self.sets - 1) + self.plan.traces(self.sets == 2) + self.plan.has_syn
+
+    def sums(self, rows: int) -> tuple[Tensor, Tensor]:
+        """What all time steps of a backward pass add to: the gradient of σ, and the sums that λ is fitted by."""
+        task = torch._C._current_graph_task_id()
+        if self._sums is None or self._task != task:
+            self._sums, self._task = self.plan.steps.sums_of(rows), task
+        return self._sums
+
+    def end(self, learns_sigma: bool) -> Tensor | None:
+        """Closes a backward pass, in its first time step, which comes last; the gradient of σ, if that is learned."""
+        assert self._sums is not None
+        (to_sigma, fit), self._sums = self._sums, None
+        if self.presentation is not None:
+            self.presentation.fit.add(fit.sum(0))
+        if not learns_sigma:
+            return None
+        levels = self.plan.levels
+        return (to_sigma.sum(0).view(1, *levels.shape) / levels).sum_to_size(self.sigma.shape)
+
+
+def _sigma(neuron: NoisyNeuron, dtype: torch.dtype) -> Tensor:
+    assert neuron.noise is not None
+    return neuron.noise.sigma.to(dtype)
 
 
 class Run:
     """Time steps that follow each other with one and the same current: they add up its gradient among themselves.
 
     Attributes:
-        input: the current, and its version.
+        input: the current.
+        version: of it.
         length: number of calls so far.
     """
 
+    __slots__ = ("_buffer", "_task", "input", "length", "version")
+
     def __init__(self, current: Tensor) -> None:
-        self.input = weakref.ref(current), version(current)
+        self.input, self.version = weakref.ref(current), version(current)
         self.length = 1
         self._buffer: Tensor | None = None
         self._task = -1
 
     def goes_on(self, current: Tensor) -> bool:
         """A current is the same."""
-        return self.input[0]() is current and self.input[1] == version(current)
+        return self.input() is current and self.version == version(current)
 
     def take(self) -> Tensor | None:
         """What the later ones have added up in this backward pass; None if this is the last one."""
@@ -194,17 +237,101 @@ class Run:
         self._buffer, self._task = buffer, torch._C._current_graph_task_id()
 
 
-class FusedSpikes(torch.autograd.Function):
-    """Spikes of a train in one or more time steps; backward, counterfactual credit.
+class State:
+    """The state of a neuron between two fused time steps; it hangs on the membrane potential.
 
-    As ``CounterfactualSpike``, with the neuron's own update inside. Of each number a step keeps z and the spike in two
-    bytes, and as much for membrane noise; the link carries the gradient of the states back, too.
+    Attributes:
+        chain: of the presentation.
+        starts: the next time step is the first one of the chain.
+        mem: membrane potential of the train, ``[batch, ...]``, without a graph, as all others.
+        shadow: that of the shadow; None without one.
+        syn: synaptic current; None without one.
+        code: of the last step, ``[sets, batch, ...]``, whose lowest bits are spikes; None before the first step.
+        fired: the spikes before the first step, in place of it; None for none.
+        link: carries credit from a step to the one before it.
+        bytes: of the spikes of this presentation so far.
+        run: of calls with the last current.
+    """
+
+    __slots__ = ("bytes", "chain", "code", "fired", "link", "mem", "run", "shadow", "starts", "syn")
+
+    def __init__(
+        self, chain: Chain, starts: bool, mem: Tensor, shadow: Tensor | None, syn: Tensor | None, code: Tensor | None,
+        fired: Tensor | None, link: Tensor, bytes_: int = 0, run: Run | None = None,
+    ) -> None:  # fmt: skip
+        self.chain, self.starts, self.mem, self.shadow, self.syn = chain, starts, mem, shadow, syn
+        self.code, self.fired, self.link, self.bytes, self.run = code, fired, link, bytes_, run
+
+    @classmethod
+    def before(cls, chain: Chain, given: Mapping[str, Tensor], fired: Tensor | None) -> State:
+        """The state in which a chain begins.
+
+        Args:
+            chain: that begins.
+            given: states of the train, ``[batch, ...]``.
+            fired: spikes that are to reset it, ``[sets, batch, ...]``; None if there are none.
+        """
+        memory.pool.count_presentation()
+        mem = given["mem"].detach().contiguous()
+        syn = given["syn"].detach().contiguous() if "syn" in given else None
+        fired = None if fired is None else fired.to(mem.dtype).contiguous()
+        link = chain.zero.expand(chain.channels, *mem.shape)
+        return cls(chain, True, mem, mem if chain.sets == 2 else None, syn, None, fired, link)
+
+    def next(self, neuron: NoisyNeuron, input_: Tensor, mem: Tensor, syn: Tensor | None) -> State | None:
+        """The state to go on from, if time steps go on from the membrane potential that it hangs on; None otherwise.
+
+        Args:
+            neuron: whose state it is.
+            input_: current of the time step.
+            mem: membrane potential.
+            syn: synaptic current, if there is one.
+        """
+        chain, carried = self.chain, getattr(mem, CARRIED)
+        shared = input_.shape == mem.shape and input_.dtype == mem.dtype
+        if carried.version != version(mem) or carried.attached != (mem.grad_fn is not None) or not shared:
+            return None
+        if syn is not None and not carried.holds("syn", syn):
+            return None
+        if chain.learns != torch.is_grad_enabled() or chain.sampler() is not neuron.sampler:
+            return None
+        if chain.plan.is_current():
+            return self
+        plan = Plan.of(neuron, mem.shape, mem.dtype, mem.device)
+        if plan is None or not plan.fits(chain.plan):
+            return None
+        return State(
+            chain.follow(plan, neuron), True, self.mem, self.shadow, self.syn, self.code, self.fired, self.link,
+            self.bytes,
+        )  # fmt: skip
+
+    def step(self, neuron: NoisyNeuron, current: Tensor) -> tuple[Tensor, ...]:
+        """A time step: spikes and new states, in the order of ``neuron.state_names``, which the neuron holds then."""
+        after, spikes, mem, syn = advance(self, neuron, current)
+        return after.hang(neuron, spikes, mem, syn)
+
+    def hang(self, neuron: NoisyNeuron, spikes: Tensor, mem: Tensor, syn: Tensor | None) -> tuple[Tensor, ...]:
+        """Hangs it on a membrane potential, which the neuron holds from now on."""
+        neuron.hold("mem", mem)
+        if syn is None:
+            neuron.carry(self.code, state=self)
+            return spikes, mem
+        neuron.hold("syn", syn)
+        neuron.carry(self.code, others={"syn": weakref.ref(syn)}, state=self)
+        return spikes, syn, mem
+
+
+class FusedSpikes(torch.autograd.Function):
+    """Spikes of a train in one or more time steps; backward, what the chain says.
+
+    As ``CounterfactualSpike`` or ``Score``, with the neuron's own update inside. Of each number a step keeps z and the
+    spike in two bytes, and as much for membrane noise; the link carries the gradient of the states back, too.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, state: State, keys: Tensor, steps: int, lead: tuple[int, ...], seen: tuple[int, ...],
-        current: Tensor, sigma: Tensor, link: Tensor, kept: list[Tensor], run: Run,
+        ctx: Any, state: State, keys: Tensor, lead: tuple[int, ...], seen: tuple[int, ...], kept: list[Any], run: Run,
+        current: Tensor, link: Tensor, sigma: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Spikes, the link, membrane potentials and synaptic currents.
 
@@ -212,81 +339,77 @@ class FusedSpikes(torch.autograd.Function):
             ctx: of autograd.
             state: before.
             keys: of the noise, ``[steps]``.
-            steps: number of time steps.
             lead: dimensions of the spikes in front of ``[batch, ...]``: none, or the steps.
             seen: the same of states that are handed out.
-            current: ``[batch, ...]`` or ``[steps, batch, ...]``.
-            sigma: noise level, with its graph.
-            link: of the state.
             kept: filled with the membrane potential of the shadow, and the code of all steps.
             run: of calls with this current.
+            current: ``[batch, ...]`` or ``[steps, batch, ...]``.
+            link: of the state.
+            sigma: noise level, with its graph, in the first step of the chain; None in later ones.
         """
-        ctx.set_materialize_grads(False)
-        plan, shape, like = state.plan, state.mem.shape, state.mem
+        chain, like = state.chain, state.mem
+        plan, shape, dtype, device = chain.plan, like.shape, like.dtype, like.device
+        sets, steps = chain.sets, len(keys)
         current = current.contiguous()
         currents = current.numel() // like.numel()
-        codes, device = plan.module.CODES[like.dtype], like.device
-        code = memory.empty((steps, 2, *shape), codes, device)
-        noise_code = memory.empty(code.shape, codes, device) if plan.keeps_noise else None
-        spikes, mem = (memory.empty((*dims, *shape), like.dtype, device) for dims in (lead, seen))
-        syn = None if plan.alpha is None else memory.empty(mem.shape, like.dtype, device)
-        shadow = memory.empty(shape, like.dtype, device)
-        plan.module.forward(
-            shape[0], like.dtype, neurons=plan.leak.numel(), sets=2, steps=steps, currents=currents,
-            seen=mem.numel() // like.numel(), kind=plan.kind, mechanism=plan.mechanism, keys=keys, current=current,
-            mem=state.mem, shadow=state.shadow, syn=state.syn, fired=state.fired, before=state.code, leak=plan.leak,
-            share=plan.share, alpha=plan.alpha, threshold=plan.threshold, sigma=plan.levels, new_shadow=shadow,
-            new_fired=None, spikes=spikes, seen_mem=mem, seen_syn=syn, code=code, noise_code=noise_code,
+        code = memory.empty((steps, sets, *shape), plan.module.CODES[dtype], device)
+        noise_code = memory.empty(code.shape, code.dtype, device) if chain.learns and not plan.escapes else None
+        spikes, mem = memory.empty((*lead, *shape), dtype, device), memory.empty((*seen, *shape), dtype, device)
+        syn = memory.empty(mem.shape, dtype, device) if plan.has_syn else None
+        shadow = memory.empty(shape, dtype, device) if sets == 2 else None
+        plan.steps.forward(
+            shape[0], sets, steps, currents, steps if seen else 1, keys, current, like, state.shadow, state.syn,
+            state.fired, state.code, shadow, spikes, mem, syn, code, noise_code,
         )  # fmt: skip
-        before = [each for each in (state.code, state.fired) if each is not None and plan.mechanism == kinds.ERASE]
-        ctx.save_for_backward(code, *([] if noise_code is None else [noise_code]), *before)
-        ctx.plan, ctx.presentation, ctx.settings = plan, state.presentation, state.settings
-        ctx.before_is_code = state.code is not None
-        ctx.run, ctx.is_first = run, run.length == 1
-        ctx.current, ctx.sigma, ctx.seen = current.shape, (sigma.shape, sigma.dtype), seen
-        kept += [shadow, code]
-        carried = like.new_zeros(()).expand(link.shape)
+        kept += shadow, code
+        if chain.learns:
+            before = (state.code, state.fired) if plan.mechanism == kinds.ERASE else (None, None)
+            ctx.save_for_backward(code, noise_code, *before)
+            ctx.set_materialize_grads(False)
+            ctx.chain, ctx.starts, ctx.sizes = chain, sigma is not None, (current.shape, seen)
+            ctx.run, ctx.is_first = run, run.length == 1
+            if sets == 1:
+                # Samples have a score, and no derivative: the membrane potential too, if it has the noise on it.
+                ctx.mark_non_differentiable(spikes, *(() if plan.escapes else (mem,)))
+        carried = chain.zero.expand(link.shape)
         return (spikes, carried, mem) if syn is None else (spikes, carried, mem, syn)
 
     @staticmethod
     def backward(ctx: Any, a: Tensor | None, later: Tensor | None, *states: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of current, σ and link."""
+        """Gradients of current, link and σ."""
         refuse_double_backward()
-        plan, presentation = ctx.plan, ctx.presentation
-        presentation.fit.steps += 1
-        code, *rest = ctx.saved_tensors
-        noise_code = rest.pop(0) if plan.keeps_noise else None
-        before = rest.pop(0) if rest else None
-        steps, shape, like = len(code), code.shape[2:], plan.leak
-        # Of a link, which nothing else uses: what it held is not needed again.
+        chain, (size, seen) = ctx.chain, ctx.sizes
+        plan, sets, presentation = chain.plan, chain.sets, chain.presentation
+        code, noise_code, code_before, fired_before = ctx.saved_tensors
+        steps, shape, like = len(code), code.shape[2:], plan.levels
         if later is None:
-            later = memory.empty((plan.channels, *shape), like.dtype, like.device).zero_()
+            later = memory.empty((chain.channels, *shape), like.dtype, like.device).zero_()
+        # Of a link, which nothing else uses: what it held is not needed again.
         held = later.contiguous()
+        if presentation is not None:
+            presentation.fit.steps += 1
+            togo, parted = held[0], held[1]
+        else:
+            togo, parted = chain.weights[0].to(like.dtype).contiguous(), None
         added = to_current = None
-        if ctx.needs_input_grad[5]:
+        if ctx.needs_input_grad[6]:
             added = ctx.run.take()
-            to_current = memory.empty(ctx.current, like.dtype, like.device) if added is None else added
-        b, b_syn = (_of_all_steps(each, steps, ctx.seen) for each in (*states, None)[:2])
-        end = 2 + plan.traces
-        to_sigma, sums = plan.module.backward(
-            shape[0], like.dtype, ctx.needs_input_grad[6], neurons=like.numel(), steps=steps,
-            currents=1 if to_current is None else to_current.numel() // shape.numel(), kind=plan.kind,
-            mechanism=plan.mechanism, a=None if a is None else a.contiguous(), b=b, b_syn=b_syn, code=code,
-            noise_code=noise_code, fired=None if ctx.before_is_code else before,
-            before=before if ctx.before_is_code else None, leak=plan.leak, share=plan.share, alpha=plan.alpha,
-            threshold=plan.threshold, sigma=plan.levels, settings=ctx.settings, togo=held[0], parted=held[1],
-            fit_rows=min(shape[0], _FIT_ROWS), trace=held[2:end] if plan.traces else None, traces=plan.traces,
-            syn_trace=None if plan.alpha is None else held[end], to_current=to_current,
-            adds=int(added is not None),
+            to_current = memory.empty(size, like.dtype, like.device) if added is None else added
+        b, b_syn = (_of_all_steps(gradient, steps, seen) for gradient in (*states, None)[:2])
+        traces, start = plan.traces(sets == 2), 2 * (sets - 1)
+        plan.steps.backward(
+            shape[0], sets, steps, 1 if to_current is None else to_current.numel() // shape.numel(),
+            None if a is None else a.contiguous(), b, b_syn, code, noise_code, fired_before, code_before,
+            chain.settings, togo, parted, min(shape[0], _FIT_ROWS) if sets == 2 else 0,
+            held[start] if traces else None, traces, held[start + traces] if plan.has_syn else None, to_current,
+            added is not None, chain.sums(shape[0]),
         )  # fmt: skip
-        presentation.fit.add(sums)
         if to_current is not None and not ctx.is_first:
             ctx.run.hand_on(to_current)
             to_current = None
-        if to_sigma is not None:
-            size, dtype = ctx.sigma
-            to_sigma = (to_sigma.view(1, *shape[1:]) / plan.levels).sum_to_size(size).to(dtype)
-        return None, None, None, None, None, to_current, to_sigma, held, None, None
+        goes_on = ctx.needs_input_grad[7]
+        to_sigma = chain.end(ctx.needs_input_grad[8]) if ctx.starts else None
+        return None, None, None, None, None, None, to_current, held if goes_on else None, to_sigma
 
 
 def _of_all_steps(gradient: Tensor | None, steps: int, seen: tuple[int, ...]) -> Tensor | None:
@@ -297,40 +420,10 @@ def _of_all_steps(gradient: Tensor | None, steps: int, seen: tuple[int, ...]) ->
     return torch.cat([last.new_zeros(steps - 1, *last.shape[1:]), last])
 
 
-def begin(
-    plan: Plan, neuron: NoisyNeuron, presentation: Presentation, given: dict[str, Tensor], fired: Tensor | None
-) -> State:
-    """The state in which a presentation begins.
-
-    Args:
-        plan: of the neuron.
-        neuron: see there.
-        presentation: that begins.
-        given: states of the train, ``[batch, ...]``, without a graph.
-        fired: spikes that are to reset it, ``[2, batch, ...]``; None if there are none.
-    """
-    assert neuron.noise is not None
-    memory.pool.count_presentation()
-    mem = given["mem"].detach().contiguous()
-    syn = given["syn"].detach().contiguous() if "syn" in given else None
-    return State(
-        plan,
-        presentation,
-        torch.stack([presentation.control.to(mem.dtype), mem.new_full((), presentation.discount)]),
-        neuron.noise.sigma.to(mem.dtype),
-        mem,
-        mem,
-        syn,
-        None,
-        None if fired is None else fired.contiguous(),
-        mem.new_zeros(()).expand(plan.channels, *mem.shape),
-    )
-
-
 def advance(
     state: State, neuron: NoisyNeuron, current: Tensor, steps: int | None = None, all_states: bool = False
-) -> tuple[State, tuple[Tensor, ...]]:
-    """Time steps of a train and its shadow.
+) -> tuple[State, Tensor, Tensor, Tensor | None]:
+    """Time steps of a neuron.
 
     Args:
         state: before.
@@ -342,26 +435,70 @@ def advance(
     Returns:
         The state after; and spikes, membrane potentials, and synaptic currents, if there are any.
     """
+    chain = state.chain
     assert neuron.noise is not None
-    count = 1 if steps is None else steps
+    keys = new_keys(1 if steps is None else steps, neuron.noise.generator, current.device)
     lead = () if steps is None else (steps,)
-    keys = torch.tensor([new_key(neuron.noise.generator) for _ in range(count)])
-    kept: list[Tensor] = []
+    kept: list[Any] = []
     run = state.run
     if run is not None and run.goes_on(current):
         run.length += 1
     else:
         run = Run(current)
-    spikes, link, *states = FusedSpikes.apply(
-        state, keys, count, lead, lead if all_states else (), current, state.sigma, state.link, kept, run
+    seen = lead if all_states else ()
+    # A step without a link that has a graph is the first one that a backward pass can reach.
+    starts = state.starts or not state.link.requires_grad
+    spikes, link, mem, *syns = FusedSpikes.apply(
+        state, keys, lead, seen, kept, run, current, state.link, chain.sigma if starts else None
     )
-    mem, *syn = (each.detach()[-1] if all_states and lead else each.detach() for each in states)
     shadow, code = kept
+    syn = syns[0] if syns else None
+    last, last_syn = mem.detach(), None if syn is None else syn.detach()
+    if seen:
+        last, last_syn = last[-1], None if last_syn is None else last_syn[-1]
     size = state.bytes + spikes.numel() * spikes.element_size()
-    after = replace(
-        state, mem=mem, shadow=shadow, syn=syn[0] if syn else None, code=code[-1], fired=None, link=link, bytes=size,
-        run=run,
-    )  # fmt: skip
-    if neuron.emits_zeros_and_ones():
+    after = State(chain, False, last, shadow, last_syn, code[-1], None, link, size, run)
+    if chain.weights is not None:
+        chain.sampler().replace(state.link, link)
+    if not chain.plan.plain:
+        return after, neuron.graded(spikes), mem, syn
+    if lead or size >= WORTH_KEEPING_AS_BITS:
         setattr(spikes, SPIKES, Emitted(code[:, 0] if lead else code[0, 0], version(spikes), size))
-    return after, (neuron.graded(spikes), *states)
+    return after, spikes, mem, syn
+
+
+def going_on(neuron: NoisyNeuron, input_: Tensor, given: Mapping[str, Tensor]) -> State | None:
+    """The state from which fused time steps go on; None if they do not, or a presentation begins."""
+    carried = getattr(given["mem"], CARRIED, None)
+    if carried is None or carried.state is None:
+        return None
+    state: State | None = carried.state.next(neuron, input_, given["mem"], given.get("syn"))
+    return state
+
+
+def planned(neuron: NoisyNeuron, input_: Tensor, given: Mapping[str, Tensor]) -> Plan | None:
+    """How the time steps of a presentation that begins are fused; None if they are not."""
+    if any(state.requires_grad or state.dtype != input_.dtype for state in given.values()):
+        return None
+    return Plan.of(neuron, input_.shape, input_.dtype, input_.device)
+
+
+def begin(
+    plan: Plan, neuron: NoisyNeuron, given: Mapping[str, Tensor], fired: Tensor | None,
+    presentation: Presentation | None = None, weights: list[Tensor] | None = None,
+) -> State:  # fmt: skip
+    """The state in which the time steps of a presentation begin.
+
+    Args:
+        plan: of the neuron.
+        neuron: see there.
+        given: states of the train, ``[batch, ...]``.
+        fired: spikes that are to reset it, alike; None to compare the membrane potential with the threshold.
+        presentation: of counterfactual credit; None without a shadow.
+        weights: of the rows, of ``Vanilla``.
+    """
+    if fired is None:
+        # By the threshold, as in snnTorch.
+        fired = neuron.mem_reset(given["mem"].detach())
+    chain = Chain(plan, neuron.sampler, _sigma(neuron, given["mem"].dtype), presentation, weights)
+    return State.before(chain, given, fired.expand(chain.sets, *fired.shape))

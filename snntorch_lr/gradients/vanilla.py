@@ -14,6 +14,7 @@ from ..baselines import BASELINES, Baseline
 from ..node import Score
 from ..noisy_neuron import NoisyNeuron
 from ..validate import check_losses, use_running_statistics, warn_about_batch_norm
+from . import fused
 from .base import Estimator, LossFn, SamplerOfOnePass
 
 
@@ -21,19 +22,38 @@ class Scores(SamplerOfOnePass):
     """Sampler of a forward pass whose samples have scores: their gradient waits for the losses.
 
     Attributes:
-        tokens: one for each sample of each neuron, to go back from.
+        tokens: of samples, to go back from.
         weights: holds one number for each row, once the losses are known.
     """
 
     def __init__(self) -> None:
-        self.tokens: list[Tensor] = []
+        self.tokens: dict[int, Tensor] = {}
         self.weights: list[Tensor] = []
+
+    def replace(self, before: Tensor | None, token: Tensor) -> None:
+        """Adds a token, from which the one before it is reached, too."""
+        if before is not None:
+            self.tokens.pop(id(before), None)
+        if token.requires_grad:
+            self.tokens[id(token)] = token
 
     def step(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """A time step of a neuron; see ``snntorch_lr.noisy_neuron.Sampler``."""
-        sample = neuron.sample(input_, given, neuron.train_resets(given["mem"]))
+        state = fused.going_on(neuron, input_, given)
+        if state is None:
+            fired = neuron.train_resets(given["mem"])
+            plan = fused.planned(neuron, input_, given) if torch.is_grad_enabled() else None
+            if plan is None:
+                return self._generic_step(neuron, input_, given, fired)
+            state = fused.begin(plan, neuron, given, fired, weights=self.weights)
+        return state.step(neuron, input_)
+
+    def _generic_step(
+        self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor], fired: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        sample = neuron.sample(input_, given, fired)
         if sample.margin.requires_grad or sample.sigma.requires_grad:
-            self.tokens.append(Score.apply(sample, self.weights, sample.margin, sample.sigma))
+            self.replace(None, Score.apply(sample, self.weights, sample.margin, sample.sigma))
         spikes = neuron.graded(sample.spikes.clone())
         if "spk" in given:
             neuron.spk = spikes
@@ -48,7 +68,7 @@ class Scores(SamplerOfOnePass):
             advantages: of the rows.
         """
         self.weights[:] = [advantages / len(losses)]
-        roots = [*self.tokens]
+        roots = [*self.tokens.values()]
         gradients = [torch.zeros_like(token) for token in roots]
         if losses.requires_grad:
             roots.append(losses)
@@ -160,7 +180,7 @@ class Vanilla(RowLosses):
             returned, copies = self.run(neurons, scores, loss_fn, inputs, targets)
             losses = check_losses(returned, self.copies, copies.batch or 0, self.net)
             if first is not None:
-                first.check_losses(losses, *scores.tokens)
+                first.check_losses(losses, *scores.tokens.values())
         scores.backward(losses, weigh(losses, self.copies, self.baseline, first=first is not None))
         return losses.detach().mean()
 

@@ -47,57 +47,73 @@ CODES = {torch.float32: torch.int16, torch.float64: torch.int64}
 
 def noise(out: Tensor, key: int, kind: int) -> None:
     """Fills ``[rows, numbers]`` with noise; see ``snntorch_lr.philox.draw``."""
+    assert out.is_contiguous()
     rows, numbers = out.shape
-    block = _Noise(0, rows, 0, _address(out), numbers, key, kind)
-    _run(numba_steps.noise, out.dtype, block, numbers)
+    threads, claim = _share(rows, numbers)
+    record = _Noise(0, rows, claim, out.data_ptr(), numbers, key)
+    _run(_compiled(numba_steps.noise, _NUMPY[out.dtype], kind), record, threads)
 
 
-def forward(rows: int, dtype: torch.dtype, **given: Tensor | int | None) -> None:
-    """Time steps of a train and its shadow; see ``numba_steps._forward`` for the arguments.
-
-    Args:
-        rows: of the batch.
-        dtype: of the membrane potential.
-        **given: integers; and contiguous tensors, which are read or filled, or None.
-    """
-    block = _Forward(rows=rows, **_words(given))
-    _run(numba_steps.forward, dtype, block, block.neurons * block.sets * block.steps)
-
-
-def backward(
-    rows: int, dtype: torch.dtype, learns_sigma: bool, **given: Tensor | int | None
-) -> tuple[Tensor | None, Tensor]:
-    """Counterfactual credit in these; see ``numba_steps._backward`` for the arguments.
+class TimeSteps:
+    """Time steps of a neuron, forward and backward; ``numba_steps`` says what its arguments are.
 
     Args:
-        rows: of the batch.
-        dtype: of the membrane potential.
-        learns_sigma: a gradient of σ is wanted.
-        **given: as for ``forward``.
-
-    Returns:
-        Gradient of σ, times σ, ``[neurons]``, or None; Σ C₀C₁ and Σ C₁².
+        kind: of the noise.
+        mechanism: of the reset.
+        constants: leak, share, alpha or None, threshold and noise level, ``[neurons]``, contiguous.
     """
-    block = _Backward(rows=rows, **_words(given))
-    _, claim = _share(rows, block.neurons * 2 * block.steps)
-    chunks = -(-rows // claim)
-    to_sigma = torch.zeros(chunks, block.neurons, dtype=dtype) if learns_sigma else None
-    sums = torch.zeros(chunks, 2, dtype=dtype)
-    block.to_sigma, block.sums = 0 if to_sigma is None else to_sigma.data_ptr(), sums.data_ptr()
-    _run(numba_steps.backward, dtype, block, block.neurons * 2 * block.steps)
-    return None if to_sigma is None else to_sigma.sum(0), sums.sum(0)
+
+    def __init__(self, kind: int, mechanism: int, *constants: Tensor | None) -> None:
+        leak = constants[0]
+        assert leak is not None
+        # They must not go away.
+        self._kept = constants
+        self._neurons = leak.numel()
+        self._constants = (self._neurons, mechanism, *map(_at, constants))
+        self._kernel = (_NUMPY[leak.dtype], kind)
+        self._dtype = leak.dtype
+
+    def forward(
+        self, rows: int, sets: int, steps: int, currents: int, seen: int, keys: Tensor, current: Tensor,
+        mem: Tensor | None, shadow: Tensor | None, syn: Tensor | None, fired: Tensor | None, before: Tensor | None,
+        new_shadow: Tensor | None, spikes: Tensor, seen_mem: Tensor, seen_syn: Tensor | None, code: Tensor | None,
+        noise_code: Tensor | None,
+    ) -> None:  # fmt: skip
+        """See ``numba_steps.FORWARD``; tensors are contiguous, and read or filled."""
+        threads, claim = _share(rows, self._neurons * sets * steps)
+        record = _Forward(
+            0, rows, claim, *self._constants, sets, steps, currents, seen, keys.data_ptr(), current.data_ptr(),
+            _at(mem), _at(shadow), _at(syn), _at(fired), _at(before), _at(new_shadow), spikes.data_ptr(),
+            seen_mem.data_ptr(), _at(seen_syn), _at(code), _at(noise_code),
+        )  # fmt: skip
+        _run(_compiled(numba_steps.forward, *self._kernel), record, threads)
+
+    def backward(
+        self, rows: int, sets: int, steps: int, currents: int, a: Tensor | None, b: Tensor | None, b_syn: Tensor | None,
+        code: Tensor, noise_code: Tensor | None, fired: Tensor | None, before: Tensor | None, settings: Tensor | None,
+        togo: Tensor, parted: Tensor | None, fit_rows: int, trace: Tensor | None, traces: int, syn_trace: Tensor | None,
+        to_current: Tensor | None, adds: bool, sums: tuple[Tensor, Tensor],
+    ) -> None:  # fmt: skip
+        """See ``numba_steps.BACKWARD``; ``sums`` are from ``sums_of``."""
+        to_sigma, fit = sums
+        threads, claim = _share(rows, self._neurons * sets * steps)
+        # No more chunks than there were when the sums began.
+        claim = max(claim, -(-rows // len(fit)))
+        record = _Backward(
+            0, rows, claim, *self._constants, steps, currents, _at(a), _at(b), _at(b_syn), code.data_ptr(),
+            _at(noise_code), _at(fired), _at(before), _at(settings), togo.data_ptr(), _at(parted), fit_rows, _at(trace),
+            traces, _at(syn_trace), _at(to_current), adds, to_sigma.data_ptr(), fit.data_ptr(),
+        )  # fmt: skip
+        _run(_compiled(numba_steps.backward, *self._kernel, sets == 2), record, threads)
+
+    def sums_of(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Zeros that backward passes add to: the gradient of σ, times σ, ``[parts, neurons]``; ΣC₀C₁, ΣC₁²."""
+        parts = -(-rows // max(1, rows // (torch.get_num_threads() * _CLAIMS_OF_A_THREAD)))
+        return torch.zeros(parts, self._neurons, dtype=self._dtype), torch.zeros(parts, 2, dtype=self._dtype)
 
 
-def _words(given: dict[str, Tensor | int | None]) -> dict[str, int]:
-    return {
-        name: value if type(value) is int else 0 if value is None else value.data_ptr()  # type: ignore[union-attr]
-        for name, value in given.items()
-    }
-
-
-def _address(x: Tensor) -> int:
-    assert x.is_contiguous()
-    return x.data_ptr()
+def _at(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _share(rows: int, size: int) -> tuple[int, int]:
@@ -106,33 +122,15 @@ def _share(rows: int, size: int) -> tuple[int, int]:
     return threads, rows if threads == 1 else max(1, rows // (threads * _CLAIMS_OF_A_THREAD))
 
 
-def _run(kernel: Callable[[Any], Any], dtype: torch.dtype, block: Any, size: int) -> None:
-    """Shares rows of so many numbers among as many threads as torch has, at most."""
-    threads, block.claim = _share(block.rows, size)
-    function, address = _compiled(kernel, dtype), ctypes.addressof(block)
-    if threads == 1:
-        function.ctypes(address)
-    else:
-        _in_threads(function, address, threads)
-
-
-@cache
-def _compiled(kernel: Callable[[Any], Any], dtype: torch.dtype) -> Any:
-    try:
-        with _tell_about_compiling():
-            return kernel(_NUMPY[dtype])
-    except NumbaError as error:
-        raise RuntimeError(
-            f"a fused time step does not compile: {first_line(error)}; torch computes the same in the context "
-            "snntorch_lr.kernels.off()"
-        ) from error
-
-
-def _in_threads(function: Any, address: int, threads: int) -> None:
-    """Runs a function in several threads at once: in those of torch, if their library can be asked.
+def _run(function: Any, record: Any, threads: int) -> None:
+    """Has threads claim the rows of a record; of torch, if their library can be asked.
 
     Two sets of threads would get into each other's way: OpenMP's go on for a while, looking for work.
     """
+    address = ctypes.addressof(record)
+    if threads == 1:
+        function.ctypes(address)
+        return
     team = _openmp()
     if team is not None and _process == os.getpid():
         team(function.address, address, threads, 0)
@@ -141,6 +139,18 @@ def _in_threads(function: Any, address: int, threads: int) -> None:
     function.ctypes(address)
     for other in others:
         other.result()
+
+
+@cache
+def _compiled(make: Callable[..., Any], *options: Any) -> Any:
+    try:
+        with _tell_about_compiling():
+            return make(*options)
+    except NumbaError as error:
+        raise RuntimeError(
+            f"a fused time step does not compile: {first_line(error)}; torch computes the same in the context "
+            "snntorch_lr.kernels.off()"
+        ) from error
 
 
 # OpenMP's threads do not come along when a process forks.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,18 @@ from torch import Tensor
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int16: np.int16, torch.int64: np.int64}
 # Smaller blocks come back from the C library as they were.
 _WORTH_KEEPING = 1 << 16
+
+
+class _Loan(weakref.ref):  # type: ignore[type-arg]
+    """A block that is in use; where it goes afterwards."""
+
+    __slots__ = ("block", "free")
+    block: NDArray[np.uint8]
+    free: list[NDArray[np.uint8]]
+
+    # As an object: arrays have no hash.
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
 
 
 class Pool:
@@ -30,6 +43,7 @@ class Pool:
         self._free: dict[int, list[NDArray[np.uint8]]] = {}
         self._used: dict[int, int] = {}
         self._presentations = 0
+        self._loans: set[_Loan] = set()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on the CPU, with any numbers in it."""
@@ -43,9 +57,15 @@ class Pool:
         except IndexError:
             block = np.empty(size, np.uint8)
         # Shaped by NumPy: of a tensor that is a view snnTorch could not detach states in place.
-        given = block.view(_NUMPY[dtype]).reshape(tuple(shape))
-        weakref.finalize(given, free.append, block).atexit = False
-        return torch.from_numpy(given)
+        lent = block.view(_NUMPY[dtype]).reshape(tuple(shape))
+        loan = _Loan(lent, self._take_back)
+        loan.block, loan.free = block, free
+        self._loans.add(loan)
+        return torch.from_numpy(lent)
+
+    def _take_back(self, loan: Any) -> None:
+        self._loans.discard(loan)
+        loan.free.append(loan.block)
 
     def count_presentation(self) -> None:
         """Lets go of sizes that were not asked for during the last presentations."""

@@ -7,13 +7,14 @@ whose errors are below 2 · 10⁻⁶. In double precision, which is for tests, a
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from .kinds import GAUSSIAN, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, MILLS, NORMAL, NORMAL_TAIL
+from .kinds import GAUSSIAN, GAUSSIAN_ESCAPE, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, MILLS, NORMAL, NORMAL_TAIL
 
 # No leave to reorder sums, on which rounding to an integer and the exactness of the uniform numbers depend, nor to take
 # for granted that there is no NaN, which has to reach the gradient to be found.
@@ -123,25 +124,33 @@ def _overload_normal(z: Any) -> Any:
     return double if z == types.float64 else single
 
 
-def half_tanh(z: Any) -> Any:
-    """tanh(z / 2)."""
+def _half_tanh_parts(z: Any) -> Any:
+    """Numerator and denominator of tanh(z / 2); the latter is positive."""
 
 
-@overload(half_tanh)
-def _overload_half_tanh(z: Any) -> Any:
+@overload(_half_tanh_parts)
+def _overload_half_tanh_parts(z: Any) -> Any:
     def double(z: Any) -> Any:
-        return math.tanh(0.5 * z)
+        return math.tanh(0.5 * z), 1.0
 
     def single(z: Any) -> Any:
         y = z * _HALF
+        # Written so that NaN stays NaN.
         y = _TANH_END if y > _TANH_END else y
         y = -_TANH_END if y < -_TANH_END else y
         square = y * y
-        found = y * _polynomial(square, _TANH) / _polynomial(square, _TANH_BELOW)
-        found = _1 if found > _1 else found
-        return -_1 if found < -_1 else found
+        return y * _polynomial(square, _TANH), _polynomial(square, _TANH_BELOW)
 
     return double if z == types.float64 else single
+
+
+@njit(**OPTIONS)
+def half_tanh(z: Any) -> Any:
+    """tanh(z / 2)."""
+    over, under = _half_tanh_parts(z)
+    value = over / under
+    value = _1 if value > _1 else value
+    return -_1 if value < -_1 else value
 
 
 @njit(**OPTIONS)
@@ -152,18 +161,19 @@ def assign(to: Any, value: Any) -> None:
 
 
 @njit(**OPTIONS)
-def _words(words: Any, columns: Any, rows: Any, key: Any, row: int) -> None:
-    """Random words of rows that follow each other: Philox 4x32-10 of (column, row, 0, 0).
+def words_of_rows(words: Any, columns: Any, rows: Any, key: Any, row: int, column: int) -> None:
+    """Random words: Philox 4x32-10 of (column, row, 0, 0).
 
     Args:
-        words: filled, ``[4, at least rows * quarter]``, a quarter being that of the neurons of a row, rounded up.
-        columns: ``[rows * quarter]``.
-        rows: alike, counted from the first one.
+        words: filled, four for each counter.
+        columns: of the counters, from the first one on.
+        rows: alike.
         key: of 64 bits.
         row: the first one.
+        column: the first one.
     """
     for place in range(len(columns)):
-        c0, c1 = np.uint32(columns[place]), np.uint32(np.uint32(row) + np.uint32(rows[place]))
+        c0, c1 = np.uint32(column + columns[place]), np.uint32(np.uint32(row) + np.uint32(rows[place]))
         c2, c3 = np.uint32(0), np.uint32(0)
         k0, k1 = np.uint32(key), np.uint32(key >> np.uint64(32))
         for _ in range(10):
@@ -173,161 +183,146 @@ def _words(words: Any, columns: Any, rows: Any, key: Any, row: int) -> None:
             c2 = np.uint32(np.uint32(low >> np.uint64(32)) ^ c3 ^ k1)
             c1, c3 = np.uint32(high), np.uint32(low)
             k0, k1 = np.uint32(k0 + np.uint32(0x9E3779B9)), np.uint32(k1 + np.uint32(0xBB67AE85))
-        words[0, place], words[1, place] = np.int32(c0), np.int32(c1)
-        words[2, place], words[3, place] = np.int32(c2), np.int32(c3)
+        words[4 * place], words[4 * place + 1] = np.int32(c0), np.int32(c1)
+        words[4 * place + 2], words[4 * place + 3] = np.int32(c2), np.int32(c3)
 
 
-@njit(**OPTIONS)
-def counters(rows: int, neurons: int) -> tuple[Any, Any, Any]:
-    """Memory for the words of so many rows, and the first two numbers of their counters."""
-    quarter = (neurons + 3) // 4
-    columns, samples = np.empty(rows * quarter, np.int32), np.empty(rows * quarter, np.int32)
-    for row in range(rows):
-        samples[row * quarter : (row + 1) * quarter] = row
-        for column in range(quarter):
-            columns[row * quarter + column] = column
-    return np.empty((4, rows * quarter), np.int32), columns, samples
+def uniform(word: Any, like: Any) -> Any:
+    """A uniform number in (−1, 1), (k + ½) / 2ⁿ of the upper n + 1 bits of a word."""
 
 
-def _to_uniform(u: Any, word: Any) -> Any:
-    """(k + ½) / 2ⁿ of the upper n + 1 bits of a word."""
-
-
-@overload(_to_uniform)
-def _overload_to_uniform(u: Any, word: Any) -> Any:
-
-    def double(u: Any, word: Any) -> Any:
+@overload(uniform)
+def _overload_uniform(word: Any, like: Any) -> Any:
+    def double(word: Any, like: Any) -> Any:
         return (np.float64(word) + 0.5) * 2.0**-31
 
-    def single(u: Any, word: Any) -> Any:
+    def single(word: Any, like: Any) -> Any:
         return (np.float32(np.int32(word >> np.int32(8))) + _HALF) * np.float32(2.0**-23)
 
-    return double if u.dtype == types.float64 else single
+    return double if like == types.float64 else single
 
 
-@njit(**OPTIONS)
-def uniform(u: Any, words: Any, columns: Any, rows: Any, neurons: int, key: Any, row: int) -> None:
-    """Uniform numbers in (−1, 1) of rows that follow each other, from the first one on."""
-    quarter, count = (neurons + 3) // 4, len(u) // neurons
-    used = count * quarter
-    _words(words, columns[:used], rows[:used], key, row)
-    for own_row in range(count):
-        for part in range(4):
-            # Slices: an index that could be negative keeps LLVM from vectorising.
-            start, stop = own_row * neurons + part * quarter, (own_row + 1) * neurons
-            numbers = u[start : min(start + quarter, stop)]
-            own = words[part, own_row * quarter : (own_row + 1) * quarter]
-            for column in range(len(numbers)):
-                numbers[column] = _to_uniform(u, own[column])
-
-
-@njit(**OPTIONS)
-def to_noise(epsilon: Any, u: Any, kind: int) -> None:
-    """Standard membrane noise of uniform numbers; these themselves for escape noise."""
-    if kind == GAUSSIAN:
-        for i in range(len(u)):
-            epsilon[i] = _normal_quantile(u[i])
-    elif kind == LAPLACE:
-        for i in range(len(u)):
-            size = -_log(_1 - abs(u[i]))
-            epsilon[i] = size if u[i] > _0 else -size
-    elif kind == LOGISTIC:
-        for i in range(len(u)):
-            epsilon[i] = _log(_1 + u[i]) - _log(_1 - u[i])
-    else:
-        assign(epsilon, u)
-
-
-@njit(**OPTIONS)
-def escape_spikes(spikes: Any, z: Any, u: Any, kind: int) -> None:
-    """Spikes of escape noise."""
-    if kind == LOGISTIC_ESCAPE:
-        for i in range(len(z)):
-            spikes[i] = _1 if u[i] > -half_tanh(z[i]) else _0
-    else:
-        for i in range(len(z)):
-            _, tail, _ = normal(z[i])
-            spikes[i] = _1 if u[i] > _1 - _2 * (_1 - tail if z[i] > _0 else tail) else _0
-
-
-@njit(**OPTIONS)
-def chances(p: Any, density: Any, z: Any, kind: int) -> None:
-    """Probability of a spike at a distance z to the threshold, and its derivative."""
-    if kind in (LOGISTIC, LOGISTIC_ESCAPE):
-        for i in range(len(z)):
-            p[i] = _HALF + _HALF * half_tanh(z[i])
-            density[i] = p[i] * (_1 - p[i])
-    elif kind == LAPLACE:
-        for i in range(len(z)):
-            tail = _HALF * exp(-abs(z[i]))
-            p[i] = _1 - tail if z[i] > _0 else tail
-            density[i] = tail
-    else:
-        for i in range(len(z)):
-            density[i], tail, _ = normal(z[i])
-            p[i] = _1 - tail if z[i] > _0 else tail
-
-
-@njit(**OPTIONS)
-def escape_scores(score: Any, z: Any, p: Any, spikes: Any, kind: int) -> None:
-    """Scores of z, of spikes of escape noise."""
-    if kind == LOGISTIC_ESCAPE:
-        for i in range(len(z)):
-            score[i] = spikes[i] - p[i]
-    else:
-        for i in range(len(z)):
-            slope, tail, mills = normal(z[i])
-            # φ over the probability of what happened, which neither cancels nor underflows this way.
-            likely, unlikely = slope / (_1 - tail), _1 / mills
-            size = likely if (spikes[i] > _0) == (z[i] > _0) else unlikely
-            score[i] = size if spikes[i] > _0 else -size
-
-
-@njit(**OPTIONS)
-def membrane_scores(score: Any, epsilon: Any, kind: int) -> None:
-    """Scores of the mean, times σ, from standard noise."""
-    if kind == GAUSSIAN:
-        assign(score, epsilon)
-    elif kind == LAPLACE:
-        for i in range(len(score)):
-            score[i] = _1 if epsilon[i] > _0 else -_1
-    else:
-        for i in range(len(score)):
-            score[i] = half_tanh(epsilon[i])
-
-
-def keep(code: Any, value: Any, spikes: Any) -> None:
-    """Keeps numbers, and in their lowest bit a spike: in single precision as 15 bits, rounded."""
+def keep(value: Any, spike: Any) -> Any:
+    """A number, and in its lowest bit a spike: in single precision as 15 bits, rounded."""
 
 
 @overload(keep)
-def _overload_keep(code: Any, value: Any, spikes: Any) -> Any:
-    def double(code: Any, value: Any, spikes: Any) -> None:
-        for i in range(len(code)):
-            code[i] = (np.float64(value[i]).view(np.int64) & ~np.int64(1)) | np.int64(spikes[i])
+def _overload_keep(value: Any, spike: Any) -> Any:
+    def double(value: Any, spike: Any) -> Any:
+        return (np.float64(value).view(np.int64) & ~np.int64(1)) | np.int64(spike)
 
-    def single(code: Any, value: Any, spikes: Any) -> None:
-        for i in range(len(code)):
-            bits = np.int32(np.float32(value[i]).view(np.int32) + np.int32(0x10000))
-            code[i] = np.uint16(np.uint16(bits >> np.int32(16)) & np.uint16(0xFFFE)) | np.uint16(spikes[i])
+    def single(value: Any, spike: Any) -> Any:
+        bits = np.int32(np.float32(value).view(np.int32) + np.int32(0x10000))
+        return np.uint16(np.uint16(np.uint16(bits >> np.int32(16)) & np.uint16(0xFFFE)) | np.uint16(spike))
 
-    return double if code.dtype == types.int64 else single
+    return double if value == types.float64 else single
 
 
-def recall(value: Any, spikes: Any, code: Any) -> None:
+def recall(code: Any) -> Any:
     """The inverse of ``keep``."""
 
 
 @overload(recall)
-def _overload_recall(value: Any, spikes: Any, code: Any) -> Any:
-    def double(value: Any, spikes: Any, code: Any) -> None:
-        for i in range(len(code)):
-            value[i] = np.int64(code[i] & ~np.int64(1)).view(np.float64)
-            spikes[i] = np.float64(code[i] & np.int64(1))
+def _overload_recall(code: Any) -> Any:
+    def double(code: Any) -> Any:
+        return np.int64(code & ~np.int64(1)).view(np.float64), np.float64(code & np.int64(1))
 
-    def single(value: Any, spikes: Any, code: Any) -> None:
-        for i in range(len(code)):
-            value[i] = np.int32(np.int32(np.uint32(code[i] & np.uint16(0xFFFE)) << np.uint32(16))).view(np.float32)
-            spikes[i] = np.float32(np.int32(code[i] & np.uint16(1)))
+    def single(code: Any) -> Any:
+        value = np.int32(np.int32(np.uint32(code & np.uint16(0xFFFE)) << np.uint32(16))).view(np.float32)
+        return value, np.float32(np.int32(code & np.uint16(1)))
 
-    return double if code.dtype == types.int64 else single
+    return double if code == types.int64 else single
+
+
+@njit(**OPTIONS)
+def _itself(u: Any) -> Any:
+    return u
+
+
+@njit(**OPTIONS)
+def _laplace(u: Any) -> Any:
+    size = -_log(_1 - abs(u))
+    return size if u > _0 else -size
+
+
+@njit(**OPTIONS)
+def _logistic(u: Any) -> Any:
+    return _log(_1 + u) - _log(_1 - u)
+
+
+@njit(**OPTIONS)
+def _logistic_fires(z: Any, u: Any) -> Any:
+    # u > −tanh(z / 2), without a division.
+    over, under = _half_tanh_parts(z)
+    return u * under > -over
+
+
+@njit(**OPTIONS)
+def _normal_fires(z: Any, u: Any) -> Any:
+    _, tail, _ = normal(z)
+    return u > _1 - _2 * (_1 - tail if z > _0 else tail)
+
+
+@njit(**OPTIONS)
+def _logistic_chance(z: Any) -> Any:
+    p = _HALF + _HALF * half_tanh(z)
+    return p, p * (_1 - p)
+
+
+@njit(**OPTIONS)
+def _laplace_chance(z: Any) -> Any:
+    tail = _HALF * exp(-abs(z))
+    return (_1 - tail if z > _0 else tail), tail
+
+
+@njit(**OPTIONS)
+def _normal_chance(z: Any) -> Any:
+    density, tail, _ = normal(z)
+    return (_1 - tail if z > _0 else tail), density
+
+
+@njit(**OPTIONS)
+def _logistic_escape_score(z: Any, p: Any, spike: Any) -> Any:
+    return spike - p
+
+
+@njit(**OPTIONS)
+def _normal_escape_score(z: Any, p: Any, spike: Any) -> Any:
+    slope, tail, mills = normal(z)
+    # φ over the probability of what happened, which neither cancels nor underflows this way.
+    size = slope / (_1 - tail) if (spike > _0) == (z > _0) else _1 / mills
+    return size if spike > _0 else -size
+
+
+@njit(**OPTIONS)
+def _laplace_score(epsilon: Any) -> Any:
+    return _1 if epsilon > _0 else -_1
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one kind of noise does with one number; functions for Numba.
+
+    Attributes:
+        escapes: it decides about a spike at a given membrane potential, and is not added to that.
+        noise: standard noise, of a uniform number in (−1, 1).
+        chance: probability of a spike at a distance z to the threshold, and its derivative.
+        score: of escape noise ∂ log P(s) / ∂z, from z, p and the spike s; of membrane noise ε that of its mean, from ε.
+        fires: whether a neuron with escape noise fires at z, with a uniform number.
+    """
+
+    escapes: bool
+    noise: Any
+    chance: Any
+    score: Any
+    fires: Any = None
+
+
+RULES = {
+    LOGISTIC_ESCAPE: Rule(True, _itself, _logistic_chance, _logistic_escape_score, _logistic_fires),
+    GAUSSIAN_ESCAPE: Rule(True, _itself, _normal_chance, _normal_escape_score, _normal_fires),
+    GAUSSIAN: Rule(False, _normal_quantile, _normal_chance, _itself),
+    LAPLACE: Rule(False, _laplace, _laplace_chance, _laplace_score),
+    LOGISTIC: Rule(False, _logistic, _logistic_chance, half_tanh),
+}
+"""By kind."""

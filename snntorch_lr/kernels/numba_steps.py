@@ -1,17 +1,19 @@
 """Time steps of neurons and their backward pass, fused for a CPU by Numba: one pass over memory for each.
 
-All intermediate numbers of a row stay in the cache, and each loop is over the neurons of a row, or of a few rows if
-they are short, so that LLVM turns it into vector instructions.
+Numbers go through the first-level cache in blocks: those of a few rows, or of a part of a long row. In a block one loop
+computes a time step, without a branch, so that LLVM turns it into vector instructions. What options switch off is
+multiplied by zero there.
 
-``noise``, ``forward`` and ``backward`` make functions for a dtype that C code can call. Such a function takes the
-address of a block, ``next``, ``rows``, ``claim`` and its arguments, in which arrays are addresses, and zero where they
-are not wanted. Any number of threads may run it on one block at once: each claims the next rows until none is left.
+``noise``, ``forward`` and ``backward`` make functions for a dtype and a kind of noise that C code can call. Such a
+function takes the address of a record, in which arrays are addresses, and zero where they are not wanted. Any number of
+threads may run it on one record at once: each claims the next rows until none is left.
 """
 
 from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -19,21 +21,8 @@ from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
 from . import kinds, numba_numbers
-from .kinds import ERASE, GAUSSIAN_ESCAPE, LOGISTIC_ESCAPE, SUBTRACT, ZERO
-from .numba_numbers import (
-    OPTIONS,
-    SINGLES,
-    assign,
-    chances,
-    counters,
-    escape_scores,
-    escape_spikes,
-    keep,
-    membrane_scores,
-    recall,
-    to_noise,
-    uniform,
-)
+from .kinds import ERASE, SUBTRACT, ZERO
+from .numba_numbers import OPTIONS, RULES, SINGLES, assign, keep, recall, uniform, words_of_rows
 
 _0, _HALF, _1, _ = SINGLES
 # Numba looks at the age of this file alone when it takes compiled code from its cache, and at what a function closes
@@ -43,374 +32,51 @@ _SOURCES = zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for modul
 _INTRINSIC: Any = intrinsic
 _WORD = types.CPointer(types.int64)  # type: ignore[no-untyped-call]
 
-# Neurons of short rows that are computed together.
-_BLOCK = 1024
+# Numbers of a block. Its arrays have constant distances, so that LLVM knows that they do not overlap.
+_BLOCK = 512
+_QUARTER = _BLOCK // 4
 
 _CLAIMS = ("next", "rows", "claim")
-NOISE = (*_CLAIMS, "out", "numbers", "key", "kind")
-"""What a block of ``noise`` holds, integers of 64 bits all of them."""
 _CONSTANTS = ("leak", "share", "alpha", "threshold", "sigma")
+NOISE = (*_CLAIMS, "out", "neurons", "key")
+"""What a record of ``noise`` holds, integers of 64 bits all of them."""
 FORWARD = (
-    *_CLAIMS, "neurons", "sets", "steps", "currents", "seen", "kind", "mechanism", "keys", "current", "mem", "shadow",
-    "syn", "fired", "before", *_CONSTANTS, "new_shadow", "new_fired", "spikes", "seen_mem", "seen_syn", "code",
-    "noise_code",
+    *_CLAIMS, "neurons", "mechanism", *_CONSTANTS, "sets", "steps", "currents", "seen", "keys", "current", "mem",
+    "shadow", "syn", "fired", "before", "new_shadow", "spikes", "seen_mem", "seen_syn", "code", "noise_code",
 )  # fmt: skip
-"""The same of ``forward``; see ``_forward``."""
+"""The same of ``forward``.
+
+``rows``: of the batch. ``neurons``: of a row. ``mechanism``: of the reset. Constants, ``[neurons]``: what remains of the
+membrane potential, what the current (or the synaptic current) adds to it, what remains of the synaptic current (0
+without one), threshold and noise level. ``sets``: 1, or 2 with a shadow. ``steps``: number of time steps, of which
+all, or the last one, hand out their states (``seen``). ``keys`` of the noise, ``[steps]``; row r of set k is row
+k · rows + r of the noise. ``current``: ``[currents = steps or 1, rows, neurons]``.
+
+``mem``, ``shadow`` and ``syn``, ``[rows, neurons]``: membrane potentials of train and shadow, and the synaptic current,
+before. ``fired``, ``[sets, rows, neurons]``: the spikes before, or ``before``, the code of the step before, in their
+place. Filled are: ``new_shadow``; ``spikes`` of the train, ``[steps, rows, neurons]``; ``seen_mem`` and ``seen_syn`` of
+the train, ``[seen, rows, neurons]``; ``code``, ``[steps, sets, rows, neurons]``, z and spikes for the backward pass, and
+``noise_code``, the noise on the membrane potential.
+"""
 BACKWARD = (
-    *_CLAIMS, "neurons", "steps", "currents", "kind", "mechanism", "a", "b", "b_syn", "code", "noise_code", "fired",
-    "before", *_CONSTANTS, "settings", "togo", "parted", "fit_rows", "trace", "traces", "syn_trace",
-    "to_current", "adds", "to_sigma", "sums",
+    *_CLAIMS, "neurons", "mechanism", *_CONSTANTS, "steps", "currents", "a", "b", "b_syn", "code", "noise_code",
+    "fired", "before", "settings", "togo", "parted", "fit_rows", "trace", "traces", "syn_trace", "to_current", "adds",
+    "to_sigma", "sums",
 )  # fmt: skip
-"""The same of ``backward``; see ``_backward``."""
+"""The same of ``backward``; see ``snntorch_lr.node.CounterfactualSpike``, and for what is not named here ``FORWARD``.
+
+``a``, ``b``, ``b_syn``, ``[steps, rows, neurons]``: ∂loss/∂(spikes, membrane potential, synaptic current) of the train.
+``settings``: λ and γ. In and out are: ``togo``, what later spikes did to the loss, ``[rows, neurons]``; ``parted``, what
+λ multiplies in it, of the first ``fit_rows`` rows; ``trace``, ``[traces, rows, neurons]``, the gradient of the membrane
+potential of the next step: 2 where train and shadow decay differently, 1 where they may be added, 0 for none; and
+``syn_trace``, that of the synaptic current. Filled, or with ``adds`` added to, is ``to_current``, the gradient of the
+current, ``[currents, rows, neurons]``. Added to are ``to_sigma``, the gradient of σ, times σ, ``[chunks, neurons]``, and
+``sums``, ``[chunks, 2]``, Σ C₀C₁ and Σ C₁², where each claim of rows is a chunk.
+
+With one set there is no shadow, and ``togo`` is a weight for each row, ``[rows]``, by which the scores are multiplied.
+"""
+_KEPT = {np.float32: np.uint16, np.float64: np.int64}
 _NOISE, _FORWARD, _BACKWARD = (np.dtype([(name, np.int64) for name in names]) for names in (NOISE, FORWARD, BACKWARD))
-
-
-@njit(**OPTIONS)
-def _noise(start: int, stop: int, out: Any, neurons: int, key: Any, kind: int) -> None:
-    """Fills rows from ``start`` to ``stop`` with noise; see ``snntorch_lr.philox.draw``."""
-    most = max(1, _BLOCK // neurons)
-    words, columns, rows = counters(most, neurons)
-    memory = np.empty(most * neurons, out.dtype)
-    for row in range(start, stop, most):
-        own = out[row * neurons : min(row + most, stop) * neurons]
-        # Apart: LLVM does not vectorise what overlaps.
-        u = memory[: len(own)]
-        uniform(u, words, columns, rows, neurons, key, row)
-        to_noise(own, u, kind)
-
-
-@njit(**OPTIONS)
-def _advance(
-    new: Any, mem: Any, current: Any, fired: Any, leak: Any, share: Any, threshold: Any, mechanism: int
-) -> None:
-    """The membrane potential of the next step, without noise."""
-    if mechanism == SUBTRACT:
-        for i in range(len(new)):
-            new[i] = mem[i] * leak[i] + current[i] * share[i] - fired[i] * threshold[i]
-    elif mechanism == ZERO:
-        for i in range(len(new)):
-            new[i] = mem[i] * leak[i] * (_1 - fired[i]) + current[i] * share[i]
-    elif mechanism == ERASE:
-        for i in range(len(new)):
-            new[i] = (mem[i] * leak[i] + current[i] * share[i]) * (_1 - fired[i])
-    else:
-        for i in range(len(new)):
-            new[i] = mem[i] * leak[i] + current[i] * share[i]
-
-
-@njit(**OPTIONS)
-def _repeat(values: Any, times: int) -> Any:
-    out = np.empty(times * len(values), values.dtype)
-    for start in range(0, len(out), max(1, len(values))):
-        assign(out[start : start + len(values)], values)
-    return out
-
-
-@njit(**OPTIONS)
-def _forward(
-    start: int, stop: int, batch: int, neurons: int, sets: int, steps: int, seen: int, kind: int, mechanism: int,
-    keys: Any, current: Any, mem: Any, shadow: Any, syn: Any, fired: Any, before_code: Any, leak: Any, share: Any,
-    alpha: Any, threshold: Any, sigma: Any, new_shadow: Any, new_fired: Any, spikes: Any, seen_mem: Any, seen_syn: Any,
-    code: Any, noise_code: Any,
-) -> None:  # fmt: skip
-    """Time steps of a train, and its shadow if there are two sets, in rows from ``start`` to ``stop``.
-
-    Arrays have one dimension; empty ones are not wanted, or are zeros.
-
-    Args:
-        start: first row.
-        stop: end of the rows.
-        batch: number of rows in all.
-        neurons: of a row.
-        sets: 1, or 2 with a shadow.
-        steps: number of time steps.
-        seen: of how many of them, all or the last one, states are handed out.
-        kind: of the noise.
-        mechanism: of the reset.
-        keys: of the noise, ``[steps]``; row r of set k is row ``k * batch + r`` of the noise.
-        current: ``[steps or 1, batch, neurons]``.
-        mem: membrane potential of the train before, ``[batch, neurons]``.
-        shadow: that of the shadow.
-        syn: synaptic current before, alike.
-        fired: spikes before, ``[sets, batch, neurons]``.
-        before_code: the code of the step before, in place of them.
-        leak: what remains of the membrane potential, ``[neurons]``.
-        share: what the current, or the synaptic current, adds to it, ``[neurons]``.
-        alpha: what remains of the synaptic current, ``[neurons]``; empty without one.
-        threshold: ``[neurons]``.
-        sigma: noise level, ``[neurons]``.
-        new_shadow: filled with the membrane potential of the shadow after the last step.
-        new_fired: filled with the spikes of the last step, as ``fired``.
-        spikes: filled with those of the train, ``[steps, batch, neurons]``.
-        seen_mem: filled with membrane potentials of the train, ``[seen, batch, neurons]``.
-        seen_syn: filled with synaptic currents, alike.
-        code: what the backward pass needs, ``[steps, sets, batch, neurons]``: z and spikes.
-        noise_code: the same of membrane noise.
-    """
-    most = max(1, _BLOCK // neurons)
-    words, columns, counted = counters(most, neurons)
-    leak, share, alpha = _repeat(leak, most), _repeat(share, most), _repeat(alpha, most)
-    threshold, sigma = _repeat(threshold, most), _repeat(sigma, most)
-    inverse = _1 / sigma
-    memory = np.empty((8, most * neurons), spikes.dtype)
-    escapes = kind in (LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE)
-    whole = batch * neurons
-    for row in range(start, stop, most):
-        size, left = (min(row + most, stop) - row) * neurons, row * neurons
-        u, z, epsilon, here = memory[0, :size], memory[1, :size], memory[2, :size], memory[3, :size]
-        before, fire, drive, flow = memory[4, :size], memory[5, :size], memory[6, :size], memory[7, :size]
-        for own in range(sets):
-            at = own * whole + left
-            if own == 0 and len(mem):
-                assign(before, mem[left : left + size])
-            elif own and len(shadow):
-                assign(before, shadow[left : left + size])
-            else:
-                before[:] = _0
-            if len(before_code):
-                recall(z, fire, before_code[at : at + size])
-            elif len(fired):
-                assign(fire, fired[at : at + size])
-            else:
-                fire[:] = _0
-            if len(alpha):
-                if len(syn):
-                    assign(flow, syn[left : left + size])
-                else:
-                    flow[:] = _0
-            for step in range(steps):
-                moved = step * whole + left
-                assign(drive, current[moved % len(current) : moved % len(current) + size])
-                if len(alpha):
-                    for i in range(size):
-                        flow[i] = flow[i] * alpha[i] + drive[i]
-                    assign(drive, flow)
-                uniform(u, words, columns, counted, neurons, keys[step], own * batch + row)
-                _advance(here, before, drive, fire, leak, share, threshold, mechanism)
-                for i in range(size):
-                    z[i] = (here[i] - threshold[i]) * inverse[i]
-                if escapes:
-                    escape_spikes(fire, z, u, kind)
-                else:
-                    to_noise(epsilon, u, kind)
-                    for i in range(size):
-                        here[i] += sigma[i] * epsilon[i]
-                        fire[i] = _1 if here[i] > threshold[i] else _0
-                if len(code):
-                    kept = step * sets * whole + at
-                    keep(code[kept : kept + size], z, fire)
-                    if len(noise_code):
-                        keep(noise_code[kept : kept + size], epsilon, fire)
-                if own == 0:
-                    assign(spikes[moved : moved + size], fire)
-                    if seen == steps or step == steps - 1:
-                        shown = left if seen != steps else moved
-                        assign(seen_mem[shown : shown + size], here)
-                        if len(seen_syn):
-                            assign(seen_syn[shown : shown + size], flow)
-                assign(before, here)
-            if own:
-                assign(new_shadow[left : left + size], before)
-            if len(new_fired):
-                assign(new_fired[at : at + size], fire)
-
-
-@njit(**OPTIONS)
-def _backward(
-    start: int, stop: int, batch: int, neurons: int, steps: int, kind: int, mechanism: int, a: Any, b: Any, b_syn: Any,
-    code: Any, noise_code: Any, fired: Any, before_code: Any, leak: Any, share: Any, alpha: Any, sigma: Any,
-    control: Any, discount: Any, togo: Any, parted: Any, fit_rows: int, trace: Any, traces: int, syn_trace: Any,
-    to_current: Any, adds: bool, to_sigma: Any, sums: Any,
-) -> None:  # fmt: skip
-    """Counterfactual credit in time steps, the last one first, in rows from ``start`` to ``stop``.
-
-    See ``snntorch_lr.node.CounterfactualSpike``; arrays as for ``_forward``.
-
-    Args:
-        start: first row.
-        stop: end of the rows.
-        batch: number of rows in all.
-        neurons: of a row.
-        steps: number of time steps.
-        kind: of the noise.
-        mechanism: of the reset.
-        a: ∂loss/∂spikes, ``[steps, batch, neurons]``.
-        b: ∂loss/∂(membrane potential of the train), alike.
-        b_syn: ∂loss/∂(synaptic current), alike.
-        code: from the forward pass.
-        noise_code: see there.
-        fired: spikes before the first step, ``[2, batch, neurons]``.
-        before_code: in place of them.
-        leak: see there.
-        share: see there.
-        alpha: see there.
-        sigma: see there.
-        control: λ.
-        discount: γ.
-        togo: what later spikes did to the loss, ``[batch, neurons]``, in and out.
-        parted: what λ multiplies in it, in the first rows.
-        fit_rows: of how many rows λ is fitted.
-        trace: gradient of the membrane potential of the next step, ``[traces, batch, neurons]``, in and out.
-        traces: 2 where train and shadow decay differently, 1 where they may be added, 0 without a trace.
-        syn_trace: gradient of the synaptic current of the next step, ``[batch, neurons]``, in and out.
-        to_current: gradient of the current, ``[steps or 1, batch, neurons]``.
-        adds: it is added to what is there.
-        to_sigma: gradient of σ, times σ, added to, ``[neurons]``.
-        sums: Σ C₀C₁ and Σ C₁², added to.
-    """
-    most = max(1, _BLOCK // neurons)
-    leak, share, alpha, sigma = _repeat(leak, most), _repeat(share, most), _repeat(alpha, most), _repeat(sigma, most)
-    inverse = _1 / sigma
-    memory = np.empty((20, most * neurons), togo.dtype)
-    escapes = kind in (LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE)
-    erases, clears = mechanism == ERASE, mechanism in (ZERO, ERASE)
-    whole = batch * neurons
-    for row in range(start, stop, most):
-        size, left = (min(row + most, stop) - row) * neurons, row * neurons
-        fitted = max(0, min(row + most, stop, fit_rows) - row) * neurons
-        z0, z1, s0, s1 = memory[0, :size], memory[1, :size], memory[2, :size], memory[3, :size]
-        p0, p1, d0, d1 = memory[4, :size], memory[5, :size], memory[6, :size], memory[7, :size]
-        q0, q1, e0, e1 = memory[8, :size], memory[9, :size], memory[10, :size], memory[11, :size]
-        later, g0, g1, flow = memory[12, :size], memory[13, :size], memory[14, :size], memory[15, :size]
-        part, effect, f0, f1 = memory[16, :size], memory[17, :size], memory[18, :size], memory[19, :size]
-        assign(later, togo[left : left + size])
-        if fitted:
-            assign(part[:fitted], parted[left : left + fitted])
-        g0[:] = _0
-        g1[:] = _0
-        flow[:] = _0
-        if traces:
-            assign(g0, trace[left : left + size])
-        if traces == 2:
-            assign(g1, trace[whole + left : whole + left + size])
-        if len(alpha):
-            assign(flow, syn_trace[left : left + size])
-        for back in range(steps):
-            step = steps - 1 - back
-            moved = step * whole + left
-            kept = step * 2 * whole + left
-            recall(z0, s0, code[kept : kept + size])
-            recall(z1, s1, code[kept + whole : kept + whole + size])
-            chances(p0, d0, z0, kind)
-            chances(p1, d1, z1, kind)
-            if escapes:
-                escape_scores(q0, z0, p0, s0, kind)
-                escape_scores(q1, z1, p1, s1, kind)
-            else:
-                recall(e0, s0, noise_code[kept : kept + size])
-                recall(e1, s1, noise_code[kept + whole : kept + whole + size])
-                membrane_scores(q0, e0, kind)
-                membrane_scores(q1, e1, kind)
-            if len(a):
-                assign(effect, a[moved : moved + size])
-                for i in range(fitted):
-                    parting = effect[i] * ((s1[i] - p1[i]) - (s0[i] - p0[i]))
-                    part[i] = discount * part[i] + _HALF * parting
-                for i in range(size):
-                    parting = (s0[i] - s1[i]) + control * ((s1[i] - p1[i]) - (s0[i] - p0[i]))
-                    later[i] = discount * later[i] + _HALF * effect[i] * parting
-                # From here on the derivative of the probability, weighted.
-                for i in range(size):
-                    effect[i] *= d0[i]
-            else:
-                effect[:] = _0
-                for i in range(fitted):
-                    part[i] *= discount
-                for i in range(size):
-                    later[i] *= discount
-            product, square = _0 * control, _0 * control
-            for i in range(fitted):
-                both = q0[i] - q1[i]
-                multiplied = both * part[i] + effect[i]
-                product += both * (later[i] - control * part[i]) * multiplied
-                square += multiplied * multiplied
-            if fitted:
-                sums[0] += product
-                sums[1] += square
-            if len(to_sigma):
-                if escapes:
-                    for i in range(size):
-                        d1[i] = (z1[i] * q1[i] - z0[i] * q0[i]) * later[i] - control * z0[i] * effect[i]
-                else:
-                    for i in range(size):
-                        d1[i] = (e0[i] * q0[i] - e1[i] * q1[i]) * later[i] - control * z0[i] * effect[i]
-                    if len(b):
-                        for i in range(size):
-                            d1[i] += b[moved + i] * e0[i] * sigma[i]
-                for first in range(0, size, neurons):
-                    for i in range(neurons):
-                        to_sigma[i] += d1[first + i]
-            # What comes back from the next step, then what this one adds.
-            if escapes:
-                if clears:
-                    for i in range(size):
-                        g0[i] *= leak[i] * (_1 - s0[i])
-                        g1[i] *= leak[i] * (_1 - s1[i])
-                else:
-                    for i in range(size):
-                        g0[i] *= leak[i]
-            else:
-                g0[:] = _0
-                g1[:] = _0
-            if clears:
-                for i in range(size):
-                    g0[i] += (q0[i] * later[i] + control * effect[i]) * inverse[i]
-                    g1[i] -= q1[i] * later[i] * inverse[i]
-            else:
-                for i in range(size):
-                    g0[i] += ((q0[i] - q1[i]) * later[i] + control * effect[i]) * inverse[i]
-            if len(b):
-                for i in range(size):
-                    g0[i] += b[moved + i]
-                if escapes:
-                    for i in range(size):
-                        later[i] += _HALF * b[moved + i] * sigma[i] * (z0[i] - z1[i])
-                else:
-                    for i in range(size):
-                        later[i] += _HALF * b[moved + i] * sigma[i] * ((z0[i] + e0[i]) - (z1[i] + e1[i]))
-            if erases:
-                if step:
-                    earlier = kept - 2 * whole
-                    recall(d1, f0, code[earlier : earlier + size])
-                    recall(d1, f1, code[earlier + whole : earlier + whole + size])
-                elif len(before_code):
-                    recall(d1, f0, before_code[left : left + size])
-                    recall(d1, f1, before_code[whole + left : whole + left + size])
-                elif len(fired):
-                    assign(f0, fired[left : left + size])
-                    assign(f1, fired[whole + left : whole + left + size])
-                else:
-                    f0[:] = _0
-                    f1[:] = _0
-                for i in range(size):
-                    effect[i] = share[i] * (g0[i] * (_1 - f0[i]) + g1[i] * (_1 - f1[i]))
-            else:
-                for i in range(size):
-                    effect[i] = share[i] * (g0[i] + g1[i])
-            if len(alpha):
-                for i in range(size):
-                    flow[i] = flow[i] * alpha[i] + effect[i]
-                if len(b_syn):
-                    for i in range(size):
-                        flow[i] += b_syn[moved + i]
-                assign(effect, flow)
-            if len(to_current):
-                at = moved % len(to_current)
-                own = to_current[at : at + size]
-                if adds or (back and len(to_current) == whole):
-                    for i in range(size):
-                        own[i] += effect[i]
-                else:
-                    assign(own, effect)
-        assign(togo[left : left + size], later)
-        if fitted:
-            assign(parted[left : left + fitted], part[:fitted])
-        if traces:
-            assign(trace[left : left + size], g0)
-        if traces == 2:
-            assign(trace[whole + left : whole + left + size], g1)
-        if len(alpha):
-            assign(syn_trace[left : left + size], flow)
 
 
 @_INTRINSIC
@@ -424,8 +90,8 @@ def _pointer(context: Any, address: Any, like: Any) -> Any:
 
 
 @_INTRINSIC
-def _claim(context: Any, block: Any, count: Any) -> Any:
-    """The first of the next rows, which no other thread gets: adds to the word at the start of a block."""
+def _claim(context: Any, record: Any, count: Any) -> Any:
+    """The first of the next rows, which no other thread gets: adds to the word at the start of a record."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.bitcast(arguments[0], context.get_value_type(_WORD))
@@ -440,105 +106,400 @@ def _list(address: int, numbers: int, like: Any) -> Any:
 
 
 @njit(**OPTIONS)
-def _run_noise(address: Any, like: Any) -> None:
-    block = carray(address, (1,), _NOISE)[0]
-    rows, count, neurons = block.rows, block.claim, block.numbers
-    out = _list(block.out, rows * neurons, like)
-    while True:
-        start = _claim(address, count)
-        if start >= rows:
-            return
-        _noise(start, min(start + count, rows), out, neurons, np.uint64(block.key), block.kind)
+def _shape(neurons: int) -> tuple[int, int]:
+    """How many rows a block has, and how many neurons of each."""
+    width = (neurons + 3) // 4 * 4
+    return (1, _BLOCK) if width > _BLOCK else (_BLOCK // width, neurons)
 
 
 @njit(**OPTIONS)
-def _run_forward(address: Any, like: Any, kept: Any) -> None:
-    block = carray(address, (1,), _FORWARD)[0]
-    batch, count, neurons, sets, steps = block.rows, block.claim, block.neurons, block.sets, block.steps
-    size = batch * neurons
-    keys, current = _list(block.keys, steps, np.uint64(0)), _list(block.current, block.currents * size, like)
-    mem, shadow = _list(block.mem, size, like), _list(block.shadow, size, like)
-    syn, fired = _list(block.syn, size, like), _list(block.fired, sets * size, like)
-    before, leak = _list(block.before, sets * size, kept), _list(block.leak, neurons, like)
-    share, alpha = _list(block.share, neurons, like), _list(block.alpha, neurons, like)
-    threshold, sigma = _list(block.threshold, neurons, like), _list(block.sigma, neurons, like)
-    new_shadow, new_fired = _list(block.new_shadow, size, like), _list(block.new_fired, sets * size, like)
-    spikes, seen_mem = _list(block.spikes, steps * size, like), _list(block.seen_mem, block.seen * size, like)
-    seen_syn = _list(block.seen_syn, block.seen * size, like)
-    code, noise_code = _list(block.code, steps * sets * size, kept), _list(block.noise_code, steps * sets * size, kept)
-    while True:
-        start = _claim(address, count)
-        if start >= batch:
-            return
-        _forward(
-            start, min(start + count, batch), batch, neurons, sets, steps, block.seen, block.kind, block.mechanism,
-            keys, current, mem, shadow, syn, fired, before, leak, share, alpha, threshold, sigma, new_shadow, new_fired,
-            spikes, seen_mem, seen_syn, code, noise_code,
-        )  # fmt: skip
+def _counters(neurons: int) -> Any:
+    """Columns and rows of the counters of a block, from the first ones on."""
+    counters = np.zeros((2, _BLOCK // 4), np.int32)
+    quarter = (neurons + 3) // 4
+    for place in range(_BLOCK // 4):
+        row = place // quarter if 4 * quarter <= _BLOCK else 0
+        counters[0, place], counters[1, place] = place - row * quarter, row
+    return counters
 
 
 @njit(**OPTIONS)
-def _run_backward(address: Any, like: Any, kept: Any) -> None:
-    block = carray(address, (1,), _BACKWARD)[0]
-    batch, count, neurons, steps = block.rows, block.claim, block.neurons, block.steps
-    size, chunks = batch * neurons, (batch + count - 1) // count
-    a, b = _list(block.a, steps * size, like), _list(block.b, steps * size, like)
-    b_syn, fired = _list(block.b_syn, steps * size, like), _list(block.fired, 2 * size, like)
-    code, noise_code = _list(block.code, 2 * steps * size, kept), _list(block.noise_code, 2 * steps * size, kept)
-    before, leak = _list(block.before, 2 * size, kept), _list(block.leak, neurons, like)
-    share = _list(block.share, neurons, like)
-    alpha, sigma = _list(block.alpha, neurons, like), _list(block.sigma, neurons, like)
-    settings, togo = _list(block.settings, 2, like), _list(block.togo, size, like)
-    parted = _list(block.parted, block.fit_rows * neurons, like)
-    trace, syn_trace = _list(block.trace, block.traces * size, like), _list(block.syn_trace, size, like)
-    to_current = _list(block.to_current, block.currents * size, like)
-    to_sigma, sums = _list(block.to_sigma, chunks * neurons, like), _list(block.sums, chunks * 2, like)
-    while True:
-        start = _claim(address, count)
-        if start >= batch:
-            return
-        chunk = start // count
-        own_sigma = to_sigma[chunk * neurons : (chunk + 1) * neurons] if len(to_sigma) else to_sigma
-        _backward(
-            start, min(start + count, batch), batch, neurons, steps, block.kind, block.mechanism, a, b, b_syn, code,
-            noise_code, fired, before, leak, share, alpha, sigma, settings[0], settings[1], togo, parted,
-            block.fit_rows, trace, block.traces, syn_trace, to_current, block.adds != 0, own_sigma,
-            sums[2 * chunk : 2 * chunk + 2],
-        )  # fmt: skip
+def _random(words: Any, memory: Any, counters: Any, key: Any, row: int, first: int, neurons: int) -> None:
+    """Fills a block with random words; see ``snntorch_lr.philox.draw``.
+
+    Args:
+        words: filled.
+        memory: of as many words as a block has.
+        counters: from ``_counters``.
+        key: of 64 bits.
+        row: the first one.
+        first: number of the first neuron in it.
+        neurons: of a row, of which the block may have a part.
+    """
+    quarter, size = (neurons + 3) // 4, len(words)
+    if 4 * quarter > _BLOCK or neurons % 4 == 0:
+        count = (size + 3) // 4
+        words_of_rows(memory, counters[0, :count], counters[1, :count], key, row, first // 4)
+        assign(words, memory[:size])
+        return
+    rows = size // neurons
+    count = rows * quarter
+    words_of_rows(memory, counters[0, :count], counters[1, :count], key, row, 0)
+    for own_row in range(rows):
+        start = 4 * quarter * own_row
+        assign(words[own_row * neurons : (own_row + 1) * neurons], memory[start : start + neurons])
+
+
+@njit(**OPTIONS)
+def _take(to: Any, source: Any, start: int) -> None:
+    """Fills a block from a place on."""
+    assign(to, source[start : start + len(to)])
+
+
+@njit(**OPTIONS)
+def _give(to: Any, start: int, value: Any) -> None:
+    """Puts a block in a place."""
+    assign(to[start : start + len(value)], value)
+
+
+@njit(**OPTIONS)
+def _take_constants(to: Any, source: Any, first: int, neurons: int) -> None:
+    """Fills a block with numbers that are the same for all rows."""
+    if neurons >= first + len(to):
+        _take(to, source, first)
+        return
+    for start in range(0, len(to), neurons):
+        own = to[start : start + neurons]
+        assign(own, source[: len(own)])
+
+
+def noise(dtype: Any, kind: int) -> Any:
+    """A function that fills rows with noise of a kind; see ``snntorch_lr.philox.draw``."""
+    zero, shaped = dtype(0), RULES[kind].noise
+
+    def fill(record: Any, start: int, stop: int) -> None:
+        neurons = record.neurons
+        out = _list(record.out, record.rows * neurons, zero)
+        memory, counters = np.empty(_BLOCK, np.int32), _counters(neurons)
+        words, numbers = np.empty(_BLOCK, np.int32), np.empty(_BLOCK, out.dtype)
+        rows, width = _shape(neurons)
+        for first in range(0, neurons, width):
+            for row in range(start, stop, rows):
+                size = min(rows, stop - row) * min(width, neurons - first)
+                word, number = words[:size], numbers[:size]
+                _random(word, memory, counters, np.uint64(record.key), row, first, neurons)
+                for i in range(size):
+                    number[i] = shaped(uniform(word[i], zero))
+                _give(out, row * neurons + first, number)
+
+    return _function(fill, _NOISE, "noise", dtype, kind)
+
+
+def forward(dtype: Any, kind: int) -> Any:
+    """A function that takes time steps with noise of a kind; see ``FORWARD``."""
+    zero, kept = dtype(0), _KEPT[dtype]
+    rule = RULES[kind]
+    escapes, shaped, fires = rule.escapes, rule.noise, rule.fires
+
+    def take_steps(record: Any, start: int, stop: int) -> None:
+        neurons, sets, steps, seen = record.neurons, record.sets, record.steps, record.seen
+        whole = record.rows * neurons
+        keys, current = _list(record.keys, steps, np.uint64(0)), _list(record.current, record.currents * whole, zero)
+        mem, shadow, syn = (_list(record.mem, whole, zero), _list(record.shadow, whole, zero),
+                            _list(record.syn, whole, zero))  # fmt: skip
+        fired, before = _list(record.fired, sets * whole, zero), _list(record.before, sets * whole, kept(0))
+        new_shadow, spikes = _list(record.new_shadow, whole, zero), _list(record.spikes, steps * whole, zero)
+        seen_mem, seen_syn = _list(record.seen_mem, seen * whole, zero), _list(record.seen_syn, seen * whole, zero)
+        code = _list(record.code, steps * sets * whole, kept(0))
+        noise_code = _list(record.noise_code, steps * sets * whole, kept(0))
+
+        memory, counters = np.empty(_BLOCK, np.int32), _counters(neurons)
+        words, codes = np.empty(_BLOCK, np.int32), np.empty((2, _BLOCK), kept)
+        block = np.zeros((11, _BLOCK), spikes.dtype)
+        clears, erases = zero + (record.mechanism == ZERO), zero + (record.mechanism == ERASE)
+        rows, width = _shape(neurons)
+        for first in range(0, neurons, width):
+            width = min(width, neurons - first)
+            size = min(rows, stop - start) * width
+            _take_constants(block[0, :size], _list(record.leak, neurons, zero), first, neurons)
+            _take_constants(block[1, :size], _list(record.share, neurons, zero), first, neurons)
+            _take_constants(block[2, :size], _list(record.threshold, neurons, zero), first, neurons)
+            _take_constants(block[3, :size], _list(record.sigma, neurons, zero), first, neurons)
+            for i in range(size):
+                block[4, i] = _1 / block[3, i]
+            if record.alpha:
+                _take_constants(block[5, :size], _list(record.alpha, neurons, zero), first, neurons)
+            if record.mechanism == SUBTRACT:
+                block[6] = block[2]
+            for row in range(start, stop, rows):
+                size = min(rows, stop - row) * width
+                leak, share, threshold, sigma = block[0, :size], block[1, :size], block[2, :size], block[3, :size]
+                inverse, alpha, resets = block[4, :size], block[5, :size], block[6, :size]
+                here, fire, drive, flow = block[7, :size], block[8, :size], block[9, :size], block[10, :size]
+                word = words[:size]
+                own_code, own_noise = codes[0, :size], codes[1, :size]
+                for own in range(sets):
+                    here[:] = zero
+                    fire[:] = zero
+                    flow[:] = zero
+                    left = row * neurons + first
+                    at = own * whole + left
+                    if own == 0 and len(mem):
+                        _take(here, mem, left)
+                    if own and len(shadow):
+                        _take(here, shadow, left)
+                    if len(before):
+                        _take(own_code, before, at)
+                        for i in range(size):
+                            fire[i] = recall(own_code[i])[1]
+                    elif len(fired):
+                        _take(fire, fired, at)
+                    if len(syn):
+                        _take(flow, syn, left)
+                    for step in range(steps):
+                        moved = step * whole + left
+                        if step == 0 or len(current) > whole:
+                            _take(drive, current, moved)
+                        _random(word, memory, counters, keys[step], own * record.rows + row, first, neurons)
+                        for i in range(size):
+                            u = uniform(word[i], zero)
+                            flow[i] = flow[i] * alpha[i] + drive[i]
+                            mean = here[i] * leak[i] * (_1 - clears * fire[i]) + flow[i] * share[i]
+                            mean = mean * (_1 - erases * fire[i]) - fire[i] * resets[i]
+                            z = (mean - threshold[i]) * inverse[i]
+                            if escapes:
+                                spike = _1 if fires(z, u) else _0
+                                here[i] = mean
+                            else:
+                                epsilon = shaped(u)
+                                here[i] = mean + sigma[i] * epsilon
+                                spike = _1 if here[i] > threshold[i] else _0
+                                own_noise[i] = keep(epsilon, spike)
+                            fire[i] = spike
+                            own_code[i] = keep(z, spike)
+                        if len(code):
+                            _give(code, step * sets * whole + at, own_code)
+                            if not escapes:
+                                _give(noise_code, step * sets * whole + at, own_noise)
+                        if own == 0:
+                            _give(spikes, moved, fire)
+                            if seen == steps or step == steps - 1:
+                                shown = left if seen != steps else moved
+                                _give(seen_mem, shown, here)
+                                if len(seen_syn):
+                                    _give(seen_syn, shown, flow)
+                    if own:
+                        _give(new_shadow, left, here)
+
+    return _function(take_steps, _FORWARD, "forward", dtype, kind)
+
+
+def backward(dtype: Any, kind: int, pairs: bool) -> Any:
+    """A function that goes back through them, with a shadow (``pairs``) or without; see ``BACKWARD``."""
+    zero, kept = dtype(0), _KEPT[dtype]
+    rule = RULES[kind]
+    escapes, chance, score = rule.escapes, rule.chance, rule.score
+    sets = 1 + pairs
+
+    def go_back(record: Any, start: int, stop: int) -> None:
+        neurons, steps, traces, claim = record.neurons, record.steps, record.traces, record.claim
+        whole, chunk = record.rows * neurons, start // claim
+        a, b = _list(record.a, steps * whole, zero), _list(record.b, steps * whole, zero)
+        b_syn, fired = _list(record.b_syn, steps * whole, zero), _list(record.fired, sets * whole, zero)
+        code = _list(record.code, steps * sets * whole, kept(0))
+        noise_code = _list(record.noise_code, steps * sets * whole, kept(0))
+        before, settings = _list(record.before, sets * whole, kept(0)), _list(record.settings, 2, zero)
+        togo = _list(record.togo, whole if pairs else record.rows, zero)
+        parted, trace = _list(record.parted, record.fit_rows * neurons, zero), _list(record.trace, traces * whole, zero)
+        syn_trace, to_current = (_list(record.syn_trace, whole, zero),
+                                 _list(record.to_current, record.currents * whole, zero))  # fmt: skip
+        chunks = (record.rows + claim - 1) // claim
+        to_sigma, sums = _list(record.to_sigma, chunks * neurons, zero), _list(record.sums, chunks * 2, zero)
+
+        codes = np.zeros((6, _BLOCK), kept)
+        block = np.zeros((18, _BLOCK), togo.dtype)
+        control, discount = (settings[0], settings[1]) if pairs else (zero, zero)
+        erases, reads = record.mechanism == ERASE, len(b) > 0
+        # Train and shadow decay differently where the reset multiplies.
+        apart = zero + (erases or record.mechanism == ZERO)
+        constant, adds = len(to_current) == whole, record.adds > 0 and len(to_current) > 0
+        adds_up = zero + (adds or constant)
+        rows, width = _shape(neurons)
+        for first in range(0, neurons, width):
+            width = min(width, neurons - first)
+            size = min(rows, stop - start) * width
+            _take_constants(block[0, :size], _list(record.leak, neurons, zero), first, neurons)
+            _take_constants(block[1, :size], _list(record.share, neurons, zero), first, neurons)
+            _take_constants(block[2, :size], _list(record.sigma, neurons, zero), first, neurons)
+            for i in range(size):
+                block[3, i] = _1 / block[2, i]
+            if record.alpha:
+                _take_constants(block[4, :size], _list(record.alpha, neurons, zero), first, neurons)
+            block[5] = zero
+            for row in range(start, stop, rows):
+                size = min(rows, stop - row) * width
+                fit_size = max(0, min(rows, stop - row, record.fit_rows - row)) * width
+                fits = fit_size > 0
+                leak, share, sigma, inverse = block[0, :size], block[1, :size], block[2, :size], block[3, :size]
+                alpha, to_scale, effect, read = block[4, :size], block[5, :size], block[6, :size], block[7, :size]
+                read_syn, later, split, g0 = block[8, :size], block[9, :size], block[10, :size], block[11, :size]
+                g1, flow, driven = block[12, :size], block[13, :size], block[14, :size]
+                products, squares = block[15, :size], block[16, :size]
+                c0, c1, n0, n1 = codes[0, :size], codes[1, :size], codes[2, :size], codes[3, :size]
+                f0, f1 = codes[4, :size], codes[5, :size]
+                block[6:, :size] = zero
+                codes[4:] = 0
+                left = row * neurons + first
+                if pairs:
+                    _take(later, togo, left)
+                else:
+                    for own_row in range(size // width):
+                        later[own_row * width : (own_row + 1) * width] = togo[row + own_row]
+                if fits:
+                    _take(split[:fit_size], parted, left)
+                if traces:
+                    _take(g0, trace, left)
+                if traces > 1:
+                    _take(g1, trace, whole + left)
+                if len(syn_trace):
+                    _take(flow, syn_trace, left)
+                if adds and constant:
+                    _take(driven, to_current, left)
+                for step in range(steps - 1, -1, -1):
+                    moved = step * whole + left
+                    at = step * sets * whole + left
+                    _take(c0, code, at)
+                    if pairs:
+                        _take(c1, code, at + whole)
+                    if not escapes:
+                        _take(n0, noise_code, at)
+                        if pairs:
+                            _take(n1, noise_code, at + whole)
+                    if len(a):
+                        _take(effect, a, moved)
+                    if reads:
+                        _take(read, b, moved)
+                    if len(b_syn):
+                        _take(read_syn, b_syn, moved)
+                    if erases:
+                        if step:
+                            _take(f0, code, at - sets * whole)
+                        elif len(before):
+                            _take(f0, before, left)
+                        elif len(fired):
+                            _take(f0, fired, left)
+                        else:
+                            f0[:] = 0
+                        if pairs:
+                            if step:
+                                _take(f1, code, at - whole)
+                            elif len(before):
+                                _take(f1, before, whole + left)
+                            elif len(fired):
+                                _take(f1, fired, whole + left)
+                            else:
+                                f1[:] = 0
+                    if adds and not constant:
+                        _take(driven, to_current, moved)
+                    for i in range(size):
+                        z0, s0 = recall(c0[i])
+                        p0, d0 = chance(z0)
+                        e0 = recall(n0[i])[0]
+                        q0 = score(z0, p0, s0) if escapes else score(e0)
+                        known = later[i]
+                        if pairs:
+                            z1, s1 = recall(c1[i])
+                            p1, _ = chance(z1)
+                            e1 = recall(n1[i])[0]
+                            q1 = score(z1, p1, s1) if escapes else score(e1)
+                            half = _HALF * effect[i]
+                            parting = half * ((s1 - p1) - (s0 - p0))
+                            known = discount * known + half * (s0 - s1) + control * parting
+                            direct = effect[i] * d0
+                            if fits:
+                                other = discount * split[i] + parting
+                                multiplied = (q0 - q1) * other + direct
+                                split[i] = other
+                                products[i] += (q0 - q1) * (known - control * other) * multiplied
+                                squares[i] += multiplied * multiplied
+                            direct = control * direct
+                            own = (q0 * known + direct) * inverse[i]
+                            others = -q1 * known * inverse[i]
+                            if escapes:
+                                scale = (z1 * q1 - z0 * q0) * known - z0 * direct
+                            else:
+                                scale = (e0 * q0 - e1 * q1) * known - z0 * direct
+                        else:
+                            own, others = q0 * known * inverse[i], zero
+                            scale = -z0 * q0 * known if escapes else (e0 * q0 - _1) * known
+                        if escapes:
+                            own += g0[i] * leak[i] * (_1 - apart * s0)
+                            if pairs:
+                                others += apart * g1[i] * leak[i] * (_1 - s1)
+                        own += (_1 - apart) * others
+                        others = apart * others
+                        if reads:
+                            own += read[i]
+                            if pairs and escapes:
+                                known += _HALF * read[i] * sigma[i] * (z0 - z1)
+                            elif pairs:
+                                known += _HALF * read[i] * sigma[i] * ((z0 + e0) - (z1 + e1))
+                                scale += read[i] * e0 * sigma[i]
+                        later[i], g0[i], g1[i] = known, own, others
+                        to_scale[i] += scale
+                        own = own * (_1 - recall(f0[i])[1]) + others * (_1 - recall(f1[i])[1])
+                        flow[i] = flow[i] * alpha[i] + share[i] * own + read_syn[i]
+                        driven[i] = adds_up * driven[i] + flow[i]
+                    if len(to_current) and (step == 0 or not constant):
+                        _give(to_current, moved, driven)
+                if pairs:
+                    _give(togo, left, later)
+                if fits:
+                    _give(parted, left, split[:fit_size])
+                if traces:
+                    _give(trace, left, g0)
+                if traces > 1:
+                    _give(trace, whole + left, g1)
+                if len(syn_trace):
+                    _give(syn_trace, left, flow)
+                for i in range(fit_size):
+                    sums[2 * chunk] += products[i]
+                    sums[2 * chunk + 1] += squares[i]
+            if len(to_sigma):
+                own_sigma = to_sigma[chunk * neurons : (chunk + 1) * neurons]
+                for place in range(0, min(rows, stop - start) * width, width):
+                    for i in range(width):
+                        own_sigma[first + i] += block[5, place + i]
+
+    return _function(go_back, _BACKWARD, "backward", dtype, kind, pairs)
 
 
 _ENTRY = types.void(types.voidptr)
-_KEPT = {np.float32: np.uint16, np.float64: np.int64}
 
 
-def noise(dtype: Any) -> Any:
-    """A function that fills rows with noise; see ``snntorch_lr.philox.draw``."""
-    given = dtype(0), _SOURCES
+def _function(part: Any, layout: Any, *options: Any) -> Any:
+    """A function for C code that claims rows of a record until none is left, and has a part done for each claim.
 
-    @cfunc(_ENTRY, cache=True)
+    Args:
+        part: takes the record, the first row and the end of the rows.
+        layout: of the record.
+        *options: what the part was made from.
+    """
+    identity = zlib.crc32(repr(options).encode()), _SOURCES
+
     def run(address: Any) -> None:
-        _run_noise(address, given[0])
+        record = carray(address, (1,), layout)[0]
+        while identity[0] >= 0:
+            start = _claim(address, record.claim)
+            if start >= record.rows:
+                return
+            _part(record, start, min(start + record.claim, record.rows))  # type: ignore[name-defined] # noqa: F821
 
-    return run
-
-
-def forward(dtype: Any) -> Any:
-    """A function that takes time steps; see ``_forward``."""
-    given = dtype(0), _KEPT[dtype](0), _SOURCES
-
-    @cfunc(_ENTRY, cache=True)
-    def run(address: Any) -> None:
-        _run_forward(address, given[0], given[1])
-
-    return run
-
-
-def backward(dtype: Any) -> Any:
-    """A function that goes back through them; see ``_backward``."""
-    given = dtype(0), _KEPT[dtype](0), _SOURCES
-
-    @cfunc(_ENTRY, cache=True)
-    def run(address: Any) -> None:
-        _run_backward(address, given[0], given[1])
-
-    return run
+    # Code from the cache is found by its name alone where another one calls it: no two functions may share one.
+    for function in part, run:
+        function.__qualname__ += "_{:x}_{:x}".format(*identity)
+    # The key of the cache is what a function closes over. Compiled functions look different in each process there.
+    known = globals() | {"_part": njit(**OPTIONS)(part)}
+    apart = FunctionType(run.__code__, known, run.__name__, None, run.__closure__)
+    apart.__qualname__ = run.__qualname__
+    return cfunc(_ENTRY, cache=True)(apart)

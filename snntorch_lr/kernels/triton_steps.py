@@ -55,10 +55,9 @@ def _uniform(key, row, column, BLOCK: tl.constexpr):
 @triton.jit
 def _places(neurons, BLOCK: tl.constexpr):
     """Columns of a program's counters, and which neurons of a row their four numbers belong to."""
-    quarter = (neurons + 3) // 4
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    neuron = tl.expand_dims(column, 1) + quarter * tl.expand_dims(tl.arange(0, 4), 0)
-    return column, neuron, (tl.expand_dims(column, 1) < quarter) & (neuron < neurons)
+    neuron = 4 * tl.expand_dims(column, 1) + tl.expand_dims(tl.arange(0, 4), 0)
+    return column, neuron, neuron < neurons
 
 
 @triton.jit
@@ -163,7 +162,7 @@ def _noise(out, key, neurons, KIND: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "steps", "seen"])
 def _forward(
-    keys, current, mem, shadow, syn, fired, before, leak, share, alpha, threshold, sigma, new_shadow, new_fired, spikes,
+    keys, current, mem, shadow, syn, fired, before, leak, share, alpha, threshold, sigma, new_shadow, spikes,
     seen_mem, seen_syn, code, noise_code, batch, neurons, steps, seen,
     SETS: tl.constexpr, CHANGES: tl.constexpr, KIND: tl.constexpr, MECHANISM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -221,16 +220,14 @@ def _forward(
         kept += SETS * whole
     if new_shadow is not None:
         tl.store(new_shadow + left, here, other)
-    if new_fired is not None:
-        tl.store(new_fired + own, fire, inside)
 
 
 @triton.jit(do_not_specialize=["batch", "steps", "fit_rows"])
 def _backward(
     a, b, b_syn, code, noise_code, fired, before, leak, share, alpha, sigma, settings, togo, parted, trace, syn_trace,
     to_current, to_sigma, sums, batch, neurons, steps, fit_rows,
-    TRACES: tl.constexpr, CHANGES: tl.constexpr, ADDS: tl.constexpr, KIND: tl.constexpr, MECHANISM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr, TRACES: tl.constexpr, CHANGES: tl.constexpr, ADDS: tl.constexpr, KIND: tl.constexpr,
+    MECHANISM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Some neurons of one row in all time steps, the last one first; None for what is not wanted, or is zero."""
     escapes: tl.constexpr = KIND == _LOGISTIC_ESCAPE or KIND == _GAUSSIAN_ESCAPE
@@ -241,11 +238,16 @@ def _backward(
     fits = inside & (row < fit_rows)
     whole = tl.cast(batch, tl.int64) * neurons
     left = row.to(tl.int64) * neurons + neuron
-    control, discount = tl.load(settings), tl.load(settings + 1)
     decays, weight = tl.load(leak + neuron, inside, 0.0), tl.load(share + neuron, inside, 0.0)
     level = tl.load(sigma + neuron, inside, 1.0)
-    later, part = tl.load(togo + left, inside, 0.0), tl.load(parted + left, fits, 0.0)
     zero = tl.zeros((BLOCK,), tl.float32)
+    if PAIRS:
+        sets: tl.constexpr = 2
+        control, discount = tl.load(settings), tl.load(settings + 1)
+        later, part = tl.load(togo + left, inside, 0.0), tl.load(parted + left, fits, 0.0)
+    else:
+        sets: tl.constexpr = 1
+        later, part = zero + tl.load(togo + row), zero
     g0, g1, flow, product, square, scale, total = zero, zero, zero, zero, zero, zero, zero
     if TRACES > 0:
         g0 = tl.load(trace + left, inside, 0.0)
@@ -257,68 +259,85 @@ def _backward(
     moved = left + (steps - 1) * whole
     for back in range(steps):
         step = steps - 1 - back
-        kept = left + 2 * step * whole
+        kept = left + sets * step * whole
         z0, s0 = _recall(tl.load(code + kept, inside, 0))
-        z1, s1 = _recall(tl.load(code + kept + whole, inside, 0))
         p0, d0 = _chances(z0, KIND)
-        p1 = _chances(z1, KIND)[0]
         if escapes:
-            q0, q1 = _escape_score(z0, p0, s0, KIND), _escape_score(z1, p1, s1, KIND)
+            q0 = _escape_score(z0, p0, s0, KIND)
         else:
             e0 = _recall(tl.load(noise_code + kept, inside, 0))[0]
-            e1 = _recall(tl.load(noise_code + kept + whole, inside, 0))[0]
-            q0, q1 = _membrane_score(e0, KIND), _membrane_score(e1, KIND)
-        later *= discount
-        part *= discount
-        direct = zero
-        if a is not None:
-            effect = tl.load(a + moved, inside, 0.0)
-            parting = 0.5 * effect * ((s1 - p1) - (s0 - p0))
-            part += parting
-            later += 0.5 * effect * (s0 - s1) + control * parting
-            direct = effect * d0
-        both = q0 - q1
-        multiplied = both * part + direct
-        product += tl.where(fits, both * (later - control * part) * multiplied, 0.0)
-        square += tl.where(fits, multiplied * multiplied, 0.0)
-        if to_sigma is not None:
+            q0 = _membrane_score(e0, KIND)
+        # Of the shadow; what comes back from the next step is kept apart where the two decay differently.
+        others = zero
+        if PAIRS:
+            z1, s1 = _recall(tl.load(code + kept + whole, inside, 0))
+            p1 = _chances(z1, KIND)[0]
+            if escapes:
+                q1 = _escape_score(z1, p1, s1, KIND)
+            else:
+                e1 = _recall(tl.load(noise_code + kept + whole, inside, 0))[0]
+                q1 = _membrane_score(e1, KIND)
+            later *= discount
+            part *= discount
+            direct = zero
+            if a is not None:
+                effect = tl.load(a + moved, inside, 0.0)
+                parting = 0.5 * effect * ((s1 - p1) - (s0 - p0))
+                part += parting
+                later += 0.5 * effect * (s0 - s1) + control * parting
+                direct = effect * d0
+            multiplied = (q0 - q1) * part + direct
+            product += tl.where(fits, (q0 - q1) * (later - control * part) * multiplied, 0.0)
+            square += tl.where(fits, multiplied * multiplied, 0.0)
+            own = (q0 * later + control * direct) / level
+            others -= q1 * later / level
             if escapes:
                 scale += (z1 * q1 - z0 * q0) * later - control * z0 * direct
             else:
                 scale += (e0 * q0 - e1 * q1) * later - control * z0 * direct
-        # What comes back from the next step, then what this one adds.
+        else:
+            own = q0 * later / level
+            if escapes:
+                scale -= z0 * q0 * later
+            else:
+                scale += (e0 * q0 - 1) * later
         if escapes:
             g0 *= decays
             if clears:
                 g0 *= 1 - s0
-                g1 *= decays * (1 - s1)
+                if PAIRS:
+                    g1 *= decays * (1 - s1)
         else:
             g0, g1 = zero, zero
+        g0 += own
         if clears:
-            g0 += (q0 * later + control * direct) / level
-            g1 -= q1 * later / level
+            g1 += others
         else:
-            g0 += (both * later + control * direct) / level
+            g0 += others
         if b is not None:
             read = tl.load(b + moved, inside, 0.0)
             g0 += read
-            if escapes:
-                later += 0.5 * read * level * (z0 - z1)
-            else:
-                if to_sigma is not None:
+            if PAIRS:
+                if escapes:
+                    later += 0.5 * read * level * (z0 - z1)
+                else:
                     scale += read * e0 * level
-                later += 0.5 * read * level * ((z0 + e0) - (z1 + e1))
+                    later += 0.5 * read * level * ((z0 + e0) - (z1 + e1))
         if MECHANISM == _ERASE:
-            f0 = _recall(tl.load(code + kept - 2 * whole, inside & (step > 0), 0))[1]
-            f1 = _recall(tl.load(code + kept - whole, inside & (step > 0), 0))[1]
             at_start = inside & (step == 0)
+            f0 = _recall(tl.load(code + kept - sets * whole, inside & (step > 0), 0))[1]
             if before is not None:
                 f0 += _recall(tl.load(before + left, at_start, 0))[1]
-                f1 += _recall(tl.load(before + whole + left, at_start, 0))[1]
             elif fired is not None:
                 f0 += tl.load(fired + left, at_start, 0.0)
-                f1 += tl.load(fired + whole + left, at_start, 0.0)
-            driven = weight * (g0 * (1 - f0) + g1 * (1 - f1))
+            driven = weight * g0 * (1 - f0)
+            if PAIRS:
+                f1 = _recall(tl.load(code + kept - whole, inside & (step > 0), 0))[1]
+                if before is not None:
+                    f1 += _recall(tl.load(before + whole + left, at_start, 0))[1]
+                elif fired is not None:
+                    f1 += tl.load(fired + whole + left, at_start, 0.0)
+                driven += weight * g1 * (1 - f1)
         else:
             driven = weight * (g0 + g1)
         if alpha is not None:
@@ -338,19 +357,19 @@ def _backward(
         if ADDS:
             total += tl.load(to_current + left, inside, 0.0)
         tl.store(to_current + left, total, inside)
-    tl.store(togo + left, later, inside)
-    tl.store(parted + left, part, fits)
+    if PAIRS:
+        tl.store(togo + left, later, inside)
+        tl.store(parted + left, part, fits)
+        place = sums + 2 * (row * tl.num_programs(1) + tl.program_id(1))
+        tl.store(place, tl.load(place) + tl.sum(product, 0), row < fit_rows)
+        tl.store(place + 1, tl.load(place + 1) + tl.sum(square, 0), row < fit_rows)
     if TRACES > 0:
         tl.store(trace + left, g0, inside)
     if TRACES > 1:
         tl.store(trace + whole + left, g1, inside)
     if alpha is not None:
         tl.store(syn_trace + left, flow, inside)
-    if to_sigma is not None:
-        tl.store(to_sigma + left, scale, inside)
-    place = sums + 2 * (row * tl.num_programs(1) + tl.program_id(1))
-    tl.store(place, tl.sum(product, 0), row < fit_rows)
-    tl.store(place + 1, tl.sum(square, 0), row < fit_rows)
+    tl.store(to_sigma + left, tl.load(to_sigma + left, inside, 0.0) + scale, inside)
 
 
 def noise(out: Tensor, key: int, kind: int) -> None:
@@ -359,42 +378,57 @@ def noise(out: Tensor, key: int, kind: int) -> None:
     _launch(_noise, rows, -(-numbers // 4), out=out, key=key, neurons=numbers, KIND=kind)
 
 
-def forward(rows: int, dtype: torch.dtype, **given: Any) -> None:
-    """Time steps of a train and its shadow; see ``numba_steps._forward`` for the arguments.
+class TimeSteps:
+    """Time steps of a neuron, forward and backward; ``numba_steps`` says what its arguments are.
 
     Args:
-        rows: of the batch.
-        dtype: of the membrane potential.
-        **given: integers; contiguous tensors, which are read or filled, or None; and keys on any device.
+        kind: of the noise.
+        mechanism: of the reset.
+        constants: leak, share, alpha or None, threshold and noise level, ``[neurons]``, contiguous.
     """
-    sets = given.pop("sets")
-    constants = {"SETS": sets, "CHANGES": given.pop("currents") > 1}
-    constants |= {"KIND": given.pop("kind"), "MECHANISM": given.pop("mechanism")}
-    given["keys"] = given["keys"].to(given["spikes"].device, non_blocking=True)
-    _launch(_forward, sets * rows, -(-given["neurons"] // 4), batch=rows, **given, **constants)
 
+    def __init__(self, kind: int, mechanism: int, *constants: Tensor | None) -> None:
+        self._leak, self._share, self._alpha, self._threshold, self._sigma = constants
+        assert self._leak is not None
+        self._neurons = self._leak.numel()
+        self._options = {"KIND": kind, "MECHANISM": mechanism}
 
-def backward(rows: int, dtype: torch.dtype, learns_sigma: bool, **given: Any) -> tuple[Tensor | None, Tensor]:
-    """Counterfactual credit in these; see ``numba_steps._backward`` for the arguments.
+    def forward(
+        self, rows: int, sets: int, steps: int, currents: int, seen: int, keys: Tensor, current: Tensor,
+        mem: Tensor | None, shadow: Tensor | None, syn: Tensor | None, fired: Tensor | None, before: Tensor | None,
+        new_shadow: Tensor | None, spikes: Tensor, seen_mem: Tensor, seen_syn: Tensor | None, code: Tensor | None,
+        noise_code: Tensor | None,
+    ) -> None:  # fmt: skip
+        """See ``numba_steps.FORWARD``; tensors are contiguous, and read or filled; the keys are on any device."""
+        _launch(
+            _forward, sets * rows, -(-self._neurons // 4), keys=keys.to(spikes.device, non_blocking=True),
+            current=current, mem=mem, shadow=shadow, syn=syn, fired=fired, before=before, leak=self._leak,
+            share=self._share, alpha=self._alpha, threshold=self._threshold, sigma=self._sigma, new_shadow=new_shadow,
+            spikes=spikes, seen_mem=seen_mem, seen_syn=seen_syn, code=code, noise_code=noise_code, batch=rows,
+            neurons=self._neurons, steps=steps, seen=seen, SETS=sets, CHANGES=currents > 1, **self._options,
+        )  # fmt: skip
 
-    Args:
-        rows: of the batch.
-        dtype: of the membrane potential.
-        learns_sigma: a gradient of σ is wanted.
-        **given: as for ``forward``.
+    def backward(
+        self, rows: int, sets: int, steps: int, currents: int, a: Tensor | None, b: Tensor | None, b_syn: Tensor | None,
+        code: Tensor, noise_code: Tensor | None, fired: Tensor | None, before: Tensor | None, settings: Tensor | None,
+        togo: Tensor, parted: Tensor | None, fit_rows: int, trace: Tensor | None, traces: int, syn_trace: Tensor | None,
+        to_current: Tensor | None, adds: bool, sums: tuple[Tensor, Tensor],
+    ) -> None:  # fmt: skip
+        """See ``numba_steps.BACKWARD``; ``sums`` are from ``sums_of``."""
+        _launch(
+            _backward, rows, self._neurons, a=a, b=b, b_syn=b_syn, code=code, noise_code=noise_code, fired=fired,
+            before=before, leak=self._leak, share=self._share, alpha=self._alpha, sigma=self._sigma, settings=settings,
+            togo=togo, parted=parted, trace=trace, syn_trace=syn_trace, to_current=to_current, to_sigma=sums[0],
+            sums=sums[1], batch=rows, neurons=self._neurons, steps=steps, fit_rows=fit_rows, PAIRS=sets == 2,
+            TRACES=traces, CHANGES=currents > 1, ADDS=adds, **self._options,
+        )  # fmt: skip
 
-    Returns:
-        Gradient of σ, times σ, ``[neurons]``, or None; Σ C₀C₁ and Σ C₁².
-    """
-    given.pop("threshold")
-    constants = {"TRACES": given.pop("traces"), "CHANGES": given.pop("currents") > 1, "ADDS": given.pop("adds") != 0}
-    constants |= {"KIND": given.pop("kind"), "MECHANISM": given.pop("mechanism")}
-    neurons, like = given["neurons"], given["togo"]
-    # Of each program: sums that do not depend on which of them is done first.
-    to_sigma = like.new_empty(rows, neurons) if learns_sigma else None
-    sums = like.new_empty(given["fit_rows"] * _blocks(neurons)[1], 2)
-    _launch(_backward, rows, neurons, batch=rows, to_sigma=to_sigma, sums=sums, **given, **constants)
-    return None if to_sigma is None else to_sigma.sum(0), sums.sum(0)
+    def sums_of(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Zeros that backward passes add to: the gradient of σ, times σ, ``[parts, neurons]``; ΣC₀C₁, ΣC₁²."""
+        assert self._leak is not None
+        # Of each program: sums that do not depend on which of them is done first.
+        programs = rows * _blocks(self._neurons)[1]
+        return self._leak.new_zeros(rows, self._neurons), self._leak.new_zeros(programs, 2)
 
 
 def _blocks(numbers: int) -> tuple[int, int]:
