@@ -444,7 +444,7 @@ def pooling(multilinear: bool) -> AbstractContextManager[Any]:
     """Context of a forward pass."""
     if not multilinear:
         return nullcontext()
-    from snntorch_lr.robustness.pooling import SpikePooling
+    from snntorch_lr.robustness.surrogates import SpikePooling
 
     return SpikePooling()
 

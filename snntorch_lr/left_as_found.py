@@ -115,4 +115,5 @@ def _restore_attributes(neuron: nn.Module, attributes: dict[str, Any], states: d
 
 def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
     for module, training in modes:
-        module.training = training
+        if module.training != training:
+            module.training = training

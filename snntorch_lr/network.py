@@ -16,6 +16,7 @@ from .noisy_neuron import UNSUPPORTED, NoisyNeuron
 # snnTorch 0.9.4 lacks some of those that are not supported.
 _SPIKING_TYPES = (snn.SpikingNeuron, *(getattr(snn, name) for name in UNSUPPORTED if hasattr(snn, name)))
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
+_SEARCHED: dict[int, tuple[Sequence[tuple[str, nn.Module]], dict[str, NoisyInput]]] = {}
 
 
 def spiking_neurons(net: nn.Module) -> Sequence[tuple[str, nn.Module]]:
@@ -23,7 +24,20 @@ def spiking_neurons(net: nn.Module) -> Sequence[tuple[str, nn.Module]]:
 
     Finds them at any depth, and also in plain lists, tuples and dicts, which ``net.modules()`` does not see.
     """
-    return list(_visit("", net, set()))
+    searched = _SEARCHED.get(id(net))
+    return list(_visit("", net, set())) if searched is None else searched[0]
+
+
+@contextmanager
+def searched_once(*nets: nn.Module) -> Iterator[None]:
+    """Context in which each network is searched for neurons and noisy inputs once; for passes that add none."""
+    new = {id(net): (spiking_neurons(net), noisy_inputs(net)) for net in nets if id(net) not in _SEARCHED}
+    _SEARCHED.update(new)
+    try:
+        yield
+    finally:
+        for key in new:
+            _SEARCHED.pop(key, None)
 
 
 def _visit(name: str, value: object, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
@@ -57,6 +71,9 @@ def noisy_neurons(net: nn.Module) -> dict[str, NoisyNeuron]:
 
 def noisy_inputs(net: nn.Module) -> dict[str, NoisyInput]:
     """The modules of a network that add noise to an input, by name."""
+    searched = _SEARCHED.get(id(net))
+    if searched is not None:
+        return searched[1]
     return {name: module for name, module in net.named_modules() if isinstance(module, NoisyInput)}
 
 

@@ -1,12 +1,10 @@
 """Robustness of spiking networks: an attackable view, attacks, and an evaluation that checks itself."""
 
-from .attacks import Attack, Budget, perturb
+from .attacks import Attack, Budget, Descent, gradient_attack, perturb
 from .certify import Certificate, certify
 from .evaluate import evaluate
-from .gates import Gate, verdict
-from .gradient_attacks import Descent, gradient_attack
 from .input_gradient import likelihood_ratio_input_gradient
-from .report import Headline, Protocol, RobustnessReport, Row
+from .report import Gate, Headline, Protocol, RobustnessReport, Row, verdict
 from .scoring import McNemar, Scores, Share, clopper_pearson, mcnemar, score, share_of, wilson
 from .suites import SUITES, suite
 from .surrogates import SURROGATES

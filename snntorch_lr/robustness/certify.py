@@ -35,9 +35,9 @@ class Certificate:
         right: the predictions that are right, Boolean, ``[images]``.
 
     Examples:
-        >>> found = Certificate(0.5, 100, 10, 0.001, torch.tensor([3, -1]), torch.tensor([0.4, 0.0]),
-        ...                     torch.tensor([True, False]))
-        >>> print(found.accuracy(0.25))
+        >>> certificate = Certificate(0.5, 100, 10, 0.001, predictions=torch.tensor([3, -1]),
+        ...                           radii=torch.tensor([0.4, 0.0]), right=torch.tensor([True, False]))
+        >>> print(certificate.accuracy(0.25))
         50.0 ± 40.5
     """
 
@@ -103,8 +103,7 @@ def certify(
 
     Examples:
         >>> images = torch.tensor([[[[0.9, 0.2]]], [[[0.1, 0.8]]]])  # of two pixels, which are the logits
-        >>> found = certify(nn.Flatten(), [(images, torch.tensor([0, 1]))], sigma=0.25, draws=1000)
-        >>> found.accuracy(0.25).accuracy
+        >>> certify(nn.Flatten(), [(images, torch.tensor([0, 1]))], sigma=0.25, draws=1000).accuracy(0.25).accuracy
         1.0
 
     Source: Cohen, Rosenfeld & Kolter (2019), "Certified Adversarial Robustness via Randomized Smoothing".
@@ -147,7 +146,7 @@ def _votes(target: Target, image: Tensor, sigma: float, draws: int, seed: int, r
             batch = x.expand(min(rows, draws - done), *x.shape)
             batch = batch + torch.empty(batch.shape, device=device).normal_(0, sigma, generator=generator)
             reset(target.net)
-            logits = view.read(view.net_forward(target.net, batch))
+            logits = view.run(batch)
             total = total + torch.bincount(logits.argmax(1), minlength=logits.shape[1])
         reset(target.net)
     return total

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,15 +21,14 @@ from .. import _files as atomic
 from .._messages import first_line, versions, warn
 from ..anneal import noise_gap
 from ..left_as_found import left_as_found
-from ..network import noises, noisy_neurons, not_finite, reset, spiking_neurons
+from ..network import noises, noisy_neurons, not_finite, reset, searched_once, spiking_neurons
 from ..philox import mix
 from . import gates
-from .attacks import Attack, Budget, perturb
+from .attacks import COUNTERFACTUAL, Attack, Budget, perturb
 from .figures import Example
-from .gradient_attacks import COUNTERFACTUAL
 from .input_gradient import likelihood_ratio_input_gradient, with_noise
-from .report import PACKAGES, GateFindings, Protocol, RobustnessReport, Row, Subject
-from .scoring import Scores, batch_size, is_random, logits_of, pieces, score, seeded, share_of
+from .report import PACKAGES, Gate, GateFindings, Protocol, RobustnessReport, Row, Subject
+from .scoring import Scores, batch_size, count_votes, is_random, logits_of, pieces, seeded, share_of
 from .suites import SUITES, suite
 from .view import Forward, Target, device_of
 
@@ -104,9 +104,12 @@ def evaluate(
     models = _models(net, name, {**baselines, **sources}, forward, protocol)
     images, labels = _collect(loader)
     nets = [model.net for model in models.values()]
-    with left_as_found(*nets, gradients=True, modes=True, states=True, random=True):
+    with left_as_found(*nets, gradients=True, modes=True, states=True, random=True), ExitStack() as stack:
         for key, model in models.items():
+            model.net.eval()
             _check_network(key, model, images, labels, seed, protocol.rows)
+        # Networks may make neurons in their first pass.
+        stack.enter_context(searched_once(*nets))
         uses = [use for key, model in models.items() for use in _subjects(key, model, images)]
         attacked = ("off", "on", "none") if protocol.noise == "both" else (protocol.noise, "none")
         subjects = [use for use in uses if use.network not in sources and use.noise in attacked]
@@ -114,10 +117,10 @@ def evaluate(
         if protocol.noise == "on":
             # Adversarial images that are found without noise are tried on the network with noise too.
             transfer_sources += [use for use in uses if use.network not in sources and use.noise == "off"]
+        folder = None if cache is None else Path(cache)
         evaluation = _Evaluation(
-            protocol, budgets, seed, chosen, subjects, transfer_sources, images, labels,
-            None if cache is None else Path(cache), progress,
-        )  # fmt: skip
+            protocol, budgets, seed, chosen, subjects, transfer_sources, images, labels, folder, progress
+        )
         rows = tuple(evaluation.row(subject) for subject in subjects)
     _warn_about_noise_gaps(rows)
     return RobustnessReport(protocol, budgets, seed, chosen, rows)
@@ -172,7 +175,7 @@ def _check_network(name: str, target: Target, images: Tensor, labels: Tensor, se
             "earlier weights, or train again with a lower learning rate"
         )
     try:
-        score(replace(target, noise=False), images, labels, 1, seed, rows)
+        count_votes(replace(target, noise=False), images, labels, 1, seed, rows)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -180,10 +183,11 @@ def _check_network(name: str, target: Target, images: Tensor, labels: Tensor, se
 def _subjects(name: str, model: Target, images: Tensor) -> list[Subject]:
     """A network with its noise off and, if it has any, on."""
     silent = replace(model, noise=False)
+    random = is_random(silent, images)
     if noises(model.net):
-        return [Subject(name, "off", silent), Subject(name, "on", replace(model, noise=True))]
+        return [Subject(name, "off", silent, random), Subject(name, "on", replace(model, noise=True), True)]
     # Attacks average over the draws of a target with noise: also where a network draws its own, as rate codes do.
-    return [Subject(name, "none", replace(model, noise=is_random(silent, images)))]
+    return [Subject(name, "none", replace(model, noise=random), random)]
 
 
 def _collect(loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -231,7 +235,7 @@ class _Evaluation:
         self.attacks = {subject.label: self._attacks_on(subject) for subject in self.subjects}
         # Transfers run on the networks that they come from.
         self.size = min(batch_size(subject.target, self.protocol.rows) for subject in self.sources)
-        self.marks = {subject.label: self._mark(subject) for subject in self.sources}
+        self.marks = {} if self.cache is None else {subject.label: self._mark(subject) for subject in self.sources}
         # Beside the attacks: clean, and the gates.
         self.total = sum(2 + len(attacks) * len(self.epsilons) for attacks in self.attacks.values())
         self.done = 0
@@ -253,20 +257,27 @@ class _Evaluation:
         row = Row(subject, clean["right"], share_of(clean["single"]), ran, right)
         return replace(row, findings=self._findings(row, unchanged, failures), examples=tuple(self._examples(subject)))
 
-    def _examples(self, subject: Subject) -> Iterator[Example]:
+    def _examples(self, subject: Subject) -> list[Example]:
         """A few images that attacks broke, different ones: those of the smallest budgets, and of the first attacks."""
-        found = sorted(self.broken.pop(subject.label, []), key=lambda each: (each.epsilon, each.place))
-        different = {each.index: each for each in reversed(found)}
-        for each in sorted(different.values(), key=found.index)[:EXAMPLES]:
-            shown = (each.original, each.adversarial)
-            layer, spikes = _recorded(subject.target, torch.stack(shown), mix(self.seed, each.index))
-            yield replace(each, layer=layer, spikes=spikes)
+        different: dict[int, Example] = {}
+        for example in sorted(self.broken.pop(subject.label, []), key=lambda example: (example.epsilon, example.place)):
+            different.setdefault(example.index, example)
+        shown = [*different.values()][:EXAMPLES]
+        if not shown:
+            return []
+        # In two passes, so that both have the same noise.
+        images = [example.original for example in shown], [example.adversarial for example in shown]
+        layer, spikes = _recorded(subject.target, [torch.stack(part) for part in images], self.seed)
+        return [
+            replace(example, layer=layer, spikes=both) for example, both in zip(shown, spikes.unbind(2), strict=True)
+        ]
 
     def _attacks_on(self, subject: Subject) -> tuple[Attack, ...]:
         """The attacks that have the norm; transfers are always among them, one for each source."""
         usable = [attack for attack in self.suite if self.protocol.norm in attack.norms]
-        if not self._has_likelihood_ratio(subject.target):
-            usable = [attack for attack in usable if attack.settings.get("surrogate") != COUNTERFACTUAL]
+        counterfactual = [attack for attack in usable if attack.settings.get("surrogate") == COUNTERFACTUAL]
+        if counterfactual and not self._has_likelihood_ratio(subject.target):
+            usable = [attack for attack in usable if attack not in counterfactual]
         transfers = [attack for attack in usable if attack.needs_sources] or [
             attack for attack in SUITES["standard"] if attack.needs_sources and self.protocol.norm in attack.norms
         ]
@@ -298,12 +309,11 @@ class _Evaluation:
         source = self.marks.get(str(attack.settings.get("source")))
         for epsilon in self.epsilons:
             compute = partial(self._attack, subject, attack, epsilon, still)
-            found = self._piece(subject, f"{attack.name} {epsilon:g}", [*depends, epsilon, source], compute, still)
+            piece = self._piece(subject, f"{attack.name} {epsilon:g}", [*depends, epsilon, source], compute, still)
             attacked += int(still.sum())
-            unchanged += found["unchanged"]
-            under[epsilon] = still = found["right"]
-            # Pieces that an earlier version kept have none.
-            for place, (index, predicted, adversarial) in enumerate(found.get("broken", ())):
+            unchanged += piece["unchanged"]
+            under[epsilon] = still = piece["right"]
+            for place, (index, predicted, adversarial) in enumerate(piece["broken"]):
                 image, label = self.images[index], int(self.labels[index])
                 example = Example(index, image, adversarial, label, predicted, attack.name, epsilon, place)
                 self.broken.setdefault(subject.label, []).append(example)
@@ -331,82 +341,34 @@ class _Evaluation:
         return {"right": after, "unchanged": unchanged, "broken": broken}
 
     def _findings(self, row: Row, unchanged: Mapping[str, float], failures: Mapping[str, str]) -> GateFindings:
-        attacks = [(attack.name, attack.access, dict(attack.settings)) for attack in row.attacks]
-        depends = [attacks, unchanged, failures, self.protocol.gate_images, self.protocol.gates]
-        tensors = [right for under in row.right.values() for right in under.values()]
-        compute = partial(self._judged, row, unchanged, failures)
-        found = self._piece(row.subject, "gates", depends, compute, row.clean, *tensors)
-        return GateFindings(**found | {"gates": tuple(gates.Gate(**gate) for gate in found["gates"])})
-
-    def _judged(self, row: Row, unchanged: Mapping[str, float], failures: Mapping[str, str]) -> dict[str, Any]:
-        """Gates of one subject and the curves that they are read from, as plain values."""
-        chosen = row.clean.nonzero()[: self.protocol.gate_images, 0]
-        if not len(chosen):
-            gate = gates.Gate("G0 forward pass", None, "no image is right clean: there is nothing to attack")
-            return asdict(GateFindings((gate,)))
-        target, protocol = row.subject.target, self.protocol
+        protocol, subject, chosen = self.protocol, row.subject, row.clean.nonzero()[: self.protocol.gate_images, 0]
         probe = gates.Probe(
-            target, self.images[chosen], self.labels[chosen], protocol.norm, protocol.votes, self.seed, protocol.rows
-        )
-        middle = min(self.epsilons, key=lambda e: abs(float(row.worst(e).double().mean()) - 0.5))
-        white = [attack.name for attack in row.attacks if attack.access == "white-box"]
-        others = [attack.name for attack in row.attacks if attack.access != "white-box"]
-        under = [{e: row.under(names, e) for e in self.epsilons if names} for names in (white, others)]
-        ladder: dict[float, float] = {}
-        steps: dict[int, float] = {}
-        survived = {epsilon: torch.ones_like(row.clean) for epsilon in self.epsilons}
+            subject.target, self.images[chosen], self.labels[chosen], protocol.norm, protocol.votes, self.seed,
+            protocol.rows, subject.random,
+        )  # fmt: skip
+        attacks = [(attack.name, attack.access, dict(attack.settings)) for attack in row.attacks]
+        depends = [attacks, unchanged, failures, protocol.gate_images, protocol.gates]
+        tensors = [right for under in row.right.values() for right in under.values()]
 
-        def share(epsilon: float, after: Tensor) -> float:
-            """Fraction that is right after an attack of a gate, which counts for larger budgets too."""
-            for budget, right in survived.items():
-                right[chosen] &= after | (budget < epsilon)
-            return float(after.double().mean())
+        def judge() -> dict[str, Any]:
+            return asdict(gates.judge(probe, row, self.epsilons, chosen, unchanged, failures, protocol.gates))
 
-        def climb() -> gates.Gate:
-            rungs = sorted({*self.epsilons, *(part * probe.span for part in gates.LADDER)})
-            found = probe.curve([(rung, gates.ASCENT) for rung in rungs])
-            ladder.update((rung, share(rung, after)) for rung, after in zip(rungs, found, strict=True))
-            return gates.ladder(ladder)
-
-        def converge() -> gates.Gate:
-            counts = gates.CURVE_STEPS
-            found = probe.curve([(middle, replace(gates.ASCENT, steps=n, length=2.5 / max(n, 2.5))) for n in counts])
-            steps.update((count, share(middle, after)) for count, after in zip(counts, found, strict=True))
-            before, longer = row.worst(middle)[chosen], gates.longer(target.draws)
-            after = before.clone()
-            after[before] = probe.only(before).right_after(middle, longer)
-            share(middle, after | ~before)
-            return gates.convergence(before, after, middle, longer)
-
-        def attacked(name: str, check: Callable[[], gates.Gate]) -> gates.Gate:
-            return gates.guarded(name, check) if protocol.gates else gates.Gate(name, None, "left out by gates=False")
-
-        judged = (
-            attacked("G0 forward pass", lambda: gates.forward_pass(target, probe.images)),
-            attacked("G1 gradients", lambda: gates.gradients(probe, {name: unchanged[name] for name in white})),
-            attacked("G2 frozen noise", lambda: gates.frozen_noise(probe)),
-            attacked("G3 ladder", climb),
-            attacked("G4 convergence", converge),
-            gates.black_box(*under),
-            gates.sweep(target.net, {name: right[middle] for name, right in row.by_surrogate().items()}),
-            attacked("G7 direction", lambda: gates.direction(probe)),
-            attacked("G8 canary", lambda: gates.canary(probe)),
-            gates.assertions(failures),
-        )
-        return asdict(GateFindings(judged, middle, ladder, steps, survived))
+        piece = self._piece(subject, "gates", depends, judge, row.clean, *tensors)
+        return GateFindings(**piece | {"gates": tuple(Gate(**gate) for gate in piece["gates"])})
 
     def _score(self, subject: Subject, images: Tensor, labels: Tensor, *seeds: int) -> Scores:
-        return score(subject.target, images, labels, self.protocol.votes, mix(self.seed, *seeds), self.protocol.rows)
+        votes = self.protocol.votes if subject.random else 1
+        return count_votes(subject.target, images, labels, votes, mix(self.seed, *seeds), self.protocol.rows)
 
     def _mark(self, subject: Subject) -> str:
         """Fingerprint of a network and its target's settings, with its logits and their gradient on a few images."""
         target = subject.target
         state = [part for item in target.net.state_dict().items() for part in item]
         few = self.images[:FINGERPRINT_IMAGES].to(device_of(target.net))
-        logits = logits_of(target, few, 0)
         with seeded(0):
             x = few.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(target.view(draws=1)(x).square().sum(), x)
+            logits = target.view(draws=1)(x)
+            (gradient,) = torch.autograd.grad(logits.square().sum(), x)
         return fingerprint(*state, logits, gradient, target.noise, target.draws, target.scale)
 
     def _piece(
@@ -415,30 +377,35 @@ class _Evaluation:
         """A piece of the evaluation of a subject, from the cache if it is there."""
         self.progress(f"{subject.label}: {what}", self.done, self.total)
         self.done += 1
+        if self.cache is None:
+            return compute()
         mark = fingerprint(
             self.marks[subject.label], self.images, self.labels, self.protocol.norm, self.protocol.votes, self.seed,
             self.protocol.rows, versions(*PACKAGES), what, depends, *tensors,
         )  # fmt: skip
-        return compute() if self.cache is None else cached(self.cache, f"{subject.label} {what}", mark, compute)
+        return cached(self.cache, f"{subject.label} {what}", mark, compute)
 
 
-def _recorded(target: Target, images: Tensor, seed: int) -> tuple[str, Tensor]:
-    """Name of the first neurons, with noise if any have it, and some of their spikes, ``[time, images, neurons]``."""
+def _recorded(target: Target, passes: Sequence[Tensor], seed: int) -> tuple[str, Tensor]:
+    """Name of the first neurons, noisy ones if there are any, and some of their spikes.
+
+    They are ``[time, passes, images, neurons]``, of no time if the neurons do not run on one row for each image.
+    """
     neurons: dict[str, nn.Module] = dict(noisy_neurons(target.net)) or dict(spiking_neurons(target.net))
-    if not neurons:
-        return "", torch.zeros(0, len(images), 0)
-    name, neuron = next(iter(neurons.items()))
+    name, neuron = next(iter(neurons.items()), ("", nn.Module()))
     spikes: list[Tensor] = []
 
     def keep(neuron: nn.Module, inputs: Any, output: Any) -> None:
         fired = output[0] if isinstance(output, tuple) else output
-        spikes.append(fired.detach().flatten()[:RECORDED_NEURONS].cpu())
+        if len(fired) == len(passes[0]):
+            spikes.append(fired.detach().flatten(1)[:, :RECORDED_NEURONS].cpu())
 
     with neuron.register_forward_hook(keep):
-        for image in images:
-            # One at a time, so that both have the same noise.
-            logits_of(target, image[None].to(device_of(target.net)), seed)
-    return name, torch.stack(spikes).view(len(images), -1, len(spikes[0])).transpose(0, 1)
+        for images in passes:
+            logits_of(target, images.to(device_of(target.net)), seed)
+    if not spikes:
+        return name, torch.zeros(0, len(passes), len(passes[0]), 0)
+    return name, torch.stack(spikes).view(len(passes), -1, *spikes[0].shape).transpose(0, 1)
 
 
 def _from_source(attack: Attack, source: Subject) -> Attack:

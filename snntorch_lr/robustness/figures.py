@@ -1,4 +1,4 @@
-"""What figures and pages share: colours of networks, panels and legends; one HTML page with all in it."""
+"""Figures and HTML pages: colours of networks, panels, legends, a page that needs nothing else, broken images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import cycle
+from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,12 +58,12 @@ def colors_of(names: Iterable[str]) -> dict[str, str]:
         {'surrogate': '#0072B2', 'network': '#D55E00'}
     """
     names = list(dict.fromkeys(names))
-    plain = {name: " ".join(re.findall(r"[^\W_]+", name.lower())) for name in names}
-    plain = {name: _LONG.get(said, said) for name, said in plain.items()}
-    found = {name: COLORS[plain[name]] for name in names if plain[name] in COLORS}
-    left = [color for color in (*COLORS.values(), *_FURTHER) if color not in found.values()]
-    rest = [name for name in names if name not in found]
-    return found | dict(zip(rest, cycle(left or _FURTHER), strict=False))
+    words = {name: " ".join(re.findall(r"[^\W_]+", name.lower())) for name in names}
+    plain = {name: _LONG.get(text, text) for name, text in words.items()}
+    fixed = {name: COLORS[plain[name]] for name in names if plain[name] in COLORS}
+    free = [color for color in (*COLORS.values(), *_FURTHER) if color not in fixed.values()]
+    rest = [name for name in names if name not in fixed]
+    return fixed | dict(zip(rest, cycle(free or _FURTHER), strict=False))
 
 
 def percent(shares: Sequence[Share]) -> tuple[list[float], tuple[list[float], list[float]]]:
@@ -95,52 +97,6 @@ def with_legend(figure: Figure, axes: Axes, columns: int = 2, title: str | None 
     return figure
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --text: #1b1f24; --faint: #59636e; --back: #fff; --card: #f6f8fa; --line: #d1d9e0; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --text: #e6edf3; --faint: #9198a1; --back: #0d1117; --card: #151b23; --line: #3d444d; }}
-}}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 70rem; color: var(--text); background: var(--back);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }}
-h1, h2, h3 {{ line-height: 1.25; margin: 2rem 0 .75rem; }}
-h1 {{ margin-top: 0; }}
-p, li {{ max-width: 48rem; }}
-a {{ color: inherit; }}
-code {{ font-size: .85em; background: var(--card); padding: .1em .3em; border-radius: 4px; }}
-.scroll {{ overflow-x: auto; margin: 1rem 0; }}
-table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
-  min-width: 5.5rem; max-width: 32rem; }}
-th:first-child, td:first-child {{ min-width: 8.5rem; }}
-th {{ color: var(--faint); }}
-figure {{ margin: 1rem 0; }}
-figure svg {{ display: block; width: 100%; min-width: 34rem; height: auto; }}
-figcaption, .note {{ color: var(--faint); font-size: .85rem; max-width: 48rem; }}
-.strip {{ display: flex; gap: 1rem; overflow-x: auto; padding-bottom: .5rem; }}
-.broken {{ flex: 0 0 13rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .75rem;
-  font-size: .8rem; }}
-.broken p {{ margin: 0 0 .5rem; }}
-.pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; }}
-.pair div {{ display: grid; gap: .25rem; align-content: start; }}
-.pair img {{ width: 100%; image-rendering: pixelated; border: 1px solid var(--line); background: var(--back); }}
-.pair img.spikes {{ height: 6rem; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-
 def page(title: str, markdown: str, figures: Mapping[str, Figure | str]) -> str:
     """A self-contained page from Markdown: no style sheet, script, font or picture is loaded from elsewhere.
 
@@ -153,23 +109,21 @@ def page(title: str, markdown: str, figures: Mapping[str, Figure | str]) -> str:
         raise ImportError(f"markdown-it-py is missing: {install('experiments')}") from error
     body = MarkdownIt("js-default", {"linkify": False}).render(markdown)
     # A wide table scrolls inside the page, and an accuracy stays on its line.
-    body = (
-        body.replace("<table>", '<div class="scroll"><table>')
-        .replace("</table>", "</table></div>")
-        .replace(" ± ", "&nbsp;±&nbsp;")
-    )
+    body = body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    body = body.replace(" ± ", "&nbsp;±&nbsp;")
 
-    def drawn(found: re.Match[str]) -> str:
-        figure, words = figures[found[1]], found[2]
+    def drawn(image: re.Match[str]) -> str:
+        figure, caption = figures[image[1]], image[2]
         if isinstance(figure, str):
             return figure
-        return f'<figure><div class="scroll">{_figure(figure)}</div><figcaption>{words}</figcaption></figure>'
+        return f'<figure><div class="scroll">{_svg(figure)}</div><figcaption>{caption}</figcaption></figure>'
 
     body = re.sub(r'<p><img src="([^"]*)" alt="([^"]*)"[^>]*></p>', drawn, body)
-    return _PAGE.format(title=escape(title), body=body)
+    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return template.substitute(title=escape(title), body=body)
 
 
-def _figure(figure: Figure) -> str:
+def _svg(figure: Figure) -> str:
     """A figure as SVG, whose black is the colour of the text around it and whose white that of the page."""
     from matplotlib import rc_context
 
@@ -225,16 +179,17 @@ def examples(broken: Mapping[str, Sequence[Example]]) -> str:
 
 
 def _card(example: Example) -> str:
-    about = f"image {example.index}, {example.attack}, ε = {example.epsilon:g}"
     sides = []
-    for index, (image, said) in enumerate(
-        ((example.original, f"right: {example.label}"), (example.adversarial, f"taken for {example.predicted}"))
+    for image, caption, spikes in (
+        (example.original, f"right: {example.label}", example.spikes[:, 0].T),
+        (example.adversarial, f"taken for {example.predicted}", example.spikes[:, 1].T),
     ):
-        spikes = example.spikes[:, index].T
         raster = f'<img class="spikes" alt="spikes" src="{_png(_raster(spikes))}">' if spikes.numel() else ""
         count = f"<span>{int(spikes.sum())} spikes</span>" if spikes.numel() else ""
-        sides.append(f'<div><img alt="{said}" src="{_png(_pixels(image))}"><span>{said}</span>{raster}{count}</div>')
-    return f'<div class="broken"><p>{escape(about)}</p><div class="pair">{"".join(sides)}</div></div>'
+        picture = f'<img alt="{caption}" src="{_png(_pixels(image))}">'
+        sides.append(f"<div>{picture}<span>{caption}</span>{raster}{count}</div>")
+    about = escape(f"image {example.index}, {example.attack}, ε = {example.epsilon:g}")
+    return f'<div class="broken"><p>{about}</p><div class="pair">{"".join(sides)}</div></div>'
 
 
 def _pixels(image: Tensor) -> Tensor:

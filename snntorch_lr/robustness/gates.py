@@ -1,4 +1,4 @@
-"""Checks that an evaluation has to pass before its figures mean robustness: G0 to G9.
+"""Gates, the checks that an evaluation has to pass before its figures mean robustness: G0 to G9.
 
 A stochastic or non-differentiable network looks robust when the gradient that attacks it is bad. Each gate looks for
 one sign of that, on images that the network has right. What could not be checked has not passed.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from .._messages import first_line
+from ..convert import noise_on
 from ..network import spiking_neurons
 from ..philox import mix
-from .attacks import LOSSES, Budget
-from .gradient_attacks import COUNTERFACTUAL, Descent
+from .attacks import COUNTERFACTUAL, Budget, Descent
 from .input_gradient import alignment
-from .scoring import ROWS, batch_size, logits_of, pieces, score, seeded, share_of
+from .report import Gate, GateFindings, Row
+from .scoring import LOSSES, ROWS, batch_size, count_votes, pieces, seeded, share_of
 from .surrogates import SURROGATES
-from .view import AttackableView, Target, device_of
+from .view import Forward, Target, device_of
 
 FEW = 0.01
 """Fraction of images that a gate lets pass as exceptions."""
@@ -35,8 +37,8 @@ LADDER = (0.25, 0.5, 1.0)
 """Budgets, as fractions of the one that holds every image, where robustness has to end."""
 ASCENT = Descent(loss="margin", steps=20, length=0.125, random_start=False)
 """From the image itself: a network without gradient stays there, while a random start could break it by chance."""
-CURVE_STEPS = (1, 2, 5, 10, 20, 40)
-"""Steps of plain ascent, for the curve of the report."""
+CURVE_STEPS = (1, 5)
+"""Steps of plain ascent for the curve of the report; those of G3 and G4 go on with it."""
 LONGER = 80
 """Twice the steps of the longest attack that averages over noise."""
 FEW_IMAGES = 16
@@ -44,80 +46,16 @@ FEW_IMAGES = 16
 COSINE_FLOOR = 0.6
 RESOLVED = 0.2
 
-
-@dataclass(frozen=True)
-class Gate:
-    """Check of an evaluation, with its measurement; ``passed`` is None if it could not be run, or was left out.
-
-    Examples:
-        >>> print(Gate("G3 ladder", True, "1: 0.0 %"))
-        PASS    G3 ladder: 1: 0.0 %
-    """
-
-    name: str
-    passed: bool | None
-    detail: str
-
-    @property
-    def verdict(self) -> str:
-        """PASS, FAIL or NOT RUN."""
-        return {True: "PASS", False: "FAIL", None: "NOT RUN"}[self.passed]
-
-    def __str__(self) -> str:
-        return f"{self.verdict:7} {self.name}: {self.detail}"
-
-
-def verdict(gates: Sequence[Gate]) -> str:
-    """Verdict of the gates on a headline, in a few words; without gates no claim passes.
-
-    Examples:
-        >>> verdict([Gate("G1 gradients", True, ""), Gate("G6 surrogates", None, "")])
-        'masking not ruled out (G6 not run)'
-    """
-    failed = [gate.name for gate in gates if gate.passed is False]
-    missing = [gate.name for gate in gates if gate.passed is None]
-    if failed:
-        return f"MASKING SUSPECTED ({', '.join(name.split()[0] for name in failed)} failed)"
-    if missing or not gates:
-        return f"masking not ruled out ({', '.join(name.split()[0] for name in missing) or 'gates'} not run)"
-    return "all gates passed"
-
-
-def mark(gates: Sequence[Gate]) -> str:
-    """Sign behind a worst case: `` !`` if a gate failed, `` ?`` if one was not run, else nothing."""
-    passed = {gate.passed for gate in gates} or {None}
-    return " !" if False in passed else " ?" if None in passed else ""
-
-
-def guarded(name: str, check: Callable[[], Gate]) -> Gate:
-    """A gate; one whose check cannot run has failed, and says why."""
-    try:
-        return check()
-    except Exception as error:
-        return Gate(name, False, f"could not be checked: {type(error).__name__}: {first_line(error)}")
-
-
-class _FrozenView(AttackableView):
-    """A view whose noise is the same in each call."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        self._generator.manual_seed(self._generator.initial_seed())
-        with seeded(self._generator.initial_seed()):
-            return super().forward(images)
-
-
-@dataclass(frozen=True)
-class FrozenTarget(Target):
-    """A target whose views make the same single noise draw in each call."""
-
-    def view(self, *, seed: int = 0, **_: Any) -> AttackableView:
-        """The network with its noise frozen by the seed."""
-        return _FrozenView(self.net, self.forward, 1, self.noise, seed, self.scale)
+Measured = tuple[bool | None, str]
+"""Whether a gate passed, None if it could not be run, and its measurement in words."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Images that a network has right, for attacks of the gates; settings as in ``score`` and ``Protocol``."""
+    """Images that a network has right, for attacks of the gates; settings as in ``score`` and ``Protocol``.
+
+    ``random`` is False if nothing is: then one vote is enough, and ascent ends once it has broken all images.
+    """
 
     target: Target
     images: Tensor
@@ -126,6 +64,7 @@ class Probe:
     votes: int = 32
     seed: int = 0
     rows: int = ROWS
+    random: bool = True
 
     @property
     def span(self) -> float:
@@ -137,22 +76,25 @@ class Probe:
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def right_after(self, epsilon: float, descent: Descent) -> Tensor:
-        """Correct predictions after an attack with fresh noise, Boolean, ``[n]``."""
+        """Correct predictions after an attack with fresh noise, Boolean, ``[n]``; each of its candidates counts."""
         right = [torch.zeros(0, dtype=torch.bool)]
+        budget, votes = Budget(epsilon, self.norm), self.votes if self.random else 1
         for seed, x, y in self._pieces(descent.draws):
             with seeded(seed):
-                adversarial = descent(self.target, x, y, Budget(epsilon, self.norm), seed)
-            right.append(score(self.target, adversarial, y, self.votes, mix(seed, 1), self.rows).right)
+                candidates = descent.candidates(self.target, x, y, budget, seed, until_wrong=not self.random)
+            labels = y.repeat(len(candidates))
+            scores = count_votes(self.target, torch.cat(candidates), labels, votes, mix(seed, 1), self.rows)
+            right.append(scores.right.view(len(candidates), -1).all(0))
         return torch.cat(right)
 
     def right_after_frozen(self, epsilon: float, descent: Descent) -> Tensor:
         """Correct predictions after an attack on a single noise draw, which is also the draw that judges it."""
         right = [torch.zeros(0, dtype=torch.bool)]
-        target = FrozenTarget(self.target.net, self.target.forward, self.target.noise, scale=self.target.scale)
+        target, budget = frozen(self.target, self.seed), Budget(epsilon, self.norm)
         for x, y in pieces(self.target, self.images, self.labels, self.rows):
-            adversarial = descent(target, x, y, Budget(epsilon, self.norm), self.seed)
+            candidates = descent.candidates(target, x, y, budget, self.seed, until_wrong=True)
             with torch.no_grad():
-                right.append((target.view(seed=self.seed)(adversarial).argmax(1) == y).cpu())
+                right.append(torch.stack([target.view()(z).argmax(1) == y for z in candidates]).all(0).cpu())
         return torch.cat(right)
 
     def curve(self, runs: Sequence[tuple[float, Descent]]) -> list[Tensor]:
@@ -164,16 +106,17 @@ class Probe:
             after.append(still.clone())
         return after
 
-    def vanishing(self, loss: str) -> float:
-        """Fraction of the images at which the gradient of a loss, ``"margin"`` or ``"cross-entropy"``, is zero."""
-        zeros = 0
+    def vanishing(self) -> dict[str, float]:
+        """Fraction of the images at which the gradient of a loss is zero, by loss."""
+        zeros = dict.fromkeys(LOSSES, 0)
         for seed, x, y in self._pieces():
             x = x.clone().requires_grad_()
             with seeded(seed):
-                total = LOSSES[loss](self.target.view(seed=seed)(x), y).sum()
-            gradient = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
-            zeros += len(x) if gradient is None else int((gradient.flatten(1) == 0).all(1).sum())
-        return zeros / len(self.images)
+                logits = self.target.view(seed=seed)(x)
+            for name, loss in LOSSES.items():
+                (gradient,) = torch.autograd.grad(loss(logits, y).sum(), x, retain_graph=True)
+                zeros[name] += int((gradient.flatten(1) == 0).all(1).sum())
+        return {name: count / len(self.images) for name, count in zeros.items()}
 
     def _pieces(self, draws: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
         size = batch_size(self.target, self.rows, draws)
@@ -181,45 +124,143 @@ class Probe:
             yield mix(self.seed, index), x, y
 
 
-def forward_pass(target: Target, images: Tensor) -> Gate:
+def judge(
+    probe: Probe,
+    row: Row,
+    epsilons: Sequence[float],
+    chosen: Tensor,
+    unchanged: Mapping[str, float],
+    failures: Mapping[str, str],
+    may_attack: bool,
+) -> GateFindings:
+    """Gates of one network, and the curves that they are read from.
+
+    ``chosen`` are the indices of the probe's images among all, ``unchanged`` the fractions of images that attacks left
+    unchanged, ``failures`` what was wrong with those that failed. Those that attack may be left out.
+    """
+    if not len(chosen):
+        return GateFindings((Gate("G0 forward pass", None, "no image is right clean: there is nothing to attack"),))
+    middle = min(epsilons, key=lambda e: abs(float(row.worst(e).double().mean()) - 0.5))
+    white = [attack.name for attack in row.attacks if attack.access == "white-box"]
+    others = [attack.name for attack in row.attacks if attack.access != "white-box"]
+    findings = GateFindings(epsilon=middle, survived={e: torch.ones_like(row.clean) for e in epsilons})
+    after_ascent: dict[float, Tensor] = {}
+
+    def share(epsilon: float, right: Tensor) -> float:
+        """Fraction that is right after an attack of a gate, which counts for larger budgets too."""
+        for budget, survived in findings.survived.items():
+            survived[chosen] &= right | (budget < epsilon)
+        return float(right.double().mean())
+
+    def climb() -> Measured:
+        rungs = sorted({*epsilons, *(part * probe.span for part in LADDER)})
+        after_ascent.update(zip(rungs, probe.curve([(rung, ASCENT) for rung in rungs]), strict=True))
+        findings.ladder.update({rung: share(rung, right) for rung, right in after_ascent.items()})
+        return ladder(findings.ladder)
+
+    def converge() -> Measured:
+        runs = [(middle, replace(ASCENT, steps=steps, length=2.5 / max(steps, 2.5))) for steps in CURVE_STEPS]
+        curve = probe.curve(runs)
+        findings.steps.update({run.steps: share(middle, right) for (_, run), right in zip(runs, curve, strict=True)})
+        # The ladder has a rung at this budget.
+        still = curve[-1] & after_ascent.get(middle, curve[-1])
+        findings.steps[ASCENT.steps] = float(still.double().mean())
+        before, longest = row.worst(middle)[chosen], longer(probe.target.draws)
+        attacked = before | still
+        after = attacked.clone()
+        after[attacked] = probe.only(attacked).right_after(middle, longest)
+        share(middle, after | ~attacked)
+        findings.steps[longest.steps] = float((still & after).double().mean())
+        return convergence(before, before & after, middle, longest)
+
+    def under(names: Sequence[str]) -> dict[float, Tensor]:
+        return {e: row.under(names, e) for e in epsilons if names}
+
+    attacking: dict[str, Callable[[], Measured]] = {
+        "G0 forward pass": lambda: forward_pass(probe.target, probe.images),
+        "G1 gradients": lambda: gradients(probe, {name: unchanged[name] for name in white}),
+        "G2 frozen noise": lambda: frozen_noise(probe),
+        "G3 ladder": climb,
+        "G4 convergence": converge,
+        "G7 direction": lambda: direction(probe),
+        "G8 canary": lambda: canary(probe),
+    }
+    measured = {
+        name: guarded(check) if may_attack else (None, "left out by gates=False") for name, check in attacking.items()
+    }
+    measured["G5 black box"] = black_box(under(white), under(others))
+    by_surrogate = {name: right[middle] for name, right in row.by_surrogate().items()}
+    measured["G6 surrogates"] = surrogate_sweep(probe.target.net, by_surrogate)
+    measured["G9 budget"] = assertions(failures)
+    return replace(findings, gates=tuple(Gate(name, *measured[name]) for name in sorted(measured)))
+
+
+def guarded(check: Callable[[], Measured]) -> Measured:
+    """Result of a check; one that cannot run has failed, and says why."""
+    try:
+        return check()
+    except Exception as error:
+        return False, f"could not be checked: {type(error).__name__}: {first_line(error)}"
+
+
+def frozen(target: Target, seed: int) -> Target:
+    """The same network with the same single noise draw in each pass."""
+
+    def forward(net: nn.Module, images: Tensor) -> Any:
+        generator = torch.Generator(images.device).manual_seed(seed)
+        with noise_on(net, generator) if target.noise else nullcontext(), seeded(seed):
+            return _forward(target)(net, images)
+
+    return replace(target, forward=forward, draws=1)
+
+
+def masked(target: Target) -> Target:
+    """The same network with an input gradient of zero."""
+    return replace(target, forward=lambda net, images: _forward(target)(net, images.detach()))
+
+
+def _forward(target: Target) -> Forward:
+    return target.forward or (lambda net, images: net(images))
+
+
+def forward_pass(target: Target, images: Tensor) -> Measured:
     """G0: logits are a function of images and noise alone, and torch's global random state is left to the caller."""
-    name, images = "G0 forward pass", images.to(device_of(target.net))
-    first = logits_of(target, images, 1)
-    logits_of(target, images.flip(0), 2)
-    if not torch.equal(logits_of(target, images, 1), first):
-        return Gate(name, False, "the same images and noise give other logits: a state is not reset between calls")
-    states = []
-    for seed in 1, 2:
+    images = images.to(device_of(target.net))
+
+    def logits_and_state(images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         with seeded(seed), torch.no_grad():
-            target.view(draws=1, seed=0)(images)
-            states.append(torch.get_rng_state())
-    if torch.equal(*states):
-        return Gate(name, False, "the network sets torch's global seed: its noise is the same in each call")
-    return Gate(name, True, "logits depend on images and noise alone; torch's seed is left alone")
+            return target.view(draws=1, seed=seed)(images), torch.get_rng_state()
+
+    logits, state = logits_and_state(images, 1)
+    _, other_state = logits_and_state(images.flip(0), 2)
+    if not torch.equal(logits_and_state(images, 1)[0], logits):
+        return False, "the same images and noise give other logits: a state is not reset between calls"
+    if torch.equal(state, other_state):
+        return False, "the network sets torch's global seed: its noise is the same in each call"
+    return True, "logits depend on images and noise alone; torch's seed is left alone"
 
 
-def gradients(probe: Probe, unchanged: Mapping[str, float]) -> Gate:
+def gradients(probe: Probe, unchanged: Mapping[str, float]) -> Measured:
     """G1: the network's own gradient is zero at few images, and each white-box attack leaves few of them unchanged."""
-    found = {f"zero gradient of the {loss}": probe.vanishing(loss) for loss in ("margin", "cross-entropy")}
-    found |= {f"unchanged by {name}": share for name, share in unchanged.items()}
-    worst = max(found, key=lambda key: found[key])
-    detail = f"{worst}: {100 * found[worst]:.1f} % of the images (at most {100 * FEW:g} %)"
-    return Gate("G1 gradients", found[worst] <= FEW, detail)
+    shares = {f"zero gradient of the {loss}": share for loss, share in probe.vanishing().items()}
+    shares |= {f"unchanged by {name}": share for name, share in unchanged.items()}
+    worst = max(shares, key=lambda sign: shares[sign])
+    return shares[worst] <= FEW, f"{worst}: {100 * shares[worst]:.1f} % of the images (at most {100 * FEW:g} %)"
 
 
-def frozen_noise(probe: Probe, ascent: Descent = ASCENT) -> Gate:
+def frozen_noise(probe: Probe, ascent: Descent = ASCENT) -> Measured:
     """G2: with the noise frozen, ascent from the image breaks nearly all of them within half of the pixel range."""
     epsilon = probe.span / 2
     left = float(probe.right_after_frozen(epsilon, ascent).double().mean())
     detail = f"{100 * left:.1f} % right after {ascent.steps} steps at ε = {epsilon:g} (at most {100 * ALMOST_NONE:g} %)"
-    return Gate("G2 frozen noise", left <= ALMOST_NONE, detail)
+    return left <= ALMOST_NONE, detail
 
 
-def ladder(shares: Mapping[float, float]) -> Gate:
+def ladder(shares: Mapping[float, float]) -> Measured:
     """G3: the accuracy under ascent, given by budget, falls to zero at the largest, which holds every image."""
     largest = max(shares)
     listed = ", ".join(f"{epsilon:g}: {100 * share:.1f} %" for epsilon, share in sorted(shares.items()))
-    return Gate("G3 ladder", shares[largest] <= FEW, f"{listed} (at most {100 * FEW:g} % at ε = {largest:g})")
+    return shares[largest] <= FEW, f"{listed} (at most {100 * FEW:g} % at ε = {largest:g})"
 
 
 def longer(draws: int) -> Descent:
@@ -227,84 +268,74 @@ def longer(draws: int) -> Descent:
     return replace(ASCENT, steps=LONGER, length=2.5 / LONGER, draws=2 * draws, random_start=True)
 
 
-def convergence(survived: Tensor, after: Tensor, epsilon: float, attack: Descent) -> Gate:
+def convergence(survived: Tensor, after: Tensor, epsilon: float, attack: Descent) -> Measured:
     """G4: twice the steps and twice the draws break no more of the survivors of the suite than the interval allows."""
     before, now = share_of(survived), share_of(after)
-    detail = (
+    return before.accuracy - now.accuracy <= before.half_width, (
         f"ε = {epsilon:g}: {before} % of {len(survived)} images right after the suite, {100 * now.accuracy:.1f} % "
         f"after {attack.steps} more steps of {attack.draws} draws (at most the half-width less)"
     )
-    return Gate("G4 convergence", before.accuracy - now.accuracy <= before.half_width, detail)
 
 
-def black_box(white: Mapping[float, Tensor], black: Mapping[float, Tensor]) -> Gate:
+def black_box(white: Mapping[float, Tensor], black: Mapping[float, Tensor]) -> Measured:
     """G5: attacks without the gradient break no more images that the white-box attacks miss than the interval allows.
 
     Both are images that are right under all of these attacks together, by budget, Boolean, ``[images]``.
     """
-    name = "G5 black box"
     if not white or not black:
-        return Gate(name, None, f"the suite has no {'black-box' if white else 'white-box'} attack")
+        return None, f"the suite has no {'black-box' if white else 'white-box'} attack"
     missed = {epsilon: share_of(white[epsilon] & ~black[epsilon]).accuracy for epsilon in white}
     passed = all(missed[epsilon] <= share_of(white[epsilon]).half_width for epsilon in white)
     listed = ", ".join(f"ε = {epsilon:g}: {100 * share:.1f} %" for epsilon, share in missed.items())
-    return Gate(name, passed, f"broken without the gradient only: {listed} (at most the half-width of the interval)")
+    return passed, f"broken without the gradient only: {listed} (at most the half-width of the interval)"
 
 
-def sweep(net: nn.Module, right: Mapping[str, Tensor]) -> Gate:
+def surrogate_sweep(net: nn.Module, right: Mapping[str, Tensor]) -> Measured:
     """G6: the suite has an attack through every surrogate; the images that are right under it are given by its name."""
-    name = "G6 surrogates"
-    if not any(True for _ in spiking_neurons(net)):
-        return Gate(name, True, "the network has no spikes to differentiate through")
+    if not spiking_neurons(net):
+        return True, "the network has no spikes to differentiate through"
     if missing := [surrogate for surrogate in SURROGATES if surrogate not in right]:
-        return Gate(name, None, f"the suite has no attack through {', '.join(missing)}")
-    listed = ", ".join(f"{surrogate} {100 * share_of(each).accuracy:.1f} %" for surrogate, each in right.items())
+        return None, f"the suite has no attack through {', '.join(missing)}"
+    listed = ", ".join(f"{name} {100 * share_of(images).accuracy:.1f} %" for name, images in right.items())
     alone = ""
     if COUNTERFACTUAL in right:
-        others = torch.stack([each for surrogate, each in right.items() if surrogate != COUNTERFACTUAL]).all(0)
+        others = torch.stack([images for name, images in right.items() if name != COUNTERFACTUAL]).all(0)
         broken = others & ~right[COUNTERFACTUAL]
         alone = f"; {int(broken.sum())} of {len(broken)} images broken by the counterfactual gradient alone"
-    return Gate(name, True, f"{listed}{alone}; the worst case has them all")
+    return True, f"{listed}{alone}; the worst case has them all"
 
 
-def direction(probe: Probe) -> Gate:
+def direction(probe: Probe) -> Measured:
     """G7: the network's own surrogate gradient points where the likelihood-ratio gradient does."""
-    name = "G7 direction"
-    if not any(True for _ in spiking_neurons(probe.target.net)):
-        return Gate(name, True, "the network has no spikes: its gradient is exact")
+    if not spiking_neurons(probe.target.net):
+        return True, "the network has no spikes: its gradient is exact"
     few, device = probe.only(slice(FEW_IMAGES)), device_of(probe.target.net)
     try:
         cosine, repeatability = alignment(probe.target, few.images.to(device), few.labels.to(device), seed=probe.seed)
     except ValueError as error:
-        return Gate(name, None, f"no likelihood-ratio gradient: {first_line(error)}")
+        return None, f"no likelihood-ratio gradient: {first_line(error)}"
     if repeatability < RESOLVED:
-        return Gate(name, None, f"the likelihood-ratio gradient is not resolved (repeatability {repeatability:.2f})")
-    detail = f"cosine {cosine:.2f} to the likelihood-ratio gradient (at least {COSINE_FLOOR:g})"
-    return Gate(name, cosine >= COSINE_FLOOR, detail)
+        return None, f"the likelihood-ratio gradient is not resolved (repeatability {repeatability:.2f})"
+    return cosine >= COSINE_FLOOR, f"cosine {cosine:.2f} to the likelihood-ratio gradient (at least {COSINE_FLOOR:g})"
 
 
-def canary(probe: Probe) -> Gate:
+def canary(probe: Probe) -> Measured:
     """G8: the same network with an input gradient of zero is called out by G1, G2 and G3."""
-    forward = probe.target.forward
-
-    def masked(net: nn.Module, images: Tensor) -> Tensor:
-        return net(images.detach()) if forward is None else forward(net, images.detach())
-
-    blind = replace(probe.only(slice(FEW_IMAGES)), target=replace(probe.target, forward=masked))
-    # No number of steps leads away without a gradient.
-    ascent = replace(ASCENT, steps=2)
-    tripped = [
-        guarded("G1", lambda: gradients(blind, {})),
-        guarded("G2", lambda: frozen_noise(blind, ascent)),
-        guarded("G3", lambda: ladder({blind.span: float(blind.right_after(blind.span, ascent).double().mean())})),
-    ]
-    missed = [gate.name for gate in tripped if gate.passed]
-    detail = "a copy without gradient passes " + ", ".join(missed) if missed else "G1, G2, G3 call out a masked copy"
-    return Gate("G8 canary", not missed, detail)
+    blind = replace(probe.only(slice(FEW_IMAGES)), target=masked(probe.target))
+    # Without a gradient, more steps lead no further than one.
+    ascent = replace(ASCENT, steps=1)
+    checks: dict[str, Callable[[], Measured]] = {
+        "G1": lambda: gradients(blind, {}),
+        "G2": lambda: frozen_noise(blind, ascent),
+        "G3": lambda: ladder({blind.span: float(blind.right_after(blind.span, ascent).double().mean())}),
+    }
+    missed = [name for name, check in checks.items() if guarded(check)[0]]
+    if missed:
+        return False, f"a copy without gradient passes {', '.join(missed)}"
+    return True, "G1, G2, G3 call out a masked copy"
 
 
-def assertions(failures: Mapping[str, str]) -> Gate:
+def assertions(failures: Mapping[str, str]) -> Measured:
     """G9: every adversarial image was within its budget, in [0, 1] and finite; failures are given by attack."""
-    if failures:
-        return Gate("G9 budget", False, "; ".join(f"{name}: {message}" for name, message in failures.items()))
-    return Gate("G9 budget", True, "budget, range and finiteness asserted for every adversarial image")
+    failed = "; ".join(f"{name}: {message}" for name, message in failures.items())
+    return not failures, failed or "budget, range and finiteness asserted for every adversarial image"

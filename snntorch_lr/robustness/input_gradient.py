@@ -1,4 +1,4 @@
-"""Gradient of the expected loss by the input without a surrogate, the yardstick for those that attacks follow."""
+"""Likelihood-ratio gradient of the loss by the input: without a surrogate, the yardstick for those attacks follow."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from torch import Tensor
 from ..convert import add_noise, noise_on
 from ..gradients.base import sampling
 from ..gradients.counterfactual import CounterfactualCredit, check_independent
-from ..network import noisy_neurons, reset
+from ..network import noisy_neurons, reset, searched_once
 from ..node import Control, Presentation
 from ..noisy_neuron import NoisyNeuron
 from ..philox import mix
 from ..validate import FirstCall
-from .attacks import LOSSES, margin
-from .pooling import SpikePooling
-from .scoring import seeded
+from .scoring import LOSSES, margin, seeded
+from .surrogates import SpikePooling
 from .view import Target, device_of, evaluating
 
 TINY = 1e-30
@@ -76,16 +75,16 @@ def likelihood_ratio_input_gradient(
     view, total = target.view(draws=1), torch.zeros_like(x)
     switch = noise_on(net, torch.Generator(device_of(net)).manual_seed(seed))
     credit = sampling(neurons, _Apart(discount=1.0, control=control))
-    with evaluating(net), switch, credit, FirstCall(net, neurons), SpikePooling(), seeded(seed):
+    with searched_once(net), evaluating(net), switch, credit, FirstCall(net, neurons), SpikePooling(), seeded(seed):
         for done in range(0, copies, chunk):
             reset(net)
             count = min(chunk, copies - done)
             rows = x.detach().repeat(count, *[1] * (x.dim() - 1)).requires_grad_()
-            losses = LOSSES[loss](view.read(view.net_forward(net, rows)), y.repeat(count)).sum()
-            found = torch.autograd.grad(losses, rows, allow_unused=True)[0] if losses.requires_grad else None
-            if found is None:
+            losses = LOSSES[loss](view.run(rows), y.repeat(count)).sum()
+            gradient = torch.autograd.grad(losses, rows, allow_unused=True)[0] if losses.requires_grad else None
+            if gradient is None:
                 raise ValueError("the loss has no derivative by the images: look for a detach() or no_grad in forward=")
-            total += found.view(count, *x.shape).sum(0)
+            total += gradient.view(count, *x.shape).sum(0)
         reset(net)
     return total / copies
 
@@ -113,7 +112,8 @@ def alignment(target: Target, images: Tensor, labels: Tensor, copies: int = 256,
     """
     noisy = with_noise(target)
     first, second = (
-        likelihood_ratio_input_gradient(noisy, images, labels, copies, "margin", mix(seed, half)) for half in (1, 2)
+        likelihood_ratio_input_gradient(noisy, images, labels, copies, "margin", mix(seed, half), chunk=128)
+        for half in (1, 2)
     )
     x = images.detach().clone().requires_grad_()
     with seeded(seed):

@@ -1,4 +1,4 @@
-"""Report of an evaluation: tables, JSON and figures, in which no worst case stands without its gates."""
+"""Report of an evaluation: measurements, tables, JSON and figures; no worst case stands in it without its gates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from .._messages import aligned, listed, markdown, versions
 from ..network import noises
 from .attacks import NORMS, Attack
 from .figures import Example, colors_of, examples, new_figure, page, percent, with_legend
-from .gates import Gate, mark, verdict
 from .scoring import ROWS, McNemar, Share, mcnemar, share_of, wilson
 from .view import Target
 
@@ -83,11 +82,15 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Subject:
-    """A network by name, with its noise ``"on"`` or ``"off"``, or ``"none"`` for one that has none."""
+    """A network by name, with its noise ``"on"`` or ``"off"``, or ``"none"`` for one that has none.
+
+    ``random`` is True if its logits differ from pass to pass.
+    """
 
     network: str
     noise: str
     target: Target
+    random: bool = True
 
     @property
     def label(self) -> str:
@@ -101,6 +104,50 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Check of an evaluation, with its measurement; ``passed`` is None if it could not be run, or was left out.
+
+    Examples:
+        >>> print(Gate("G3 ladder", True, "1: 0.0 %"))
+        PASS    G3 ladder: 1: 0.0 %
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+    @property
+    def verdict(self) -> str:
+        """PASS, FAIL or NOT RUN."""
+        return {True: "PASS", False: "FAIL", None: "NOT RUN"}[self.passed]
+
+    def __str__(self) -> str:
+        return f"{self.verdict:7} {self.name}: {self.detail}"
+
+
+def verdict(gates: Sequence[Gate]) -> str:
+    """Verdict of the gates on a headline, in a few words; without gates no claim passes.
+
+    Examples:
+        >>> verdict([Gate("G1 gradients", True, ""), Gate("G6 surrogates", None, "")])
+        'masking not ruled out (G6 not run)'
+    """
+    failed = [gate.name for gate in gates if gate.passed is False]
+    missing = [gate.name for gate in gates if gate.passed is None]
+    if failed:
+        return f"MASKING SUSPECTED ({', '.join(name.split()[0] for name in failed)} failed)"
+    if missing or not gates:
+        return f"masking not ruled out ({', '.join(name.split()[0] for name in missing) or 'gates'} not run)"
+    return "all gates passed"
+
+
+def mark(gates: Sequence[Gate]) -> str:
+    """Sign behind a worst case: `` !`` if a gate failed, `` ?`` if one was not run, else nothing."""
+    passed = {gate.passed for gate in gates} or {None}
+    return " !" if False in passed else " ?" if None in passed else ""
+
+
+@dataclass(frozen=True)
 class GateFindings:
     """Gates of one network, and the curves that they are read from.
 
@@ -108,15 +155,15 @@ class GateFindings:
         gates: G0 to G9.
         epsilon: the budget of the curve of steps and of G4: where the worst case is nearest to half.
         ladder: fraction of the probed images that is right after ascent from the image, by budget.
-        steps: the same by number of steps.
+        steps: the same by number of steps; the last is the attack of G4, with twice the noise draws.
         survived: images that no attack of a gate broke, by budget, Boolean, ``[images]``.
     """
 
     gates: tuple[Gate, ...] = ()
     epsilon: float = 0.0
-    ladder: Mapping[float, float] = field(default_factory=dict)
-    steps: Mapping[int, float] = field(default_factory=dict)
-    survived: Mapping[float, Tensor] = field(default_factory=dict, compare=False)
+    ladder: dict[float, float] = field(default_factory=dict)
+    steps: dict[int, float] = field(default_factory=dict)
+    survived: dict[float, Tensor] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -167,24 +214,30 @@ class Row:
         """Images that are right clean and under every attack at a budget, Boolean, ``[images]``."""
         return self.with_gates(self.under(self.right, epsilon), epsilon)
 
+    def shares(self, epsilon: float) -> dict[str, Share]:
+        """Accuracies at a budget under each attack, and in the worst case, by name."""
+        under = {name: share_of(right[epsilon]) for name, right in self.right.items()}
+        return under | {"worst case": share_of(self.worst(epsilon))}
+
     def to_json(self, epsilons: Sequence[float]) -> dict[str, Any]:
         """All figures as plain dicts and numbers."""
-        right = {**self.right, "worst case": {epsilon: self.worst(epsilon) for epsilon in epsilons}}
-        shares = {
-            name: {f"{epsilon:g}": asdict(share_of(images)) for epsilon, images in under.items()}
-            for name, under in right.items()
+        shares = {epsilon: self.shares(epsilon) for epsilon in epsilons}
+        attacks = {
+            name: {f"{epsilon:g}": asdict(under[name]) for epsilon, under in shares.items()}
+            for name in (*self.right, "worst case")
         }
+        findings = self.findings
         return {
             "network": self.subject.network,
             "noise": self.subject.noise,
             "clean": asdict(share_of(self.clean)),
             "single_draw": asdict(self.single),
-            "worst_case": shares.pop("worst case"),
-            "attacks": shares,
-            "verdict": verdict(self.findings.gates),
-            "gates": [asdict(gate) for gate in self.findings.gates],
-            "ladder": {f"{epsilon:g}": share for epsilon, share in self.findings.ladder.items()},
-            "steps": {"epsilon": self.findings.epsilon, "right": {str(n): s for n, s in self.findings.steps.items()}},
+            "worst_case": attacks.pop("worst case"),
+            "attacks": attacks,
+            "verdict": verdict(findings.gates),
+            "gates": [asdict(gate) for gate in findings.gates],
+            "ladder": {f"{epsilon:g}": share for epsilon, share in findings.ladder.items()},
+            "steps": {"epsilon": findings.epsilon, "right": {str(n): share for n, share in findings.steps.items()}},
         }
 
 
@@ -240,8 +293,8 @@ class RobustnessReport:
     @property
     def worst_case(self) -> dict[float, Headline]:
         """Worst-case accuracy of the headline row by budget, each with the verdict of the gates."""
-        said = verdict(self.gates)
-        return {e: Headline(**asdict(share_of(self.headline.worst(e))), verdict=said) for e in self.epsilons}
+        words = verdict(self.gates)
+        return {e: Headline(**asdict(share_of(self.headline.worst(e))), verdict=words) for e in self.epsilons}
 
     @property
     def gates(self) -> tuple[Gate, ...]:
@@ -252,17 +305,14 @@ class RobustnessReport:
     def comparisons(self) -> list[Comparison]:
         """Each row of the network against each row of the baselines."""
         own = self.rows[0].subject.network
+        pairs = [(row, other) for row in self.rows for other in self.rows]
         return [
             Comparison(
-                row.subject.label,
-                other.subject.label,
-                mcnemar(row.clean, other.clean),
+                row.subject.label, other.subject.label, mcnemar(row.clean, other.clean),
                 {e: mcnemar(row.worst(e), other.worst(e)) for e in self.epsilons},
             )
-            for row in self.rows
-            for other in self.rows
-            if row.subject.network == own != other.subject.network
-        ]
+            for row, other in pairs if row.subject.network == own != other.subject.network
+        ]  # fmt: skip
 
     def summary(self) -> str:
         """The worst case of the headline row, a line for each budget."""
@@ -282,14 +332,14 @@ class RobustnessReport:
         for row in self.rows:
             lines = [[gate.name, gate.verdict, gate.detail] for gate in row.findings.gates]
             tables.append((f"Gates: {row.subject.label}", ["gate", "", "measured"], lines))
-        if self.comparisons:
-            lines = [
-                [f"{pair.first} / {pair.second}", what, str(test.only_first), str(test.only_second),
-                 f"{test.p_value:.2g}"]
-                for pair in self.comparisons
-                for what, test in (("clean", pair.clean), *((f"ε = {e:g}", test) for e, test in pair.worst.items()))
-            ]  # fmt: skip
-            tables.append(("Paired McNemar tests", ["", "images", "only the first", "only the second", "p"], lines))
+        tests = [
+            [f"{pair.first} / {pair.second}", images, f"{test.only_first}", f"{test.only_second}",
+             f"{test.p_value:.2g}"]
+            for pair in self.comparisons
+            for images, test in (("clean", pair.clean), *((f"ε = {e:g}", test) for e, test in pair.worst.items()))
+        ]  # fmt: skip
+        if tests:
+            tables.append(("Paired McNemar tests", ["", "images", "only the first", "only the second", "p"], tests))
         return tables
 
     def table(self) -> str:
@@ -339,17 +389,12 @@ class RobustnessReport:
             raise ImportError("pandas is missing: pip install pandas") from error
         records = []
         for row in self.rows:
-            shares: list[tuple[str, float | None, Share]] = [
-                ("clean", None, share_of(row.clean)),
-                ("clean, single draw", None, row.single),
-            ]
-            for e in self.epsilons:
-                shares += [(name, e, share_of(right[e])) for name, right in row.right.items()]
-                shares.append(("worst case", e, share_of(row.worst(e))))
-            about, said = {"network": row.subject.network, "noise": row.subject.noise}, verdict(row.findings.gates)
+            clean = ("clean", None, share_of(row.clean)), ("clean, single draw", None, row.single)
+            attacked = ((name, e, share) for e in self.epsilons for name, share in row.shares(e).items())
+            of_row, gates = {"network": row.subject.network, "noise": row.subject.noise}, verdict(row.findings.gates)
             records += [
-                about | {"attack": name, "epsilon": epsilon} | asdict(share) | {"gates": said}
-                for name, epsilon, share in shares
+                of_row | {"attack": name, "epsilon": epsilon} | asdict(share) | {"gates": gates}
+                for name, epsilon, share in (*clean, *attacked)
             ]
         return pandas.DataFrame(records)
 
@@ -402,8 +447,8 @@ class RobustnessReport:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45, ha="right")
         axes.minorticks_off()
         axes.set(xlabel=f"ε ({self.protocol.norm})", ylabel="accuracy (%)", ylim=(-2, 103))
-        beyond_said = "; beyond, plain ascent (dotted)" if rungs else ""
-        axes.set_title(f"Worst case over all attacks, with 95 % intervals{beyond_said}", fontsize="medium")
+        dotted = "; beyond, plain ascent (dotted)" if rungs else ""
+        axes.set_title(f"Worst case over all attacks, with 95 % intervals{dotted}", fontsize="medium")
         return with_legend(figure, axes, title=self._signs())
 
     def plot_steps(self) -> Figure:
@@ -448,13 +493,9 @@ class RobustnessReport:
     def _looks(self) -> list[tuple[Row, dict[str, Any]]]:
         """Rows with how they are drawn: the network has the colour; with its noise on it is hollow and dashed."""
         colors = colors_of(row.subject.network for row in self.rows)
-        hollow = {"ls": "--", "mfc": "white"}
+        styles = {True: {"ls": "--", "mfc": "white"}, False: {"ls": "-"}}
         return [
-            (
-                row,
-                {"color": colors[row.subject.network], "marker": "o"}
-                | (hollow if row.subject.noise == "on" else {"ls": "-"}),
-            )
+            (row, {"color": colors[row.subject.network], "marker": "o"} | styles[row.subject.noise == "on"])
             for row in self.rows
         ]
 
@@ -466,10 +507,9 @@ class RobustnessReport:
         return _NOTE.format(votes=self.protocol.votes) + ("" if self.protocol.gates else _WITHOUT_GATES)
 
     def _attacked(self, epsilon: float) -> list[list[str]]:
-        names = dict.fromkeys(attack.name for row in self.rows for attack in row.attacks)
-        lines = [
-            [name, *(str(share_of(row.right[name][epsilon])) if name in row.right else "-" for row in self.rows)]
-            for name in names
-        ]
-        worst = [f"{share_of(row.worst(epsilon))}{mark(row.findings.gates)}" for row in self.rows]
+        shares = [row.shares(epsilon) for row in self.rows]
+        names = dict.fromkeys(name for under in shares for name in under if name != "worst case")
+        lines = [[name, *(str(under.get(name, "-")) for under in shares)] for name in names]
+        signs = [mark(row.findings.gates) for row in self.rows]
+        worst = [f"{under['worst case']}{sign}" for under, sign in zip(shares, signs, strict=True)]
         return [*lines, ["worst case", *worst], ["gates", *(verdict(row.findings.gates) for row in self.rows)]]

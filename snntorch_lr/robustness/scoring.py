@@ -1,14 +1,16 @@
-"""Accuracy on images, clean or attacked, over noise draws that no attack has seen, with its confidence interval."""
+"""Accuracy of a network on images, over noise draws that no attack has seen, with intervals and paired tests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._messages import install
 from ..left_as_found import left_as_found
@@ -125,6 +127,21 @@ def _scipy() -> Any:
     return stats
 
 
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest wrong logit − the right one, ``[batch]``; positive where the prediction is wrong.
+
+    Its gradient does not vanish where a network is sure, as that of the cross-entropy does.
+    """
+    right = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "margin": margin,
+    "cross-entropy": partial(F.cross_entropy, reduction="none"),
+}
+
+
 @dataclass(frozen=True)
 class Scores:
     """Correct predictions of a network, on the CPU.
@@ -138,14 +155,6 @@ class Scores:
     right: Tensor
     single: Tensor
     predicted: Tensor
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Context with torch's global generators seeded, for networks that draw from them; their state comes back."""
-    with left_as_found(random=True):
-        torch.manual_seed(seed)
-        yield
 
 
 def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed: int = 0, rows: int = ROWS) -> Scores:
@@ -170,14 +179,16 @@ def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed:
         >>> score(Target(torch.nn.Flatten()), images, torch.tensor([0, 1])).right
         tensor([ True, False])
     """
+    return count_votes(target, images, labels, votes if is_random(target, images) else 1, seed, rows)
+
+
+def count_votes(target: Target, images: Tensor, labels: Tensor, votes: int, seed: int, rows: int) -> Scores:
+    """As ``score``, with so many votes whether the network draws noise or not."""
     if not len(images):
         return Scores(torch.zeros(0, dtype=torch.bool), torch.zeros(0), torch.zeros(0, dtype=torch.long))
-    votes = votes if is_random(target, images) else 1
     right, single, predicted = [], [], []
     for index, (x, y) in enumerate(pieces(target, images, labels, max(1, rows // votes))):
-        piece_seed = mix(seed, index)
-        with torch.no_grad(), seeded(piece_seed):
-            logits = target.view(draws=1, seed=piece_seed)(x.repeat(votes, *[1] * (x.dim() - 1)))
+        logits = logits_of(target, x.repeat(votes, *[1] * (x.dim() - 1)), mix(seed, index))
         logits = logits.view(votes, len(x), -1).float()
         classes = logits.shape[2]
         strange = y[(y < 0) | (y >= classes)]
@@ -198,7 +209,17 @@ def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed:
 def is_random(target: Target, images: Tensor) -> bool:
     """True if another seed gives other logits: noise is on, or the network draws random numbers itself."""
     x = images[:8].to(device_of(target.net))
-    return not torch.equal(logits_of(target, x, 1), logits_of(target, x, 2))
+    return len(x) > 0 and not torch.equal(logits_of(target, x, 1), logits_of(target, x, 2))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Context with torch's global generators seeded, for networks that draw from them; their state comes back."""
+    with left_as_found(random=True):
+        # torch.manual_seed keeps its call stack each time for a device that is not in use yet.
+        in_use = torch.cuda.is_initialized() or torch.backends.mps.is_available()  # type: ignore[no-untyped-call]
+        (torch.manual_seed if in_use else torch.default_generator.manual_seed)(seed)
+        yield
 
 
 def logits_of(target: Target, images: Tensor, seed: int) -> Tensor:

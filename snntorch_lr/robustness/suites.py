@@ -1,17 +1,16 @@
-"""Suites of attacks by name, and those attacks in them that are not gradient descent of our own."""
+"""Suites of attacks by name, and their attacks that are not ``Descent``: of torchattacks, transfers, random noise."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._messages import install
-from .attacks import NORMS, Attack, Budget, margin
-from .gradient_attacks import Best, Descent, gradient_attack
+from .attacks import Attack, Budget, Descent, Procedure, gradient_attack, worst_of
 from .view import Target
 
 _NORM_NAMES = {"linf": "Linf", "l2": "L2"}
@@ -26,16 +25,8 @@ def import_torchattacks() -> Any:
     return torchattacks
 
 
-class _Run:
-    """Package, access and norms of a kind of attack, for its ``Attack``."""
-
-    package: ClassVar[str] = "snntorch_lr"
-    access: ClassVar[str] = "black-box"
-    norms: ClassVar[tuple[str, ...]] = NORMS
-
-
 @dataclass(frozen=True)
-class Library(_Run):
+class Library(Procedure):
     """An attack of torchattacks with an l∞ budget, as it comes.
 
     Attributes:
@@ -62,7 +53,7 @@ class Library(_Run):
 
 
 @dataclass(frozen=True)
-class AutoPgd(_Run):
+class AutoPgd(Procedure):
     """Automatic projected gradient descent (APGD) of torchattacks, with the 100 steps of the source.
 
     Called as usual it returns the clean image where it failed, and counts one lucky draw of the noise as success. Here
@@ -89,7 +80,7 @@ class AutoPgd(_Run):
 
 
 @dataclass(frozen=True)
-class SquareSearch(_Run):
+class SquareSearch(Procedure):
     """Square attack of torchattacks.
 
     Called as usual it returns the clean image where it failed; here it returns its last candidate. It searches the
@@ -117,7 +108,7 @@ class SquareSearch(_Run):
 
 
 @dataclass(frozen=True)
-class RandomNoise(_Run):
+class RandomNoise(Procedure):
     """Random perturbations of each image, uniform in the ball, of which the worst counts.
 
     For l∞ every other one has all pixels moved by epsilon, up or down.
@@ -127,20 +118,21 @@ class RandomNoise(_Run):
 
     def __call__(self, target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
         """Adversarial images, in the shape of x."""
-        view, generator = target.view(seed=seed), torch.Generator(x.device).manual_seed(seed)
-        best = Best(x)
-        for sample in range(self.samples):
-            z = budget.random(x, generator)
-            if budget.norm == "linf" and sample % 2:
-                signs = torch.empty_like(x).uniform_(-1, 1, generator=generator).sign()
-                z = budget.project(x + budget.epsilon * signs, x)
-            with torch.no_grad():
-                best.offer(z, margin(view(z), y))
-        return best.images
+        generator = torch.Generator(x.device).manual_seed(seed)
+
+        def candidates() -> Iterator[Tensor]:
+            for sample in range(self.samples):
+                z = budget.random(x, generator)
+                if budget.norm == "linf" and sample % 2:
+                    signs = torch.empty_like(x).uniform_(-1, 1, generator=generator).sign()
+                    z = budget.project(x + budget.epsilon * signs, x)
+                yield z
+
+        return worst_of(candidates(), target.view(seed=seed), x, y)
 
 
 @dataclass(frozen=True)
-class Transfer(_Run):
+class Transfer(Procedure):
     """Adversarial images of the target's sources, of which the target is shown one each and the worst counts."""
 
     access = "transfer"
@@ -151,25 +143,15 @@ class Transfer(_Run):
         """Adversarial images, in the shape of x."""
         if not target.sources:
             raise ValueError("a transfer attack needs other networks: give the target sources, evaluate baselines=")
-        view, best = target.view(seed=seed), Best(x)
-        for source in target.sources.values():
-            z = self.descent(source, x, y, budget, seed)
-            with torch.no_grad():
-                best.offer(z, margin(view(z), y))
-        return best.images
-
-
-def _other(name: str, run: Library | AutoPgd | SquareSearch | RandomNoise | Transfer) -> Attack:
-    settings = {"library": run.package} | asdict(run)
-    with_torchattacks, with_sources = run.package == "torchattacks", run.access == "transfer"
-    return Attack(name, run, settings, run.access, run.norms, with_torchattacks, with_sources)
+        candidates = [self.descent(source, x, y, budget, seed) for source in target.sources.values()]
+        return candidates[0] if len(candidates) == 1 else worst_of(candidates, target.view(seed=seed), x, y)
 
 
 _PAPER = (
-    _other("FGSM", Library("FGSM")),
-    _other("RFGSM", Library("RFGSM", {"steps": 10}, {"alpha": 0.25})),
-    _other("PGD", Library("PGD", {"steps": 10, "random_start": True}, {"alpha": 0.25})),
-    _other("MIFGSM", Library("MIFGSM", {"steps": 10, "decay": 1.0}, {"alpha": 0.25})),
+    Library("FGSM").named("FGSM"),
+    Library("RFGSM", {"steps": 10}, {"alpha": 0.25}).named("RFGSM"),
+    Library("PGD", {"steps": 10, "random_start": True}, {"alpha": 0.25}).named("PGD"),
+    Library("MIFGSM", {"steps": 10, "decay": 1.0}, {"alpha": 0.25}).named("MIFGSM"),
 )
 
 SUITES: dict[str, tuple[Attack, ...]] = {
@@ -180,9 +162,9 @@ SUITES: dict[str, tuple[Attack, ...]] = {
     "paper": _PAPER,
     "standard": (
         *_PAPER,
-        _other("EOTPGD", Library("EOTPGD", {"steps": 20, "eot_iter": 8, "random_start": True}, {"alpha": 0.25}, 1)),
-        _other("APGD-CE", AutoPgd("ce", draws=4)),
-        _other("APGD-DLR", AutoPgd("dlr", draws=4)),
+        Library("EOTPGD", {"steps": 20, "eot_iter": 8, "random_start": True}, {"alpha": 0.25}, 1).named("EOTPGD"),
+        AutoPgd("ce", draws=4).named("APGD-CE"),
+        AutoPgd("dlr", draws=4).named("APGD-DLR"),
         *(gradient_attack(f"EOT-PGD {name}", Descent(name)) for name in ("training", "gaussian", "atan", "ste")),
         gradient_attack("RGA", Descent("rga")),
         gradient_attack("BPTR", Descent("bptr")),
@@ -192,9 +174,9 @@ SUITES: dict[str, tuple[Attack, ...]] = {
         gradient_attack("margin EOT-PGD-40x8", Descent(loss="margin", steps=40, draws=8)),
         gradient_attack("targeted EOT-PGD", Descent(targets=3)),
         gradient_attack("counterfactual", Descent("counterfactual", loss="margin")),
-        _other("transfer", Transfer()),
-        _other("random noise", RandomNoise()),
-        _other("Square", SquareSearch()),
+        Transfer().named("transfer"),
+        RandomNoise().named("random noise"),
+        SquareSearch().named("Square"),
     ),
 }
 """Attacks from mild to strong: ``"quick"`` runs without torchattacks, ``"paper"`` has what papers report, and

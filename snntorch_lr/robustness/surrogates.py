@@ -1,4 +1,4 @@
-"""Surrogate gradients of a spiking network for attacks: derivatives of the spike, and gradients through firing rates.
+"""Surrogate gradients for attacks: derivatives of a spike, gradients through firing rates, max-pooling of spikes.
 
 A spiking network looks robust when the gradient that attacks it is bad, and the surrogate decides how bad it is. An
 evaluation therefore attacks through several and keeps the worst case. The forward pass stays as it is.
@@ -7,15 +7,20 @@ evaluation therefore attacks through several and keeps the worst case. The forwa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from .._messages import warn
 from ..network import Derivative, spike_derivatives, spiking_neurons, with_derivative
+from ..philox import resolved
 
 Gain = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Slope of a neuron's rate from the neuron, its mean input and its mean output over time; element by element."""
@@ -226,3 +231,118 @@ def make_surrogate(which: str | Surrogate) -> Surrogate:
         return SURROGATES[name](float(parameter)) if parameter else SURROGATES[name]()
     except TypeError as error:
         raise ValueError(f"surrogate {name!r} has no parameter, so {which!r} is not one") from error
+
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_SUMS: dict[int, Callable[..., Tensor]] = {2: F.avg_pool2d, 3: F.avg_pool3d}
+_POOLS = {getattr(place, f"max_pool{dims}d"): dims for dims in _CONVOLUTIONS for place in (torch, F)}
+_UNKNOWN = {
+    getattr(F, f"{name}{dims}d{ending}")
+    for dims in _CONVOLUTIONS
+    for name in ("max_pool", "adaptive_max_pool")
+    for ending in ("", "_with_indices")
+} - set(_POOLS)
+_NAMES = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+# One minus a spike, so that its logarithm is finite; the derivative is off by as much.
+_NEARLY_ONE = 1 - 1e-6
+
+
+class SpikePooling(TorchFunctionMode):
+    """Context in which max-pooling of spikes is differentiated as what a flip of one spike does; for attacks.
+
+    The maximum of spikes is 1 − Π(1 − s_j). Its derivative by s_i is Π_{j≠i}(1 − s_j): one if no other spike is in the
+    window. That of ``max_pool`` goes to the first of several equal spikes instead, and hides the gradient from attacks.
+    Spikes are tensors of zeros and one other, positive number; currents are pooled as ever. Kinds of pooling whose
+    windows are not known here keep torch's derivative, with a warning.
+
+    ``met_spikes`` is True once spikes were pooled, or zeros only, as of neurons that were silent.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met_spikes = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _POOLS and func not in _UNKNOWN:
+            return func(*args, **kwargs)
+        x = args[0] if args else kwargs["input"]
+        height = _height(x)
+        self.met_spikes |= height is not None
+        if not height:
+            return func(*args, **kwargs)
+        if func in _UNKNOWN or kwargs.get("return_indices"):
+            warn(
+                "max-pooling of spikes that is adaptive, or with return_indices=True, has no derivative here that "
+                "tells what one spike does; that of torch hides the gradient from attacks: use torch.nn.MaxPool2d or "
+                "AvgPool2d, or pool the currents before the neuron"
+            )
+            return func(*args, **kwargs)
+        with torch.no_grad():
+            maximum = func(*args, **kwargs)
+        windows = _windows(_POOLS[func], dict(zip(_NAMES, args, strict=False)) | kwargs)
+        # In a tuple, or torch would return a view of it.
+        return _Maximum.apply(x, (maximum,), height, windows)
+
+
+def _height(x: Tensor) -> float | None:
+    """Height of the spikes in a tensor, 0 if it is silent; None if it has other numbers, or no gradient."""
+    if not (x.requires_grad and x.numel()):
+        return None
+    x = x.detach()
+    top = x.amax()
+    return float(top) if bool((top >= 0) & ((x == 0) | (x == top)).all()) else None
+
+
+Windows = list[list[int]]
+"""Kernel, stride, padding and dilation of a max-pooling, one number for each dimension."""
+
+
+def _windows(dims: int, arguments: Mapping[str, Any]) -> Windows:
+    kernel = arguments["kernel_size"]
+    sizes = kernel, arguments.get("stride") or kernel, arguments.get("padding", 0), arguments.get("dilation", 1)
+    return [[size] * dims if isinstance(size, int) else list(size) for size in sizes]
+
+
+class _Maximum(torch.autograd.Function):
+    """The maximum of spikes in each window, as it is; backwards, 1 − Π(1 − s)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, maximum: tuple[Tensor], height: float, windows: Windows) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.settings = maximum[0].shape, height, windows
+        return maximum[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (by_spikes,) = torch.autograd.grad(_any_spike(x, *ctx.settings), x, gradient)
+        return by_spikes, None, None, None
+
+
+def _any_spike(x: Tensor, shape: torch.Size, height: float, windows: Windows) -> Tensor:
+    """1 − Π(1 − s) over the windows of a ``max_pool``, times the height of a spike."""
+    kernel, stride, _, dilation = windows
+    dims = len(kernel)
+    # In half precision nearly one is one.
+    chances = x.to(resolved(x.dtype)).reshape(-1, 1, *x.shape[-dims:])
+    silent = torch.log1p(chances * (-_NEARLY_ONE / height))
+    # Padded by hand, because ceil_mode looks beyond the border.
+    pads: list[int] = []
+    for size, out, k, s, p, d in zip(x.shape[-dims:], shape[-dims:], *windows, strict=True):
+        pads = [p, (out - 1) * s + d * (k - 1) + 1 - size - p, *pads]
+    silent = F.pad(silent, pads)
+    if set(dilation) == {1}:
+        # Several times as fast; there is none of one dimension that sums.
+        if dims == 1:
+            silent, kernel, stride = silent.unsqueeze(2), [1, *kernel], [1, *stride]
+        summed = _SUMS[len(kernel)](silent, kernel, stride, divisor_override=1)
+    else:
+        window = torch.ones(1, 1, *kernel, dtype=silent.dtype, device=x.device)
+        summed = _CONVOLUTIONS[dims](silent, window, stride=stride, dilation=dilation)
+    return (-height * torch.expm1(summed)).view(shape).to(x.dtype)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from ..convert import noise_off, noise_on
 from ..gradients.base import surrogate as by_surrogate
 from ..left_as_found import left_as_found
-from ..network import reset
-from .pooling import SpikePooling
-from .surrogates import Surrogate, make_surrogate
+from ..network import reset, searched_once
+from .surrogates import SpikePooling, Surrogate, make_surrogate
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -27,7 +26,8 @@ class AttackableView(nn.Module):
     draws (which makes its gradient an expectation over transformations, EOT), and leaves the network as it found it. It
     always runs in evaluation mode: ``train()`` of the view, which attack libraries call, does not reach the network.
     Spikes have a surrogate gradient, whatever ``attach`` or ``use_gradient`` chose for training. Max-pooling of spikes
-    is differentiated as what a flip of one spike does: torch's derivative hides the gradient.
+    is differentiated as what a flip of one spike does: torch's derivative hides the gradient. A view whose first pass
+    for a gradient pools no spikes looks for none later.
 
     Args:
         net: the network.
@@ -71,6 +71,7 @@ class AttackableView(nn.Module):
         self.scale = scale
         self.surrogate = make_surrogate(surrogate)
         self._generator = torch.Generator(device_of(net)).manual_seed(seed)
+        self._may_pool_spikes = True
 
     def train(self, mode: bool = True) -> AttackableView:
         """Sets the view's own mode; the network's stays."""
@@ -86,12 +87,20 @@ class AttackableView(nn.Module):
                 f"images must be in [0, 1], got {low.item():.3g} to {high.item():.3g}; normalise inside forward="
             )
         rows = images.repeat(self.draws, *[1] * (images.dim() - 1))
-        switch = noise_on(self.net, self._generator) if self.noise else noise_off(self.net)
-        pooling = SpikePooling() if torch.is_grad_enabled() else nullcontext()
-        with evaluating(self.net), switch, by_surrogate(self.net), self.surrogate.applied_to(self.net), pooling:
+        pooling = SpikePooling() if self._may_pool_spikes and torch.is_grad_enabled() else None
+        with (
+            searched_once(self.net),
+            evaluating(self.net),
+            noise_on(self.net, self._generator) if self.noise else noise_off(self.net),
+            by_surrogate(self.net),
+            self.surrogate.applied_to(self.net),
+            pooling or nullcontext(),
+        ):
             reset(self.net)
-            logits = self.read(self.net_forward(self.net, rows))
+            logits = self.run(rows)
             reset(self.net)
+        if pooling is not None and images.requires_grad:
+            self._may_pool_spikes = pooling.met_spikes
         if logits.dim() != 2 or len(logits) != len(rows):
             raise ValueError(
                 f"forward returned shape {tuple(logits.shape)} for {len(rows)} images; logits [batch, classes] or a "
@@ -109,13 +118,11 @@ class AttackableView(nn.Module):
             logits = logits + 0 * rows.flatten(1).mean(1, keepdim=True).to(logits)
         return logits.view(self.draws, len(images), -1).mean(0)
 
-    def net_forward(self, net: nn.Module, images: Tensor) -> Any:
-        """Output of ``forward`` for images in the network's precision; attack libraries may pass them in another."""
-        weight = next((p for p in net.parameters() if p.is_floating_point()), images)
-        return self._forward(net, images.to(weight.dtype))
-
-    def read(self, output: Any) -> Tensor:
-        """Logits ``[batch, classes]`` from an output of ``forward``; a tensor of another shape stays as it is."""
+    def run(self, images: Tensor) -> Tensor:
+        """Logits of one pass of the network, as it is now; checks neither images nor logits."""
+        # Attack libraries may pass images in another precision.
+        weight = next((p for p in self.net.parameters() if p.is_floating_point()), images)
+        output = self._forward(self.net, images.to(weight.dtype))
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"forward returned a {type(output).__name__} where logits or a record are needed; say what to read, "
@@ -164,5 +171,6 @@ def device_of(net: nn.Module) -> torch.device:
 def evaluating(net: nn.Module) -> Iterator[None]:
     """Context in which every module of the network is in evaluation mode; each gets its own mode back."""
     with left_as_found(net, modes=True):
-        net.eval()
+        if any(module.training for module in net.modules()):
+            net.eval()
         yield

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def test_what_an_attack_of_a_gate_breaks_is_broken_in_the_worst_case() -> None:
         assert left <= row.findings.ladder[epsilon] * clean
         assert left < int(row.under(row.right, epsilon).sum()) or epsilon == 0.01
     assert int(row.worst(0.3).sum()) <= int(row.worst(0.1).sum())
-    assert row.findings.steps[40] * clean >= int(row.worst(row.findings.epsilon).sum())
+    assert row.findings.steps[80] * clean >= int(row.worst(row.findings.epsilon).sum())
 
 
 def test_the_counterfactual_attack_is_left_out_where_there_is_no_such_gradient() -> None:
@@ -112,12 +112,6 @@ def test_sources_give_their_images_and_are_not_attacked() -> None:
     name = "transfer from other"
     for row, same in zip(given.rows, beside.rows, strict=False):
         assert torch.equal(row.right[name][0.3], same.right[name][0.3])
-
-
-@pytest.mark.parametrize("options", [{"sources": {"network": nn.Identity()}}, {"noise": "loud"}])
-def test_wrong_sources_and_noise_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"rename it|noise must be"):
-        run(**options)
 
 
 def reseeding(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
@@ -359,21 +353,30 @@ def test_without_torchattacks_the_suites_that_need_it_say_so(monkeypatch: pytest
     assert "PGD-20" in run(canaries.trained(), attacks="quick").rows[0].right
 
 
-@pytest.mark.parametrize("precision", [torch.float64, torch.float16])
-def test_images_of_another_precision_are_the_same_images(precision: torch.dtype) -> None:
-    images, labels = canaries.digits(20)
+def with_mask() -> nn.Module:
     net = canaries.trained()
-    assert run(net, loader=[(images.to(precision), labels)]).to_json() == run(net).to_json()
+    net.register_buffer("mask", torch.tensor(-torch.inf))
+    return net
+
+
+@pytest.mark.parametrize(
+    ("net", "options"),
+    [
+        (canaries.trained, {"loader": [(IMAGES[0][0].double(), IMAGES[0][1])]}),
+        (canaries.trained, {"loader": [(IMAGES[0][0].half(), IMAGES[0][1])]}),
+        (canaries.trained, {"epsilons": 0.1}),
+        (with_mask, {}),
+    ],
+    ids=["double", "half", "one budget", "infinite buffer"],
+)
+def test_what_does_not_matter_changes_nothing(net: Callable[[], nn.Module], options: dict[str, Any]) -> None:
+    same = {"epsilons": [0.1]} if "epsilons" in options else {}
+    assert run(net(), **options).to_json() == run(canaries.trained(), **same).to_json()
 
 
 def test_a_network_in_bfloat16_is_evaluated() -> None:
     report = run(slr.add_noise(canaries.trained(), 0.3).bfloat16(), epsilons=0.3, noise="off")
     assert report.worst_case[0.3].accuracy < report.rows[0].clean.double().mean()
-
-
-def test_one_budget_needs_no_list() -> None:
-    net = canaries.trained()
-    assert run(net, epsilons=0.1).to_json() == run(net, epsilons=[0.1]).to_json()
 
 
 def refused(message: str, **options: Any) -> None:
@@ -394,7 +397,7 @@ def test_labels_that_are_no_class_are_refused(change: int) -> None:
 
 
 def test_what_is_no_logits_is_refused() -> None:
-    refused("network: forward returned NaN or infinite logits for 8 of 8", forward=lambda net, x: net(x) / 0)
+    refused("network: forward returned NaN or infinite logits for 20 of 20", forward=lambda net, x: net(x) / 0)
     refused(r"network: forward returned a tuple .* net\(images\)\[0\]", forward=lambda net, x: (net(x), x))
 
 
@@ -405,12 +408,6 @@ def test_networks_that_hold_nan_are_refused(name: str) -> None:
     dict([*net.named_parameters(), *net.named_buffers()])[name].data.fill_(float("nan"))
     refused(f"network: NaN or infinite values in {name}; ", net=net)
     refused(f"other: NaN or infinite values in {name}; ", net=canaries.trained(), baselines={"other": net})
-
-
-def test_an_infinite_buffer_is_no_mistake() -> None:
-    net = canaries.trained()
-    net.register_buffer("mask", torch.tensor(-torch.inf))
-    assert run(net).to_json() == run(canaries.trained()).to_json()
 
 
 def images_of(value: float) -> Iterable[tuple[Tensor, Tensor]]:
@@ -428,7 +425,9 @@ def images_of(value: float) -> Iterable[tuple[Tensor, Tensor]]:
         ({"draws": 0}, "draws must be at least 1"),
         ({"votes": 0}, "votes must be at least 1"),
         ({"gate_images": 0}, "gate_images must be at least 1"),
+        ({"noise": "loud"}, "noise must be"),
         ({"baselines": {"network": nn.Flatten()}}, "rename"),
+        ({"sources": {"network": nn.Flatten()}}, "rename"),
         ({"baselines": {"b": "net.pt"}}, "b must be a network or a Target, got str"),
         ({"loader": []}, "no images"),
         ({"loader": images_of(2.0)}, r"\[0, 1\], got 2 to 2"),
@@ -462,22 +461,19 @@ def test_fingerprints_tell_apart_what_differs() -> None:
     assert fingerprint(x.clone(), {"a": 1, "b": 2}) == fingerprint(x, {"b": 2, "a": 1})
 
 
-@pytest.mark.parametrize("content", [b"", b"not a file of torch"])
-def test_a_file_that_cannot_be_read_is_made_again(tmp_path: Path, content: bytes) -> None:
-    cached(tmp_path, "A/b, 0.1", "mark", lambda: {"right": torch.tensor([True])})
+def flipped(content: bytes) -> bytes:
+    damaged = bytearray(content)
+    damaged[content.index(torch.ones(9).numpy().tobytes())] ^= 1
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: b"not a file of torch", flipped])
+def test_a_file_that_is_damaged_is_made_again(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    cached(tmp_path, "A/b, 0.1", "mark", lambda: {"right": torch.ones(100)})
     (path,) = tmp_path.iterdir()
-    path.write_bytes(content)
+    path.write_bytes(damage(path.read_bytes()))
     assert cached(tmp_path, "A/b, 0.1", "mark", lambda: {"right": 2}) == {"right": 2}
     assert cached(tmp_path, "A/b, 0.1", "mark", lambda: {"right": 3}) == {"right": 2}
-
-
-def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
-    cached(tmp_path, "a", "mark", lambda: {"right": torch.ones(100)})
-    (path,) = tmp_path.iterdir()
-    content = bytearray(path.read_bytes())
-    content[content.index(torch.ones(9).numpy().tobytes())] ^= 1
-    path.write_bytes(content)
-    assert cached(tmp_path, "a", "mark", lambda: {"right": 2}) == {"right": 2}
 
 
 def test_an_error_leaves_no_file(tmp_path: Path) -> None:

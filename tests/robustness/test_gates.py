@@ -3,13 +3,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.robustness import Gate, Protocol, RobustnessReport, Target, evaluate, gates, score
+from snntorch_lr.robustness import Budget, Descent, Protocol, RobustnessReport, Target, evaluate, gates, score
 
 from . import canaries
 
@@ -79,33 +80,78 @@ def test_a_network_that_has_nothing_right_is_not_judged() -> None:
         assert plot().axes
 
 
-class TestBlackBox:
-    names = torch.tensor([True] * 90 + [False] * 10)
+@pytest.mark.parametrize(("broken", "passed"), [(4, True), (12, False)])
+def test_black_box_attacks_may_break_no_more_than_the_interval(broken: int, passed: bool) -> None:
+    white = torch.tensor([True] * 90 + [False] * 10)
+    black = white & (torch.arange(100) >= broken)
+    measured = gates.black_box({0.1: white}, {0.1: black})
+    assert measured[0] is passed
+    assert f" {broken}.0 %" in measured[1]
+    assert gates.black_box({0.1: white}, {})[0] is gates.black_box({}, {0.1: black})[0] is None
 
-    def test_passes_within_the_interval(self) -> None:
-        black = self.names.clone()
-        black[:4] = False
-        assert gates.black_box({0.1: self.names}, {0.1: black}).passed
 
-    def test_fails_beyond_it(self) -> None:
-        black = self.names.clone()
-        black[:12] = False
-        gate = gates.black_box({0.1: self.names}, {0.1: black})
-        assert gate.passed is False
-        assert "12.0 %" in gate.detail
-
-    def test_needs_both(self) -> None:
-        assert gates.black_box({0.1: self.names}, {}).passed is None
-        assert gates.black_box({}, {0.1: self.names}).passed is None
+def probe_of(net: nn.Module, random: bool = True, **options: Any) -> gates.Probe:
+    images, labels = canaries.digits(24)
+    target = Target(net, draws=2, **options)
+    return gates.Probe(target, images, labels, votes=4, random=random).only(score(target, images, labels).right)
 
 
 def test_more_steps_that_break_more_mean_that_the_suite_had_not_converged() -> None:
-    images, labels = canaries.digits(24)
-    target = Target(canaries.trained(), draws=2)
-    probe = gates.Probe(target, images, labels, votes=4).only(score(target, images, labels).right)
-    survived, longer = torch.ones(len(probe.images), dtype=torch.bool), gates.longer(2)
-    assert gates.convergence(survived, probe.right_after(0.3, longer), 0.3, longer).passed is False
-    assert gates.convergence(~survived, ~survived, 0.3, longer).passed is True
+    probe, longer = probe_of(canaries.trained()), gates.longer(2)
+    survived = torch.ones(len(probe.images), dtype=torch.bool)
+    assert gates.convergence(survived, probe.right_after(0.3, longer), 0.3, longer)[0] is False
+    assert gates.convergence(~survived, ~survived, 0.3, longer)[0] is True
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.1, 0.5])
+def test_ascent_that_stops_when_nothing_is_left_breaks_the_same_images(epsilon: float) -> None:
+    passes: list[int] = []
+
+    def forward(net: nn.Module, images: Tensor) -> Tensor:
+        passes.append(len(images))
+        return net(images)
+
+    ran, right = [], []
+    for random in (True, False):
+        probe = probe_of(canaries.trained(), random, noise=False, forward=forward)
+        passes.clear()
+        right.append(probe.right_after(epsilon, gates.ASCENT))
+        ran.append(len(passes))
+    assert torch.equal(*right)
+    assert (ran[1] < 10) == (epsilon == 0.5)
+    assert ran[0] == gates.ASCENT.steps + 1
+
+
+def test_each_candidate_of_an_attack_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = probe_of(canaries.trained())
+    broken = Descent(steps=20)(probe.target, probe.images, probe.labels, Budget(0.5), seed=0)
+    halves = [torch.where((torch.arange(len(broken)) % 2 == half)[:, None, None, None], broken, probe.images)
+              for half in (0, 1)]  # fmt: skip
+    monkeypatch.setattr(Descent, "candidates", lambda *_, **__: halves)
+    assert not probe.right_after(0.5, gates.ASCENT).any()
+    assert not probe.right_after_frozen(0.5, gates.ASCENT).any()
+
+
+def test_the_canary_fails_where_a_gate_lets_it_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = probe_of(canaries.trained())
+    assert gates.canary(probe) == (True, "G1, G2, G3 call out a masked copy")
+    monkeypatch.setattr(gates.Probe, "vanishing", lambda probe: {"margin": 0.0})
+    assert gates.canary(probe) == (False, "a copy without gradient passes G1")
+
+
+def test_gates_take_few_passes() -> None:
+    """A gate more, or one that measures again what another has, shows here."""
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    net = slr.add_noise(canaries.trained(), 0.3)
+    net.register_forward_pre_hook(count)
+    evaluate(net, [canaries.digits(16)], 0.1, "quick")
+    # Of these, 80 each are G4's.
+    assert passes <= 420
 
 
 @pytest.mark.cuda
@@ -115,8 +161,8 @@ def test_a_network_on_a_gpu_is_judged_like_one_on_the_cpu() -> None:
     assert all(gate.passed is not False for gate in report.gates), report.table()
 
 
-def test_guarded_checks_fail_with_their_reason() -> None:
-    def broken() -> Gate:
+def test_a_check_that_cannot_run_fails_with_its_reason() -> None:
+    def broken() -> gates.Measured:
         raise RuntimeError("first line\nsecond line")
 
-    assert gates.guarded("G2 x", broken) == Gate("G2 x", False, "could not be checked: RuntimeError: first line")
+    assert gates.guarded(broken) == (False, "could not be checked: RuntimeError: first line")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snntorch_lr.robustness.pooling import SpikePooling
+from snntorch_lr.robustness.surrogates import SpikePooling
 
 POOLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "1d": ((2, 3, 9), lambda x: F.max_pool1d(x, 2)),

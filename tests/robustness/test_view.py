@@ -7,7 +7,9 @@ import torchattacks
 from torch import Tensor, nn
 
 import snntorch_lr as slr
+from snntorch_lr import network
 from snntorch_lr.robustness import AttackableView
+from snntorch_lr.robustness.surrogates import SpikePooling
 
 
 class Net(nn.Module):
@@ -121,6 +123,74 @@ def test_the_gradient_of_pooled_spikes_reaches_all_that_could_have_fired() -> No
     assert (none_fires > 0).all()
     # One of two spikes may go without a difference.
     assert (both_fire < 1e-4).all()
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Functions of torch that were looked at, in case that they pool spikes."""
+    functions: list[object] = []
+    watch = SpikePooling.__torch_function__
+
+    def record(self: SpikePooling, func: object, *args: object) -> object:
+        functions.append(func)
+        return watch(self, func, *args)
+
+    monkeypatch.setattr(SpikePooling, "__torch_function__", record)
+    return functions
+
+
+@pytest.mark.parametrize("pooled", ["spikes", "currents", "nothing"])
+def test_a_view_looks_for_pooled_spikes_where_there_are_some(pooled: str, watched: list[object]) -> None:
+    lif, pool = snn.Leaky(beta=0.9, threshold=0.8, init_hidden=True), nn.MaxPool1d(2)
+    layers = {"spikes": [lif, pool], "currents": [pool, lif], "nothing": [lif]}[pooled]
+    view = AttackableView(nn.Sequential(nn.Flatten(), nn.Linear(4, 4), *layers))
+    torch.nn.init.eye_(view.net[1].weight)
+    torch.nn.init.zeros_(view.net[1].bias)
+    counts, gradients = [], []
+    # The neurons are silent in the first pass.
+    for level in (0.1, 0.9):
+        x = (level * torch.tensor([[[[0.7, 0.8, 0.9, 1.0]]]])).requires_grad_()
+        watched.clear()
+        gradients += torch.autograd.grad(view(x).sum(), x)
+        counts.append(len(watched))
+    assert counts[0] > 0
+    assert (counts[1] > 0) == (pooled == "spikes")
+    fresh = AttackableView(view.net)
+    assert torch.equal(torch.autograd.grad(fresh(x).sum(), x)[0], gradients[1])
+
+
+def test_a_pass_without_a_gradient_says_nothing_of_later_ones(images: Tensor, watched: list[object]) -> None:
+    view = AttackableView(Net(), lambda net, x: nn.functional.max_pool1d(net.record(x).mean(0)[None], 4)[0])
+    with torch.no_grad():
+        view(images)
+    assert not watched
+    view(images)
+    watched.clear()
+    view(images.requires_grad_())
+    assert watched
+
+
+def test_neurons_are_searched_for_once(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[nn.Module] = []
+    visit = network._visit
+
+    def record(name: str, value: object, seen: set[int]) -> object:
+        if not seen:
+            searched.append(value)
+        return visit(name, value, seen)
+
+    monkeypatch.setattr(network, "_visit", record)
+    net = slr.add_noise(Net())
+    view = AttackableView(net)
+    searched.clear()
+    view(images)
+    assert searched == [net]
+    with network.searched_once(net):
+        view(images)
+        view(images)
+    assert searched == [net] * 2
+    net.late = snn.Leaky(beta=0.9)
+    assert [name for name, _ in network.spiking_neurons(net)] == ["lif", "late"]
 
 
 def test_a_gradient_that_is_cut_is_zero_and_no_error(images: Tensor) -> None:

@@ -15,7 +15,7 @@ import snntorch_lr as slr
 from snntorch_lr import node, noisy_neuron
 from snntorch_lr.gradients import CounterfactualCredit
 from snntorch_lr.noisy_neuron import NoisyNeuron
-from snntorch_lr.robustness.pooling import SpikePooling
+from snntorch_lr.robustness.surrogates import SpikePooling
 
 from .enumeration import exact_gradient
 from .objective import along, directions, estimates, finite_difference
