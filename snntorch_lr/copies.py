@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from contextvars import ContextVar, Token
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
+
+from .graph import version
 
 
 class Copies:
@@ -32,6 +35,7 @@ class Copies:
         sizes = [len(leaf) for leaf in tree_flatten(targets)[0] if isinstance(leaf, Tensor) and leaf.dim()]
         self.batch: int | None = sizes[0] if sizes else None
         self.ran = False
+        self._repeated: tuple[weakref.ref[Tensor], int, int, Tensor] | None = None
         self._token: Token[Copies | None] | None = None
 
     def __enter__(self) -> Copies:
@@ -41,6 +45,7 @@ class Copies:
     def __exit__(self, *_: object) -> None:
         assert self._token is not None
         _running.reset(self._token)
+        self._repeated = None
 
     @property
     def rows(self) -> int:
@@ -68,7 +73,13 @@ class Copies:
                 f"{what} has {rows} rows, but there are {self.batch} samples in {self.count} copies: the first "
                 "dimension must be the batch; of [time, batch, ...] give one time step"
             )
-        return torch.cat([x] * self.count, dim)
+        held = self._repeated
+        if held is not None and held[0]() is x and held[1:3] == (version(x), dim):
+            # A current that enters in each time step: its gradients are added up before they go back.
+            return held[3]
+        repeated = torch.cat([x] * self.count, dim)
+        self._repeated = weakref.ref(x), version(x), dim, repeated
+        return repeated
 
     def repeat_state(self, state: Any) -> Any:
         """A state for all copies; one of another number of rows as it is, which snnTorch replaces by zeros."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ._messages import place
 from .kernels import kinds
+from .kernels.kinds import Update
 from .noise import Noise
-from .noisy_neuron import UNSUPPORTED, NoisyNeuron, Update, check_defects
+from .noisy_neuron import UNSUPPORTED, NoisyNeuron, check_defects
 
 # A reset to zero, before the current is added, or after that.
 _LEAKY = {"subtract": kinds.SUBTRACT, "zero": kinds.ZERO, "none": kinds.NONE}

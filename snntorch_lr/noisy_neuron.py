@@ -21,6 +21,7 @@ from ._messages import place, warn
 from .blocks import new_presentation
 from .copies import running_copies
 from .graph import ancestors, version
+from .kernels.kinds import Update
 from .node import Control, Presentation, Sample
 from .noise import DISTRIBUTIONS, EscapeNoise, MembraneNoise, Noise, hint, make_noise
 from .philox import resolved
@@ -124,22 +125,6 @@ class Carried:
 CARRIED = "_snntorch_lr_carried"
 # A neuron may be shared by several layers, each of which has its own membrane potential.
 _REMEMBERED = 4
-
-
-@dataclass(frozen=True)
-class Update:
-    """A time step of a neuron that is known to fused kernels.
-
-    Attributes:
-        mechanism: of the reset, of ``snntorch_lr.kernels.kinds``.
-        constants: what the vectors are made of.
-        vectors: what remains of the membrane potential, what the current adds to it, and what remains of the synaptic
-            current, None without one; tensors that broadcast against a row.
-    """
-
-    mechanism: int
-    constants: tuple[Tensor, ...]
-    vectors: Callable[[], tuple[Tensor, Tensor, Tensor | None]]
 
 
 @dataclass(slots=True)
@@ -331,22 +316,18 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         """A fused time step that follows another one; None if it is not known to be one."""
         if bool(states) == self.init_hidden or torch.compiler.is_compiling():
             return None
-        buffers = self._buffers
-        given = states or tuple(buffers.get(name) for name in self.state_names)
+        given = states or tuple(self._buffers.get(name) for name in self.state_names)
         carried: Carried | None = getattr(given[-1], CARRIED, None)
         if carried is None or carried.state is None or len(given) != len(self.state_names):
             return None
-        if torch._C._current_graph_task_id() != -1 or not self.noise.active:  # type: ignore[union-attr]
+        if torch._C._current_graph_task_id() != -1 or self.noise is None or not self.noise.active:
             return None
         state = carried.state.next(self, input_, given[-1], given[0] if len(given) == 2 else None)
         return None if state is None else state.step(self, input_)
 
     def hold(self, name: str, state: Tensor) -> None:
-        """Keeps a state, as snnTorch does."""
-        if name in self._buffers:
-            self._buffers[name] = state
-        else:
-            setattr(self, name, state)
+        """Keeps a state, where snnTorch does."""
+        self._buffers[name] = state
 
     def _given(self, input_: Tensor, passed: Mapping[str, Any]) -> dict[str, Tensor]:
         """States by name, from those that were passed and those that the neuron holds; zeros where they do not fit."""

@@ -493,3 +493,48 @@ def test_a_threshold_that_begins_to_be_learned_gets_its_gradient() -> None:
         slr.reset(neuron)
         sum(neuron(torch.rand(4, 3)).sum() for _ in range(3)).backward()
         assert (neuron.threshold.grad is not None) == learned
+
+
+@every_neuron
+@every_reset
+@every_noise
+def test_scores_of_fused_time_steps_are_those_of_torch(neuron: str, reset: str, noise: str, calls: list[int]) -> None:
+    def found(fuse: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, N), make(neuron, reset, noise), nn.Linear(N, 3)).double()
+
+        def losses(x: Tensor, y: Tensor) -> Tensor:
+            states, total = initial_states(net[1]), torch.zeros(()).double()
+            for step in range(4):
+                spikes, *states = net[1](net[0](x[:, step]), *states)
+                # What membrane potentials say beside their spikes has an ordinary gradient.
+                total = total + net[2](spikes).sin() + sum(state[:, :3] for state in states)
+            return (total - y).square().mean(1)
+
+        with torch.enable_grad() if fuse else kernels.off():
+            slr.Vanilla(net, copies=3, seed=4).backward(losses, random(6, 4, 5), random(6, 3, seed=2))
+        return {name: parameter.grad for name, parameter in net.named_parameters()}  # type: ignore[misc]
+
+    assert_same(found(True), found(False), rtol=1e-9, atol=1e-11)
+    # The first call looks at what enters the loss before.
+    assert calls.count(1) == len(calls) >= 4
+
+
+@every_neuron
+@every_reset
+@every_noise
+def test_noise_without_a_graph_is_that_of_torch(neuron: str, reset: str, noise: str, calls: list[int]) -> None:
+    @torch.no_grad()
+    def found(fuse: bool) -> list[Tensor]:
+        lif, outputs = make(neuron, reset, noise), []
+        states = initial_states(lif)
+        torch.manual_seed(3)
+        with torch.no_grad() if fuse else kernels.off():
+            for current in random(4, 5, N):
+                spikes, *states = lif(current, *states)
+                outputs += [spikes, *states]
+        return outputs
+
+    fused_outputs = found(True)
+    assert calls == [1] * 4
+    assert_same(dict(enumerate(fused_outputs)), dict(enumerate(found(False))), rtol=1e-9, atol=1e-11)

@@ -66,6 +66,26 @@ def test_compiled_code_is_not_taken_from_the_cache_if_another_file_changed(
     assert [*hits, numba_steps.noise(np.float32, 0).cache_hits] == [0, 1, 0]
 
 
+def test_compiled_functions_share_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is taken from the cache calls other functions by their name: of another one it would be other code."""
+    from snntorch_lr.kernels import numba_steps
+
+    names: list[str] = []
+
+    def named(*_: Any, **options: Any) -> Callable[[Any], Any]:
+        return lambda function: names.append(function.__qualname__)
+
+    monkeypatch.setattr(numba_steps, "njit", named)
+    monkeypatch.setattr(numba_steps, "cfunc", named)
+    for dtype in (np.float32, np.float64):
+        for kind in range(5):
+            numba_steps.noise(dtype, kind)
+            numba_steps.forward(dtype, kind)
+            for pairs in (True, False):
+                numba_steps.backward(dtype, kind, pairs)
+    assert len(set(names)) == len(names) == 2 * 2 * 5 * 4
+
+
 def test_errors_of_the_normal_distribution_are_as_stated() -> None:
     from snntorch_lr.kernels import numba_numbers
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import snntorch_lr as slr
 from snntorch_lr import kernels
-from snntorch_lr.philox import Drawn, draw, mix, new_key, philox, resolved
+from snntorch_lr.philox import Drawn, draw, mix, new_key, new_keys, philox, resolved
 
 UNIFORM = slr.EscapeNoise()
 DTYPES = [torch.float32, torch.float64]
@@ -151,6 +151,43 @@ def test_keys_come_from_a_generator_and_repeat_with_its_seed() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert [new_key(), new_key()] == keys[:2]
     assert all(0 <= key < 2**63 for key in keys)
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_keys_of_several_time_steps_are_those_of_one_after_the_other() -> None:
+    torch.manual_seed(0)
+    together = new_keys(20, None, CPU).tolist()
+    torch.manual_seed(0)
+    assert together == [new_key() for _ in range(20)]
+    assert min(together) >= 0
+
+
+def test_ranks_draw_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    keys = {}
+    for rank in range(4):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(0)
+        keys[rank] = new_keys(3, None, CPU).tolist()
+    assert len({key for drawn in keys.values() for key in drawn}) == 12
+    assert all(0 <= key < 2**63 for drawn in keys.values() for key in drawn)
+
+
+def test_keys_of_a_captured_graph_come_from_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    asked, empty = [], torch.empty
+
+    def asked_for(*size: int, device: torch.device, **options: Any) -> Tensor:
+        asked.append(device)
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", asked_for)
+    new_keys(2, None, CUDA)
+    assert asked == [CUDA]
+    with pytest.raises(RuntimeError, match="leave out seed="):
+        new_keys(2, torch.Generator(), CUDA)
 
 
 def test_seeds_of_several_numbers_differ_by_each_and_by_their_order() -> None:

@@ -78,8 +78,8 @@ class CounterfactualCredit:
         assert presentation is not None
         plan = None if carried is not None else fused.planned(neuron, input_, given)
         if plan is not None:
-            train = None if fired is None else fired[0]
-            return fused.begin(plan, neuron, given, train, presentation).step(neuron, input_)
+            state = fused.begin(plan, neuron, given, None if fired is None else fired[0], presentation)
+            return state.step(neuron, input_)
         pairs = {
             name: state.expand(2, *state.shape) if carried is None else carried.pair(name, state)
             for name, state in given.items()
@@ -140,11 +140,11 @@ class CounterfactualCredit:
                 return None
             state = fused.begin(plan, neuron, given, None, self._present(neuron))
         state, spikes, mem, syn = fused.advance(state, neuron, current, steps, all_states=neuron.output)
-        states = (mem,) if syn is None else (syn, mem)
         # No views: snnTorch detaches states in place.
-        last = [value[-1].clone() for value in states] if neuron.output else states
-        state.hang(neuron, spikes, last[-1], None if syn is None else last[0])
-        return (spikes, *states)
+        last, last_syn = (value[-1].clone() if neuron.output and value is not None else value for value in (mem, syn))
+        assert last is not None
+        state.hang(neuron, spikes, last, last_syn)
+        return (spikes, mem) if syn is None else (spikes, syn, mem)
 
     def _step_without_shadow(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         fired = neuron.train_resets(given["mem"])

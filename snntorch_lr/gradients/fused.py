@@ -72,14 +72,11 @@ class Plan:
         def spread(value: Tensor) -> Tensor:
             return value.detach().to(dtype).expand(row).contiguous()
 
-        leak, share, alpha = rule.vectors()
-        levels = spread(noise.sigma)
+        leak, share, alpha = (None if vector is None else spread(vector) for vector in rule.vectors())
+        levels, threshold = spread(noise.sigma), spread(neuron.threshold)
         plan = cls(
             module,
-            module.TimeSteps(
-                noise.kind, rule.mechanism, spread(leak), spread(share), None if alpha is None else spread(alpha),
-                spread(neuron.threshold), levels,
-            ),  # fmt: skip
+            module.TimeSteps(noise.kind, rule.mechanism, leak, share, alpha, threshold, levels),
             isinstance(noise, EscapeNoise),
             rule.mechanism,
             levels,
@@ -97,7 +94,7 @@ class Plan:
         if kernels.fused_on(self.levels.device, self.levels.dtype) is not self.module:
             return False
         for place, name, value, mark in self.watched:
-            if place.get(name) is not value or (mark is not None and _mark(value) != mark):
+            if place.get(name) is not value or (isinstance(value, Tensor) and _mark(value) != mark):
                 return False
         return True
 

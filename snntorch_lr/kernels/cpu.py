@@ -45,6 +45,7 @@ CODES = {torch.float32: torch.int16, torch.float64: torch.int64}
 """Of what the backward pass keeps, by the dtype of the membrane potential."""
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def noise(out: Tensor, key: int, kind: int) -> None:
     """Fills ``[rows, numbers]`` with noise; see ``snntorch_lr.philox.draw``."""
     assert out.is_contiguous()

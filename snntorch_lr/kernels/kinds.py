@@ -1,5 +1,12 @@
 """What fused time steps are told by numbers, and the coefficients of their polynomials."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
 LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE, GAUSSIAN, LAPLACE, LOGISTIC = range(5)
 """Kinds of noise; those of escape noise need uniform numbers only."""
 SUBTRACT, ZERO, ERASE, NONE = range(4)
@@ -19,3 +26,19 @@ MILLS = (
     0.47330476, 0.76188513, 0.97041083, 0.93510919, 0.60553343, 0.15058164, -0.13926279, -0.12501582, 0.02040831,
     0.0495862)  # fmt: skip
 """Mills ratio (1 − Φ(x)) / φ(x), x ≥ 0, over t = 1 / (1 + x / 4), in t − ½."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """A time step of a neuron that is known to fused kernels.
+
+    Attributes:
+        mechanism: of the reset, see ``SUBTRACT``.
+        constants: what the vectors are made of.
+        vectors: what remains of the membrane potential, what the current adds to it, and what remains of the synaptic
+            current, None without one; tensors that broadcast against a row.
+    """
+
+    mechanism: int
+    constants: tuple[Tensor, ...]
+    vectors: Callable[[], tuple[Tensor, Tensor, Tensor | None]]

@@ -46,17 +46,17 @@ FORWARD = (
 )  # fmt: skip
 """The same of ``forward``.
 
-``rows``: of the batch. ``neurons``: of a row. ``mechanism``: of the reset. Constants, ``[neurons]``: what remains of the
-membrane potential, what the current (or the synaptic current) adds to it, what remains of the synaptic current (0
+``rows``: of the batch. ``neurons``: of a row. ``mechanism``: of the reset. Constants, ``[neurons]``: what remains of
+the membrane potential, what the current (or the synaptic current) adds to it, what remains of the synaptic current (0
 without one), threshold and noise level. ``sets``: 1, or 2 with a shadow. ``steps``: number of time steps, of which
-all, or the last one, hand out their states (``seen``). ``keys`` of the noise, ``[steps]``; row r of set k is row
-k · rows + r of the noise. ``current``: ``[currents = steps or 1, rows, neurons]``.
+all, or the last one, hand out their states (``seen``). ``keys`` of the noise, ``[steps]``; row r of set k is row k ·
+rows + r of the noise. ``current``: ``[currents = steps or 1, rows, neurons]``.
 
-``mem``, ``shadow`` and ``syn``, ``[rows, neurons]``: membrane potentials of train and shadow, and the synaptic current,
-before. ``fired``, ``[sets, rows, neurons]``: the spikes before, or ``before``, the code of the step before, in their
-place. Filled are: ``new_shadow``; ``spikes`` of the train, ``[steps, rows, neurons]``; ``seen_mem`` and ``seen_syn`` of
-the train, ``[seen, rows, neurons]``; ``code``, ``[steps, sets, rows, neurons]``, z and spikes for the backward pass, and
-``noise_code``, the noise on the membrane potential.
+``mem``, ``shadow`` and ``syn``, ``[rows, neurons]``: membrane potentials of train and shadow, and the synaptic
+current, before. ``fired``, ``[sets, rows, neurons]``: the spikes before, or ``before``, the code of the step before,
+in their place. Filled are: ``new_shadow``; ``spikes`` of the train, ``[steps, rows, neurons]``; ``seen_mem`` and
+``seen_syn`` of the train, ``[seen, rows, neurons]``; ``code``, ``[steps, sets, rows, neurons]``, z and spikes for the
+backward pass, and ``noise_code``, the noise on the membrane potential.
 """
 BACKWARD = (
     *_CLAIMS, "neurons", "mechanism", *_CONSTANTS, "steps", "currents", "a", "b", "b_syn", "code", "noise_code",
@@ -65,15 +65,17 @@ BACKWARD = (
 )  # fmt: skip
 """The same of ``backward``; see ``snntorch_lr.node.CounterfactualSpike``, and for what is not named here ``FORWARD``.
 
-``a``, ``b``, ``b_syn``, ``[steps, rows, neurons]``: ∂loss/∂(spikes, membrane potential, synaptic current) of the train.
-``settings``: λ and γ. In and out are: ``togo``, what later spikes did to the loss, ``[rows, neurons]``; ``parted``, what
-λ multiplies in it, of the first ``fit_rows`` rows; ``trace``, ``[traces, rows, neurons]``, the gradient of the membrane
-potential of the next step: 2 where train and shadow decay differently, 1 where they may be added, 0 for none; and
-``syn_trace``, that of the synaptic current. Filled, or with ``adds`` added to, is ``to_current``, the gradient of the
-current, ``[currents, rows, neurons]``. Added to are ``to_sigma``, the gradient of σ, times σ, ``[chunks, neurons]``, and
-``sums``, ``[chunks, 2]``, Σ C₀C₁ and Σ C₁², where each claim of rows is a chunk.
+``a``, ``b``, ``b_syn``, ``[steps, rows, neurons]``: ∂loss/∂(spikes, membrane potential, synaptic current) of the
+train. ``settings``: λ and γ. In and out are: ``togo``, what later spikes did to the loss, ``[rows, neurons]``;
+``parted``, what λ multiplies in it, of the first ``fit_rows`` rows; ``trace``, ``[traces, rows, neurons]``, the
+gradient of the membrane potential of the next step: 2 where train and shadow decay differently, 1 where they may be
+added, 0 for none; and ``syn_trace``, that of the synaptic current. Filled, or with ``adds`` added to, is
+``to_current``, the gradient of the current, ``[currents, rows, neurons]``. Added to are ``to_sigma``, the gradient of
+σ, times σ, ``[chunks, neurons]``, and ``sums``, ``[chunks, 2]``, Σ C₀C₁ and Σ C₁², where each claim of rows is a
+chunk.
 
-With one set there is no shadow, and ``togo`` is a weight for each row, ``[rows]``, by which the scores are multiplied.
+With one set there is no shadow, and ``togo`` is a weight for each row, ``[rows]``, by which the scores are
+multiplied.
 """
 _KEPT = {np.float32: np.uint16, np.float64: np.int64}
 _NOISE, _FORWARD, _BACKWARD = (np.dtype([(name, np.int64) for name in names]) for names in (NOISE, FORWARD, BACKWARD))

@@ -241,12 +241,11 @@ def _backward(
     decays, weight = tl.load(leak + neuron, inside, 0.0), tl.load(share + neuron, inside, 0.0)
     level = tl.load(sigma + neuron, inside, 1.0)
     zero = tl.zeros((BLOCK,), tl.float32)
+    sets: tl.constexpr = 2 if PAIRS else 1
     if PAIRS:
-        sets: tl.constexpr = 2
         control, discount = tl.load(settings), tl.load(settings + 1)
         later, part = tl.load(togo + left, inside, 0.0), tl.load(parted + left, fits, 0.0)
     else:
-        sets: tl.constexpr = 1
         later, part = zero + tl.load(togo + row), zero
     g0, g1, flow, product, square, scale, total = zero, zero, zero, zero, zero, zero, zero
     if TRACES > 0:

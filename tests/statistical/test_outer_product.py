@@ -67,4 +67,6 @@ def test_equals_explicit_rule(convolution: bool, dtype: torch.dtype) -> None:
         else:
             expected = sum(s.T @ p for p, s in zip(presynaptic, signals, strict=True))
     torch.testing.assert_close(loss, expected_loss)
-    assert (block.weight.grad - expected).norm() < 1e-5 * expected.norm()
+    # In single precision what a step keeps is rounded to two bytes.
+    error = float((block.weight.grad - expected).norm() / expected.norm())
+    assert error < (1e-5 if dtype == torch.float64 else 1e-2)
