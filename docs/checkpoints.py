@@ -10,9 +10,7 @@ import json
 from pathlib import Path
 
 from snntorch_lr import _files
-from snntorch_lr.experiments.files import load_checkpoint
-from snntorch_lr.experiments.study.plan import read_plan
-from snntorch_lr.experiments.study.run import checkpoint_file
+from snntorch_lr.experiments.study import checkpoint_file, read_plan
 
 NAMES = {
     "surrogate": "surrogate",
@@ -36,7 +34,7 @@ def main() -> None:
         if entry.group == "usual" and entry.family in NAMES:
             if entry.mark not in marks:
                 parser.error(f"{folder} has no result of {entry.name!r}: finish the study first")
-            state = load_checkpoint(checkpoint_file(entry, folder))
+            state = _files.load(checkpoint_file(entry, folder))
             path = networks / entry.recipe.dataset / f"{NAMES[entry.family]}.pt"
             # Without what only goes on with training: the optimizer's state, three times as large as the network.
             _files.save(path, {name: state[name] for name in ("recipe", "shape", "net")})

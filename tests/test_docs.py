@@ -18,7 +18,7 @@ import torch
 import snntorch_lr as slr
 from snntorch_lr import gradients, noise, robustness
 from snntorch_lr.experiments import cli
-from snntorch_lr.experiments.study import page as study_page
+from snntorch_lr.experiments.page import write
 
 from . import pages
 
@@ -84,7 +84,7 @@ def test_commands_exist(page: str, line: str) -> None:
     if program == "snntorch-lr":
         # Pages of an earlier version's benchmark name its options.
         if not arguments[0].startswith("-") and "--copies" not in arguments:
-            cli.COMMANDS[arguments[0]].parse(arguments[0], arguments[1:])
+            cli.COMMANDS[arguments[0]].parse(arguments[1:])
     elif program == "make":
         makefile = (pages.ROOT / "Makefile").read_text(encoding="utf-8")
         assert all(re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE) for target in arguments)
@@ -112,7 +112,7 @@ def test_figures_of_a_table_are_in_the_files_that_its_rows_name(page: Path) -> N
     "folder", sorted((pages.ROOT / "docs" / "results").glob("study-*")), ids=lambda path: path.name
 )
 def test_the_page_of_a_study_is_what_its_results_say(folder: Path, tmp_path: Path) -> None:
-    study_page.write(folder, tmp_path)
+    write([folder / "results.json"], folder, tmp_path, html=False)
     # Pixels depend on the version of matplotlib.
     for name in ("index.md", "results.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), f"run snntorch-lr report {folder.name}"

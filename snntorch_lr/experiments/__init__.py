@@ -8,12 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-NETWORKS = {
-    f"{path.parent.name}/{path.stem}": path
-    for path in sorted(
-        (Path(__file__).parent / "networks").glob("*/*.pt"), key=lambda path: (path.parent.name, path.stem)
-    )
-}
+_FOLDER = Path(__file__).parent / "networks"
+NETWORKS = dict(sorted((f"{path.parent.name}/{path.stem}", path) for path in _FOLDER.glob("*/*.pt")))
 """Trained networks that come with the package, by name."""
 
 
@@ -34,7 +30,7 @@ def load(name: str) -> nn.Module:
         >>> net(torch.rand(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
-    from .recipe import load_trained
+    from .train import load_trained
 
     if name not in NETWORKS:
         raise ValueError(f"unknown network {name!r}; choose one of {', '.join(NETWORKS)}")

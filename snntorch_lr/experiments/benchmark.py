@@ -6,11 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,10 +18,12 @@ from ..gradients import ESTIMATORS
 from ..noise import KINDS
 from ..philox import draw
 from . import data, files
-from .options import Place, check, command_line, option, recorded
-from .recipe import Recipe, make_network
-from .train import accuracy, stepper
+from .options import Outcome, WithDevice, option
+from .train import Recipe, accuracy, make_network, stepper
 from .workloads import METHODS, REFERENCE, RIVAL, Method, Step, make_step, median_milliseconds, peak_megabytes, slope
+
+if TYPE_CHECKING:
+    from .cli import Watch
 
 PARTS = {
     "steps": "Training step, ms",
@@ -42,14 +43,38 @@ _SHAPE = (1, 28, 28)
 _NO_RIVAL = "SpikingJelly is not installed, and has no row; pip install spikingjelly adds it."
 Rows = list[dict[str, Any]]
 """Lines of a table: cells by the names of their columns."""
-Tell = Callable[[str], None]
-"""Told what is measured next."""
+ESCAPE = {"method": "likelihood ratio", "noise": "escape", "distribution": "logistic", "sigma": 0.3}
+DEEP: dict[str, dict[str, Any]] = {
+    "surrogate": {"method": "surrogate"}, "counterfactual": ESCAPE, "counterfactual, K = 2": ESCAPE | {"copies": 2}
+}  # fmt: skip
+"""Recipes of networks with two hidden layers, by name."""
+ACCURACY: dict[str, dict[str, Any]] = {
+    "surrogate": {"method": "surrogate"},
+    "counterfactual, membrane": {"method": "likelihood ratio"},
+    "counterfactual, escape": ESCAPE,
+    "counterfactual, escape, K = 2": ESCAPE | {"copies": 2},
+    "vanilla, escape, K = 16": ESCAPE | {"estimator": "vanilla", "copies": 16},
+    "approximate, escape, K = 16": ESCAPE | {"estimator": "approximate", "copies": 16},
+}
+"""Recipes that are trained to an accuracy, by name."""
+GROWTH: dict[str, Callable[[int, Benchmark], dict[str, int]]] = {
+    "num_steps": lambda factor, options: {"num_steps": options.num_steps * factor},
+    "copies": lambda factor, options: {},
+    # A width enters the cost as the product of two layers' widths.
+    "width": lambda factor, options: {"width": options.width * factor // 2, "depth": 2},
+    "depth": lambda factor, options: {"depth": factor},
+}
+"""Sizes of the network that grows by a factor, by what grows."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark(Place):
-    """Options of the command ``snntorch-lr benchmark``."""
+class Benchmark(WithDevice):
+    """Measure time and memory of a training step by every method, their growth, and the time to an accuracy.
 
+    Example: snntorch-lr benchmark --part steps --part memory --out runs/benchmark
+    """
+
+    place = "runs/benchmark"
     parts: tuple[str, ...] = option(tuple(PARTS), "what to measure", choices=PARTS, flag="--part")
     repeats: int = option(7, "timed rounds; the median counts", least=1)
     num_steps: int = option(25, "time steps of the timed steps", least=1)
@@ -59,43 +84,26 @@ class Benchmark(Place):
     dataset: str = option("mnist", "of the time to an accuracy", choices=TARGETS)
     limit: float = option(600.0, "seconds of training after which an accuracy is given up", above=0)
     threads: int = option(2, "threads of torch", least=1)
-    out: Path | None = option(None, "folder for the results; runs/benchmark", recorded=False)
 
-    @property
-    def folder(self) -> Path:
-        """Folder for the results."""
-        return self.out or Path("runs/benchmark")
+    def run(self, watch: Watch) -> Outcome:
+        """Runs the parts, and writes ``benchmark.json`` and ``benchmark.md``."""
+        device = self.torch_device()
+        images = data.load(self.dataset, self.data_root).to(device) if "accuracy" in self.parts else None
+        with _threads(self.threads):
+            results = files.origin(self.command_line(), device) | {"settings": self.recorded()}
+            measures: dict[str, Callable[[Benchmark, Watch], Rows]] = {
+                "steps": _steps, "kernels": _kernels, "deep": _deep, "memory": _memory, "growth": _growth,
+                "accuracy": partial(_accuracy, images),
+            }  # fmt: skip
+            results |= {part: measures[part](self, watch) for part in PARTS if part in self.parts}
+        files.write_json(self.folder / "benchmark.json", results)
+        files.write_text(self.folder / "benchmark.md", to_markdown(results))
+        return Outcome(results, f"Written: {self.folder}/benchmark.json, benchmark.md", tables(results))
 
     def maker(self, method: Method, **sizes: Any) -> Callable[..., Step]:
         """Makes the training step of a method, of the sizes that are chosen here or given; can be pickled."""
         chosen: dict[str, Any] = {"num_steps": self.num_steps, "width": self.width, "batch": self.batch}
         return partial(make_step, method, device=self.torch_device(), **chosen | sizes)
-
-
-def benchmark(options: Benchmark, tell: Tell = lambda what: None) -> dict[str, Any]:
-    """Runs the parts, and writes ``benchmark.json`` and ``benchmark.md``."""
-    check(options)
-    device = options.torch_device()
-    files.check_writable(options.folder)
-    images = data.load(options.dataset, options.data_root).to(device) if "accuracy" in options.parts else None
-    command = command_line("benchmark", options)
-    with files.locked(options.folder, command):
-        with _threads(options.threads):
-            results = files.origin(command, device) | {"settings": recorded(options)}
-            measures: dict[str, Callable[[Benchmark, Tell], Rows]] = {
-                "steps": _steps, "kernels": _kernels, "deep": _deep, "memory": _memory, "growth": _growth,
-                "accuracy": partial(_accuracy, images),
-            }  # fmt: skip
-            for part in PARTS:
-                if part in options.parts:
-                    results[part] = measures[part](options, partial(_tell, tell, part))
-        files.write_json(options.folder / "benchmark.json", results)
-        files.write_text(options.folder / "benchmark.md", to_markdown(results))
-    return results
-
-
-def _tell(tell: Tell, part: str, what: str) -> None:
-    tell(f"{part}: {what}")
 
 
 @contextmanager
@@ -113,9 +121,9 @@ def _methods() -> dict[str, Method]:
     return {name: method for name, method in METHODS.items() if name != RIVAL or find_spec("spikingjelly")}
 
 
-def _steps(options: Benchmark, tell: Tell) -> Rows:
+def _steps(options: Benchmark, watch: Watch) -> Rows:
     """Median milliseconds of all methods in turn, and their ratio to snnTorch's."""
-    tell("all methods in turn")
+    watch.say("steps: all methods in turn")
     steps = {
         f"{name}; {noise}": options.maker(method, noise=noise)()
         for name, method in _methods().items()
@@ -132,7 +140,7 @@ def _steps(options: Benchmark, tell: Tell) -> Rows:
     return rows
 
 
-def _kernels(options: Benchmark, tell: Tell) -> Rows:
+def _kernels(options: Benchmark, watch: Watch) -> Rows:
     """Nanoseconds for each random number, beside uniform numbers by torch."""
     device, rows = options.torch_device(), []
     out = torch.empty(options.batch, options.width, device=device)
@@ -143,7 +151,7 @@ def _kernels(options: Benchmark, tell: Tell) -> Rows:
     with _threads(1):
         for kind, made in KINDS.items():
             for distribution in made.offered:
-                tell(f"{kind}, {distribution}")
+                watch.say(f"kernels: {kind}, {distribution}")
                 noise = made(distribution=distribution)
                 counter = nanoseconds(partial(draw, noise, out.shape, out.dtype, device, 5))
                 uniform = nanoseconds(out.uniform_)
@@ -151,30 +159,30 @@ def _kernels(options: Benchmark, tell: Tell) -> Rows:
     return rows
 
 
-def _deep(options: Benchmark, tell: Tell) -> Rows:
+def _deep(options: Benchmark, watch: Watch) -> Rows:
     """Median milliseconds of dense and convolutional layers; ratios are to the surrogate's of the same network."""
     device, rows = options.torch_device(), []
     x = torch.rand(options.batch, *_SHAPE, device=device)
     y = torch.randint(10, (options.batch,), device=device)
     for model in ("deep-mlp", "conv"):
-        tell(model)
-        surrogate = Recipe(method="surrogate", model=model, num_steps=options.num_steps)
-        escape = replace(surrogate, method="likelihood ratio", noise="escape", distribution="logistic", sigma=0.3)
-        recipes = {"surrogate": surrogate, "counterfactual": escape, "counterfactual, K = 2": replace(escape, copies=2)}
-        steps = {name: partial(_network_and_step(recipe, _SHAPE, device)[1], x, y) for name, recipe in recipes.items()}
+        watch.say(f"deep: {model}")
+        steps = {}
+        for name, change in DEEP.items():
+            recipe = Recipe(model=model, num_steps=options.num_steps, **change)
+            steps[name] = partial(_network_and_step(recipe, _SHAPE, device)[1], x, y)
         times = median_milliseconds(steps, device, options.repeats)
         for name, taken in times.items():
             rows.append({"model": model, "method": name, "ms": taken, "ratio": taken / times["surrogate"]})
     return rows
 
 
-def _memory(options: Benchmark, tell: Tell) -> Rows:
+def _memory(options: Benchmark, watch: Watch) -> Rows:
     """Median peak of a few processes, at several numbers of time steps."""
     rows = []
     for name, method in _methods().items():
         row: dict[str, Any] = {"method": name}
         for num_steps in options.memory_steps:
-            tell(f"{name}, T = {num_steps}")
+            watch.say(f"memory: {name}, T = {num_steps}")
             make = options.maker(method, num_steps=num_steps)
             peaks = [peak_megabytes(make, options.torch_device()) for _ in range(_PROCESSES)]
             row[f"T = {num_steps}"] = statistics.median(peaks)
@@ -182,47 +190,32 @@ def _memory(options: Benchmark, tell: Tell) -> Rows:
     return rows
 
 
-def _growth(options: Benchmark, tell: Tell) -> Rows:
-    """Exponents of time over T, K, width and depth; a width enters the cost as the product of two layers' widths."""
+def _growth(options: Benchmark, watch: Watch) -> Rows:
+    """Exponents of time over T, K, width and depth."""
     rows, factors = [], (1, 2, 4)
     for gradient in ESTIMATORS:
-        for axis in ("num_steps", "copies", "width", "depth"):
-            tell(f"{gradient}, {axis}")
+        for axis, sizes in GROWTH.items():
+            watch.say(f"growth: {gradient}, {axis}")
             steps = {}
             for factor in factors:
                 method = Method(gradient, copies=4 * factor if axis == "copies" else 4)
-                sizes = {
-                    "num_steps": {"num_steps": options.num_steps * factor}, "copies": {}, "depth": {"depth": factor},
-                    "width": {"width": options.width * factor // 2, "depth": 2},
-                }[axis]  # fmt: skip
-                steps[f"{factor} ×"] = options.maker(method, **sizes)()
+                steps[f"{factor} ×"] = options.maker(method, **sizes(factor, options))()
             times = median_milliseconds(steps, options.torch_device(), max(3, options.repeats // 2))
             exponent = slope(factors, [*times.values()])
             rows.append({"method": gradient, "over": axis, **times, "exponent": exponent})
     return rows
 
 
-def _accuracy(images: data.Images | None, options: Benchmark, tell: Tell) -> Rows:
+def _accuracy(images: data.Images | None, options: Benchmark, watch: Watch) -> Rows:
     """Seconds of training until the test accuracy, noise off, reaches the target for the first time."""
-    surrogate = Recipe(method="surrogate", dataset=options.dataset)
-    membrane = replace(surrogate, method="likelihood ratio")
-    escape = replace(membrane, noise="escape", distribution="logistic", sigma=0.3)
-    recipes = {
-        "surrogate": surrogate,
-        "counterfactual, membrane": membrane,
-        "counterfactual, escape": escape,
-        "counterfactual, escape, K = 2": replace(escape, copies=2),
-        "vanilla, escape, K = 16": replace(escape, estimator="vanilla", copies=16),
-        "approximate, escape, K = 16": replace(escape, estimator="approximate", copies=16),
-    }
     rows: Rows = []
     assert images is not None
-    for name, recipe in recipes.items():
+    for name, change in ACCURACY.items():
         # With more copies, the lower rate alone: each attempt takes a minute and more.
-        for rate in (1e-3, 3e-3) if recipe.copies < 16 else (1e-3,):
-            tell(f"{name}, learning rate {rate:g}")
-            reached = _train_to(replace(recipe, learning_rate=rate), images, options)
-            rows.append({options.dataset: f"{name}, learning rate {rate:g}", **reached})
+        for rate in (1e-3, 3e-3) if change.get("copies", 1) < 16 else (1e-3,):
+            watch.say(f"accuracy: {name}, learning rate {rate:g}")
+            recipe = Recipe(dataset=options.dataset, learning_rate=rate, **change)
+            rows.append({options.dataset: f"{name}, learning rate {rate:g}", **_train_to(recipe, images, options)})
     return rows
 
 

@@ -92,12 +92,12 @@ def _images(name: str, white: int, train: Tensor, train_labels: Tensor, test: Te
 
 def _read(kind: Any, root: Path, train: bool) -> tuple[Tensor, Tensor]:
     try:
-        found = kind(str(root), train=train, download=False)
+        dataset = kind(str(root), train=train, download=False)
     except RuntimeError:
         # What it prints about a failure is in its error.
         with redirect_stdout(io.StringIO()):
-            found = kind(str(root), train=train, download=True)
-    return found.data, found.targets
+            dataset = kind(str(root), train=train, download=True)
+    return dataset.data, dataset.targets
 
 
 def _unavailable(name: str, kind: Any, root: Path, reason: str) -> str:

@@ -1,11 +1,10 @@
-"""Results, checkpoints and figures as files that are whole or absent, also after a kill."""
+"""Results and figures as files that are whole or absent, also after a kill, in a folder of one process."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,24 +15,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from .._files import load, replacing
+from .._files import replacing
 from .._messages import listed, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..robustness import RobustnessReport
+
 # Windows has none.
 fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None
-
-
-def check_writable(directory: Path) -> None:
-    """Refuses, before hours of work, a directory that no files can be written to; makes none."""
-    try:
-        nearest = next(place for place in (directory, *directory.absolute().parents) if place.exists())
-        with tempfile.TemporaryFile(dir=nearest) as file:
-            file.write(bytes(4096))
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(directory)) from error
 
 
 @contextmanager
@@ -42,21 +33,30 @@ def locked(folder: Path, command: str) -> Iterator[None]:
 
     The lock is the system's, which frees it when the process is killed. Where there are none, a warning says so.
     Other processes are told the command.
+
+    Raises:
+        OSError: if no files can be written to the folder; it names the folder.
+        ValueError: if another process has it.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    file = _lock(folder / ".lock")
+    file = None
     try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}: {command}")
-        file.flush()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = _lock(folder / ".lock")
+            file.truncate(0)
+            # More than what a full disk still takes; at once, and not when the file is closed.
+            os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}: {command}".ljust(4096).encode())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
         yield
     finally:
-        if fcntl is None:  # Windows, which deletes no open file
+        if file is not None:
+            if fcntl is None:  # Windows, which deletes no open file
+                file.close()
+            # Before it is free: who waits for it would lock a file that is gone.
+            Path(file.name).unlink(missing_ok=True)
             file.close()
-        # Before it is free: who waits for it would lock a file that is gone.
-        Path(file.name).unlink(missing_ok=True)
-        file.close()
         with suppress(OSError):
             for place in made:
                 place.rmdir()
@@ -70,7 +70,7 @@ def _lock(path: Path) -> TextIO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            holder = file.read() or "another process"
+            holder = file.read().strip() or "another process"
             file.close()
             raise ValueError(f"{path.parent} is in use by {holder}; wait, or choose another --out") from error
         except (OSError, AttributeError):
@@ -91,14 +91,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically, with keys in the order given."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint of tensors and plain values; code in the file is never run."""
-    state = load(path)
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a checkpoint of this program")
-    return state
 
 
 def save_figure(path: Path, figure: Figure, **options: Any) -> None:
@@ -122,13 +114,12 @@ def origin_note(results: Mapping[str, Any]) -> str:
     )
 
 
-def share_text(share: Mapping[str, float] | None) -> str:
-    """An accuracy in percent with the half-width of its interval, for tables; "-" if there is none."""
-    if share is None:
-        return "-"
-    return f"{100 * share['accuracy']:.1f} ± {50 * (share['high'] - share['low']):.1f}"
-
-
-def run_name(dataset: str, model: str, seed: int) -> str:
-    """Name of the folder of a run whose user gives none; another run has another."""
-    return f"{dataset}-{model}-seed{seed}"
+def write_evaluation(
+    evaluation: RobustnessReport, out: Path, note: str, title: str = "Robustness", head: str = ""
+) -> None:
+    """Writes ``robustness.md``, ``robustness.json``, figures, and ``report.html`` with all of it."""
+    write_text(out / "robustness.md", f"# Robustness\n\n{evaluation.to_markdown()}\n{note}")
+    write_json(out / "robustness.json", evaluation.to_json())
+    for name, figure in evaluation.figures().items():
+        save_figure(out / f"{name}.png", figure)
+    evaluation.html(out / "report.html", title, head, note)

@@ -1,20 +1,27 @@
-"""Options: a field of a dataclass is an option of the command line, its help, its check, and its place in results."""
+"""Options: a field of a dataclass is an option of the command line or a key of a plan, its help, and its check."""
 
 from __future__ import annotations
 
 import operator
 import shlex
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import field as dataclass_field
 from difflib import get_close_matches
+from functools import cached_property
+from inspect import cleandoc
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from .cli import Watch
+
+T = TypeVar("T", bound="Options")
+C = TypeVar("C", bound="Command")
 _BOUNDS = {"least": (operator.ge, "at least"), "above": (operator.gt, "above"), "most": (operator.le, "at most")}
 
 
@@ -29,154 +36,188 @@ def option(
     flag: str | None = None,
     positional: bool = False,
     recorded: bool = True,
+    offered: bool = True,
 ) -> Any:
-    """A field of a dataclass of options; without a default it is required.
+    """A field of ``Options``; without a default it is required.
 
     Args:
         default: the value if none is given.
-        help: for ``--help``, and in place of a line in the docstring of the class.
+        help: what it is, for ``--help``.
         choices: the names that are allowed, looked up when options are checked: a registry may grow.
         least, above, most: bounds of the numbers that are allowed.
         flag: name on the command line, if it is not that of the field; of a tuple, the name of one of its values.
         positional: on the command line the value stands alone.
         recorded: results depend on it, and it is saved with them.
+        offered: it is an option of the command line, and not of plans alone.
     """
-    about = {"help": help, "choices": choices, "flag": flag, "positional": positional, "recorded": recorded}
-    return field(default=default, metadata=about | {"least": least, "above": above, "most": most})
+    about = {"help": help, "choices": choices, "flag": flag, "least": least, "above": above, "most": most}
+    about |= {"positional": positional, "recorded": recorded, "offered": offered}
+    return dataclass_field(default=default, metadata=about)
 
 
-def flag_of(each: Field[Any]) -> str:
-    """Name of a field on the command line."""
-    return each.metadata["flag"] or f"--{each.name.replace('_', '-')}"
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of dataclasses whose values are checked when they are made; lists become tuples, integers floats."""
 
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value = _typed(getattr(self, field.name), _kinds(hints[field.name]))
+            if value is MISSING:
+                raise ValueError(f"{field.name} must be of type {field.type}, got {getattr(self, field.name)!r}")
+            object.__setattr__(self, field.name, value)
+            for single in value if isinstance(value, tuple) else (value,):
+                if single is not None and field.metadata:
+                    _check(single, field)
 
-def check(options: Any, flags: bool = True) -> None:
-    """Refuses values that are out of range or none of the choices."""
-    for each in fields(options):
-        given, about = getattr(options, each.name), each.metadata
-        bounds = [(*_BOUNDS[name], about[name]) for name in _BOUNDS if about.get(name) is not None]
-        for value in given if isinstance(given, tuple) else (given,):
-            if value is not None and about.get("choices") and value not in about["choices"]:
-                name = each.name.replace("_", " ")
-                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(about['choices'])}")
-            if value is not None and not all(holds(value, bound) for holds, _, bound in bounds):
-                said = " and ".join(f"{words} {bound:g}" for _, words, bound in bounds)
-                raise ValueError(f"{flag_of(each) if flags else each.name} must be {said}, got {value}")
-
-
-def add_options(parser: ArgumentParser, kind: type) -> None:
-    """Gives a parser the options of a dataclass."""
-    hints = get_type_hints(kind)
-    for each in fields(kind):
-        about, (hint, *_) = each.metadata, _kinds(hints[each.name])
-        several = get_origin(hint) is tuple
-        choices = f": {', '.join(about['choices'])}" if about["choices"] else ""
-        again = "; may be given again" if several and not about["positional"] else ""
-        # A percent sign is an instruction to argparse.
-        text = f"{about['help']}{choices}{again}{_default(each)}".replace("%", "%%")
-        words: dict[str, Any] = {"help": text}
-        if hint is bool:
-            words |= {"action": "store_true"}
-        else:
-            words |= {"type": get_args(hint)[0] if several else hint}
-            words |= {"metavar": each.name.upper() if about["positional"] else words["type"].__name__.upper()}
-        if several:
-            words |= {"nargs": "+"} if about["positional"] else {"action": "append"}
-        if about["positional"]:
-            parser.add_argument(each.name, **words)
-        else:
-            parser.add_argument(flag_of(each), dest=each.name, **words)
-
-
-def _default(each: Field[Any]) -> str:
-    values = each.default if isinstance(each.default, tuple) else (each.default,)
-    shown = [str(value) for value in values if value not in (MISSING, None, False)]
-    return f" [{', '.join(shown)}]" if shown else ""
-
-
-def from_arguments(kind: Callable[..., T], given: Namespace) -> T:
-    """The options that a parser found."""
-    found = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
-    return kind(**{name: value for name, value in found.items() if value is not None})
-
-
-def from_table(kind: type, table: Any) -> dict[str, Any]:
-    """Values of fields from a table of a TOML file, lists as tuples."""
-    if not isinstance(table, dict):
-        raise ValueError(f"expected a table, got {table!r}")
-    hints, found = get_type_hints(kind), {}
-    for key, value in table.items():
-        if key not in hints:
-            near = get_close_matches(key, hints, 1)
-            raise ValueError(f"unknown key {key!r}; use {near[0] if near else 'one of ' + ', '.join(hints)}")
-        try:
-            found[key] = _typed(value, hints[key])
-        except TypeError as error:
-            raise ValueError(f"{key} must be {error}, got {value!r}") from None
-    return found
-
-
-def made(kind: Callable[..., T], values: Mapping[str, Any]) -> T:
-    """A checked instance of a dataclass of options."""
-    missing = [each.name for each in fields(cast("Any", kind)) if each.default is MISSING and each.name not in values]
-    if missing:
-        raise ValueError(f"{missing[0]} is missing")
-    options = kind(**values)
-    check(options, flags=False)
-    return options
+    @classmethod
+    def from_table(cls: type[T], table: Any) -> T:
+        """The options of a table of a plan."""
+        if not isinstance(table, dict):
+            raise ValueError(f"expected a table, got {table!r}")
+        known = {field.name: field.default for field in fields(cls)}
+        for key in (key for key in table if key not in known):
+            near = get_close_matches(key, known, 1)
+            raise ValueError(f"unknown key {key!r}; use {near[0] if near else 'one of ' + ', '.join(known)}")
+        for key, default in known.items():
+            if default is MISSING and key not in table:
+                raise ValueError(f"{key} is missing")
+        return cls(**table)
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The types that a value may have, but for None."""
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    return tuple(kind for kind in kinds if kind is not type(None))
+    """The types of a hint."""
+    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
 
 
-def _typed(value: Any, hint: Any) -> Any:
-    for kind in _kinds(hint):
+def _typed(value: Any, kinds: tuple[Any, ...]) -> Any:
+    """The value as one of some types; MISSING if it is none of them."""
+    for kind in kinds:
         plain = get_origin(kind) or kind
-        if plain is tuple and isinstance(value, list):
-            return tuple(_typed(each, get_args(kind)[0]) for each in value)
-        if type(value) is plain or (plain is float and type(value) is int):
-            return plain(value)
-    raise TypeError(" or ".join(map(_words, _kinds(hint))))
+        if plain is tuple and isinstance(value, list | tuple):
+            values = tuple(_typed(item, get_args(kind)[:1]) for item in value)
+            return MISSING if MISSING in values else values
+        if plain is float and type(value) is int:
+            return float(value)
+        if isinstance(value, plain) and isinstance(value, bool) == (plain is bool):
+            return value
+    return MISSING
 
 
-def _words(kind: Any) -> str:
-    if get_origin(kind) is tuple:
-        return f"a list, each {_words(get_args(kind)[0])}"
-    return {str: "a string", int: "an integer", float: "a number", bool: "true or false"}.get(kind, "a table")
+def _check(value: Any, field: Field[Any]) -> None:
+    """Refuses a value that is out of range or none of the choices."""
+    about = field.metadata
+    if about["choices"] and value not in about["choices"]:
+        name = field.name.replace("_", " ")
+        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(about['choices'])}")
+    bounds = [(*_BOUNDS[name], about[name]) for name in _BOUNDS if about[name] is not None]
+    if not all(holds(value, bound) for holds, _, bound in bounds):
+        wanted = " and ".join(f"{words} {bound:g}" for _, words, bound in bounds)
+        raise ValueError(f"{field.name} must be {wanted}, got {value}")
 
 
-def recorded(options: Any) -> dict[str, Any]:
-    """The options that results depend on, to be saved with them."""
-    values = {each.name: asdict(options)[each.name] for each in fields(options) if each.metadata["recorded"]}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+class Outcome(NamedTuple):
+    """What a command prints: words under tables of titles, headers and lines; or ``results`` as JSON."""
+
+    results: Any
+    words: str
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
 
 
-def command_line(name: str, options: Any) -> str:
-    """The command that gives the same results again, wherever it computes and writes."""
-    alone, words = [], []
-    for each in (each for each in fields(options) if each.metadata["recorded"]):
-        given = getattr(options, each.name)
-        for value in given if isinstance(given, tuple) else (given,):
-            if each.metadata["positional"]:
-                alone.append(shlex.quote(str(value)))
-            elif value is not None and value is not False:
-                words.append(flag_of(each) + ("" if value is True else f" {shlex.quote(str(value))}"))
-    return " ".join(["snntorch-lr", name, *alone, *words])
+class Parser(ArgumentParser):
+    """A parser of command lines whose errors are a ``ValueError``."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog=prog, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises it."""
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Printed:
-    """What a command prints."""
+class Command(Options):
+    """A command and its options. Its name is that of the class, its help the docstring; ``run`` does it.
 
+    Attributes:
+        place: folder for the results if none is given; names in braces stand for options.
+        kept: said after Ctrl-C: the results that are left.
+    """
+
+    place: ClassVar[str]
+    kept: ClassVar[str] = "nothing was written"
     json: bool = option(False, "print the results as JSON, and all else to standard error", recorded=False)
+    out: Path | None = option(None, "folder for the results; by default PLACE", recorded=False)
+
+    def run(self, watch: Watch) -> Outcome:
+        """Does it, in its ``folder``, which no other process uses."""
+        raise NotImplementedError
+
+    def about(self) -> dict[str, Any]:
+        """What the names in ``place`` stand for."""
+        return vars(self)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Folder for the results."""
+        return self.out or Path(self.place.format(**self.about()))
+
+    def recorded(self) -> dict[str, Any]:
+        """The options that results depend on, to be saved with them."""
+        values = {field.name: getattr(self, field.name) for field in _offered(self) if field.metadata["recorded"]}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    def command_line(self) -> str:
+        """The command that gives the same results again, wherever it computes and writes."""
+        alone, words = [], []
+        for field in (field for field in _offered(self) if field.metadata["recorded"]):
+            chosen = getattr(self, field.name)
+            for value in chosen if isinstance(chosen, tuple) else (chosen,):
+                if field.metadata["positional"]:
+                    alone.append(shlex.quote(str(value)))
+                elif value is not None and value is not False:
+                    words.append(_flag(field) + ("" if value is True else f" {shlex.quote(str(value))}"))
+        return " ".join(["snntorch-lr", type(self).__name__.lower(), *alone, *words])
+
+    @classmethod
+    def parse(cls: type[C], words: Sequence[str]) -> C:
+        """The options of a command line, from the words that follow the name of the command."""
+        parser = Parser(f"snntorch-lr {cls.__name__.lower()}", description=cleandoc(cls.__doc__ or ""))
+        hints = get_type_hints(cls)
+        for field in _offered(cls):
+            about, (hint, *_) = field.metadata, _kinds(hints[field.name])
+            several = get_origin(hint) is tuple
+            kind = get_args(hint)[0] if several else hint
+            choices = f": {', '.join(about['choices'])}" if about["choices"] else ""
+            again = "; may be given again" if several and not about["positional"] else ""
+            defaults = field.default if isinstance(field.default, tuple) else (field.default,)
+            shown = ", ".join(str(value) for value in defaults if value not in (MISSING, None, False))
+            help = f"{about['help']}{choices}{again}{f' [{shown}]' if shown else ''}".replace("PLACE", cls.place)
+            # A percent sign is an instruction to argparse.
+            how: dict[str, Any] = {"help": help.replace("%", "%%")}
+            if kind is bool:
+                parser.add_argument(_flag(field), dest=field.name, action="store_true", **how)
+            elif about["positional"]:
+                how |= {"nargs": "+"} if several else {}
+                parser.add_argument(field.name, type=kind, metavar=field.name.upper(), **how)
+            else:
+                how |= {"action": "append"} if several else {}
+                parser.add_argument(_flag(field), dest=field.name, type=kind, metavar=kind.__name__.upper(), **how)
+        values = vars(parser.parse_intermixed_args(words))
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+
+def _offered(options: Any) -> list[Field[Any]]:
+    return [field for field in fields(options) if field.metadata["offered"]]
+
+
+def _flag(field: Field[Any]) -> str:
+    return field.metadata["flag"] or f"--{field.name.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataPlace(Printed):
-    """The place of the data."""
+class WithData(Command):
+    """A command that needs images."""
 
     data_root: Path | None = option(
         None, "torchvision root of MNIST and Fashion-MNIST; downloaded there if absent", recorded=False
@@ -184,8 +225,8 @@ class DataPlace(Printed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place(DataPlace):
-    """The place of the data, and of the computation."""
+class WithDevice(WithData):
+    """A command that computes on a device."""
 
     device: str = option("cpu", "cpu, cuda, cuda:1, ...", recorded=False)
 

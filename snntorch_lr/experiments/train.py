@@ -1,43 +1,229 @@
-"""Training by a recipe, with a checkpoint after each epoch."""
+"""Training runs: a recipe decides what one computes; network, noise, optimizer and loop follow from it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import snntorch as snn
 import torch
 from torch import Tensor, nn
 
-from .._files import save
+from .._files import load, save
 from .._messages import warn
 from ..anneal import anneal, noise_gap
-from ..convert import noise_on
+from ..convert import add_noise, noise_on
 from ..gradients import ESTIMATORS
-from ..network import noises
+from ..network import noises, reset
+from ..noise import KINDS, NoisyInput
 from ..objectives import OBJECTIVES
 from ..optim import attach, closure
 from ..robustness import Budget, Descent, Target, gradient_attack, perturb
-from . import files
+from . import data
 from .data import Images
-from .recipe import INCOMPLETE, Recipe, check_recipe, make_network, make_optimizer
+from .options import Options, option
 
+METHODS = ("surrogate", "surrogate, noise", "likelihood ratio")
+HIDDEN = {"mlp": (256,), "wide-mlp": (1000,), "deep-mlp": (256, 128), "spiking-mlp": (256,)}
+"""Numbers of hidden neurons of networks without convolutions."""
+MODELS = (*HIDDEN, "conv")
+"""Spiking networks. There is also ``"ann"``, with rectified linear units, to transfer adversarial images from."""
 CHECKS = 20
 """Times in an epoch at which a run with ``stop_at`` looks at its validation accuracy."""
 Step = Callable[[Tensor, Tensor], float]
+# An option of plans, and not of the command line.
+_planned = partial(option, offered=False)
+# Errors of a checkpoint that lacks something, or has something else in its place.
+_INCOMPLETE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-class Observer:
-    """Watches a training, and does nothing."""
+class SpikingClassifier(nn.Module):
+    """Blocks with leaky neurons between them, and a readout by the mean membrane potential or by spike counts.
 
-    def after_step(self, done: int, loss: float) -> None:
-        """Called after each step with the number of steps done, resumed ones included, and the loss."""
+    The image is the constant input current of every time step (direct coding), so the first block runs once, unless
+    the module ``input`` in front of it draws noise in each time step. Without ``counts`` of spikes as logits, the
+    output neurons integrate and never reset.
+    """
 
-    def after_epoch(self, entry: dict[str, float], net: nn.Module) -> None:
-        """Called after each epoch, when its checkpoint is written, with its entry of the history."""
+    def __init__(
+        self, blocks: list[nn.Module], readout: nn.Module, num_steps: int = 8, beta: float = 0.9, counts: bool = False
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.neurons = nn.ModuleList(snn.Leaky(beta=beta, init_hidden=True) for _ in blocks)
+        self.input: nn.Module = nn.Identity()
+        self.readout = readout
+        mechanism = "subtract" if counts else "none"
+        self.output = snn.Leaky(beta=beta, init_hidden=True, output=True, reset_mechanism=mechanism)
+        self.num_steps = num_steps
+        self.counts = counts
+
+    @property
+    def spiking(self) -> list[str]:
+        """Names of the neurons whose spikes count: those that get noise."""
+        hidden = [f"neurons.{index}" for index in range(len(self.neurons))]
+        return [*hidden, "output"] if self.counts else hidden
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[batch, classes]`` from images ``[batch, channels, height, width]``."""
+        reset(self)
+        noise = self.input
+        changes = isinstance(noise, NoisyInput) and noise.active and not noise.frozen
+        current = self.blocks[0](noise(images))
+        total = torch.zeros((), device=images.device)
+        for step in range(self.num_steps):
+            if step and changes:
+                current = self.blocks[0](noise(images))
+            spikes = self.neurons[0](current)
+            for block, neuron in zip(list(self.blocks)[1:], list(self.neurons)[1:], strict=True):
+                spikes = neuron(block(spikes))
+            spikes, mem = self.output(self.readout(spikes))
+            total = total + (spikes if self.counts else mem)
+        return total if self.counts else total / self.num_steps
+
+
+def build(model: str, shape: tuple[int, int, int], num_steps: int = 8) -> nn.Module:
+    """A network for images of a shape (channels, height, width), with 10 classes.
+
+    The models are those of ``HIDDEN``, of which ``"spiking-mlp"`` has a readout by spike counts; ``"conv"`` (8 and 16
+    channels, 5 × 5 kernels, each with max pooling by 2); and ``"ann"`` (256 rectified linear units).
+    """
+    channels, height, width = shape
+    pixels = channels * height * width
+    if model == "ann":
+        return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 256), nn.ReLU(), nn.Linear(256, 10))
+    if model == "conv":
+        blocks: list[nn.Module] = [
+            nn.Sequential(nn.Conv2d(channels, 8, 5, padding=2), nn.MaxPool2d(2)),
+            nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 16, 5, padding=2)),
+        ]
+        features = 16 * (height // 2 // 2) * (width // 2 // 2)
+        return SpikingClassifier(blocks, nn.Sequential(nn.Flatten(), nn.Linear(features, 10)), num_steps)
+    sizes = HIDDEN[model]
+    first = nn.Sequential(nn.Flatten(), nn.Linear(pixels, sizes[0]))
+    blocks = [first, *(nn.Linear(*pair) for pair in pairwise(sizes))]
+    return SpikingClassifier(blocks, nn.Linear(sizes[-1], 10), num_steps, counts=model == "spiking-mlp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Options):
+    """Everything that decides what a training run computes; ``help`` of a field says what it is.
+
+    Raises:
+        ValueError: if it cannot be trained.
+    """
+
+    noise: str = option("membrane", "kind of the noise of the hidden neurons", choices=KINDS)
+    distribution: str = option("gaussian", "gaussian, logistic; membrane noise also laplace")
+    sigma: float = option(0.5, "initial noise level of the hidden neurons")
+    dataset: str = option("digits", "data set, digits without a download", choices=data.NAMES)
+    model: str = option("mlp", "network", choices=(*MODELS, "ann"))
+    epochs: int = option(None, "passes over the data; 20 for digits, 4 otherwise", least=1)
+    copies: int = option(None, "noise copies of each sample; 1 for counterfactual, else 16", least=1)
+    seed: int = option(0, "of everything random")
+    estimator: str = option("counterfactual", "estimator of the likelihood ratio", choices=ESTIMATORS)
+    learning_rate: float = option(1e-3, "of Adam, for all networks; falls to 0 along a cosine", above=0)
+    anneal: float | None = option(
+        None, "fraction of the noise levels that is left at the end; by default they do not fall", above=0, most=1
+    )
+    method: str = _planned(
+        help="surrogate gradients without noise, the same with that of the likelihood ratio, or the likelihood ratio",
+        choices=METHODS,
+    )
+    num_steps: int = _planned(8, "time steps", least=1)
+    batch_size: int = _planned(128, "images per step", least=1)
+    validation: int = _planned(0, "training images held out to choose by, drawn by the seed", least=0)
+    stop_at: float | None = _planned(None, "validation accuracy, noise off, at which training stops")
+    objective: str = _planned("cross-entropy", "loss; under zero-one the outputs have noise too", choices=OBJECTIVES)
+    decay: float = _planned(0.0, "decoupled decay of the first block's weights, in learning rates", least=0)
+    input_noise: float = _planned(0.0, "initial level of Gaussian noise on the input; 0 for none", least=0)
+    input_noise_each_step: bool = _planned(False, "draw it in each time step, in place of once for each presentation")
+    learn_input_noise: bool = _planned(False, "learn its level, down to half of where it starts")
+    adversary: float = _planned(0.0, "l∞ budget of adversarial examples in place of images; 0 for none", least=0)
+    # Shafahi et al. (2019), "Adversarial Training for Free!".
+    free: int = _planned(0, "updates of each batch, whose gradients make the next examples; 0 for an attack", least=0)
+    learn_sigma: bool = _planned(True, "noise levels are learned")
+    late_copies: int = _planned(0, "noise copies once the learning rate has fallen by half; 0 for as before", least=0)
+
+    def __post_init__(self) -> None:
+        epochs, copies = 20 if self.dataset == "digits" else 4, 1 if self.estimator == "counterfactual" else 16
+        for name, value in (("epochs", epochs), ("copies", copies)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+        KINDS[self.noise](self.sigma, distribution=self.distribution)
+        flat, ratio = self.objective == "zero-one", self.method == "likelihood ratio"
+        silent = self.method == "surrogate" and not self.input_noise
+        for wrong, message in (
+            (flat and not ratio, "zero-one has no gradient to backpropagate: use the method likelihood ratio"),
+            (flat and self.estimator == "counterfactual",
+             "the objective zero-one has no derivative by a spike: use the estimator vanilla"),
+            (self.late_copies and not ratio, f"late_copies needs the method likelihood ratio, got {self.method}"),
+            (self.free and not self.adversary, "free needs the budget of an adversary"),
+            (self.model == "ann" and not silent,
+             "the model ann has no spiking neurons: use the method surrogate, without noise"),
+            (self.stop_at is not None and not self.validation,
+             "stop_at needs validation images, so that the test images decide nothing"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(message)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Recipe:
+        """The recipe among values; of those that an earlier version saved, nobody used the others."""
+        return cls(**{field.name: values[field.name] for field in fields(Recipe) if field.name in values})
+
+
+def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
+    """The untrained network of a recipe; networks of the same seed start from the same weights."""
+    torch.manual_seed(recipe.seed)
+    net = build(recipe.model, shape, num_steps=recipe.num_steps)
+    if recipe.input_noise and isinstance(net, SpikingClassifier):
+        frozen = not recipe.input_noise_each_step
+        net.input = NoisyInput(recipe.input_noise, recipe.learn_input_noise, frozen=frozen)
+    if recipe.method == "surrogate" or not isinstance(net, SpikingClassifier):
+        return net
+    add_noise(net, recipe.sigma, recipe.learn_sigma, net.spiking, recipe.noise, recipe.distribution)
+    if recipe.objective == "zero-one" and not net.counts:
+        # What is learned without a gradient of the loss has to be sampled, and the loss reads membrane potentials.
+        add_noise(net, recipe.sigma, recipe.learn_sigma, ["output"])
+    return net
+
+
+def make_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
+    """Adam, with decoupled decay of the first block's weights if the recipe has any."""
+    first = [p for name, p in net.named_parameters() if name.startswith("blocks.0.") and p.dim() > 1]
+    rest = [p for p in net.parameters() if all(p is not other for other in first)]
+    groups: list[dict[str, Any]] = [{"params": rest}, {"params": first, "weight_decay": recipe.decay}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], recipe.learning_rate, weight_decay=0.0)
+
+
+def noise_levels(net: nn.Module) -> dict[str, list[float]]:
+    """Noise levels σ by neuron and input, as plain numbers."""
+    levels = {name: noise.sigma.detach().flatten().tolist() for name, noise in noises(net).items()}
+    return {name.removesuffix(".noise"): level for name, level in levels.items()}
+
+
+def load_trained(checkpoint: Path) -> tuple[Recipe, nn.Module]:
+    """Recipe and network of a checkpoint."""
+    state = load(checkpoint)
+    try:
+        recipe = Recipe.of(state["recipe"])
+        net = make_network(recipe, tuple(state["shape"]))
+        net.load_state_dict(state["net"])
+    except _INCOMPLETE as error:
+        raise _not_a_checkpoint(checkpoint, error) from error
+    return recipe, net
+
+
+def _not_a_checkpoint(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is not a checkpoint of reproduce ({type(error).__name__})")
 
 
 @dataclass
@@ -62,12 +248,12 @@ def right(net: nn.Module, images: Tensor, labels: Tensor, noise: bool = False, b
     was_training = net.training
     net.eval()
     with torch.no_grad(), noise_on(net) if noise else nullcontext():
-        found = [
+        masks = [
             net(x).argmax(1) == y
             for x, y in zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
         ]
     net.train(was_training)
-    return torch.cat(found)
+    return torch.cat(masks)
 
 
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -108,30 +294,23 @@ def train(
     Raises:
         ValueError: if the recipe cannot be trained, or the checkpoint was written with other settings.
     """
-    check_recipe(recipe)
     images = images.to(device)
     net = make_network(recipe, images.shape).to(device)
     optimizer = make_optimizer(recipe, net)
     rows, _ = split(recipe, images)
     steps = -(-len(rows) // recipe.batch_size)
-    parts: dict[str, Any] = {"net": net, "optimizer": optimizer}
-    parts["schedule"] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * steps)
-    schedules = [parts["schedule"]]
+    schedules: dict[str, Any] = {
+        "schedule": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * steps)
+    }
     if recipe.anneal is not None and noises(net):
-        parts["anneal"] = anneal(net, recipe.epochs * steps, recipe.anneal)
-        schedules.append(parts["anneal"])
+        schedules["anneal"] = anneal(net, recipe.epochs * steps, recipe.anneal)
+    parts = {"net": net, "optimizer": optimizer, **schedules}
     history: list[dict[str, float]] = []
     stopped = False
     if resume and checkpoint.exists():
-        state = _matching(checkpoint, recipe)
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            history, stopped = state["history"], state.get("stopped", False)
-        except INCOMPLETE as error:
-            raise ValueError(f"{checkpoint} is not a checkpoint of reproduce ({type(error).__name__})") from error
+        history, stopped = _go_on(checkpoint, recipe, parts)
     take_step = stepper(recipe, net, optimizer)
-    tests: list[Tensor] = []
+    tests: dict[str, Tensor] = {}
     while len(history) < recipe.epochs and not stopped:
         epoch = len(history)
         torch.manual_seed(1_000_003 * (recipe.seed + 1) + epoch)
@@ -139,7 +318,7 @@ def train(
         started, losses = time.perf_counter(), []
         for step, batch in enumerate(torch.split(order, recipe.batch_size), start=1):
             losses.append(take_step(images.train[batch], images.train_labels[batch]) * len(batch))
-            for schedule in schedules:
+            for schedule in schedules.values():
                 schedule.step()
             after_step(epoch * steps + step, losses[-1] / len(batch))
             looks = step == steps or step % max(1, steps // CHECKS) == 0
@@ -148,22 +327,22 @@ def train(
             if stopped:
                 break
         seconds = time.perf_counter() - started
-        switches = (False, True) if noises(net) else (False,)
-        tests = [right(net, images.test, images.test_labels, noise) for noise in switches]
-        measured = [float(test.double().mean()) for test in tests]
+        tests = {"test_accuracy": right(net, images.test, images.test_labels)}
+        if noises(net):
+            tests["noisy_test_accuracy"] = right(net, images.test, images.test_labels, noise=True)
         entry = {
             "epoch": epoch + 1 if step == steps else epoch + step / steps,
             "train_loss": sum(losses) / min(step * recipe.batch_size, len(rows)),
-            **dict(zip(("test_accuracy", "noisy_test_accuracy"), measured, strict=False)),
+            **{name: float(test.double().mean()) for name, test in tests.items()},
             "seconds": seconds,
         }
         history.append(entry)
         about = {"recipe": asdict(recipe), "shape": list(images.shape), "history": history, "stopped": stopped}
         save(checkpoint, about | {name: part.state_dict() for name, part in parts.items()})
         after_epoch(entry, net)
+    off, on = tests.get("test_accuracy"), tests.get("noisy_test_accuracy")
     # A single draw that costs accuracy is nothing to mend.
-    gap = noise_gap(*tests) if len(tests) == 2 and tests[0].sum() < tests[1].sum() else None
-    if gap is not None:
+    if off is not None and on is not None and off.sum() < on.sum() and (gap := noise_gap(off, on)):
         warn(f"{checkpoint.stem}: {gap}")
     return Trained(net, history)
 
@@ -222,12 +401,18 @@ def _disturbed(recipe: Recipe, net: nn.Module, step: Step) -> Step:
     return free if recipe.free else attacked
 
 
-def _matching(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
-    state = files.load_checkpoint(checkpoint)
-    wanted, found = asdict(recipe), state.get("recipe", {})
-    different = [f"{key}={found.get(key)!r} (now {wanted[key]!r})" for key in wanted if found.get(key) != wanted[key]]
-    if different:
-        raise ValueError(
-            f"{checkpoint} was written with {', '.join(different)}; use the same settings, or another --out directory"
-        )
-    return state
+def _go_on(checkpoint: Path, recipe: Recipe, parts: dict[str, Any]) -> tuple[list[dict[str, float]], bool]:
+    """Puts the states of a checkpoint into the parts of a run; returns its history, and whether it has stopped."""
+    state = load(checkpoint)
+    try:
+        saved = state["recipe"]
+        different = [f"{k}={saved.get(k)!r} (now {v!r})" for k, v in asdict(recipe).items() if saved.get(k) != v]
+        if not different:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            return state["history"], state.get("stopped", False)
+    except _INCOMPLETE as error:
+        raise _not_a_checkpoint(checkpoint, error) from error
+    raise ValueError(
+        f"{checkpoint} was written with {', '.join(different)}; use the same settings, or another --out directory"
+    )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,31 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from snntorch_lr.experiments import benchmark
 from snntorch_lr.experiments.benchmark import Benchmark
-from snntorch_lr.experiments.workloads import FEATURES, METHODS, REFERENCE, RIVAL, make_step
+from snntorch_lr.experiments.cli import Watch
+from snntorch_lr.experiments.workloads import (
+    FEATURES,
+    METHODS,
+    REFERENCE,
+    RIVAL,
+    Method,
+    make_step,
+    peak_megabytes,
+    slope,
+)
 from snntorch_lr.noise import KINDS
 
-from .commands import is_one_line, run
+from .commands import run
+
+
+class Silent(Watch):
+    """Tells nobody."""
+
+    def __init__(self) -> None:
+        pass
+
+    def say(self, what: str) -> None:
+        pass
+
 
 TINY: dict[str, Any] = {"num_steps": 4, "width": 20, "batch": 8}
 
@@ -72,10 +94,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("benchmark")
     options = Benchmark(repeats=1, memory_steps=(2, 3), dataset="digits", limit=0.05, threads=1, out=out, **TINY)
     with pytest.MonkeyPatch.context() as patch:
-        # A process for each figure takes minutes; one is measured in test_cost.
+        # A process for each figure takes minutes; one is measured below.
         patch.setattr(benchmark, "peak_megabytes", lambda make, device: float(make.keywords["num_steps"]))
         patch.setattr(benchmark, "find_spec", lambda name: None)
-        benchmark.benchmark(options)
+        options.run(Silent())
     return out
 
 
@@ -83,7 +105,7 @@ def test_threads_are_as_before(written: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        benchmark.benchmark(Benchmark(parts=("kernels",), repeats=1, threads=1, out=written / "again", **TINY))
+        Benchmark(parts=("kernels",), repeats=1, threads=1, out=written / "again", **TINY).run(Silent())
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -113,16 +135,19 @@ def test_the_command_runs_chosen_parts(tmp_path: Path) -> None:
     assert "memory" not in json.loads((tmp_path / "benchmark.json").read_text())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--part", "speed"], "steps, kernels, deep, memory, growth, accuracy"),
-        (["--dataset", "cifar"], "mnist, fashion-mnist, digits"),
-        (["--repeats", "0"], "--repeats must be at least 1"),
-        (["--device", "gpu"], "unknown device"),
-    ],
-)
-def test_wrong_arguments_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    result = run("benchmark", *arguments, "--out", str(tmp_path))
-    is_one_line(result, 2, message)
-    assert list(tmp_path.iterdir()) == []
+def test_memory_is_that_of_a_whole_step() -> None:
+    # Some tensors of all neurons, copies and time steps, as float32.
+    peak = 1e6 * peak_megabytes(
+        partial(make_step, METHODS["vanilla, K = 16"], num_steps=8, width=256), torch.device("cpu")
+    )
+    numbers = 16 * 128 * 256 * 8
+    assert numbers / 8 < peak < 20 * 4 * numbers
+
+
+def test_a_process_that_dies_is_an_error() -> None:
+    with pytest.raises(ChildProcessError, match=r"no such method.* ended with status"):
+        peak_megabytes(partial(make_step, Method(loop="no such method")), torch.device("cpu"))
+
+
+def test_slope_is_the_exponent() -> None:
+    assert slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)

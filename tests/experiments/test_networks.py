@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from snntorch_lr.experiments import NETWORKS, data, load
-from snntorch_lr.experiments.recipe import load_trained, noise_levels
+from snntorch_lr.experiments.train import load_trained, noise_levels
 
 ROOT = Path(__file__).parents[2]
 RESULTS: list[dict[str, Any]] = json.loads((ROOT / "docs/results/study-mnist/results.json").read_text(encoding="utf-8"))

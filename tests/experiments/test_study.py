@@ -1,23 +1,135 @@
+"""Plans that are read or refused, and a small study from its plan to its page."""
+
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from snntorch_lr.experiments.study import page
-from snntorch_lr.experiments.study.plan import PRESETS, Entry, read_plan
-from snntorch_lr.experiments.study.run import Study, finished, result_file, study, work
+from snntorch_lr.experiments.page import REDUCED, Page, write
+from snntorch_lr.experiments.study import PLANS, Entry, Evaluation, Study, finished, read_plan, result_file, work
+from snntorch_lr.experiments.train import Recipe
 from snntorch_lr.robustness import SUITES, Descent, gradient_attack
 
-from .commands import quick_gates
+from .. import pages
+from .commands import quick_gates, run
+
+# A change of these throws away finished results; see Entry.mark.
+MARKS = {
+    "digits": "7e14dd14b918", "fashion-mnist": "fb6486440d03", "fashion-mnist-conv": "6c788363c8d6",
+    "mnist": "14811e69155c", "mnist-conv": "e69f65c566b4",
+}  # fmt: skip
+PLAN = """
+[recipes.surrogate]
+method = "surrogate"
+validation = 200
+
+[recipes.ratio]
+like = "surrogate"
+method = "likelihood ratio"
+noise = "escape"
+
+[usual]
+evaluations = [
+  { attacks = "reduced", images = 100, epsilons = [0.1] },
+  { attacks = ["FGSM", "EOT-PGD training"], images = 10, epsilons = [0.05, 1], noise = "on" },
+]
+networks = [
+  { family = "surrogate", like = "surrogate" },
+  { family = "likelihood ratio", like = "ratio", sigma = 1 },
+  { family = "surrogate, stopped", label = "early", like = "surrogate", matches = "usual: likelihood ratio" },
+]
+"""
+
+
+def written(folder: Path, text: str) -> str:
+    path = folder / "my-plan.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plans_of_the_package_are_as_they_were(name: str) -> None:
+    marks = " ".join(entry.mark for entry in read_plan(name))
+    assert hashlib.sha256(marks.encode()).hexdigest()[:12] == MARKS[name]
+
+
+def test_a_plan_of_ones_own_is_read(tmp_path: Path) -> None:
+    entries = {entry.name: entry for entry in read_plan(written(tmp_path, PLAN))}
+    assert list(entries) == [
+        "surrogate", "ann", "usual: surrogate", "usual: likelihood ratio", "usual: surrogate, stopped, early"
+    ]  # fmt: skip
+    off = Evaluation(attacks=REDUCED, images=100, epsilons=(0.1,))
+    on = Evaluation(attacks=("FGSM", "EOT-PGD training"), images=10, epsilons=(0.05, 1.0), noise="on")
+    ratio = entries["usual: likelihood ratio"]
+    assert ratio.recipe == Recipe(method="likelihood ratio", noise="escape", sigma=1.0, validation=200)
+    assert ratio.evaluations == (off, on)
+    # Without noise there is none to turn on.
+    assert entries["usual: surrogate"].evaluations == (off,)
+    assert entries["usual: surrogate, stopped, early"].matches == ratio.name
+    assert entries["ann"].recipe == Recipe(method="surrogate", model="ann", validation=200)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("validation = 200", "validation = ", "Invalid value"),
+        ('"likelihood ratio"\nnoise', '"magic"\nnoise', "recipes.ratio: unknown method 'magic'; choose one of"),
+        ('noise = "escape"', 'nois = "escape"', "recipes.ratio: unknown key 'nois'; use noise"),
+        ('noise = "escape"', "sigma = []", r"recipes.ratio: sigma must be of type float, got \[\]"),
+        ('noise = "escape"', "epochs = 1.5", "recipes.ratio: epochs must be of type int, got 1.5"),
+        ('like = "surrogate"\nmeth', 'like = "other"\nmeth', "recipes.ratio: 'other' is not among what stands above"),
+        ('method = "surrogate"\n', "", "recipes.surrogate: method is missing"),
+        (PLAN[: PLAN.index("[usual]")], "", "recipes.surrogate, which attacks are transferred from: method is missing"),
+        ("validation = 200", "", "recipes.surrogate: validation must be at least 1"),
+        ("[usual]", "[best]", "unknown key 'best'; use one of like, recipes, usual, seed, front, tune"),
+        ("networks = [", "nets = [", "usual: unknown key 'nets'; use networks"),
+        (PLAN[PLAN.index("networks = [") :], "networks = 3", "usual: networks must be of type tuple.dict.*, got 3"),
+        (PLAN[PLAN.index("networks = [") :], "", "usual: networks is missing"),
+        (PLAN[PLAN.index("[usual]") :], "", "no network: add one of the tables usual, seed, front, tune"),
+        ("\n[recipes.surr", "\nfront = 3\n[recipes.surr", "front must be of type dict.*, got 3"),
+        ("[recipes.surrogate]", "[recipes]\nx = 3\n[recipes.surrogate]", "recipes.x: expected a table, got 3"),
+        ('attacks = "reduced"', 'attacks = "mild"', "usual, evaluation 1: unknown attack 'mild'; use reduced, quick"),
+        ('"EOT-PGD training"', '"PGD-9"', "usual, evaluation 2: unknown attack 'PGD-9'; use reduced, quick"),
+        ('"reduced"', '"quick"', "evaluation 1: attacks must have one of the reduced suite"),
+        ("images = 100", "images = 0", "evaluation 1: images must be at least 1, got 0"),
+        ("images = 100, ", "", "evaluation 1: images is missing"),
+        ("[0.05, 1]", "[0.05, 2]", "evaluation 2: epsilons must be above 0 and at most 1, got 2"),
+        ("images = 10,", "images = 201, held_out = true,", "network 1: there are 200 held-out images"),
+        ('{ family = "surrogate", ', "{ ", "network 1: family is missing"),
+        ("sigma = 1", 'dataset = "mnist"', "network 2: dataset must be that of recipes.surrogate, digits"),
+        ("sigma = 1", "sigma = 0", "network 2: sigma must be positive"),
+        ('ratio", sigma', 'rato", sigma', "network 2: 'rato' is not among what stands above: surrogate, ratio"),
+        ('"usual: likelihood ratio"', '"usual: x"', "network 3: 'usual: x' is not among what stands above: surrog"),
+        (', stopped", label = "early"', '"', "network 3: there is a network 'usual: surrogate' above: give this"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_with_its_file_its_place_and_the_remedy(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    assert old in PLAN
+    plan = written(tmp_path, PLAN.replace(old, new))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_plan(plan)
+    assert str(caught.value).startswith(f"{plan}: ")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"my-plan\.toml"):
+        read_plan(str(tmp_path / "my-plan.toml"))
+
+
+def test_the_example_of_the_documentation_is_a_plan(tmp_path: Path) -> None:
+    (block,) = pages.blocks(pages.ROOT / "docs" / "results" / "index.md", "toml")
+    assert len(read_plan(written(tmp_path, block.code))) > 3
 
 
 def small_plan(folder: Path) -> Path:
     """The plan "digits" with less of everything."""
-    text = PRESETS["digits"].read_text()
+    text = PLANS["digits"].read_text()
     for old, new in (
         ("epochs = 20", "epochs = 1\nnum_steps = 3"),
         ("copies = 8", "copies = 2"),
@@ -54,11 +166,10 @@ def test_every_network_is_finished(done: Study, entries: list[Entry]) -> None:
 
 
 def test_finished_networks_are_not_done_again(done: Study, entries: list[Entry]) -> None:
-    before = {path: path.stat().st_mtime_ns for path in done.folder.rglob("*") if path.is_file()}
-    told: list[str] = []
-    assert len(study(done, lambda what, *_: told.append(what))) == len(entries)
-    assert told == []
-    assert {path: path.stat().st_mtime_ns for path in done.folder.rglob("*") if path.is_file()} == before
+    before = {path: path.stat().st_mtime_ns for path in done.folder.rglob("*/*") if path.is_file()}
+    said = run("study", done.plan, "--out", str(done.folder))
+    assert said.stdout.startswith("Written: ")
+    assert {path: path.stat().st_mtime_ns for path in done.folder.rglob("*/*") if path.is_file()} == before
 
 
 def test_no_network_is_transferred_to_from_itself_and_every_other_is(done: Study, entries: list[Entry]) -> None:
@@ -77,19 +188,21 @@ def test_the_stopped_network_matches_the_accuracy(done: Study, entries: list[Ent
     assert stopped["validation"] >= other["validation"] if ended else stopped["validation"] < other["validation"]
 
 
+def report(results: Path, out: Path, *more: str) -> dict[str, bytes]:
+    result = run("report", str(results), "--out", str(out), *more)
+    assert result.exit_code == 0, result.output
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
 def test_the_page_is_the_same_bytes_from_the_same_results(done: Study, tmp_path: Path) -> None:
-    first = {path.name: path.read_bytes() for path in page.write(done.folder / "results", tmp_path / "one")}
-    again = {path.name: path.read_bytes() for path in page.write(done.folder / "results", tmp_path / "two")}
-    assert first == again
+    first = report(done.folder / "results", tmp_path / "one")
     assert set(first) == {"index.md", "fronts.png", "results.json"}
-    page.write(tmp_path / "one", tmp_path / "three")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "three").iterdir()} == first
+    assert report(done.folder / "results", tmp_path / "two") == first
+    assert report(tmp_path / "one", tmp_path / "three") == first
 
 
 def test_html_pages_need_nothing(done: Study, tmp_path: Path) -> None:
-    written = page.write(done.folder / "results", tmp_path, html=True)
-    assert tmp_path / "report.html" in written
-    text = (tmp_path / "report.html").read_text()
+    text = report(done.folder / "results", tmp_path / "out", "--html")["report.html"].decode()
     assert "<svg" in text
     assert "fronts.png" not in text
     assert "Table B" in text
@@ -109,7 +222,7 @@ def test_each_way_of_attacking_has_a_row(done: Study, entries: list[Entry]) -> N
 
 def test_the_page_says_what_was_found(done: Study) -> None:
     results = [json.loads(path.read_text()) for path in sorted((done.folder / "results").glob("*.json"))]
-    text = page.to_markdown(results)
+    text = Page(results).to_markdown()
     for part in (
         "Table A",
         "Table B",
@@ -126,27 +239,15 @@ def test_the_page_says_what_was_found(done: Study) -> None:
     assert f"**{100 * worst['accuracy']:.1f}" in text
 
 
-def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_results_or_with_two_of_a_network_is_refused(done: Study, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no results"):
-        page.write(tmp_path, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"plan": "chess"}, "unknown study 'chess'; choose one of digits, "),
-        ({"groups": ("best",)}, "unknown groups 'best'; choose one of source, "),
-        ({"jobs": 0}, "--jobs must be at least 1, got 0"),
-    ],
-)
-def test_wrong_arguments_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        study(replace(Study(plan="digits", out=tmp_path), **change))
-    assert not list(tmp_path.iterdir())
+        write([], tmp_path, tmp_path, html=False)
+    twice = [next((done.folder / "results").glob("*.json"))] * 2
+    with pytest.raises(ValueError, match="more than one result of"):
+        write(twice, tmp_path, tmp_path, html=False)
 
 
 def test_processes_share_the_work(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    options = Study(plan=str(small_plan(tmp_path)), groups=("source",), jobs=2, out=tmp_path / "out")
-    study(options, lambda what, done, total, left: told.append((done, total)))
-    assert told == [(1, 2), (2, 2)]
+    words = [str(small_plan(tmp_path)), "--group", "source", "--jobs", "2", "--out", str(tmp_path / "out")]
+    said = run("study", *words).stdout
+    assert [line.partition(",")[0] for line in said.splitlines()[:2]] == ["1 of 2 finished", "2 of 2 finished"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from snntorch_lr.experiments.study import tables
-from snntorch_lr.experiments.study.plan import Entry, read_plan
-from snntorch_lr.experiments.study.tables import Point, beside, difference, front
+from snntorch_lr.experiments.page import Page, Point, Table, beside, difference, front
+from snntorch_lr.experiments.study import Entry, read_plan
 from snntorch_lr.robustness import wilson
 
 PLAN = """
@@ -98,7 +97,7 @@ def result(entry: Entry, clean: float, *rows: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def cells(table: tables.Table, line: str) -> dict[str, str]:
+def cells(table: Table, line: str) -> dict[str, str]:
     header, lines = table
     return dict(zip(header[1:], next(each[1:] for each in lines if each[0] == line), strict=True))
 
@@ -111,7 +110,7 @@ def usual() -> list[dict[str, Any]]:
 
 
 def test_networks_are_compared_on_the_images_that_both_were_attacked_on(usual: list[dict[str, Any]]) -> None:
-    found = tables.differences(usual)
+    found = Page(usual).differences()
     assert cells(found, "likelihood ratio, escape, vanilla (noise off)")["ε = 0.05"].startswith("+20.0 ")
     # Of the first twenty images the surrogate has all right.
     on = cells(found, "likelihood ratio, escape, vanilla (noise on)")
@@ -120,10 +119,10 @@ def test_networks_are_compared_on_the_images_that_both_were_attacked_on(usual: l
 
 
 def test_noise_off_and_on_stand_side_by_side_on_the_same_images(usual: list[dict[str, Any]]) -> None:
-    found = tables.usual(usual, "0.05")
+    found = Page(usual).table_a("0.05")
     assert cells(found, "likelihood ratio, escape, vanilla (noise off)")["worst, first 20 images"] == "100.0"
     assert cells(found, "likelihood ratio, escape, vanilla (noise on)")["worst, first 20 images"] == "90.0"
-    assert [line[0] for line in tables.usual(usual, "0.02")[1]] == [
+    assert [line[0] for line in Page(usual).table_a("0.02")[1]] == [
         "surrogate",
         "likelihood ratio, escape, vanilla (noise off)",
     ]
@@ -131,13 +130,13 @@ def test_noise_off_and_on_stand_side_by_side_on_the_same_images(usual: list[dict
 
 def test_no_difference_is_not_shown_as_no_measurement(usual: list[dict[str, Any]]) -> None:
     usual[0]["rows"][0]["right"]["worst"]["0.05"] = bits(40, 100)
-    found = tables.differences(usual)
+    found = Page(usual).differences()
     assert cells(found, "likelihood ratio, escape, vanilla (noise off)")["ε = 0.05"] == "+0.0 [+0.0, +0.0], p = 1"
 
 
 def test_without_the_surrogate_nothing_takes_its_place(usual: list[dict[str, Any]]) -> None:
     alone = [each for each in usual if each["entry"]["family"] != "surrogate"]
-    ((_, *line),) = tables.short(alone)[1]
+    ((_, *line),) = Page(alone).short()[1]
     assert line[2] == "-"
 
 
@@ -147,19 +146,19 @@ def test_the_front_leaves_the_pgd_trained_out(usual: list[dict[str, Any]]) -> No
         result(MNIST["front: surrogate, decay 5"], 0.96, row(70, 100, "none")),
         result(MNIST["front: likelihood ratio, 8 epochs"], 0.99, row(40, 100)),
     ]
-    header, lines = tables.fronts([*usual, *swept])
+    header, lines = Page([*usual, *swept]).fronts()
     found = {", ".join(line[:2]): dict(zip(header, line, strict=True)) for line in lines}
     assert found["surrogate, decay 5"]["worst, ε = 0.05"] == "70.0 *"
     assert found["surrogate, PGD-trained, 0.05"]["worst, ε = 0.05"] == "95.0 *"
     assert found["likelihood ratio, escape, vanilla, "]["to the front"].startswith("-10.0 ")
     assert found["likelihood ratio, 8 epochs"]["to the front"] == "-"
-    _, said = tables.extremes([*usual, *swept])
+    _, said = Page([*usual, *swept]).extremes()
     assert "of 1 likelihood-ratio networks lies -10.0 to -10.0 points" in said
     assert "1 more are more accurate than all of these" in said
 
 
 def test_the_front_is_of_the_images_that_all_were_attacked_on(usual: list[dict[str, Any]]) -> None:
-    header, lines = tables.fronts([*usual, result(MNIST["front: surrogate, decay 5"], 0.96, row(30, 50, "none"))])
+    header, lines = Page([*usual, result(MNIST["front: surrogate, decay 5"], 0.96, row(30, 50, "none"))]).fronts()
     found = {", ".join(line[:2]): dict(zip(header, line, strict=True)) for line in lines}
     # Of the first 50 images: 40 of the surrogate, 30 with decay, all of the likelihood ratio.
     assert found["surrogate, "]["worst, ε = 0.05"] == "80.0 *"
@@ -172,7 +171,7 @@ def test_seeds_count_the_network_of_table_a_as_one(usual: list[dict[str, Any]]) 
         result(MNIST[f"seed: likelihood ratio, escape, vanilla, seed {seed}"], 0.95, row(right, 100))
         for seed, right in ((1, 62), (2, 64))
     ]
-    found = cells(tables.seeds([*usual, *seeds]), "likelihood ratio, escape, vanilla")
+    found = cells(Page([*usual, *seeds]).seeds(), "likelihood ratio, escape, vanilla")
     assert found["seeds"] == "3"
     # Student's t for two degrees of freedom: 4.303 · 2 / √3.
     assert found["worst, ε = 0.05"] == "62.0 ± 5.0"
@@ -185,7 +184,7 @@ def test_what_was_tried_is_compared_with_what_was_trained_alike() -> None:
         result(MNIST["tune: likelihood ratio, decay 5"], 0.95, row(60, 100)),
         result(MNIST["tune: likelihood ratio, adversary 0.05"], 0.95, row(85, 100)),
     ]
-    found = tables.tuning(tried)
+    found = Page(tried).tuning()
     assert cells(found, "likelihood ratio, decay 5")["to the front"].startswith("-10.0 ")
     assert cells(found, "likelihood ratio, adversary 0.05")["to the front"].startswith("-5.0 ")
     assert cells(found, "surrogate, decay 5")["to the front"] == "-"
@@ -194,14 +193,14 @@ def test_what_was_tried_is_compared_with_what_was_trained_alike() -> None:
 
 def test_settings_name_what_a_network_has_of_its_own() -> None:
     entry = MNIST["tune: likelihood ratio, 4, then 32 copies"]
-    found = cells(tables.settings([result(entry, 0.95, row(60, 100))]), entry.name)
+    found = cells(Page([result(entry, 0.95, row(60, 100))]).settings(), entry.name)
     assert found["estimator, copies"] == "counterfactual, 4, late 32"
     assert found["noise"] == "escape, logistic, σ = 0.3"
     assert found["images attacked"] == "500 held out"
 
 
-def point(name: str, clean: float, right: int, images: int = 10) -> Point:
-    return Point(name, "", "", True, False, clean, np.array([1.0] * right + [0.0] * (images - right)), images)
+def point(name: str, clean: float, right: int) -> Point:
+    return Point(name, "", True, False, clean, 10, np.array([1.0] * right + [0.0] * (10 - right)))
 
 
 def test_the_front_leaves_out_what_another_beats() -> None:
@@ -209,28 +208,17 @@ def test_the_front_leaves_out_what_another_beats() -> None:
     assert [p.name for p in front(points)] == ["b", "a"]
 
 
-def test_between_two_neighbours_robustness_is_interpolated() -> None:
-    others = [point("a", 0.9, 3), point("b", 0.8, 6)]
-    found = beside(point("x", 0.85, 7), others)
-    assert found is not None
-    assert found.mean == pytest.approx(0.7 - 0.45)
-    assert found.low < found.mean < found.high
-
-
-def test_below_the_front_its_least_accurate_network_counts() -> None:
-    found = beside(point("x", 0.5, 7), [point("a", 0.9, 3), point("b", 0.8, 6)])
-    assert found is not None
-    assert found.mean == pytest.approx(0.1)
-
-
-def test_above_the_front_there_is_nothing_to_compare_with() -> None:
-    assert beside(point("x", 0.95, 7), [point("a", 0.9, 3)]) is None
-
-
-def test_the_error_has_wilsons_interval() -> None:
-    share = replace(point("x", 0.9, 3), images=1000).error
-    assert (share.accuracy, share.images) == (0.1, 1000)
-    assert share.low == pytest.approx(0.0829, abs=1e-4)
+@pytest.mark.parametrize(
+    ("clean", "mean"), [(0.85, 0.7 - 0.45), (0.5, 0.7 - 0.6), (0.95, None)], ids=["between", "below", "above"]
+)
+def test_beside_the_front_robustness_is_interpolated_and_never_extrapolated(clean: float, mean: float | None) -> None:
+    apart = beside(point("x", clean, 7), [point("a", 0.9, 3), point("b", 0.8, 6)])
+    if mean is None:
+        assert apart is None
+    else:
+        assert apart is not None
+        assert apart.mean == pytest.approx(mean)
+        assert apart.low < apart.mean < apart.high
 
 
 def test_the_interval_is_students() -> None:
