@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .graph import version
 
 # Bytes of the spikes of one layer in one presentation, from which on they are not kept as numbers.
-_WORTH_KEEPING_AS_BITS = 16_000_000
-_STEPS_AT_ONCE = 8
+WORTH_KEEPING_AS_BITS = 4_000_000
+_STEPS_AT_ONCE = 4
 SPIKES = "_snntorch_lr_spikes"
 """Name of what a fused neuron hangs on its spikes: see ``Emitted``."""
 
@@ -73,6 +73,9 @@ class _Memo:
     version: int
 
 
+_TRANSIENT = ("_memo", "_began", "_changes")
+
+
 class _Remembering(nn.Module):
     """Mixin in front of a layer of torch, by which it is what this module says."""
 
@@ -84,16 +87,26 @@ class _Remembering(nn.Module):
         if torch.compiler.is_compiling() or not isinstance(x, Tensor) or _is_checkpointed():
             plain: Tensor = super().forward(x)
             return plain
+        if self.__dict__.get("_changes") == _presentation:
+            return self._compute(x)
         known = self._known(x)
         memo: _Memo | None = self.__dict__.get("_memo")
         if memo is not None and memo.input() is x and memo.known == known and version(memo.output) == memo.version:
             return memo.output
+        output = self._compute(x)
+        if self.__dict__.get("_began") == _presentation:
+            # An input that changed once will change again.
+            self.__dict__["_changes"] = _presentation
+        else:
+            self.__dict__["_began"] = _presentation
+            self._keep(x, known, output)
+        return output
+
+    def _compute(self, x: Tensor) -> Tensor:
         emitted: Emitted | None = getattr(x, SPIKES, None)
         if emitted is not None and self._is_worth_it(x, emitted):
-            output = self._from_spikes(x, emitted.code)
-        else:
-            output = super().forward(x)
-        self._keep(x, known, output)
+            return self._from_spikes(x, emitted.code)
+        output: Tensor = super().forward(x)
         return output
 
     def _known(self, x: Tensor) -> tuple[Any, ...]:
@@ -118,7 +131,7 @@ class _Remembering(nn.Module):
             output.register_hook(forget)  # type: ignore[no-untyped-call]
 
     def _is_worth_it(self, x: Tensor, emitted: Emitted) -> bool:
-        if emitted.version != version(x) or emitted.bytes < _WORTH_KEEPING_AS_BITS:
+        if emitted.version != version(x) or emitted.bytes < WORTH_KEEPING_AS_BITS:
             return False
         same = x.dtype == self.weight.dtype and not _autocasts(x.device)
         return same and torch.is_grad_enabled() and self.weight.requires_grad
@@ -130,7 +143,7 @@ class _Remembering(nn.Module):
         return type(self).__name__.removeprefix("Remembering")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_memo"}
+        return {name: value for name, value in self.__dict__.items() if name not in _TRANSIENT}
 
 
 class RememberingLinear(_Remembering, nn.Linear):
@@ -187,7 +200,7 @@ class _ConvolutionOfSpikes(torch.autograd.Function):
         ctx: Any, x: Tensor, code: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
     ) -> Tensor:
         ctx.save_for_backward(code, weight)
-        ctx.options, ctx.biases = options, None if bias is None else list(bias.shape)
+        ctx.options, ctx.biases, ctx.shape = options, None if bias is None else list(bias.shape), x.shape
         return nn.functional.conv2d(x, weight, bias, *options)
 
     @staticmethod
@@ -195,7 +208,8 @@ class _ConvolutionOfSpikes(torch.autograd.Function):
         code, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.options
         needs_x, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        spikes = _spikes(code, weight)
+        # Rows of the input may be time steps and batch, which are apart in the code.
+        spikes = _spikes(code, weight).reshape(ctx.shape)
         found = torch.ops.aten.convolution_backward(
             grads[0], spikes, weight, ctx.biases, stride, padding, dilation, False, [0] * len(stride), groups,
             [needs_x, needs_weight, needs_bias],
@@ -229,5 +243,6 @@ def forget_constant_inputs(net: nn.Module) -> None:
     """Turns them back into layers of torch."""
     for module in net.modules():
         if type(module) in _PLAIN:
-            module.__dict__.pop("_memo", None)
+            for name in _TRANSIENT:
+                module.__dict__.pop(name, None)
             module.__class__ = _PLAIN[type(module)]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ._messages import places
 from .blocks import forget_constant_inputs, remember_constant_inputs
-from .gradients import ESTIMATORS, Counterfactual, CounterfactualCredit, Estimator, LossFn
+from .gradients import ESTIMATORS, Approximate, Counterfactual, CounterfactualCredit, Estimator, LossFn
+from .gradients.approximate import MeanInputCredit
 from .gradients.counterfactual import check_independent
 from .graph import ancestors
 from .network import noisy_neurons
@@ -78,8 +79,9 @@ def use_gradient(
 
     Args:
         net: a network with noisy neurons.
-        gradient: ``"counterfactual"`` for the likelihood ratio by counterfactual credit, ``"surrogate"`` for
-            snnTorch's surrogate gradients with reparameterised noise.
+        gradient: ``"counterfactual"`` for the likelihood ratio by counterfactual credit; ``"approximate"`` for the same
+            in ``rollout``, where layers between neurons go back once, at their mean input over time, and a loop of
+            your own is an error; ``"surrogate"`` for snnTorch's surrogate gradients with reparameterised noise.
         discount: γ of counterfactual credit in [0, 1], .7 by default: how much a later time step counts in what a
             spike does through its reset. 1 has no bias, and much variance in long sequences.
         control: λ of counterfactual credit in [0, 1]; by default it is fitted, layer by layer.
@@ -95,21 +97,21 @@ def use_gradient(
     """
     if gradient == "surrogate":
         if discount is not None or control is not None:
-            raise ValueError('discount and control belong to the gradient "counterfactual"')
+            raise ValueError('discount and control belong to the gradients "counterfactual" and "approximate"')
         forget_constant_inputs(net)
         for neuron in noisy_neurons(net).values():
             neuron.sampler = None
         return
-    if gradient != "counterfactual":
+    credits = {"counterfactual": CounterfactualCredit, "approximate": MeanInputCredit}
+    if gradient not in credits:
         needs = ""
         if gradient in ESTIMATORS:
             needs = (
                 f'; "{gradient}" needs copies of each sample and runs the forward pass itself: use '
                 f'attach(optimizer, net, estimator="{gradient}") with closure(), or its class'
             )
-        raise ValueError(f'unknown gradient {gradient!r}; choose "counterfactual" or "surrogate"{needs}')
-    credit = CounterfactualCredit(**{} if discount is None else {"discount": discount}, control=control)
-    choose_credit(net, credit)
+        raise ValueError(f'unknown gradient {gradient!r}; choose "counterfactual", "approximate" or "surrogate"{needs}')
+    choose_credit(net, credits[gradient](**{} if discount is None else {"discount": discount}, control=control))
 
 
 def choose_credit(net: nn.Module, credit: CounterfactualCredit) -> FirstCall:
@@ -138,16 +140,22 @@ def _steps(neurons: dict[str, NoisyNeuron]) -> int:
 class Hook:
     """Handle of an optimizer that ``attach`` was called on; ``remove()`` gives it back to backpropagation.
 
+    Args:
+        optimizer: the optimizer.
+        estimator: what computes the gradients of closures.
+        copies: that were asked for, which a loop of the user's own does not have; 1 if none were.
+
     Attributes:
         estimator: what computes the gradients of closures.
         optimizer: the optimizer, unchanged and reachable.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, estimator: Estimator) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, estimator: Estimator, copies: int) -> None:
         self.optimizer = optimizer
         self.estimator = estimator
+        self._copies = copies
         self._first: FirstCall | None = None
-        if isinstance(estimator, Counterfactual):
+        if isinstance(estimator, (Counterfactual, Approximate)):
             self._first = choose_credit(estimator.net, estimator.sampler)
         self._neurons = noisy_neurons(estimator.net)
         self._done = _steps(self._neurons)
@@ -218,9 +226,9 @@ class Hook:
         Raises:
             ValueError: if they are not what they are taken for.
         """
-        if self.estimator.copies > 1:
+        if self._copies > 1:
             raise ValueError(
-                f"copies={self.estimator.copies} is for optimizer.step(closure(loss_fn, inputs, targets)): in a loop "
+                f"copies={self._copies} is for optimizer.step(closure(loss_fn, inputs, targets)): in a loop "
                 "of your own each sample has one noise copy for each time that it is in the batch; leave copies out"
             )
         steps = _steps(self._neurons)
@@ -259,8 +267,12 @@ def attach(
     clipping, autocast, DDP, Lightning. Each ``optimizer.step()`` looks at the gradients first, and refuses what is not
     finite, or owes nothing to a noisy neuron.
 
-    ``"vanilla"`` and ``"approximate"`` run the forward pass themselves, on K copies of each sample:
-    ``optimizer.step(closure(loss_fn, images, labels))`` clears the gradients, fills them and updates.
+    With ``"approximate"`` so does a loop whose forward pass is ``rollout``: layers between neurons go back once, at
+    their mean input over time. Another forward pass with a graph is an error.
+
+    ``"vanilla"`` runs the forward pass itself, on K copies of each sample:
+    ``optimizer.step(closure(loss_fn, images, labels))`` clears the gradients, fills them and updates. So does
+    ``"approximate"``, and then needs no derivative of the loss.
 
     Args:
         optimizer: any ``torch.optim`` optimizer, with any parameter groups.
@@ -292,6 +304,7 @@ def attach(
         if estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
         estimator = ESTIMATORS[estimator](net, **options)
+        asked = copies or 1
     elif not isinstance(estimator, Estimator):
         raise TypeError(
             f"estimator must be one of {', '.join(ESTIMATORS)}, or an estimator that was made for this network, not "
@@ -301,8 +314,10 @@ def attach(
         raise ValueError(f"{', '.join(options)} belongs to the estimator; give it when you make the estimator")
     elif estimator.net is not net:
         raise ValueError("the estimator was made for another network than the one that is attached")
+    else:
+        asked = estimator.copies
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
     if any(isinstance(getattr(hook, "__self__", None), Hook) for hook in hooks):
         raise ValueError("this optimizer has a likelihood-ratio hook already; call remove() on it first")
     check_optimizer(net, optimizer)
-    return Hook(optimizer, estimator)
+    return Hook(optimizer, estimator, asked)

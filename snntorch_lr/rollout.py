@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ._messages import place, positive_integer
-from .blocks import SPIKES, RememberingConv2d, RememberingLinear
+from .blocks import SPIKES, WORTH_KEEPING_AS_BITS, Emitted, RememberingConv2d, RememberingLinear
+from .gradients.approximate import BlockAtMeanInput, ExactBlock, in_rollout
 from .gradients.counterfactual import CounterfactualCredit
 from .graph import version
 from .network import noisy_inputs, reset, spiking_neurons
@@ -24,8 +26,9 @@ _ROW_BY_ROW = (
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.LayerNorm, nn.GroupNorm, nn.ReLU, nn.LeakyReLU,
     nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Upsample, RememberingLinear, RememberingConv2d,
 )  # fmt: skip
-# Time steps that go through all layers before the next ones do: their spikes as numbers may take much memory.
-_PIECE = 32
+# Time steps that go through all layers before the next ones do; of a longer sequence fewer, whose spikes as numbers and
+# their gradient take less memory.
+_PIECE, _PIECE_OF_LONG = 32, 4
 
 
 def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) -> Any:
@@ -37,6 +40,10 @@ def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) ->
     in it treat every row alone; otherwise, as BatchNorm in training mode and dropout, in each time step. The time steps
     of ``Leaky``, ``Lapicque`` and ``Synaptic`` with counterfactual credit are one kernel; neurons that others watch by
     hooks, and all others, go step by step.
+
+    With the gradient ``"approximate"`` (``attach``, ``use_gradient``) such a block between neurons goes back at the
+    mean of its inputs over 32 time steps, and keeps none of them. What comes before the first neuron or after the last
+    one, and modules that need each time step, have their exact gradient.
 
     Args:
         net: modules in order; its neurons hold their states (``init_hidden=True``).
@@ -69,36 +76,53 @@ def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) ->
     neurons: set[nn.Module] = {neuron for _, neuron in spiking_neurons(net)}
     changing = neurons | {noise for noise in noisy_inputs(net).values() if noise.active and not noise.frozen}
     modules = list(_flat(net))
-    start = 0
-    if num_steps is not None:
+    constant, start = num_steps is not None, 0
+    if constant:
         start = next((i for i, module in enumerate(modules) if changing & set(module.modules())), len(modules))
         for module in modules[:start]:
             inputs = module(inputs)
-    if not all(_goes_by_layers(neuron) for neuron in neurons):
-        return _step_by_step(modules[start:], inputs, steps, constant=num_steps is not None)
-    constant = num_steps is not None
-    pieces = []
-    for first in range(0, steps, _PIECE):
-        count = min(_PIECE, steps - first)
-        piece = inputs if constant else inputs[first : first + count]
-        pieces.append(_by_layers(modules[start:], neurons, changing, piece, count, constant))
+    modules = modules[start:]
+    with in_rollout(net) as at_mean:
+        if not all(_goes_by_layers(neuron) for neuron in neurons):
+            return _step_by_step(modules, inputs, steps, constant)
+        if at_mean:
+            modules = list(_blocks(modules, neurons))
+        pieces = []
+        length = _PIECE if at_mean or steps <= _PIECE else _PIECE_OF_LONG
+        for first in range(0, steps, length):
+            count = min(length, steps - first)
+            piece = inputs if constant else inputs[first : first + count]
+            pieces.append(_by_layers(modules, neurons, changing, piece, count, constant, as_bits=at_mean))
     if isinstance(pieces[0], tuple):
         return tuple(torch.cat(part) for part in zip(*pieces, strict=True))
     return torch.cat(pieces)
 
 
+def _blocks(modules: list[nn.Module], neurons: set[nn.Module]) -> Iterator[nn.Module]:
+    """The modules, those that treat every row alone as blocks: at the mean input between neurons, exact before them."""
+    with_neurons = [i for i, module in enumerate(modules) if neurons & set(module.modules())] or [0]
+    first, last = with_neurons[0], with_neurons[-1]
+    for part, block in (modules[:first], ExactBlock), (modules[first:last], BlockAtMeanInput):
+        for row_by_row, group in groupby(part, _is_row_by_row):
+            if row_by_row:
+                yield block(*group)
+            else:
+                yield from group
+    yield from modules[last:]
+
+
 def _by_layers(
-    modules: list[nn.Module], neurons: set[nn.Module], changing: set[nn.Module], value: Any, steps: int, constant: bool
-) -> Any:
+    modules: Iterable[nn.Module], neurons: set[nn.Module], changing: set[nn.Module], value: Any, steps: int,
+    constant: bool, as_bits: bool,
+) -> Any:  # fmt: skip
     """What the last module returns in some time steps, each layer after the one before it."""
     for module in modules:
         if module in neurons:
             value = _neuron(module, value, steps, constant)
+        elif isinstance(module, (BlockAtMeanInput, ExactBlock)):
+            value = module(value)
         elif not constant and _is_row_by_row(module):
-            rows, emitted = value.flatten(0, 1), getattr(value, SPIKES, None)
-            if emitted is not None and emitted.version == version(value):
-                setattr(rows, SPIKES, replace(emitted, version=version(rows)))
-            value = module(rows).unflatten(0, (steps, -1))
+            value = _in_rows(module, value, steps, as_bits)
         elif constant and module not in changing and _is_row_by_row(module):
             value = module(value)
             continue
@@ -106,6 +130,28 @@ def _by_layers(
             value = _stack([module(value if constant else value[step]) for step in range(steps)])
         constant = False
     return value.expand(steps, *value.shape) if constant else value
+
+
+def _in_rows(module: nn.Module, value: Tensor, steps: int, as_bits: bool) -> Tensor:
+    """What a module returns in some time steps, as rows of one call.
+
+    Args:
+        module: treats every row alone.
+        value: ``[time, batch, ...]``.
+        steps: number of time steps.
+        as_bits: spikes are kept for the backward pass as the neuron keeps them, even if they are few.
+    """
+    rows = value.flatten(0, 1)
+    emitted: Emitted | None = getattr(value, SPIKES, None)
+    if emitted is None or emitted.version != version(value):
+        output: Tensor = module(rows).unflatten(0, (steps, -1))
+        return output
+    size = WORTH_KEEPING_AS_BITS if as_bits else emitted.bytes
+    setattr(rows, SPIKES, replace(emitted, version=version(rows), bytes=size))
+    output = module(rows).unflatten(0, (steps, -1))
+    if type(module) is nn.Flatten and module.end_dim == -1:
+        setattr(output, SPIKES, replace(emitted, code=emitted.code.flatten(2), version=version(output)))
+    return output
 
 
 def _flat(net: nn.Sequential) -> Iterator[nn.Module]:

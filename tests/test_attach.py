@@ -111,11 +111,10 @@ class TestPlainLoop:
         with nothing_is_updated(net, optimizer), pytest.raises(ValueError, match=r"copies=2 is for .*closure"):
             optimizer.step()
 
-    @pytest.mark.parametrize("estimator", ["vanilla", "approximate"])
     @pytest.mark.parametrize("ordinary", [False, True])
     @pytest.mark.parametrize("name", ["SGD", "LBFGS"])
-    def test_estimators_that_run_the_forward_pass_refuse_it(self, name: str, ordinary: bool, estimator: str) -> None:
-        net, optimizer, _ = attached(name, estimator=estimator)
+    def test_an_estimator_that_runs_the_forward_pass_refuses_it(self, name: str, ordinary: bool) -> None:
+        net, optimizer, _ = attached(name, estimator="vanilla")
         loss_of(net).backward()
         closures = [lambda: loss_of(net)] if ordinary else []
         said = r"(without a|ordinary) closure.*step\(snntorch_lr\.closure\(.*hook\.remove.*counterfactual"
@@ -499,11 +498,11 @@ class TestUseGradient:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("adam",), r"unknown gradient 'adam'; choose \"counterfactual\" or \"surrogate\"$"),
+            (("adam",), r"unknown gradient 'adam'; choose \"counterfactual\", \"approximate\" or \"surrogate\"$"),
             (("vanilla",), r"\"vanilla\" needs copies.*attach\(optimizer, net, estimator=\"vanilla\"\) with closure"),
             (("counterfactual", 1.5), r"discount must be in \[0, 1\], got 1.5"),
             (("counterfactual", 0.5, "fit"), r"control must be in \[0, 1\], or None to fit it, got 'fit'"),
-            (("surrogate", 0.5), 'belong to the gradient "counterfactual"'),
+            (("surrogate", 0.5), 'belong to the gradients "counterfactual" and "approximate"'),
         ],
     )
     def test_what_it_does_not_know_is_refused(self, arguments: tuple[Any, ...], message: str) -> None:

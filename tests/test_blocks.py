@@ -131,7 +131,7 @@ def test_only_layers_of_torch_itself_are_changed_and_they_come_back() -> None:
 
 @pytest.mark.parametrize("convolution", [False, True])
 def test_spikes_kept_as_bits_give_the_same_gradients(convolution: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_WORTH_KEEPING_AS_BITS", 0)
+    monkeypatch.setattr(blocks, "WORTH_KEEPING_AS_BITS", 0)
     torch.manual_seed(0)
     layer = nn.Conv2d(2, 3, 3, stride=2, padding=1) if convolution else nn.Linear(6, 4)
     plain = copy.deepcopy(layer)
@@ -154,7 +154,7 @@ def test_spikes_kept_as_bits_give_the_same_gradients(convolution: bool, monkeypa
 
 
 def test_spikes_that_were_changed_in_place_are_kept_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_WORTH_KEEPING_AS_BITS", 0)
+    monkeypatch.setattr(blocks, "WORTH_KEEPING_AS_BITS", 0)
     layer, x = remembering(), torch.ones(2, 6)
     setattr(x, SPIKES, Emitted(torch.ones(2, 6, dtype=torch.int16), version(x), 10))
     x.mul_(0.5)

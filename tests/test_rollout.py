@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import snntorch_lr as slr
+from snntorch_lr import blocks
+from snntorch_lr.graph import ancestors
 
-from .helpers import assert_same
+from .helpers import assert_same, gradients
 
 STEPS, BATCH = 6, 4
 
@@ -68,6 +70,28 @@ def test_trains_by_the_likelihood_ratio_as_a_loop_does(estimator: str) -> None:
     hoisted, repeated = train(True), train(False)
     for name in ("1.weight", "3.weight"):
         assert_same({name: hoisted[name]}, {name: repeated[name]}, rtol=1e-4, atol=1e-5)
+
+
+def test_spikes_kept_as_bits_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    first, second = (slr.Leaky(beta=0.8, threshold=0.2, init_hidden=True, noise="escape") for _ in range(2))
+    net = nn.Sequential(nn.Conv2d(1, 2, 2), first, nn.Conv2d(2, 3, 2), second, nn.Flatten(), nn.Linear(12, 2)).double()
+    slr.use_gradient(net, control=0.4)
+    x = torch.rand(STEPS, BATCH, 1, 4, 4, dtype=torch.float64)
+    for _ in range(2):
+        # Presentations that are watched, step by step.
+        slr.rollout(net, x).sum().backward()
+    found = []
+    for worth in (0, blocks.WORTH_KEEPING_AS_BITS):
+        monkeypatch.setattr(blocks, "WORTH_KEEPING_AS_BITS", worth)
+        net.zero_grad()
+        torch.manual_seed(1)
+        outputs = slr.rollout(net, x)
+        kept = {node.name() for node in ancestors([outputs]) if "OfSpikes" in node.name()}
+        assert len(kept) == (0 if worth else 2)
+        outputs.square().sum().backward()
+        found.append(gradients(net))
+    assert_same(*found, rtol=1e-9, atol=1e-12)
 
 
 def test_neurons_in_nested_modules_are_found() -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import kernels
 from ..convert import add_noise
 from ..network import reset
 from ..optim import attach, closure
@@ -103,6 +104,7 @@ class Method:
     loop: str = "hoisted"
     copies: int = 1
     noisy: bool = True
+    fused: bool = True
 
 
 REFERENCE, RIVAL = "snnTorch, as written", "SpikingJelly, multi-step"
@@ -113,7 +115,9 @@ METHODS = {
     RIVAL: Method(loop="SpikingJelly", noisy=False),
     "counterfactual, as written": Method("counterfactual", "as written"),
     "counterfactual, hoisted": Method("counterfactual"),
+    "counterfactual, hoisted, not fused": Method("counterfactual", fused=False),
     "counterfactual, slr.rollout": Method("counterfactual", "rollout"),
+    "approximate, slr.rollout": Method("approximate", "rollout"),
     "counterfactual, K = 2": Method("counterfactual", copies=2),
     "vanilla, K = 16": Method("vanilla", copies=16),
     "approximate, K = 16": Method("approximate", copies=16),
@@ -142,17 +146,18 @@ def make_step(
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     forward = LOOPS[method.loop](net)
     if method.gradient != "surrogate":
-        attach(optimizer, net, method.gradient, copies=method.copies)
+        attach(optimizer, net, method.gradient, copies=method.copies if method.copies > 1 else None)
 
     def losses(x: Tensor, y: Tensor) -> Tensor:
         mem = forward(x, num_steps)
         return F.cross_entropy(mem.flatten(0, 1), y.repeat(num_steps), reduction="none").view(num_steps, -1).sum(0)
 
     def loop() -> Tensor:
-        loss = losses(x, y).mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        with contextlib.nullcontext() if method.fused else kernels.off():
+            loss = losses(x, y).mean()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
         return loss.detach()
 
     return loop if method.copies == 1 else lambda: optimizer.step(closure(losses, x, y))

@@ -1,10 +1,14 @@
-"""The rate-factorised likelihood ratio: sums over time in place of trains, and one backward pass of each block."""
+"""Approximate gradients: one backward pass of each block, at the mean of its inputs over time.
+
+In ``rollout`` neurons have counterfactual credit. ``Approximate`` has the likelihood ratio from losses alone, with sums
+over time in place of trains.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -12,17 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from .._messages import place
 from ..baselines import Baseline
 from ..graph import ancestors
 from ..left_as_found import Buffers, RandomState
 from ..network import noisy_neurons
-from ..node import Sample
+from ..node import Sample, refuse_double_backward
 from ..noise import MembraneNoise
 from ..noisy_neuron import NoisyNeuron
 from ..validate import check_losses
-from .base import LossFn, SamplerOfOnePass
+from .base import LossFn, SamplerOfOnePass, sampling
+from .counterfactual import CounterfactualCredit
 from .vanilla import RowLosses, weigh
 
 # Torch gives them no types.
@@ -31,6 +37,97 @@ _unpack_dual: Callable[[Tensor], forward_ad.UnpackedDualTensor] = forward_ad.unp
 _USE = 'use estimator="counterfactual", or "vanilla"'
 # Relative difference of currents that rounding explains.
 _ROUNDING = 1e-4
+
+
+class MeanInputCredit(CounterfactualCredit):
+    """Counterfactual credit in neurons between which ``rollout`` runs each block backward at its mean input."""
+
+    def step(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """A time step outside of ``rollout``, which only passes without a graph may have.
+
+        Raises:
+            RuntimeError: in others, where autograd would run each block backward in each time step.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f'{type(neuron).__name__}: with the gradient "approximate" layers between neurons go back once, at '
+                "their mean input, which a loop over time of your own cannot do: run the network by slr.rollout(net, "
+                "inputs, num_steps), hand the loop to optimizer.step(slr.closure(loss_fn, inputs, targets)), or choose "
+                'slr.use_gradient(net, "counterfactual")'
+            )
+        return super().step(neuron, input_, given)
+
+
+@contextmanager
+def in_rollout(net: nn.Module) -> Iterator[bool]:
+    """Context of a ``rollout``: whether its blocks go back at their mean input; neurons have their credit then."""
+    at_mean = False
+    with ExitStack() as stack:
+        for name, neuron in noisy_neurons(net).items():
+            credit = neuron.sampler
+            if isinstance(credit, MeanInputCredit):
+                assert neuron.noise is not None
+                at_mean = at_mean or (neuron.noise.active and torch.is_grad_enabled())
+                of_steps = CounterfactualCredit(credit.discount, credit.control)
+                stack.enter_context(sampling({name: neuron}, of_steps))
+        yield at_mean
+
+
+class BlockAtMeanInput(nn.Sequential):
+    """Modules between two neurons, over time steps ``[time, batch, ...]``; their backward pass is at the mean input.
+
+    Each module has to treat every row alone. Parameters get the gradient that the mean input and the sum over time of
+    the gradients of the outputs give; the input of a time step gets what the derivative at the mean input makes of the
+    gradient of the output of that step. So no module keeps its inputs of each time step.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """What the modules return in each time step."""
+        learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        output: Tensor = _AtMeanInput.apply(inputs, super().forward, *learned)
+        return output
+
+
+class ExactBlock(nn.Sequential):
+    """Modules in front of the first neuron, over time steps; what they compute in between is computed again."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """What the modules return in each time step."""
+        rows = inputs.flatten(0, 1)
+        outputs: Tensor
+        if len(self) == 1:
+            # It keeps its inputs, and nothing else.
+            outputs = self[0](rows)
+        else:
+            outputs = checkpoint(super().forward, rows, use_reentrant=False, preserve_rng_state=False)
+        return outputs.view(*inputs.shape[:2], *outputs.shape[1:])
+
+
+class _AtMeanInput(torch.autograd.Function):
+    """A function of rows over time steps; backward, its derivative at the mean over time."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, function: Callable[[Tensor], Tensor], *learned: Tensor) -> Tensor:
+        # Before the time steps: autocast of older versions keeps what it cast without a graph, and then learns nothing.
+        with torch.enable_grad():
+            ctx.mean = inputs.detach().mean(0).requires_grad_(ctx.needs_input_grad[0])
+            ctx.output = function(ctx.mean)
+        ctx.learned = learned
+        rows = function(inputs.flatten(0, 1))
+        return rows.view(*inputs.shape[:2], *rows.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        (gradient,) = grads
+        to_learned: tuple[Tensor, ...] = ()
+        if ctx.learned:
+            to_learned = torch.autograd.grad(ctx.output, ctx.learned, gradient.sum(0), retain_graph=True)
+        to_inputs = None
+        if ctx.needs_input_grad[0]:
+            of_steps = [torch.autograd.grad(ctx.output, ctx.mean, step, retain_graph=True)[0] for step in gradient]
+            to_inputs = torch.stack(of_steps)
+        return to_inputs, None, *to_learned
 
 
 class Approximate(RowLosses):
@@ -48,6 +145,9 @@ class Approximate(RowLosses):
     looks for what sums over time cannot say: a memory between layers (delays, convolutions over time, spikes that come
     back), losses of membrane potentials. Those are refused. That both calls compute the same is not checked: draw
     random numbers from the global generators of torch, NumPy or Python, which are put back.
+
+    In a plain loop (``attach`` without ``closure``, ``use_gradient``) none of this takes part: ``rollout`` has
+    counterfactual credit in the neurons, one copy, any loss with a derivative, and the same mean inputs in its blocks.
 
     Args:
         net: the network; at least one neuron must have noise.
@@ -75,6 +175,7 @@ class Approximate(RowLosses):
         seed: int | None = None,
     ) -> None:
         super().__init__(net, copies, baseline, seed)
+        self.sampler = MeanInputCredit()
         self._internal: Collection[NoisyNeuron] = ()
         for error in mixing_neurons(net):
             raise ValueError(error)
