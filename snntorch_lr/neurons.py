@@ -22,6 +22,11 @@ _OTHERS = _LEAKY | {"zero": kinds.ERASE}
 
 def _is_known(neuron: NoisyNeuron, plain: type[nn.Module], *constants: Tensor) -> bool:
     """A time step is snnTorch's own, of a class, and nothing in it is learned but σ, quantised or shared."""
+    classes = type(neuron).__mro__
+    of_user = classes[: next(place for place, cls in enumerate(classes) if cls in NOISY.values())]
+    changed = {name for part in (neuron, *of_user) for name in vars(part)}
+    if any(name in ("fire", "mem_reset") or name.startswith("_base_") for name in changed):
+        return False
     own = {getattr(plain, name) for name in ("_base_sub", "_base_zero", "_base_int") if hasattr(plain, name)}
     known = getattr(neuron._snn_state_function, "__func__", None) in own and neuron.is_step_function
     learned = any(constant.requires_grad for constant in (*constants, neuron.threshold))
@@ -72,6 +77,7 @@ class Synaptic(NoisyNeuron, snn.Synaptic):
     """
 
     state_names = ("syn", "mem")
+    shared_states = ("syn",)
 
     def fused_update(self) -> Update | None:
         """See ``NoisyNeuron``."""
@@ -94,7 +100,6 @@ class Alpha(NoisyNeuron, snn.Alpha):
     """
 
     state_names = ("syn_exc", "syn_inh", "mem")
-    shadow_states = ("syn_exc", "syn_inh")
 
 
 class RLeaky(NoisyNeuron, snn.RLeaky):
@@ -115,7 +120,6 @@ class RSynaptic(NoisyNeuron, snn.RSynaptic):
     """
 
     state_names = ("syn", "mem")
-    shadow_states = ("syn",)
 
 
 class SLSTM(NoisyNeuron, snn.SLSTM):

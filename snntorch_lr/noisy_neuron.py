@@ -222,14 +222,14 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
 
     Attributes:
         state_names: states of the neuron, the membrane potential last.
-        shadow_states: those, beside the membrane potential, that differ between a train and its shadow.
+        shared_states: those that the neuron's own spikes do not change: a train and its shadow have the same.
         is_elementwise: a current drives its own neuron only; LSTM cells mix them.
         sampler: see above; None for the surrogate gradient.
     """
 
     transient = ("_inside", "_last", "_plan", "_reset_by", "_control", "_known_factor", "_known_function")
     state_names: tuple[str, ...] = ("mem",)
-    shadow_states: tuple[str, ...] = ()
+    shared_states: tuple[str, ...] = ()
     is_elementwise = True
 
     noise: Noise | None

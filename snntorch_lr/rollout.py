@@ -18,6 +18,7 @@ from .gradients.approximate import BlockAtMeanInput, ExactBlock, in_rollout
 from .gradients.counterfactual import CounterfactualCredit
 from .graph import version
 from .network import noisy_inputs, reset, spiking_neurons
+from .validate import Look
 
 # Modules of torch that treat every row alone and draw nothing: time steps may be rows of one call.
 _ROW_BY_ROW = (
@@ -26,9 +27,9 @@ _ROW_BY_ROW = (
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.LayerNorm, nn.GroupNorm, nn.ReLU, nn.LeakyReLU,
     nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Upsample, RememberingLinear, RememberingConv2d,
 )  # fmt: skip
-# Time steps that go through all layers before the next ones do; of a longer sequence fewer, whose spikes as numbers and
-# their gradient take less memory.
-_PIECE, _PIECE_OF_LONG = 32, 4
+# Time steps that go through all layers before the next ones do. Fewer of a longer sequence, whose spikes as numbers
+# take less memory so; and where neurons go step by step, for what lies between layers stays in the cache then.
+_PIECE, _SHORT_PIECE = 32, 5
 
 
 def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) -> Any:
@@ -88,7 +89,8 @@ def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) ->
         if at_mean:
             modules = list(_blocks(modules, neurons))
         pieces = []
-        length = _PIECE if at_mean or steps <= _PIECE else _PIECE_OF_LONG
+        fuses = any(_has_credit(neuron) for neuron in neurons)
+        length = _PIECE if at_mean or (fuses and steps <= _PIECE) else _SHORT_PIECE
         for first in range(0, steps, length):
             count = min(length, steps - first)
             piece = inputs if constant else inputs[first : first + count]
@@ -206,11 +208,21 @@ def _stack(record: list[Any]) -> Any:
     return torch.stack(record)
 
 
+def _has_credit(neuron: Any) -> bool:
+    """A neuron draws noise, and has counterfactual credit."""
+    return isinstance(getattr(neuron, "sampler", None), CounterfactualCredit) and neuron.noise.active
+
+
 def _neuron(neuron: Any, current: Tensor, steps: int, constant: bool) -> Any:
     """What a neuron returns in all time steps."""
-    sampler = getattr(neuron, "sampler", None)
-    if isinstance(sampler, CounterfactualCredit) and not (neuron._forward_hooks or neuron._forward_pre_hooks):
-        outputs = sampler.sequence(neuron, current, steps, constant)
+    before, after = [*neuron._forward_pre_hooks.values()], [*neuron._forward_hooks.values()]
+    # Those of the first call look at all time steps as well: it computes what later calls do.
+    if _has_credit(neuron) and all(isinstance(hook, Look) for hook in before + after):
+        for hook in before:
+            hook(neuron, (current,))
+        outputs = neuron.sampler.sequence(neuron, current, steps, constant)
         if outputs is not None:
+            for hook in after:
+                hook(neuron, (current,), outputs)
             return outputs if neuron.output else outputs[0]
     return _stack([neuron(current if constant else current[step]) for step in range(steps)])

@@ -326,10 +326,10 @@ class FirstCall:
 
     def __enter__(self) -> FirstCall:
         for name, neuron in self._noisy.items():
-            self._handles.append(neuron.register_forward_hook(_Look(self._fired, name)))
-            self._handles.append(neuron.register_forward_pre_hook(_Look(self._before, name)))
+            self._handles.append(neuron.register_forward_hook(Look(self._fired, name)))
+            self._handles.append(neuron.register_forward_pre_hook(Look(self._before, name)))
         for name, plain in self._plain.items():
-            self._handles.append(plain.register_forward_hook(_Look(self._emitted, place(name, plain))))
+            self._handles.append(plain.register_forward_hook(Look(self._emitted, place(name, plain))))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -450,7 +450,7 @@ class FirstCall:
             )
 
 
-class _Look:
+class Look:
     """Hook of a neuron; a copy or pickle of the neuron has one that looks at nothing."""
 
     def __init__(self, look: Any = None, name: str = "") -> None:
@@ -458,8 +458,9 @@ class _Look:
         self._name = name
 
     def __call__(self, neuron: Any, *given: Any) -> None:
+        """Looks at a call, if it has a graph."""
         if self._look is not None and torch.is_grad_enabled():
             self._look(self._name, neuron, *given)
 
-    def __reduce__(self) -> tuple[type[_Look], tuple[()]]:
-        return _Look, ()
+    def __reduce__(self) -> tuple[type[Look], tuple[()]]:
+        return Look, ()

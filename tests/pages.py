@@ -10,6 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+GRADIENTS = ROOT / "snntorch_lr" / "gradients" / "README.md"
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 LANGUAGES = {"python", "console", "text", "toml"}
 
@@ -50,6 +51,16 @@ def blocks(page: Path, language: str | None = None) -> list[Block]:
 def run(block: Block, names: dict[str, Any]) -> None:
     """Runs a block; a traceback names the page and the line in it."""
     exec(compile("\n" * block.line + block.code, str(block.page), "exec"), names)
+
+
+def first_block(page: Path, anchor: str) -> Block:
+    """The first block of Python below a heading, which links name by its anchor."""
+    text = text_of(page)
+    for heading in re.finditer(r"^#+ (.*)$", text, flags=re.MULTILINE):
+        if re.sub(r"[^\w -]", "", heading[1].lower()).replace(" ", "-") == anchor:
+            line = text.count("\n", 0, heading.start())
+            return next(block for block in blocks(page, "python") if block.line > line)
+    raise LookupError(f"{page.name} has no heading #{anchor}")
 
 
 def links(page: Path) -> list[str]:

@@ -233,6 +233,12 @@ def test_what_sums_over_time_do_not_know_is_refused(kind: str, said: str) -> Non
     estimator.backward(net.loss, x, y)
 
 
+class _LearnsMore(slr.Leaky):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.rho = nn.Parameter(torch.ones(()))
+
+
 @pytest.mark.filterwarnings("ignore:Inhibition")
 @pytest.mark.parametrize(
     ("neuron", "said"),
@@ -240,8 +246,9 @@ def test_what_sums_over_time_do_not_know_is_refused(kind: str, said: str) -> Non
         (slr.SLSTM(3, 3, noise=True), "an LSTM cell mixes its neurons"),
         (slr.Leaky(beta=0.9, noise=True, inhibition=True), "inhibition lets only one"),
         (slr.RLeaky(beta=0.9, linear_features=3, noise=True), "all-to-all recurrence"),
+        (_LearnsMore(beta=0.9, noise=True), "its rho is learned"),
     ],
-    ids=["LSTM", "inhibition", "recurrence"],
+    ids=["LSTM", "inhibition", "recurrence", "a parameter of its own"],
 )
 def test_neurons_that_mix_others_are_refused_by_name(neuron: Any, said: str) -> None:
     with pytest.raises(ValueError, match=rf"^1 \({type(neuron).__name__}\): {said}.*use estimator="):

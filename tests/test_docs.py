@@ -16,14 +16,14 @@ import snntorch as snn
 import torch
 
 import snntorch_lr as slr
-from snntorch_lr import gradients, noise, robustness
+from snntorch_lr import gradients, neurons, noise, robustness
 from snntorch_lr.experiments import cli
 from snntorch_lr.experiments.page import write
 
 from . import pages
 
 WITH_CODE = [page for page in pages.DOCS if pages.blocks(page, "python")]
-LINKED = [pages.README, *pages.DOCS, *sorted((pages.ROOT / "tutorials").rglob("*.md"))]
+LINKED = [pages.README, pages.GRADIENTS, *pages.DOCS, *sorted((pages.ROOT / "tutorials").rglob("*.md"))]
 LINKED += sorted((pages.ROOT / "tutorials").rglob("*.ipynb"))
 FIGURE = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])")
 
@@ -44,7 +44,8 @@ def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyt
     names: dict[str, Any] = {"__name__": "__main__"}
     with ExitStack() as stack:
         # A page may enter what it adds under a name.
-        for register in (noise.DISTRIBUTIONS, gradients.ESTIMATORS, robustness.SUITES, robustness.SURROGATES):
+        registers = noise.DISTRIBUTIONS, neurons.NOISY, gradients.ESTIMATORS, robustness.SUITES, robustness.SURROGATES
+        for register in registers:
             stack.enter_context(mock.patch.dict(register))
         # snnTorch's utils.reset resets all neurons that were ever made, those of other tests too.
         stack.enter_context(mock.patch.object(snn.SpikingNeuron, "instances", []))

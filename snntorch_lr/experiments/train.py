@@ -20,11 +20,12 @@ from .._messages import warn
 from ..anneal import anneal, noise_gap
 from ..convert import add_noise, noise_on
 from ..gradients import ESTIMATORS
-from ..network import noises, reset
+from ..network import noises
 from ..noise import KINDS, NoisyInput
 from ..objectives import OBJECTIVES
 from ..optim import attach, closure
 from ..robustness import Budget, Descent, Target, gradient_attack, perturb
+from ..rollout import rollout
 from . import data
 from .data import Images
 from .options import Options, option
@@ -72,20 +73,11 @@ class SpikingClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[batch, classes]`` from images ``[batch, channels, height, width]``."""
-        reset(self)
-        noise = self.input
-        changes = isinstance(noise, NoisyInput) and noise.active and not noise.frozen
-        current = self.blocks[0](noise(images))
-        total = torch.zeros((), device=images.device)
-        for step in range(self.num_steps):
-            if step and changes:
-                current = self.blocks[0](noise(images))
-            spikes = self.neurons[0](current)
-            for block, neuron in zip(list(self.blocks)[1:], list(self.neurons)[1:], strict=True):
-                spikes = neuron(block(spikes))
-            spikes, mem = self.output(self.readout(spikes))
-            total = total + (spikes if self.counts else mem)
-        return total if self.counts else total / self.num_steps
+        pairs = zip(self.blocks, self.neurons, strict=True)
+        hidden = [module for pair in pairs for module in pair]
+        spikes, mem = rollout(nn.Sequential(self.input, *hidden, self.readout, self.output), images, self.num_steps)
+        logits: Tensor = spikes.sum(0) if self.counts else mem.mean(0)
+        return logits
 
 
 def build(model: str, shape: tuple[int, int, int], num_steps: int = 8) -> nn.Module:

@@ -253,6 +253,8 @@ def mixing_neurons(net: nn.Module) -> Iterator[str]:
             reason = "all-to-all recurrence is a memory between neurons"
         elif neuron.state_quant:
             reason = "a quantised state has no derivative by forward-mode differentiation"
+        elif unknown := _unknown_parameters(neuron):
+            reason = f"its {', '.join(unknown)} is learned"
         if reason is not None:
             yield f"{place(name, neuron)}: {reason}, of which sums over time do not know; {_USE}"
 
@@ -486,6 +488,14 @@ def _dual(parameters: Mapping[str, tuple[nn.Module, Tensor]], name: str | None) 
         yield
     finally:
         del module.__dict__[name]
+
+
+def _unknown_parameters(neuron: NoisyNeuron) -> list[str]:
+    """Names of learned parameters that sums over time have no derivative of."""
+    assert neuron.noise is not None
+    known = {parameter for _, (_, parameter) in _elementwise(neuron)} | {*neuron.noise.parameters()}
+    known |= {neuron.graded_spikes_factor, *getattr(neuron, "recurrent", nn.Identity()).parameters()}
+    return [name for name, parameter in neuron.named_parameters() if parameter.requires_grad and parameter not in known]
 
 
 def _elementwise(neuron: NoisyNeuron) -> Iterator[tuple[str, tuple[nn.Module, Tensor]]]:

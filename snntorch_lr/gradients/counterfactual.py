@@ -118,8 +118,6 @@ class CounterfactualCredit:
         Returns:
             Spikes and states, ``[steps, batch, ...]``, in the order of ``neuron.state_names``.
         """
-        if neuron.noise is None or not neuron.noise.active or not torch.is_grad_enabled():
-            return None
         copies = running_copies()
         if copies is not None:
             copies.ran = True
@@ -138,7 +136,8 @@ class CounterfactualCredit:
             carried, fired = neuron.carried(given["mem"])
             if plan is None or carried is not None or fired is not None:
                 return None
-            state = fused.begin(plan, neuron, given, None, self._present(neuron))
+            presentation = self._present(neuron) if torch.is_grad_enabled() else None
+            state = fused.begin(plan, neuron, given, None, presentation)
         state, spikes, mem, syn = fused.advance(state, neuron, current, steps, all_states=neuron.output)
         # No views: snnTorch detaches states in place.
         last, last_syn = (value[-1].clone() if neuron.output and value is not None else value for value in (mem, syn))
@@ -172,10 +171,11 @@ class CounterfactualCredit:
     @staticmethod
     def _difference(neuron: NoisyNeuron, name: str, state: Tensor) -> Tensor | None:
         """Train minus shadow of a state; None where they are equal, or where the sample says it."""
-        if name in neuron.shadow_states or (name == "mem" and neuron.resets_at_once):
-            state = state.detach()
-            return (state[0] - state[1]).to(resolved(state.dtype))
-        return None
+        equal = name in neuron.shared_states or (name == "mem" and not neuron.resets_at_once)
+        if equal:
+            return None
+        state = state.detach()
+        return (state[0] - state[1]).to(resolved(state.dtype))
 
     @staticmethod
     def _warn_if_computed(neuron: NoisyNeuron, mem: Tensor, known: bool) -> None:
