@@ -39,7 +39,8 @@ INNER = {
     "_files.load", "_files.replacing", "_files.save", "_messages.first_line", "_messages.install",
     "_messages.listed", "_messages.markdown", "_messages.versions", "_messages.warn", "anneal.noise_gap",
     "gradients.ESTIMATORS", "kernels", "network.noises", "network.noisy_neurons", "noise.KINDS",
-    "objectives.OBJECTIVES", "philox.draw", "robustness.figures.colors_of", "robustness.figures.new_figure", "robustness.figures.page",
+    "objectives.OBJECTIVES", "philox.draw", "robustness.figures.colors_of", "robustness.figures.new_figure",
+    "robustness.figures.page",
     "robustness.figures.percent", "robustness.figures.with_legend",
 }  # fmt: skip
 
