@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ._messages import positive_integer
 from .convert import noise_off
-from .left_as_found import left_as_found
-from .network import noises, reset
+from .network import left_as_found, noises, reset
 
 
 class Anneal:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._messages import aligned, places, warn
-from .left_as_found import left_as_found
-from .network import reset_state, spiking_neurons
+from .network import left_as_found, reset_state, spiking_neurons
 from .noisy_neuron import NoisyNeuron
 from .validate import noisy
 

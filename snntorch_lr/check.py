@@ -16,7 +16,7 @@ from .gradients import ESTIMATORS, Approximate, Counterfactual, Estimator, LossF
 from .gradients.approximate import mixing_neurons
 from .gradients.counterfactual import dependent_neurons
 from .gradients.vanilla import RowLosses
-from .left_as_found import left_as_found
+from .network import left_as_found
 from .validate import (
     check_network,
     check_optimizer,

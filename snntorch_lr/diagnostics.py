@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ._messages import aligned, install, positive_integer, warn
 from .gradients import ESTIMATORS, Counterfactual, Estimator, LossFn, Vanilla
 from .gradients.base import surrogate
-from .left_as_found import left_as_found
+from .network import left_as_found
 from .validate import FirstCall, noisy
 
 if TYPE_CHECKING:

@@ -21,8 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from .._messages import place
 from ..baselines import Baseline
 from ..graph import ancestors
-from ..left_as_found import Buffers, RandomState
-from ..network import noisy_neurons
+from ..network import Buffers, RandomState, noisy_neurons
 from ..node import Sample, refuse_double_backward
 from ..noise import MembraneNoise
 from ..noisy_neuron import NoisyNeuron

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from .._messages import places, positive_integer
 from ..copies import Copies
-from ..left_as_found import Buffers, left_as_found
-from ..network import noisy_inputs, noisy_neurons, parameters
+from ..network import Buffers, left_as_found, noisy_inputs, noisy_neurons, parameters
 from ..noisy_neuron import NoisyNeuron, Sampler
 from ..validate import FirstCall, check_finite_gradients, check_levels, check_network, check_parameters, noisy
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from .._messages import markdown, positive_integer
 from ..convert import noise_off
-from ..left_as_found import left_as_found
-from ..network import reset
+from ..network import left_as_found, reset
 from ..philox import mix
 from .scoring import ROWS, Share, clopper_pearson, seeded, share_of
 from .view import Forward, Target, device_of, evaluating

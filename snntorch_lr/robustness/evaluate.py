@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from .. import _files as atomic
 from .._messages import first_line, versions, warn
 from ..anneal import noise_gap
-from ..left_as_found import left_as_found
-from ..network import noises, noisy_neurons, not_finite, reset, searched_once, spiking_neurons
+from ..network import left_as_found, noises, noisy_neurons, not_finite, reset, searched_once, spiking_neurons
 from ..philox import mix
 from . import gates
 from .attacks import COUNTERFACTUAL, Attack, Budget, perturb

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._messages import install
-from ..left_as_found import left_as_found
+from ..network import left_as_found
 from ..philox import mix
 from .view import Target, device_of
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ..convert import noise_off, noise_on
 from ..gradients.base import surrogate as by_surrogate
-from ..left_as_found import left_as_found
-from ..network import reset, searched_once
+from ..network import left_as_found, reset, searched_once
 from .surrogates import SpikePooling, Surrogate, make_surrogate
 
 Forward = Callable[[Any, Tensor], Tensor]
