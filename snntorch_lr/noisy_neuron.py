@@ -227,7 +227,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         sampler: see above; None for the surrogate gradient.
     """
 
-    transient = ("_inside", "_last", "_plan", "_reset_by", "_control", "_known_factor", "_known_function")
+    transient = ("_inside", "_last", "_reset_by", "_control", "_known_factor", "_known_function")
     state_names: tuple[str, ...] = ("mem",)
     shared_states: tuple[str, ...] = ()
     is_elementwise = True

@@ -574,3 +574,20 @@ def test_a_method_that_was_put_into_a_neuron_is_called(calls: list[int]) -> None
     lif.fire = lambda mem: fire(mem - 5)
     assert not lif(torch.zeros(2, N).double(), torch.zeros(2, N).double())[0].any()
     assert not calls
+
+
+def test_levels_that_were_changed_without_a_trace_go_for_the_next_presentation() -> None:
+    def spikes(lif: NoisyNeuron) -> Tensor:
+        torch.manual_seed(3)
+        found: Tensor = lif(random(4, N), lif.reset_mem())[0]
+        return found
+
+    lif = make()
+    before = spikes(lif)
+    assert lif.noise is not None
+    # As libraries for moving averages do; no version counts it.
+    lif.noise.log_sigma.data.fill_(3.0)
+    with kernels.off():
+        expected = spikes(lif)
+    assert not torch.equal(before, expected)
+    assert torch.equal(spikes(lif), expected)

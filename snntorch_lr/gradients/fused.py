@@ -30,7 +30,7 @@ _FIT_ROWS = 16
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What the kernels are told about a neuron, as long as nothing about it changes.
+    """What the kernels are told about a neuron in one presentation, as long as nothing about it changes.
 
     Attributes:
         module: the kernels of the device.
@@ -65,16 +65,13 @@ class Plan:
         module = kernels.fused_on(device, dtype)
         if rule is None or noise.kind is None or module is None or not shape.numel():
             return None
-        held: Plan | None = neuron.__dict__.get("_plan")
-        if held is not None and held.levels.shape == row and held.levels.dtype == dtype and held.is_current():
-            return held
 
         def spread(value: Tensor) -> Tensor:
             return value.detach().to(dtype).expand(row).contiguous()
 
         leak, share, alpha = (None if vector is None else spread(vector) for vector in rule.vectors())
         levels, threshold = spread(noise.sigma), spread(neuron.threshold)
-        plan = cls(
+        return cls(
             module,
             module.TimeSteps(noise.kind, rule.mechanism, leak, share, alpha, threshold, levels),
             isinstance(noise, EscapeNoise),
@@ -86,8 +83,6 @@ class Plan:
             tuple((constant, version(constant)) for constant in rule.constants),
             tuple(_watch(neuron, _SETTINGS)) + tuple(_watch(noise, ("log_sigma", "annealed"))),
         )
-        neuron.__dict__["_plan"] = plan
-        return plan
 
     def is_current(self) -> bool:
         """Nothing that the plan follows from was changed; asked in every time step."""
