@@ -157,6 +157,7 @@ class Hook:
         self._first: FirstCall | None = None
         if isinstance(estimator, (Counterfactual, Approximate)):
             self._first = choose_credit(estimator.net, estimator.sampler)
+        remember_constant_inputs(estimator.net)
         self._neurons = noisy_neurons(estimator.net)
         self._done = _steps(self._neurons)
         self._handle = optimizer.register_step_pre_hook(self._before_step)
@@ -167,6 +168,7 @@ class Hook:
         if self._first is not None:
             self._first.stop()
             use_gradient(self.estimator.net, "surrogate")
+        forget_constant_inputs(self.estimator.net)
         self.optimizer.zero_grad()
 
     def _before_step(

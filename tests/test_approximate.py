@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -253,3 +254,25 @@ class _LearnsMore(slr.Leaky):
 def test_neurons_that_mix_others_are_refused_by_name(neuron: Any, said: str) -> None:
     with pytest.raises(ValueError, match=rf"^1 \({type(neuron).__name__}\): {said}.*use estimator="):
         slr.Approximate(nn.Sequential(nn.Linear(3, 3), neuron), 4)
+
+
+@pytest.mark.parametrize(("estimator", "module"), [("approximate", "approximate"), ("vanilla", "fused")])
+def test_spikes_that_a_readout_keeps_as_bits_give_the_same_gradient(estimator: str, module: str) -> None:
+    def found(bits: float) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        lif = slr.Leaky(beta=0.8, threshold=0.5, noise="escape", init_hidden=True)
+        net = nn.Sequential(nn.Linear(4, 9), lif, nn.Linear(9, 3)).double()
+
+        def losses(x: Tensor, y: Tensor) -> Tensor:
+            slr.reset(net)
+            return sum(net(x).square() for _ in range(4)).sub(y).square().mean(1)  # type: ignore[union-attr]
+
+        with pytest.MonkeyPatch.context() as patch:
+            for place in ("blocks", f"gradients.{module}"):
+                patch.setattr(import_module(f"snntorch_lr.{place}"), "WORTH_KEEPING_AS_BITS", bits)
+            optimizer = torch.optim.SGD(net.parameters(), 0.1)
+            slr.attach(optimizer, net, estimator, copies=4, seed=1)
+            optimizer.step(slr.closure(losses, torch.rand(5, 4).double(), torch.rand(5, 3).double()))
+        return gradients(net)
+
+    assert_same(found(0), found(1e9), rtol=1e-9, atol=1e-12)

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .._messages import place
 from ..baselines import Baseline
-from ..graph import ancestors
+from ..blocks import SPIKES, WORTH_KEEPING_AS_BITS, Emitted
+from ..graph import ancestors, version
 from ..network import Buffers, RandomState, noisy_neurons
 from ..node import Sample, refuse_double_backward
 from ..noise import MembraneNoise
@@ -414,7 +415,12 @@ class _Summing(SamplerOfOnePass):
             spikes = sample.spikes
             sums.fired = sums.fired + spikes
             sums.steps += 1
-        return (neuron.graded(spikes.clone()), *outputs)
+        emitted = neuron.graded(spikes.clone())
+        size = sums.steps * spikes.numel() * spikes.element_size()
+        if size >= WORTH_KEEPING_AS_BITS and neuron.emits_zeros_and_ones():
+            # A readout in the loop keeps them in each time step.
+            setattr(emitted, SPIKES, Emitted(spikes.to(torch.int8), version(emitted), size))
+        return (emitted, *outputs)
 
     def _derive(
         self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor], sums: _Sums
