@@ -591,3 +591,16 @@ def test_levels_that_were_changed_without_a_trace_go_for_the_next_presentation()
         expected = spikes(lif)
     assert not torch.equal(before, expected)
     assert torch.equal(spikes(lif), expected)
+
+
+def test_a_state_of_another_neuron_does_not_bring_its_constants_along() -> None:
+    def found(fuse: bool) -> list[Tensor]:
+        first, second = make(), make("Lapicque")
+        second.sampler = first.sampler
+        torch.manual_seed(3)
+        with torch.enable_grad() if fuse else kernels.off():
+            _, mem = first(random(4, N), first.reset_mem())
+            spikes, mem = second(random(4, N, seed=2), mem)
+        return [spikes.detach(), mem.detach()]
+
+    assert_same(dict(enumerate(found(True))), dict(enumerate(found(False))), rtol=1e-9, atol=1e-11)

@@ -128,32 +128,36 @@ class Chain:
 
     Args:
         plan: of the neuron.
-        sampler: of the neuron.
+        neuron: see there.
         sigma: noise level, with its graph.
         presentation: of counterfactual credit; None without a shadow.
         weights: of the scores of each row, a list that holds them in the backward pass of ``Vanilla``; None otherwise.
 
     Attributes:
-        sampler: a weak reference, for what it has seen may refer to the chain.
+        neuron: a weak reference.
+        sampler: of the neuron; a weak reference, for what it has seen may refer to the chain.
         sets: 2 with a shadow, otherwise 1.
         learns: there is a graph.
         settings: λ and γ, for the kernels.
         zero: a tensor of no dimension.
     """
 
-    __slots__ = ("_sums", "_task", "learns", "plan", "presentation", "sampler", "sets", "settings", "sigma", "weights",
-                 "zero")  # fmt: skip
+    __slots__ = (
+        "_sums", "_task", "learns", "neuron", "plan", "presentation", "sampler", "sets", "settings", "sigma", "weights",
+        "zero",
+    )  # fmt: skip
 
     def __init__(
         self,
         plan: Plan,
-        sampler: Any,
+        neuron: NoisyNeuron,
         sigma: Tensor,
         presentation: Presentation | None = None,
         weights: list[Tensor] | None = None,
     ) -> None:
         self.plan, self.sigma, self.presentation, self.weights = plan, sigma, presentation, weights
-        self.sampler: Callable[[], Any] = weakref.ref(sampler)
+        self.neuron = weakref.ref(neuron)
+        self.sampler: Callable[[], Any] = weakref.ref(neuron.sampler)
         self.sets = 1 if presentation is None else 2
         self.learns = presentation is not None or weights is not None
         self.zero = plan.levels.new_zeros(())
@@ -166,7 +170,7 @@ class Chain:
 
     def follow(self, plan: Plan, neuron: NoisyNeuron) -> Chain:
         """The same after something was changed between two time steps, which goes for the next ones."""
-        return Chain(plan, neuron.sampler, _sigma(neuron, self.zero.dtype), self.presentation, self.weights)
+        return Chain(plan, neuron, _sigma(neuron, self.zero.dtype), self.presentation, self.weights)
 
     @property
     def channels(self) -> int:
@@ -285,7 +289,9 @@ class State:
             return None
         if syn is not None and not carried.holds("syn", syn):
             return None
-        if chain.learns != torch.is_grad_enabled() or chain.sampler() is not neuron.sampler:
+        if chain.neuron() is not neuron or chain.sampler() is not neuron.sampler:
+            return None
+        if chain.learns != torch.is_grad_enabled():
             return None
         if chain.plan.is_current():
             return self
@@ -492,5 +498,5 @@ def begin(
     if fired is None:
         # By the threshold, as in snnTorch.
         fired = neuron.mem_reset(given["mem"].detach())
-    chain = Chain(plan, neuron.sampler, _sigma(neuron, given["mem"].dtype), presentation, weights)
+    chain = Chain(plan, neuron, _sigma(neuron, given["mem"].dtype), presentation, weights)
     return State.before(chain, given, fired.expand(chain.sets, *fired.shape))
