@@ -8,14 +8,13 @@ neuron emitted are kept for the backward pass as the neuron keeps them anyway, o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .graph import version
+from .graph import outside_of_graphs, version
 
 # Bytes of the spikes of one layer in one presentation, from which on they are not kept as numbers.
 WORTH_KEEPING_AS_BITS = 4_000_000
@@ -34,7 +33,15 @@ def _count_presentation() -> None:
     _presentation += 1
 
 
-new_presentation: Callable[[], None] = torch.compiler.disable(_count_presentation)  # type: ignore[no-untyped-call]
+_count_apart = outside_of_graphs(_count_presentation)
+
+
+def new_presentation() -> None:
+    """Says that a presentation begins."""
+    if torch.compiler.is_compiling():
+        _count_apart()
+    else:
+        _count_presentation()
 
 
 def _autocasts(device: torch.device) -> bool:

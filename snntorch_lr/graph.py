@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -25,6 +27,16 @@ def ancestors(tensors: Iterable[Tensor], stop: Callable[[Node], bool] = lambda n
         yield node
         if not stop(node):
             stack.extend(parent for parent, _ in node.next_functions)
+
+
+def outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that ``torch.compile`` leaves to Python; call it only where ``torch.compiler.is_compiling()``.
+
+    As ``torch.compiler.disable``, which imports ``torch._dynamo`` at once: that takes a second.
+    """
+    disable: Any = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
+    apart: Callable[..., Any] = disable(function)
+    return apart
 
 
 def version(tensor: Tensor) -> int:

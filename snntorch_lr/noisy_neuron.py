@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ._messages import place, warn
 from .blocks import new_presentation
 from .copies import running_copies
-from .graph import ancestors, version
+from .graph import ancestors, outside_of_graphs, version
 from .kernels.kinds import Update
 from .node import Control, Presentation, Sample
 from .noise import DISTRIBUTIONS, EscapeNoise, MembraneNoise, Noise, hint, make_noise
@@ -203,7 +203,7 @@ def _check_rerun(neuron: NoisyNeuron, mem: Tensor) -> None:
         raise RuntimeError(f"{type(neuron).__name__}: activation checkpointing runs a neuron again, but {cause}")
 
 
-_apart = torch.compiler.disable(_sampled)
+_apart = outside_of_graphs(_sampled)
 
 
 class NoisyNeuron(Portable, snn.SpikingNeuron):

@@ -18,6 +18,7 @@ from numba.core.errors import NumbaError
 from torch import Tensor
 
 from .._messages import first_line
+from ..graph import outside_of_graphs
 from . import numba_steps
 
 DTYPES = (torch.float32, torch.float64)
@@ -45,14 +46,20 @@ CODES = {torch.float32: torch.int16, torch.float64: torch.int64}
 """Of what the backward pass keeps, by the dtype of the membrane potential."""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def noise(out: Tensor, key: int, kind: int) -> None:
     """Fills ``[rows, numbers]`` with noise; see ``snntorch_lr.philox.draw``."""
+    (_noise_apart if torch.compiler.is_compiling() else _noise)(out, key, kind)
+
+
+def _noise(out: Tensor, key: int, kind: int) -> None:
     assert out.is_contiguous()
     rows, numbers = out.shape
     threads, claim = _share(rows, numbers)
     record = _Noise(0, rows, claim, out.data_ptr(), numbers, key)
     _run(_compiled(numba_steps.noise, _NUMPY[out.dtype], kind), record, threads)
+
+
+_noise_apart = outside_of_graphs(_noise)
 
 
 class TimeSteps:
