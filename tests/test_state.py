@@ -72,6 +72,12 @@ def backward(net: nn.Module, loss: Callable[[], Tensor], seed: int = 3) -> dict[
     return gradients(net)
 
 
+@pytest.fixture(autouse=True)
+def only_own_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """snnTorch detaches the states of all neurons there are, and fails at a DeltaLeaky of another test."""
+    monkeypatch.setattr(snn.SpikingNeuron, "instances", [])
+
+
 @pytest.fixture
 def keys(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     """Sets the keys of the noise of the next calls of noisy neurons."""
