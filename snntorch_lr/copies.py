@@ -35,7 +35,7 @@ class Copies:
         sizes = [len(leaf) for leaf in tree_flatten(targets)[0] if isinstance(leaf, Tensor) and leaf.dim()]
         self.batch: int | None = sizes[0] if sizes else None
         self.ran = False
-        self._repeated: tuple[weakref.ref[Tensor], int, int, Tensor] | None = None
+        self._repeated: tuple[weakref.ref[Tensor], tuple[int, int, int], Tensor] | None = None
         self._token: Token[Copies | None] | None = None
 
     def __enter__(self) -> Copies:
@@ -74,11 +74,11 @@ class Copies:
                 "dimension must be the batch; of [time, batch, ...] give one time step"
             )
         held = self._repeated
-        if held is not None and held[0]() is x and held[1:3] == (version(x), dim):
+        if held is not None and held[0]() is x and held[1] == (version(x), dim, version(held[2])):
             # A current that enters in each time step: its gradients are added up before they go back.
-            return held[3]
+            return held[2]
         repeated = torch.cat([x] * self.count, dim)
-        self._repeated = weakref.ref(x), version(x), dim, repeated
+        self._repeated = weakref.ref(x), (version(x), dim, version(repeated)), repeated
         return repeated
 
     def repeat_state(self, state: Any) -> Any:

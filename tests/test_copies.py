@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snntorch_lr as slr
+from snntorch_lr.copies import Copies
 
 from .helpers import BATCH, FEATURES, MAKERS, STEPS, Net, data, every_estimator, gradients, nothing_changes
 
@@ -172,3 +173,12 @@ def test_errors_of_torch_inside_loss_fn_say_how_many_rows_there_are(kind: str) -
     (note,) = caught.value.__notes__
     for words in (f"{BATCH} samples in {COPIES} copies", f"{COPIES * BATCH} rows", "per_copy(x)"):
         assert words in note
+
+
+def test_what_was_repeated_and_then_changed_in_place_is_repeated_anew() -> None:
+    x = torch.ones(2, 3)
+    with Copies(2, x) as copies:
+        first = copies.repeat(x, "x")
+        assert copies.repeat(x, "x") is first
+        first += 1
+        assert torch.equal(copies.repeat(x, "x"), torch.ones(4, 3))

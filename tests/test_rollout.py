@@ -115,3 +115,12 @@ def test_neurons_in_nested_modules_are_found() -> None:
 def test_refuses_what_it_cannot_run(net: nn.Sequential, num_steps: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         slr.rollout(net, torch.rand(4, 3), num_steps)
+
+
+def test_an_infinite_current_is_over_after_its_time_step() -> None:
+    net = nn.Sequential(slr.Leaky(beta=0.9, init_hidden=True, output=True, reset_mechanism="none", noise=True))
+    slr.use_gradient(net)
+    x = torch.zeros(3, 2, 5)
+    x[0, 0, 0] = torch.inf
+    # As in a loop, where it leaks; infinity times zero is no number.
+    assert slr.rollout(net, x)[1][:, 0, 0].isinf().all()

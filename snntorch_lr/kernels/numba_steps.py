@@ -262,6 +262,9 @@ def forward(dtype: Any, kind: int) -> Any:
                         moved = step * whole + left
                         if step == 0 or len(current) > whole:
                             _take(drive, current, moved)
+                        if not record.alpha:
+                            # Infinite times zero would stay.
+                            flow[:] = zero
                         _random(word, memory, counters, keys[step], own * record.rows + row, first, neurons)
                         for i in range(size):
                             u = uniform(word[i], zero)
