@@ -81,7 +81,9 @@ def draw(noise: Drawn, shape: torch.Size, dtype: torch.dtype, device: torch.devi
     """Noise of a distribution, a function of key, row and place in the row.
 
     Number i of row b is word i mod 4 of Philox 4x32-10 (Salmon et al. 2011) for the counter (⌊i / 4⌋, b, 0, 0). So more
-    rows leave the first ones as they are.
+    rows leave the first ones as they are. Escape noise compares a probability with a uniform number, for which half a
+    word is enough: number i is half i mod 8 of the counter (⌊i / 8⌋, b, 0, 0), the lower half of a word first. So its
+    probability of a spike is rounded to a multiple of 2⁻¹⁶.
 
     Args:
         noise: what to draw.
@@ -94,30 +96,32 @@ def draw(noise: Drawn, shape: torch.Size, dtype: torch.dtype, device: torch.devi
     if not out.numel():
         return out.to(dtype)
     rows = out.view(len(out), -1)
-    module = kernels.noise_on(out.device, out.dtype)
+    module, kind = kernels.noise_on(out.device, out.dtype), kinds.UNIFORM if noise.kind is None else noise.kind
     if module is None:
-        _fill(rows, key)
+        _fill(rows, key, kinds.numbers_of_counter(kind))
     else:
-        module.noise(rows, key, kinds.LOGISTIC_ESCAPE if noise.kind is None else noise.kind)
+        module.noise(rows, key, kind)
     if module is None or noise.kind is None:
         out = noise.quantile(out)
     return out.to(dtype)
 
 
-def _fill(rows: Tensor, key: int) -> None:
-    """Fills rows with uniform numbers in (−1, 1), by operations that torch has on every device."""
-    numbers = rows.shape[1]
-    quarter = -(-numbers // 4)
+def _fill(rows: Tensor, key: int, per_counter: int) -> None:
+    """Fills rows with uniform numbers in (−1, 1), four or eight of a counter, by what torch has on every device."""
+    numbers, bits = rows.shape[1], 128 // per_counter
+    counters = -(-numbers // per_counter)
+    digits = min(bits - 1, 31 if rows.dtype == torch.float64 else 23)
     # On a CPU, few enough that what lies in between stays in the cache.
-    block = len(rows) if rows.device.type != "cpu" else max(1, _BLOCK // quarter)
+    block = len(rows) if rows.device.type != "cpu" else max(1, _BLOCK // counters)
     for start in range(0, len(rows), block):
         row = torch.arange(start, min(start + block, len(rows)), device=rows.device).unsqueeze(1)
-        counter = (torch.arange(quarter, device=rows.device), row, 0, 0)
-        words = torch.stack(philox(counter, key, (len(row), quarter)), 2).flatten(1)[:, :numbers]
-        # As signed integers of 32 bits, or of the upper 24.
-        words = (words ^ 0x80000000) - 0x80000000
-        digits = 31 if rows.dtype == torch.float64 else 23
-        rows[start : start + len(row)] = (words >> (31 - digits)).to(rows.dtype).add_(0.5).mul_(2.0**-digits)
+        counter = (torch.arange(counters, device=rows.device), row, 0, 0)
+        words = torch.stack(philox(counter, key, (len(row), counters)), 2)
+        if bits == 16:
+            words = torch.stack((words & 0xFFFF, words >> 16), 3)
+        sign = 1 << (bits - 1)
+        signed = (words.flatten(1)[:, :numbers] ^ sign) - sign
+        rows[start : start + len(row)] = (signed >> (bits - 1 - digits)).to(rows.dtype).add_(0.5).mul_(2.0**-digits)
 
 
 # Counters that are worth a call, and fit into the cache.

@@ -30,6 +30,8 @@ _ROW_BY_ROW = (
 # Time steps that go through all layers before the next ones do. Fewer of a longer sequence, whose spikes as numbers
 # take less memory so; and where neurons go step by step, for what lies between layers stays in the cache then.
 _PIECE, _SHORT_PIECE = 32, 5
+# Bytes of spikes; more than in a loop, for numbers are sooner at hand and one piece is soon let go.
+_WORTH_KEEPING_AS_BITS_AT_ONCE = 16_000_000
 
 
 def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) -> Any:
@@ -91,10 +93,11 @@ def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) ->
         pieces = []
         fuses = any(_has_credit(neuron) for neuron in neurons)
         length = _PIECE if at_mean or (fuses and steps <= _PIECE) else _SHORT_PIECE
+        bits_from = 0 if at_mean else _WORTH_KEEPING_AS_BITS_AT_ONCE if steps <= length else WORTH_KEEPING_AS_BITS
         for first in range(0, steps, length):
             count = min(length, steps - first)
             piece = inputs if constant else inputs[first : first + count]
-            pieces.append(_by_layers(modules, neurons, changing, piece, count, constant, as_bits=at_mean))
+            pieces.append(_by_layers(modules, neurons, changing, piece, count, constant, bits_from))
     if isinstance(pieces[0], tuple):
         return tuple(torch.cat(part) for part in zip(*pieces, strict=True))
     return torch.cat(pieces)
@@ -115,7 +118,7 @@ def _blocks(modules: list[nn.Module], neurons: set[nn.Module]) -> Iterator[nn.Mo
 
 def _by_layers(
     modules: Iterable[nn.Module], neurons: set[nn.Module], changing: set[nn.Module], value: Any, steps: int,
-    constant: bool, as_bits: bool,
+    constant: bool, bits_from: int,
 ) -> Any:  # fmt: skip
     """What the last module returns in some time steps, each layer after the one before it."""
     for module in modules:
@@ -124,7 +127,7 @@ def _by_layers(
         elif isinstance(module, (BlockAtMeanInput, ExactBlock)):
             value = module(value)
         elif not constant and _is_row_by_row(module):
-            value = _in_rows(module, value, steps, as_bits)
+            value = _in_rows(module, value, steps, bits_from)
         elif constant and module not in changing and _is_row_by_row(module):
             value = module(value)
             continue
@@ -134,21 +137,21 @@ def _by_layers(
     return value.expand(steps, *value.shape) if constant else value
 
 
-def _in_rows(module: nn.Module, value: Tensor, steps: int, as_bits: bool) -> Tensor:
+def _in_rows(module: nn.Module, value: Tensor, steps: int, bits_from: int) -> Tensor:
     """What a module returns in some time steps, as rows of one call.
 
     Args:
         module: treats every row alone.
         value: ``[time, batch, ...]``.
         steps: number of time steps.
-        as_bits: spikes are kept for the backward pass as the neuron keeps them, even if they are few.
+        bits_from: so many bytes of spikes are kept for the backward pass as the neuron keeps them, in bits.
     """
     rows = value.flatten(0, 1)
     emitted: Emitted | None = getattr(value, SPIKES, None)
     if emitted is None or emitted.version != version(value):
         output: Tensor = module(rows).unflatten(0, (steps, -1))
         return output
-    size = WORTH_KEEPING_AS_BITS if as_bits else emitted.bytes
+    size = WORTH_KEEPING_AS_BITS if emitted.bytes >= bits_from else 0
     setattr(rows, SPIKES, replace(emitted, version=version(rows), bytes=size))
     output = module(rows).unflatten(0, (steps, -1))
     if type(module) is nn.Flatten and module.end_dim == -1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -78,12 +79,13 @@ def test_compiled_functions_share_no_name(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(numba_steps, "njit", named)
     monkeypatch.setattr(numba_steps, "cfunc", named)
     for dtype in (np.float32, np.float64):
-        for kind in range(5):
+        for kind in range(6):
             numba_steps.noise(dtype, kind)
-            numba_steps.forward(dtype, kind)
+        for kind, plain in itertools.product(range(5), (False, True)):
+            numba_steps.forward(dtype, kind, plain)
             for pairs in (True, False):
-                numba_steps.backward(dtype, kind, pairs)
-    assert len(set(names)) == len(names) == 2 * 2 * 5 * 4
+                numba_steps.backward(dtype, kind, plain, pairs)
+    assert len(set(names)) == len(names) == 2 * 2 * (6 + 5 * 2 * 3)
 
 
 def test_errors_of_the_normal_distribution_are_as_stated() -> None:

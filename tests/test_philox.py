@@ -13,7 +13,7 @@ import snntorch_lr as slr
 from snntorch_lr import kernels
 from snntorch_lr.philox import Drawn, draw, mix, new_key, new_keys, philox, resolved
 
-UNIFORM = slr.EscapeNoise()
+ESCAPE = slr.EscapeNoise()
 DTYPES = [torch.float32, torch.float64]
 
 
@@ -22,11 +22,18 @@ class Unknown:
 
     kind = None
 
+    def __init__(self, factor: float = 1) -> None:
+        self.factor = factor
+
     def quantile(self, u: Tensor) -> Tensor:
-        return u.mul_(2)
+        return u.mul_(self.factor)
 
 
-def drawn(rows: int, numbers: int, key: int = 0, dtype: torch.dtype = torch.float32, noise: Drawn = UNIFORM) -> Tensor:
+# Of 16 bits, and of more.
+UNIFORM = [ESCAPE, Unknown()]
+
+
+def drawn(rows: int, numbers: int, key: int = 0, dtype: torch.dtype = torch.float32, noise: Drawn = ESCAPE) -> Tensor:
     return draw(noise, torch.Size((rows, numbers)), dtype, torch.device("cpu"), key)
 
 
@@ -64,8 +71,9 @@ def test_philox_gives_the_known_answers(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_numbers_are_uniform_between_the_end_points(dtype: torch.dtype) -> None:
-    numbers = drawn(1, 300_000, dtype=dtype)[0].double()
+@pytest.mark.parametrize("noise", UNIFORM, ids=["halves", "words"])
+def test_numbers_are_uniform_between_the_end_points(noise: Drawn, dtype: torch.dtype) -> None:
+    numbers = drawn(1, 300_000, dtype=dtype, noise=noise)[0].double()
     assert numbers.min() > -1
     assert numbers.max() < 1
     expected = torch.full((100,), 3_000.0, dtype=torch.float64)
@@ -76,13 +84,17 @@ def test_numbers_are_uniform_between_the_end_points(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("noise", "words"),
+    [(Unknown(), [0x80000000, 0xFFFFFFFF, 0, 0x7FFFFFFF]), (ESCAPE, [0xFFFF8000, 0x7FFF0000, 0, 0])],
+    ids=["words", "halves"],
+)
 def test_end_points_are_never_reached_and_the_middle_is_no_value(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    noise: Drawn, words: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [0x80000000, 0xFFFFFFFF, 0, 0x7FFFFFFF]
     monkeypatch.setattr(kernels, "noise_on", lambda *_: None)
     monkeypatch.setattr("snntorch_lr.philox.philox", lambda *_: [torch.full((1, 1), word) for word in words])
-    numbers = drawn(1, 4, dtype=dtype)[0]
+    numbers = drawn(1, 4, dtype=dtype, noise=noise)[0]
     assert -1 < numbers[0] < numbers[1] < 0 < numbers[2] < numbers[3] < 1
     assert torch.equal(numbers, -numbers.flip(0))
 
@@ -95,16 +107,17 @@ def test_more_rows_leave_the_first_ones_as_they_are(numbers: int) -> None:
 
 
 @pytest.mark.parametrize("numbers", [3, 9_000])
-def test_keys_rows_and_places_are_independent(numbers: int) -> None:
-    one = drawn(12, numbers)
-    others = [drawn(12, numbers, 1), drawn(12, numbers, 2**40), one.roll(1, 0), one.roll(1, 1)]
-    for other in [*others, one.roll(-(-numbers // 4), 1)]:
+@pytest.mark.parametrize("noise", UNIFORM, ids=["halves", "words"])
+def test_keys_rows_and_places_are_independent(noise: Drawn, numbers: int) -> None:
+    one = drawn(12, numbers, noise=noise)
+    others = [drawn(12, numbers, key, noise=noise) for key in (1, 2**40)] + [one.roll(1, 0), one.roll(1, 1)]
+    for other in [*others, one.roll(-(-numbers // 4), 1), one.roll(-(-numbers // 8), 1)]:
         correlation = torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1]
         assert correlation.abs() < 5 / one.numel() ** 0.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("noise", [UNIFORM, Unknown()])
+@pytest.mark.parametrize("noise", [ESCAPE, Unknown(2)])
 def test_numba_and_torch_draw_the_same(noise: Drawn, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
     fused = drawn(4, 1003, 2**61 + 5, dtype, noise)

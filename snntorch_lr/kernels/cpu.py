@@ -20,6 +20,7 @@ from torch import Tensor
 from .._messages import first_line
 from ..graph import outside_of_graphs
 from . import numba_steps
+from .kinds import NONE, SUBTRACT
 
 DTYPES = (torch.float32, torch.float64)
 # Fewer numbers than this are computed sooner than another thread takes its part.
@@ -78,7 +79,8 @@ class TimeSteps:
         self._kept = constants
         self._neurons = leak.numel()
         self._constants = (self._neurons, mechanism, *map(_at, constants))
-        self._kernel = (_NUMPY[leak.dtype], kind)
+        plain = mechanism in (SUBTRACT, NONE) and constants[2] is None
+        self._kernel = (_NUMPY[leak.dtype], kind, plain)
         self._dtype = leak.dtype
 
     def forward(

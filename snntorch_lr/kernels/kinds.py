@@ -7,8 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE, GAUSSIAN, LAPLACE, LOGISTIC = range(5)
-"""Kinds of noise; those of escape noise need uniform numbers only."""
+LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE, GAUSSIAN, LAPLACE, LOGISTIC, UNIFORM = range(6)
+"""Kinds of noise; escape noise needs uniform numbers of 16 bits; those of ``UNIFORM`` are for any other noise."""
+
+
+def numbers_of_counter(kind: int) -> int:
+    """How many uniform numbers are made of the four random words of a counter."""
+    return 8 if kind in (LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE) else 4
+
+
 SUBTRACT, ZERO, ERASE, NONE = range(4)
 """Mechanisms of reset: subtract the threshold; to zero, before the current is added or after that; none."""
 NORMAL = (

@@ -14,11 +14,12 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from .kinds import GAUSSIAN, GAUSSIAN_ESCAPE, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, MILLS, NORMAL, NORMAL_TAIL
+from .kinds import GAUSSIAN, GAUSSIAN_ESCAPE, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, MILLS, NORMAL, NORMAL_TAIL, UNIFORM
 
 # No leave to reorder sums, on which rounding to an integer and the exactness of the uniform numbers depend, nor to take
-# for granted that there is no NaN, which has to reach the gradient to be found.
-OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
+# for granted that there is no NaN, which has to reach the gradient to be found. A loop in which LLVM leaves a call in
+# place is not vectorised, and takes eight times as long.
+OPTIONS: Any = {"nogil": True, "forceinline": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
 
 # Constants of single precision, so that they do not turn the numbers beside them into double precision.
 SINGLES = tuple(np.float32(value) for value in (0, 0.5, 1, 2))
@@ -188,11 +189,17 @@ def words_of_rows(words: Any, columns: Any, rows: Any, key: Any, row: int, colum
 
 
 def uniform(word: Any, like: Any) -> Any:
-    """A uniform number in (−1, 1), (k + ½) / 2ⁿ of the upper n + 1 bits of a word."""
+    """A uniform number in (−1, 1), (k + ½) / 2ⁿ of the upper n + 1 bits of a word; of all bits of half a word."""
 
 
 @overload(uniform)
 def _overload_uniform(word: Any, like: Any) -> Any:
+    def half(word: Any, like: Any) -> Any:
+        return (like + np.float32(word) + _HALF) * np.float32(2.0**-15)
+
+    if word == types.int16:
+        return half
+
     def double(word: Any, like: Any) -> Any:
         return (np.float64(word) + 0.5) * 2.0**-31
 
@@ -270,6 +277,16 @@ def _logistic_chance(z: Any) -> Any:
 
 
 @njit(**OPTIONS)
+def _logistic_chances(z0: Any, z1: Any) -> Any:
+    # With one division for both.
+    over0, under0 = _half_tanh_parts(z0)
+    over1, under1 = _half_tanh_parts(z1)
+    half = _HALF / (under0 * under1)
+    p0, p1 = _HALF + over0 * under1 * half, _HALF + over1 * under0 * half
+    return p0, p0 * (_1 - p0), p1
+
+
+@njit(**OPTIONS)
 def _laplace_chance(z: Any) -> Any:
     tail = _HALF * exp(-abs(z))
     return (_1 - tail if z > _0 else tail), tail
@@ -279,6 +296,18 @@ def _laplace_chance(z: Any) -> Any:
 def _normal_chance(z: Any) -> Any:
     density, tail, _ = normal(z)
     return (_1 - tail if z > _0 else tail), density
+
+
+@njit(**OPTIONS)
+def _laplace_chances(z0: Any, z1: Any) -> Any:
+    p0, slope = _laplace_chance(z0)
+    return p0, slope, _laplace_chance(z1)[0]
+
+
+@njit(**OPTIONS)
+def _normal_chances(z0: Any, z1: Any) -> Any:
+    p0, slope = _normal_chance(z0)
+    return p0, slope, _normal_chance(z1)[0]
 
 
 @njit(**OPTIONS)
@@ -307,6 +336,7 @@ class Rule:
         escapes: it decides about a spike at a given membrane potential, and is not added to that.
         noise: standard noise, of a uniform number in (−1, 1).
         chance: probability of a spike at a distance z to the threshold, and its derivative.
+        chances: the same at two distances, of the second one without the derivative.
         score: of escape noise ∂ log P(s) / ∂z, from z, p and the spike s; of membrane noise ε that of its mean, from ε.
         fires: whether a neuron with escape noise fires at z, with a uniform number.
     """
@@ -314,15 +344,17 @@ class Rule:
     escapes: bool
     noise: Any
     chance: Any
+    chances: Any
     score: Any
     fires: Any = None
 
 
 RULES = {
-    LOGISTIC_ESCAPE: Rule(True, _itself, _logistic_chance, _logistic_escape_score, _logistic_fires),
-    GAUSSIAN_ESCAPE: Rule(True, _itself, _normal_chance, _normal_escape_score, _normal_fires),
-    GAUSSIAN: Rule(False, _normal_quantile, _normal_chance, _itself),
-    LAPLACE: Rule(False, _laplace, _laplace_chance, _laplace_score),
-    LOGISTIC: Rule(False, _logistic, _logistic_chance, half_tanh),
+    LOGISTIC_ESCAPE: Rule(True, _itself, _logistic_chance, _logistic_chances, _logistic_escape_score, _logistic_fires),
+    GAUSSIAN_ESCAPE: Rule(True, _itself, _normal_chance, _normal_chances, _normal_escape_score, _normal_fires),
+    GAUSSIAN: Rule(False, _normal_quantile, _normal_chance, _normal_chances, _itself),
+    LAPLACE: Rule(False, _laplace, _laplace_chance, _laplace_chances, _laplace_score),
+    LOGISTIC: Rule(False, _logistic, _logistic_chance, _logistic_chances, half_tanh),
+    UNIFORM: Rule(False, _itself, _logistic_chance, _logistic_chances, _itself),
 }
-"""By kind."""
+"""By kind; uniform numbers are for noise that is shaped elsewhere."""

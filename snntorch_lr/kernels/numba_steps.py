@@ -2,11 +2,12 @@
 
 Numbers go through the first-level cache in blocks: those of a few rows, or of a part of a long row. In a block one loop
 computes a time step, without a branch, so that LLVM turns it into vector instructions. What options switch off is
-multiplied by zero there.
+multiplied by zero there. While a step is computed, the memory that the next one reads or fills is fetched.
 
-``noise``, ``forward`` and ``backward`` make functions for a dtype and a kind of noise that C code can call. Such a
-function takes the address of a record, in which arrays are addresses, and zero where they are not wanted. Any number of
-threads may run it on one record at once: each claims the next rows until none is left.
+``noise``, ``forward`` and ``backward`` make functions for a dtype and a kind of noise that C code can call; those for a
+*plain* neuron know that no reset multiplies, and that there is no synaptic current. Such a function takes the address
+of a record, in which arrays are addresses, and zero where they are not wanted. Any number of threads may run it on one
+record at once: each claims the next rows until none is left.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import FunctionType
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
@@ -33,8 +35,7 @@ _INTRINSIC: Any = intrinsic
 _WORD = types.CPointer(types.int64)  # type: ignore[no-untyped-call]
 
 # Numbers of a block. Its arrays have constant distances, so that LLVM knows that they do not overlap.
-_BLOCK = 512
-_QUARTER = _BLOCK // 4
+_BLOCK = 256
 
 _CLAIMS = ("next", "rows", "claim")
 _CONSTANTS = ("leak", "share", "alpha", "threshold", "sigma")
@@ -77,6 +78,7 @@ chunk.
 With one set there is no shadow, and ``togo`` is a weight for each row, ``[rows]``, by which the scores are
 multiplied.
 """
+_WORDS = {4: np.int32, 8: np.int16}
 _KEPT = {np.float32: np.uint16, np.float64: np.int64}
 _NOISE, _FORWARD, _BACKWARD = (np.dtype([(name, np.int64) for name in names]) for names in (NOISE, FORWARD, BACKWARD))
 
@@ -102,6 +104,40 @@ def _claim(context: Any, record: Any, count: Any) -> Any:
     return types.int64(types.voidptr, types.int64), build
 
 
+def _prefetch_for(write: bool) -> Any:
+    """A function that fetches a line of memory into the first-level cache, to be read or to be written."""
+
+    @_INTRINSIC
+    def prefetch(context: Any, address: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            operation = ir.FunctionType(ir.VoidType(), (pointer, number, number, number))
+            function = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), operation)
+            # Of the highest locality, and data.
+            builder.call(function, (builder.inttoptr(arguments[0], pointer), number(int(write)), number(3), number(1)))
+            return context.get_dummy_value()
+
+        return types.void(types.int64), build
+
+    return prefetch
+
+
+_prefetch_to_read, _prefetch_to_write = _prefetch_for(False), _prefetch_for(True)
+_LINE = 64
+
+
+@njit(**OPTIONS)
+def _will_read(address: int, size: int) -> None:
+    for place in range(address, address + size, _LINE):
+        _prefetch_to_read(place)
+
+
+@njit(**OPTIONS)
+def _will_write(address: int, size: int) -> None:
+    for place in range(address, address + size, _LINE):
+        _prefetch_to_write(place)
+
+
 @njit(**OPTIONS)
 def _list(address: int, numbers: int, like: Any) -> Any:
     return carray(_pointer(address, like), (numbers if address else 0,))
@@ -110,52 +146,57 @@ def _list(address: int, numbers: int, like: Any) -> Any:
 @njit(**OPTIONS)
 def _shape(neurons: int) -> tuple[int, int]:
     """How many rows a block has, and how many neurons of each."""
-    width = (neurons + 3) // 4 * 4
+    width = (neurons + 7) // 8 * 8
     return (1, _BLOCK) if width > _BLOCK else (_BLOCK // width, neurons)
 
 
 @njit(**OPTIONS)
-def _counters(neurons: int) -> Any:
+def _counters(neurons: int, per_counter: int) -> Any:
     """Columns and rows of the counters of a block, from the first ones on."""
-    counters = np.zeros((2, _BLOCK // 4), np.int32)
-    quarter = (neurons + 3) // 4
-    for place in range(_BLOCK // 4):
-        row = place // quarter if 4 * quarter <= _BLOCK else 0
-        counters[0, place], counters[1, place] = place - row * quarter, row
+    counters = np.zeros((2, _BLOCK // per_counter), np.int32)
+    width = (neurons + per_counter - 1) // per_counter
+    for place in range(_BLOCK // per_counter):
+        row = place // width if width * per_counter <= _BLOCK else 0
+        counters[0, place], counters[1, place] = place - row * width, row
     return counters
 
 
 @njit(**OPTIONS)
-def _random(words: Any, memory: Any, counters: Any, key: Any, row: int, first: int, neurons: int) -> None:
-    """Fills a block with random words; see ``snntorch_lr.philox.draw``.
+def _random(words: Any, drawn: Any, memory: Any, counters: Any, key: Any, row: int, first: int, neurons: int) -> Any:
+    """The random words of a block; see ``snntorch_lr.philox.draw``.
 
     Args:
-        words: filled.
-        memory: of as many words as a block has.
+        words: of the block, filled if those that are drawn have gaps between rows.
+        drawn: of as many words as a block has.
+        memory: of ``drawn``, as words of 32 bits.
         counters: from ``_counters``.
         key: of 64 bits.
         row: the first one.
         first: number of the first neuron in it.
         neurons: of a row, of which the block may have a part.
     """
-    quarter, size = (neurons + 3) // 4, len(words)
-    if 4 * quarter > _BLOCK or neurons % 4 == 0:
-        count = (size + 3) // 4
-        words_of_rows(memory, counters[0, :count], counters[1, :count], key, row, first // 4)
-        assign(words, memory[:size])
-        return
+    per_counter, size = len(drawn) // counters.shape[1], len(words)
+    width = (neurons + per_counter - 1) // per_counter
+    if per_counter * width > _BLOCK or neurons % per_counter == 0:
+        count = (size + per_counter - 1) // per_counter
+        words_of_rows(memory, counters[0, :count], counters[1, :count], key, row, first // per_counter)
+        return drawn[:size]
     rows = size // neurons
-    count = rows * quarter
+    count = rows * width
     words_of_rows(memory, counters[0, :count], counters[1, :count], key, row, 0)
     for own_row in range(rows):
-        start = 4 * quarter * own_row
-        assign(words[own_row * neurons : (own_row + 1) * neurons], memory[start : start + neurons])
+        start = per_counter * width * own_row
+        assign(words[own_row * neurons : (own_row + 1) * neurons], drawn[start : start + neurons])
+    return words
 
 
 @njit(**OPTIONS)
 def _take(to: Any, source: Any, start: int) -> None:
-    """Fills a block from a place on."""
-    assign(to, source[start : start + len(to)])
+    """Fills a block from a place on; with zeros if there is nothing."""
+    if len(source):
+        assign(to, source[start : start + len(to)])
+    else:
+        to[:] = 0
 
 
 @njit(**OPTIONS)
@@ -177,19 +218,21 @@ def _take_constants(to: Any, source: Any, first: int, neurons: int) -> None:
 
 def noise(dtype: Any, kind: int) -> Any:
     """A function that fills rows with noise of a kind; see ``snntorch_lr.philox.draw``."""
-    zero, shaped = dtype(0), RULES[kind].noise
+    zero, rule = dtype(0), RULES[kind]
+    shaped, per_counter = rule.noise, kinds.numbers_of_counter(kind)
+    word_type = _WORDS[per_counter]
 
     def fill(record: Any, start: int, stop: int) -> None:
         neurons = record.neurons
         out = _list(record.out, record.rows * neurons, zero)
-        memory, counters = np.empty(_BLOCK, np.int32), _counters(neurons)
-        words, numbers = np.empty(_BLOCK, np.int32), np.empty(_BLOCK, out.dtype)
+        memory, counters = np.empty(4 * _BLOCK // per_counter, np.int32), _counters(neurons, per_counter)
+        drawn, words, numbers = memory.view(word_type), np.empty(_BLOCK, word_type), np.empty(_BLOCK, out.dtype)
         rows, width = _shape(neurons)
         for first in range(0, neurons, width):
             for row in range(start, stop, rows):
                 size = min(rows, stop - row) * min(width, neurons - first)
-                word, number = words[:size], numbers[:size]
-                _random(word, memory, counters, np.uint64(record.key), row, first, neurons)
+                number = numbers[:size]
+                word = _random(words[:size], drawn, memory, counters, np.uint64(record.key), row, first, neurons)
                 for i in range(size):
                     number[i] = shaped(uniform(word[i], zero))
                 _give(out, row * neurons + first, number)
@@ -197,11 +240,14 @@ def noise(dtype: Any, kind: int) -> Any:
     return _function(fill, _NOISE, "noise", dtype, kind)
 
 
-def forward(dtype: Any, kind: int) -> Any:
+def forward(dtype: Any, kind: int, plain: bool) -> Any:
     """A function that takes time steps with noise of a kind; see ``FORWARD``."""
     zero, kept = dtype(0), _KEPT[dtype]
     rule = RULES[kind]
     escapes, shaped, fires = rule.escapes, rule.noise, rule.fires
+    per_counter = kinds.numbers_of_counter(kind)
+    word_type = _WORDS[per_counter]
+    size_of, size_of_kept = np.dtype(dtype).itemsize, np.dtype(kept).itemsize
 
     def take_steps(record: Any, start: int, stop: int) -> None:
         neurons, sets, steps, seen = record.neurons, record.sets, record.steps, record.seen
@@ -215,11 +261,12 @@ def forward(dtype: Any, kind: int) -> Any:
         code = _list(record.code, steps * sets * whole, kept(0))
         noise_code = _list(record.noise_code, steps * sets * whole, kept(0))
 
-        memory, counters = np.empty(_BLOCK, np.int32), _counters(neurons)
-        words, codes = np.empty(_BLOCK, np.int32), np.empty((2, _BLOCK), kept)
+        memory, counters = np.empty(4 * _BLOCK // per_counter, np.int32), _counters(neurons, per_counter)
+        drawn, words, codes = memory.view(word_type), np.empty(_BLOCK, word_type), np.empty((2, _BLOCK), kept)
         block = np.zeros((11, _BLOCK), spikes.dtype)
         clears, erases = zero + (record.mechanism == ZERO), zero + (record.mechanism == ERASE)
         rows, width = _shape(neurons)
+        changes = len(current) > whole
         for first in range(0, neurons, width):
             width = min(width, neurons - first)
             size = min(rows, stop - start) * width
@@ -238,39 +285,43 @@ def forward(dtype: Any, kind: int) -> Any:
                 leak, share, threshold, sigma = block[0, :size], block[1, :size], block[2, :size], block[3, :size]
                 inverse, alpha, resets = block[4, :size], block[5, :size], block[6, :size]
                 here, fire, drive, flow = block[7, :size], block[8, :size], block[9, :size], block[10, :size]
-                word = words[:size]
                 own_code, own_noise = codes[0, :size], codes[1, :size]
                 for own in range(sets):
-                    here[:] = zero
-                    fire[:] = zero
-                    flow[:] = zero
                     left = row * neurons + first
                     at = own * whole + left
-                    if own == 0 and len(mem):
-                        _take(here, mem, left)
-                    if own and len(shadow):
-                        _take(here, shadow, left)
+                    _take(here, shadow if own else mem, left)
                     if len(before):
                         _take(own_code, before, at)
                         for i in range(size):
                             fire[i] = recall(own_code[i])[1]
-                    elif len(fired):
+                    else:
                         _take(fire, fired, at)
-                    if len(syn):
+                    if not plain:
                         _take(flow, syn, left)
                     for step in range(steps):
                         moved = step * whole + left
-                        if step == 0 or len(current) > whole:
+                        if step == 0 or changes:
                             _take(drive, current, moved)
-                        if not record.alpha:
+                        if changes and step < steps - 1:
+                            _will_read(record.current + size_of * (moved + whole), size_of * size)
+                        if len(code):
+                            _will_write(record.code + size_of_kept * (step * sets * whole + at), size_of_kept * size)
+                        if own == 0:
+                            _will_write(record.spikes + size_of * moved, size_of * size)
+                        if not plain and not record.alpha:
                             # Infinite times zero would stay.
                             flow[:] = zero
-                        _random(word, memory, counters, keys[step], own * record.rows + row, first, neurons)
+                        word = _random(
+                            words[:size], drawn, memory, counters, keys[step], own * record.rows + row, first, neurons
+                        )
                         for i in range(size):
                             u = uniform(word[i], zero)
-                            flow[i] = flow[i] * alpha[i] + drive[i]
-                            mean = here[i] * leak[i] * (_1 - clears * fire[i]) + flow[i] * share[i]
-                            mean = mean * (_1 - erases * fire[i]) - fire[i] * resets[i]
+                            if plain:
+                                mean = here[i] * leak[i] + drive[i] * share[i] - fire[i] * resets[i]
+                            else:
+                                flow[i] = flow[i] * alpha[i] + drive[i]
+                                mean = here[i] * leak[i] * (_1 - clears * fire[i]) + flow[i] * share[i]
+                                mean = mean * (_1 - erases * fire[i]) - fire[i] * resets[i]
                             z = (mean - threshold[i]) * inverse[i]
                             if escapes:
                                 spike = _1 if fires(z, u) else _0
@@ -296,14 +347,15 @@ def forward(dtype: Any, kind: int) -> Any:
                     if own:
                         _give(new_shadow, left, here)
 
-    return _function(take_steps, _FORWARD, "forward", dtype, kind)
+    return _function(take_steps, _FORWARD, "forward", dtype, kind, plain)
 
 
-def backward(dtype: Any, kind: int, pairs: bool) -> Any:
+def backward(dtype: Any, kind: int, plain: bool, pairs: bool) -> Any:
     """A function that goes back through them, with a shadow (``pairs``) or without; see ``BACKWARD``."""
     zero, kept = dtype(0), _KEPT[dtype]
     rule = RULES[kind]
-    escapes, chance, score = rule.escapes, rule.chance, rule.score
+    escapes, chance, chances, score = rule.escapes, rule.chance, rule.chances, rule.score
+    size_of, size_of_kept = np.dtype(dtype).itemsize, np.dtype(kept).itemsize
     sets = 1 + pairs
 
     def go_back(record: Any, start: int, stop: int) -> None:
@@ -352,8 +404,6 @@ def backward(dtype: Any, kind: int, pairs: bool) -> Any:
                 products, squares = block[15, :size], block[16, :size]
                 c0, c1, n0, n1 = codes[0, :size], codes[1, :size], codes[2, :size], codes[3, :size]
                 f0, f1 = codes[4, :size], codes[5, :size]
-                block[6:, :size] = zero
-                codes[4:] = 0
                 left = row * neurons + first
                 if pairs:
                     _take(later, togo, left)
@@ -361,15 +411,20 @@ def backward(dtype: Any, kind: int, pairs: bool) -> Any:
                     for own_row in range(size // width):
                         later[own_row * width : (own_row + 1) * width] = togo[row + own_row]
                 if fits:
+                    split[:] = products[:] = squares[:] = zero
                     _take(split[:fit_size], parted, left)
-                if traces:
-                    _take(g0, trace, left)
-                if traces > 1:
-                    _take(g1, trace, whole + left)
-                if len(syn_trace):
-                    _take(flow, syn_trace, left)
+                _take(g0, trace, left)
                 if adds and constant:
                     _take(driven, to_current, left)
+                else:
+                    driven[:] = zero
+                if not plain:
+                    codes[4:] = 0
+                    _take(flow, syn_trace, left)
+                    if traces > 1:
+                        _take(g1, trace, whole + left)
+                    else:
+                        g1[:] = zero
                 for step in range(steps - 1, -1, -1):
                     moved = step * whole + left
                     at = step * sets * whole + left
@@ -380,41 +435,46 @@ def backward(dtype: Any, kind: int, pairs: bool) -> Any:
                         _take(n0, noise_code, at)
                         if pairs:
                             _take(n1, noise_code, at + whole)
-                    if len(a):
-                        _take(effect, a, moved)
+                    _take(effect, a, moved)
                     if reads:
                         _take(read, b, moved)
-                    if len(b_syn):
+                    if not plain:
                         _take(read_syn, b_syn, moved)
-                    if erases:
+                    if step:
+                        _will_read(record.code + size_of_kept * (at - sets * whole), size_of_kept * size)
+                        if pairs:
+                            _will_read(record.code + size_of_kept * (at - whole), size_of_kept * size)
+                        if len(a):
+                            _will_read(record.a + size_of * (moved - whole), size_of * size)
+                        if len(to_current) and not constant:
+                            _will_write(record.to_current + size_of * (moved - whole), size_of * size)
+                    if not plain and erases:
                         if step:
                             _take(f0, code, at - sets * whole)
                         elif len(before):
                             _take(f0, before, left)
-                        elif len(fired):
-                            _take(f0, fired, left)
                         else:
-                            f0[:] = 0
+                            _take(f0, fired, left)
                         if pairs:
                             if step:
                                 _take(f1, code, at - whole)
                             elif len(before):
                                 _take(f1, before, whole + left)
-                            elif len(fired):
-                                _take(f1, fired, whole + left)
                             else:
-                                f1[:] = 0
+                                _take(f1, fired, whole + left)
                     if adds and not constant:
                         _take(driven, to_current, moved)
                     for i in range(size):
                         z0, s0 = recall(c0[i])
-                        p0, d0 = chance(z0)
+                        if pairs:
+                            z1, s1 = recall(c1[i])
+                            p0, d0, p1 = chances(z0, z1)
+                        else:
+                            p0, d0 = chance(z0)
                         e0 = recall(n0[i])[0]
                         q0 = score(z0, p0, s0) if escapes else score(e0)
                         known = later[i]
                         if pairs:
-                            z1, s1 = recall(c1[i])
-                            p1, _ = chance(z1)
                             e1 = recall(n1[i])[0]
                             q1 = score(z1, p1, s1) if escapes else score(e1)
                             half = _HALF * effect[i]
@@ -437,12 +497,17 @@ def backward(dtype: Any, kind: int, pairs: bool) -> Any:
                         else:
                             own, others = q0 * known * inverse[i], zero
                             scale = -z0 * q0 * known if escapes else (e0 * q0 - _1) * known
-                        if escapes:
-                            own += g0[i] * leak[i] * (_1 - apart * s0)
-                            if pairs:
-                                others += apart * g1[i] * leak[i] * (_1 - s1)
-                        own += (_1 - apart) * others
-                        others = apart * others
+                        if plain:
+                            own += others
+                            if escapes:
+                                own += g0[i] * leak[i]
+                        else:
+                            if escapes:
+                                own += g0[i] * leak[i] * (_1 - apart * s0)
+                                if pairs:
+                                    others += apart * g1[i] * leak[i] * (_1 - s1)
+                            own += (_1 - apart) * others
+                            others = apart * others
                         if reads:
                             own += read[i]
                             if pairs and escapes:
@@ -450,11 +515,15 @@ def backward(dtype: Any, kind: int, pairs: bool) -> Any:
                             elif pairs:
                                 known += _HALF * read[i] * sigma[i] * ((z0 + e0) - (z1 + e1))
                                 scale += read[i] * e0 * sigma[i]
-                        later[i], g0[i], g1[i] = known, own, others
+                        later[i], g0[i] = known, own
                         to_scale[i] += scale
-                        own = own * (_1 - recall(f0[i])[1]) + others * (_1 - recall(f1[i])[1])
-                        flow[i] = flow[i] * alpha[i] + share[i] * own + read_syn[i]
-                        driven[i] = adds_up * driven[i] + flow[i]
+                        if plain:
+                            driven[i] = adds_up * driven[i] + share[i] * own
+                        else:
+                            g1[i] = others
+                            own = own * (_1 - recall(f0[i])[1]) + others * (_1 - recall(f1[i])[1])
+                            flow[i] = flow[i] * alpha[i] + share[i] * own + read_syn[i]
+                            driven[i] = adds_up * driven[i] + flow[i]
                     if len(to_current) and (step == 0 or not constant):
                         _give(to_current, moved, driven)
                 if pairs:
@@ -476,7 +545,7 @@ def backward(dtype: Any, kind: int, pairs: bool) -> Any:
                     for i in range(width):
                         own_sigma[first + i] += block[5, place + i]
 
-    return _function(go_back, _BACKWARD, "backward", dtype, kind, pairs)
+    return _function(go_back, _BACKWARD, "backward", dtype, kind, plain, pairs)
 
 
 _ENTRY = types.void(types.voidptr)

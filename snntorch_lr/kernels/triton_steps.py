@@ -22,7 +22,7 @@ from . import kinds
 DTYPES = (torch.float32,)
 CODES = {torch.float32: torch.int16}
 """Of what the backward pass keeps, by the dtype of the membrane potential."""
-# Of a program at most: counters forward, each of four numbers, and numbers backward.
+# Of a program at most: counters forward, each of four numbers or eight, and numbers backward.
 _BLOCK = 128
 
 _LOGISTIC_ESCAPE, _GAUSSIAN_ESCAPE = tl.constexpr(kinds.LOGISTIC_ESCAPE), tl.constexpr(kinds.GAUSSIAN_ESCAPE)
@@ -44,19 +44,23 @@ def _polynomial(x, coefficients: tl.constexpr, count: tl.constexpr):
 
 
 @triton.jit
-def _uniform(key, row, column, BLOCK: tl.constexpr):
-    """Uniform numbers in (−1, 1), ``[BLOCK, 4]``: Philox 4x32-10 of (column, row, 0, 0)."""
+def _uniform(key, row, column, BLOCK: tl.constexpr, PER_COUNTER: tl.constexpr):
+    """Uniform numbers in (−1, 1), ``[BLOCK, PER_COUNTER]``: Philox 4x32-10 of (column, row, 0, 0)."""
     zero = tl.cast(0, tl.uint32)
     w0, w1, w2, w3 = tl.philox(key, column.to(tl.uint32), row.to(tl.uint32), zero, zero)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK, 4))
-    return ((words.to(tl.int32, bitcast=True) >> 8).to(tl.float32) + 0.5) * 2.0**-23
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK, 4)).to(tl.int32, bitcast=True)
+    if PER_COUNTER == 8:
+        halves = tl.reshape(tl.join(words << 16, words), (BLOCK, 8)) >> 16
+        return (halves.to(tl.float32) + 0.5) * 2.0**-15
+    else:
+        return ((words >> 8).to(tl.float32) + 0.5) * 2.0**-23
 
 
 @triton.jit
-def _places(neurons, BLOCK: tl.constexpr):
-    """Columns of a program's counters, and which neurons of a row their four numbers belong to."""
+def _places(neurons, BLOCK: tl.constexpr, PER_COUNTER: tl.constexpr):
+    """Columns of a program's counters, and which neurons of a row the numbers of each belong to."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    neuron = 4 * tl.expand_dims(column, 1) + tl.expand_dims(tl.arange(0, 4), 0)
+    neuron = PER_COUNTER * tl.expand_dims(column, 1) + tl.expand_dims(tl.arange(0, PER_COUNTER), 0)
     return column, neuron, neuron < neurons
 
 
@@ -153,10 +157,10 @@ def _recall(code):
 
 
 @triton.jit(do_not_specialize=["key"])
-def _noise(out, key, neurons, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _noise(out, key, neurons, KIND: tl.constexpr, PER_COUNTER: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
-    column, neuron, inside = _places(neurons, BLOCK)
-    u = _uniform(key, row, column, BLOCK)
+    column, neuron, inside = _places(neurons, BLOCK, PER_COUNTER)
+    u = _uniform(key, row, column, BLOCK, PER_COUNTER)
     tl.store(out + row.to(tl.int64) * neurons + neuron, _to_noise(u, KIND), inside)
 
 
@@ -164,13 +168,14 @@ def _noise(out, key, neurons, KIND: tl.constexpr, BLOCK: tl.constexpr):
 def _forward(
     keys, current, mem, shadow, syn, fired, before, leak, share, alpha, threshold, sigma, new_shadow, spikes,
     seen_mem, seen_syn, code, noise_code, batch, neurons, steps, seen,
-    SETS: tl.constexpr, CHANGES: tl.constexpr, KIND: tl.constexpr, MECHANISM: tl.constexpr, BLOCK: tl.constexpr,
+    SETS: tl.constexpr, CHANGES: tl.constexpr, PER_COUNTER: tl.constexpr, KIND: tl.constexpr, MECHANISM: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Some neurons of one row of one set in all time steps; None for what is not wanted, or is zero."""
     escapes: tl.constexpr = KIND == _LOGISTIC_ESCAPE or KIND == _GAUSSIAN_ESCAPE
     row = tl.program_id(0)
     is_train = row < batch
-    column, neuron, inside = _places(neurons, BLOCK)
+    column, neuron, inside = _places(neurons, BLOCK, PER_COUNTER)
     train, other = inside & is_train, inside & (row >= batch)
     whole = tl.cast(batch, tl.int64) * neurons
     # Of a row among those of all sets, and of its sample.
@@ -179,7 +184,7 @@ def _forward(
     limit, level = tl.load(threshold + neuron, inside, 0.0), tl.load(sigma + neuron, inside, 1.0)
     if alpha is not None:
         remains = tl.load(alpha + neuron, inside, 0.0)
-    here = tl.zeros((BLOCK, 4), tl.float32)
+    here = tl.zeros((BLOCK, PER_COUNTER), tl.float32)
     fire, flow = here, here
     if mem is not None:
         here += tl.load(mem + left, train, 0.0)
@@ -197,7 +202,7 @@ def _forward(
         if alpha is not None:
             flow = flow * remains + drive
             drive = flow
-        u = _uniform(tl.load(keys + step), row, column, BLOCK)
+        u = _uniform(tl.load(keys + step), row, column, BLOCK, PER_COUNTER)
         here = _advance(here, drive, fire, decays, weight, limit, MECHANISM)
         z = (here - limit) / level
         if escapes:
@@ -374,7 +379,8 @@ def _backward(
 def noise(out: Tensor, key: int, kind: int) -> None:
     """Fills ``[rows, numbers]`` with noise; see ``snntorch_lr.philox.draw``."""
     rows, numbers = out.shape
-    _launch(_noise, rows, -(-numbers // 4), out=out, key=key, neurons=numbers, KIND=kind)
+    share = kinds.numbers_of_counter(kind)
+    _launch(_noise, rows, -(-numbers // share), out=out, key=key, neurons=numbers, KIND=kind, PER_COUNTER=share)
 
 
 class TimeSteps:
@@ -391,6 +397,7 @@ class TimeSteps:
         assert self._leak is not None
         self._neurons = self._leak.numel()
         self._options = {"KIND": kind, "MECHANISM": mechanism}
+        self._per_counter = kinds.numbers_of_counter(kind)
 
     def forward(
         self, rows: int, sets: int, steps: int, currents: int, seen: int, keys: Tensor, current: Tensor,
@@ -400,11 +407,12 @@ class TimeSteps:
     ) -> None:  # fmt: skip
         """See ``numba_steps.FORWARD``; tensors are contiguous, and read or filled; the keys are on any device."""
         _launch(
-            _forward, sets * rows, -(-self._neurons // 4), keys=keys.to(spikes.device, non_blocking=True),
-            current=current, mem=mem, shadow=shadow, syn=syn, fired=fired, before=before, leak=self._leak,
-            share=self._share, alpha=self._alpha, threshold=self._threshold, sigma=self._sigma, new_shadow=new_shadow,
-            spikes=spikes, seen_mem=seen_mem, seen_syn=seen_syn, code=code, noise_code=noise_code, batch=rows,
-            neurons=self._neurons, steps=steps, seen=seen, SETS=sets, CHANGES=currents > 1, **self._options,
+            _forward, sets * rows, -(-self._neurons // self._per_counter),
+            keys=keys.to(spikes.device, non_blocking=True), current=current, mem=mem, shadow=shadow, syn=syn,
+            fired=fired, before=before, leak=self._leak, share=self._share, alpha=self._alpha,
+            threshold=self._threshold, sigma=self._sigma, new_shadow=new_shadow, spikes=spikes, seen_mem=seen_mem,
+            seen_syn=seen_syn, code=code, noise_code=noise_code, batch=rows, neurons=self._neurons, steps=steps,
+            seen=seen, SETS=sets, CHANGES=currents > 1, PER_COUNTER=self._per_counter, **self._options,
         )  # fmt: skip
 
     def backward(
