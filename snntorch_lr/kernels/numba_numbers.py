@@ -17,9 +17,10 @@ from numba.extending import overload
 from .kinds import GAUSSIAN, GAUSSIAN_ESCAPE, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, MILLS, NORMAL, NORMAL_TAIL, UNIFORM
 
 # No leave to reorder sums, on which rounding to an integer and the exactness of the uniform numbers depend, nor to take
-# for granted that there is no NaN, which has to reach the gradient to be found. A loop in which LLVM leaves a call in
-# place is not vectorised, and takes eight times as long.
-OPTIONS: Any = {"nogil": True, "forceinline": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
+# for granted that there is no NaN, which has to reach the gradient to be found.
+OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
+# A loop in which LLVM leaves a call in place is not vectorised, and takes eight times as long.
+INLINE: Any = OPTIONS | {"forceinline": True}
 
 # Constants of single precision, so that they do not turn the numbers beside them into double precision.
 SINGLES = tuple(np.float32(value) for value in (0, 0.5, 1, 2))
@@ -44,7 +45,7 @@ _LEAST_EXPONENT = np.float32(-87)
 _SQRT_HALF_BITS = np.int32(0x3F3504F3)
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _polynomial(x: Any, coefficients: Any) -> Any:
     total = x * _0 + coefficients[-1]
     for index in range(len(coefficients) - 2, -1, -1):
@@ -96,7 +97,7 @@ def _overload_log(x: Any) -> Any:
     return double if x == types.float64 else single
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _normal_quantile(u: Any) -> Any:
     w = -_log((_1 - u) * (_1 + u))
     near = _polynomial(w - np.float32(2.5), _NORMAL)
@@ -145,7 +146,7 @@ def _overload_half_tanh_parts(z: Any) -> Any:
     return double if z == types.float64 else single
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def half_tanh(z: Any) -> Any:
     """tanh(z / 2)."""
     over, under = _half_tanh_parts(z)
@@ -154,14 +155,14 @@ def half_tanh(z: Any) -> Any:
     return -_1 if value < -_1 else value
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def assign(to: Any, value: Any) -> None:
     """Copies an array."""
     for i in range(len(to)):
         to[i] = value[i]
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def words_of_rows(words: Any, columns: Any, rows: Any, key: Any, row: int, column: int) -> None:
     """Random words: Philox 4x32-10 of (column, row, 0, 0).
 
@@ -241,42 +242,42 @@ def _overload_recall(code: Any) -> Any:
     return double if code == types.int64 else single
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _itself(u: Any) -> Any:
     return u
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _laplace(u: Any) -> Any:
     size = -_log(_1 - abs(u))
     return size if u > _0 else -size
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _logistic(u: Any) -> Any:
     return _log(_1 + u) - _log(_1 - u)
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _logistic_fires(z: Any, u: Any) -> Any:
     # u > −tanh(z / 2), without a division.
     over, under = _half_tanh_parts(z)
     return u * under > -over
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _normal_fires(z: Any, u: Any) -> Any:
     _, tail, _ = normal(z)
     return u > _1 - _2 * (_1 - tail if z > _0 else tail)
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _logistic_chance(z: Any) -> Any:
     p = _HALF + _HALF * half_tanh(z)
     return p, p * (_1 - p)
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _logistic_chances(z0: Any, z1: Any) -> Any:
     # With one division for both.
     over0, under0 = _half_tanh_parts(z0)
@@ -286,36 +287,36 @@ def _logistic_chances(z0: Any, z1: Any) -> Any:
     return p0, p0 * (_1 - p0), p1
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _laplace_chance(z: Any) -> Any:
     tail = _HALF * exp(-abs(z))
     return (_1 - tail if z > _0 else tail), tail
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _normal_chance(z: Any) -> Any:
     density, tail, _ = normal(z)
     return (_1 - tail if z > _0 else tail), density
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _laplace_chances(z0: Any, z1: Any) -> Any:
     p0, slope = _laplace_chance(z0)
     return p0, slope, _laplace_chance(z1)[0]
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _normal_chances(z0: Any, z1: Any) -> Any:
     p0, slope = _normal_chance(z0)
     return p0, slope, _normal_chance(z1)[0]
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _logistic_escape_score(z: Any, p: Any, spike: Any) -> Any:
     return spike - p
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _normal_escape_score(z: Any, p: Any, spike: Any) -> Any:
     slope, tail, mills = normal(z)
     # φ over the probability of what happened, which neither cancels nor underflows this way.
@@ -323,7 +324,7 @@ def _normal_escape_score(z: Any, p: Any, spike: Any) -> Any:
     return size if spike > _0 else -size
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _laplace_score(epsilon: Any) -> Any:
     return _1 if epsilon > _0 else -_1
 

@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 from . import kinds, numba_numbers
 from .kinds import ERASE, SUBTRACT, ZERO
-from .numba_numbers import OPTIONS, RULES, SINGLES, assign, keep, recall, uniform, words_of_rows
+from .numba_numbers import INLINE, OPTIONS, RULES, SINGLES, assign, keep, recall, uniform, words_of_rows
 
 _0, _HALF, _1, _ = SINGLES
 # Numba looks at the age of this file alone when it takes compiled code from its cache, and at what a function closes
@@ -161,7 +161,7 @@ def _counters(neurons: int, per_counter: int) -> Any:
     return counters
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _random(words: Any, drawn: Any, memory: Any, counters: Any, key: Any, row: int, first: int, neurons: int) -> Any:
     """The random words of a block; see ``snntorch_lr.philox.draw``.
 
@@ -190,7 +190,7 @@ def _random(words: Any, drawn: Any, memory: Any, counters: Any, key: Any, row: i
     return words
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _take(to: Any, source: Any, start: int) -> None:
     """Fills a block from a place on; with zeros if there is nothing."""
     if len(source):
@@ -199,7 +199,7 @@ def _take(to: Any, source: Any, start: int) -> None:
         to[:] = 0
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _give(to: Any, start: int, value: Any) -> None:
     """Puts a block in a place."""
     assign(to[start : start + len(value)], value)
