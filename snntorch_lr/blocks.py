@@ -121,7 +121,7 @@ class _Remembering(nn.Module):
         parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
         task = torch._C._current_graph_task_id()
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocasts(x.device)
-        held = tuple((id(each), version(each)) for each in parameters)
+        held = tuple((id(parameter), version(parameter)) for parameter in parameters)
         return _presentation, version(x), x.requires_grad, task, modes, held
 
     def _keep(self, x: Tensor, known: tuple[Any, ...], output: Tensor) -> None:
@@ -217,11 +217,11 @@ class _ConvolutionOfSpikes(torch.autograd.Function):
         needs_x, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
         # Rows of the input may be time steps and batch, which are apart in the code.
         spikes = _spikes(code, weight).reshape(ctx.shape)
-        found = torch.ops.aten.convolution_backward(
+        gradients = torch.ops.aten.convolution_backward(
             grads[0], spikes, weight, ctx.biases, stride, padding, dilation, False, [0] * len(stride), groups,
             [needs_x, needs_weight, needs_bias],
         )  # fmt: skip
-        return found[0], None, found[1], found[2], None
+        return gradients[0], None, gradients[1], gradients[2], None
 
 
 def _is_checkpointed() -> bool:

@@ -38,9 +38,9 @@ class Control:
         """λ in [0, 1] for a new presentation; takes what was added since the last one into the sums, in place."""
         # Where activation checkpointing runs a presentation again, the backward pass is still adding.
         if self.pending is not None and torch._C._current_graph_task_id() == -1:
-            found = self.pending.to(sums)
+            news = self.pending.to(sums)
             # The sums would never recover from a gradient that overflowed.
-            sums.copy_(torch.where(found.isfinite().all(), self.memory * sums + found, sums))
+            sums.copy_(torch.where(news.isfinite().all(), self.memory * sums + news, sums))
             self.pending = None
         product, square = sums
         return torch.where(square > 0, -product / square, self.start).clamp(0, 1).nan_to_num(self.start)
@@ -213,7 +213,9 @@ class CounterfactualSpike(torch.autograd.Function):
         to_link = None
         if ctx.needs_input_grad[5] and togo[0] is not None:
             to_link = torch.stack([togo[0], torch.zeros_like(togo[0]) if togo[1] is None else togo[1]])
-        to_states = [None if each is None else torch.stack([each, torch.zeros_like(each)]) for each in b]
+        to_states = [
+            None if gradient is None else torch.stack([gradient, torch.zeros_like(gradient)]) for gradient in b
+        ]
         to_margin = None if to_margin is None else to_margin.to(ctx.dtypes[0])
         return None, None, None, to_margin, to_sigma, to_link, *to_states
 

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .graph import Portable
 from .kernels import kinds
 from .philox import draw, new_key
-from .pickling import Portable
 
 
 @dataclass(frozen=True)
@@ -65,25 +65,15 @@ DISTRIBUTIONS = {
 
 
 class Noise(Portable, nn.Module):
-    """Base of membrane and escape noise: a learnable level, on or off.
+    """Base class of noise: a learnable level σ, and a switch. Arguments as of ``MembraneNoise``.
 
-    Args:
-        sigma: noise level, in units of the membrane potential: a float, or a tensor that broadcasts against the
-            membrane as snnTorch's ``beta`` does (``[features]``, ``[channels, 1, 1]``).
-        learn: whether σ is a parameter; otherwise it is a buffer.
-        distribution: one that the subclass offers; None for the first of these.
-        at_eval: keep the noise when the network is in evaluation mode.
-
-    Raises:
-        TypeError: if sigma is neither a number nor a tensor.
-        ValueError: if sigma is not positive and finite, or the distribution is unknown.
+    Attributes:
+        offered: names of the distributions, the default first.
     """
 
     offered: tuple[str, ...] = ()
     transient: tuple[str, ...] = ("forced", "generator")
     _kinds: ClassVar[dict[str, int]] = {}
-    # Of a network that was saved before these were there: noise that was never annealed, a control not yet fitted.
-    _optional: tuple[str, ...] = ("annealed", "control")
     log_sigma: Tensor
     annealed: Tensor
     control: Tensor
@@ -124,30 +114,28 @@ class Noise(Portable, nn.Module):
 
     @property
     def sigma(self) -> Tensor:
-        """Noise level σ, positive, in the shape that it was given in: what was learned, times what ``anneal`` left."""
+        """Noise level σ > 0, in the shape of the argument: the learned level, times the factor of ``anneal``."""
         return self.log_sigma.exp() * self.annealed
 
     @property
     def kind(self) -> int | None:
-        """Kind of noise that ``kernels`` know it as; None for one that they do not know, of a derived class too."""
+        """Number of this noise in ``kernels``; None if they lack it, as for a derived class."""
         return self._kinds.get(self.distribution) if type(self) in KINDS.values() else None
 
     @property
     def active(self) -> bool:
-        """The neuron draws noise now."""
+        """Whether the neuron draws noise now."""
         return (self.training or self.at_eval) if self.forced is None else self.forced
 
     def sample(self, shape: torch.Size, like: Tensor) -> Tensor:
-        """Noise of one call, in the dtype and on the device of ``like``: ε of scale 1, or what a subclass decides by.
+        """Standard noise ε ``[rows, ...]``, or what a subclass decides by, in the dtype and on the device of ``like``.
 
-        Args:
-            shape: ``[rows, ...]``; the first rows do not depend on how many there are.
-            like: see above.
+        The first rows do not depend on the number of rows.
         """
         return draw(self, shape, like.dtype, like.device, new_key(self.generator))
 
     def quantile(self, u: Tensor) -> Tensor:
-        """Standard noise ε of uniform numbers in (−1, 1), in place."""
+        """Standard noise ε from uniform numbers in (−1, 1), in place."""
         return DISTRIBUTIONS[self.distribution].quantile(u)
 
     def cdf_and_pdf(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,21 +149,21 @@ class Noise(Portable, nn.Module):
             ValueError: if it does not, or would make more of the membrane potential than it is.
         """
         if not self._broadcasts(shape):
-            mine = tuple(self.log_sigma.shape)
             raise ValueError(
-                f"the noise level sigma of {neuron} has the shape {mine}, which does not broadcast against its "
-                f"membrane potential, {shape}: give one number, or one for each neuron or channel ([features], "
-                "[channels, 1, 1])"
+                f"the noise level sigma of {neuron} has the shape {tuple(self.log_sigma.shape)}, which does not "
+                f"broadcast against its membrane potential, {shape}: give one number, or one for each neuron or "
+                "channel ([features], [channels, 1, 1])"
             )
 
     def _broadcasts(self, shape: tuple[int, ...]) -> bool:
-        mine = tuple(self.log_sigma.shape)
-        return len(mine) <= len(shape) and all(a in (1, b) for a, b in zip(mine[::-1], shape[::-1], strict=False))
+        sizes = self.log_sigma.shape[::-1]
+        return len(sizes) <= len(shape) and all(a in (1, b) for a, b in zip(sizes, shape[::-1], strict=False))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         missing = args[2]
-        missing[:] = [key for key in missing if key not in {prefix + name for name in self._optional}]
+        # Networks that 0.2 saved have neither: their noise was never annealed, and no control variate was fitted.
+        missing[:] = [key for key in missing if key not in {f"{prefix}annealed", f"{prefix}control"}]
         hint(
             missing,
             f"{prefix}log_sigma",
@@ -185,16 +173,16 @@ class Noise(Portable, nn.Module):
     def extra_repr(self) -> str:
         """Level (mean over neurons) and distribution, for ``print(net)``."""
         level = self.sigma.detach()
-        mean = f"{level.mean().item():.3g}" if level.numel() == 1 else f"mean {level.mean().item():.3g}"
-        return f"sigma={mean}, learn={isinstance(self.log_sigma, nn.Parameter)}, distribution={self.distribution!r}"
+        mean, learn = "" if level.numel() == 1 else "mean ", isinstance(self.log_sigma, nn.Parameter)
+        return f"sigma={mean}{level.mean().item():.3g}, learn={learn}, distribution={self.distribution!r}"
 
 
 class MembraneNoise(Noise):
     """Additive noise on the membrane potential, u = μ + σ ε, with a learnable level σ > 0.
 
-    The noisy potential is what the neuron carries on to the next time step. σ is learned as log σ, so that no
-    optimizer step can make it negative. It is the standard deviation for ``"gaussian"``, and the scale parameter
-    for ``"laplace"`` and ``"logistic"`` (standard deviations √2 σ and π/√3 σ).
+    The neuron carries the noisy potential on to the next time step. σ is learned as log σ, so that no optimizer step
+    can make it negative. It is the standard deviation for ``"gaussian"``, and the scale parameter for ``"laplace"`` and
+    ``"logistic"`` (standard deviations √2 σ and π/√3 σ).
 
     Args:
         sigma: noise level, in units of the membrane potential: a float, or a tensor that broadcasts against the
@@ -204,6 +192,7 @@ class MembraneNoise(Noise):
         at_eval: keep the noise when the network is in evaluation mode. By default it is off there, like dropout.
 
     Raises:
+        TypeError: if sigma is neither a number nor a tensor.
         ValueError: if sigma is not positive and finite, or the distribution is unknown.
 
     Examples:
@@ -216,11 +205,7 @@ class MembraneNoise(Noise):
     """
 
     offered = ("gaussian", "laplace", "logistic")
-    _kinds: ClassVar[dict[str, int]] = {
-        "gaussian": kinds.GAUSSIAN,
-        "laplace": kinds.LAPLACE,
-        "logistic": kinds.LOGISTIC,
-    }
+    _kinds: ClassVar[dict[str, int]] = {"gaussian": kinds.GAUSSIAN}
 
     def location_score(self, epsilon: Tensor) -> Tensor:
         """Score of the mean times σ, from standard noise ε of any shape; the same shape."""
@@ -234,18 +219,18 @@ class MembraneNoise(Noise):
 class EscapeNoise(Noise):
     """Noise in the decision to fire: a spike with probability sigmoid(z) or Φ(z), z = (membrane − threshold) / σ.
 
-    The membrane potential itself stays free of noise, and the spike that was sampled is the one that resets it. The
-    likelihood ratio then needs no noise value, only the probability of the spike: the score is the conditional mean,
-    given the spike, of what adding noise of the same distribution would give, and varies less (Rao-Blackwell).
+    The membrane potential stays free of noise, and the sampled spike resets it. The score needs only the probability of
+    the spike: it is the conditional mean, given the spike, of the score of ``MembraneNoise`` of the same distribution,
+    and varies less (Rao-Blackwell).
 
     Args:
-        sigma: noise level, in units of the membrane potential: a float, or a tensor that broadcasts against the
-            membrane as snnTorch's ``beta`` does.
+        sigma: noise level, in units of the membrane potential: a float, or a tensor as of ``MembraneNoise``.
         learn: whether σ is a parameter; otherwise it is a buffer.
         distribution: ``"logistic"`` for the sigmoid, the default, or ``"gaussian"`` for Φ, which takes longer.
         at_eval: keep the noise when the network is in evaluation mode. By default it is off there, like dropout.
 
     Raises:
+        TypeError: if sigma is neither a number nor a tensor.
         ValueError: if sigma is not positive and finite, or the distribution is unknown.
 
     Examples:
@@ -257,14 +242,14 @@ class EscapeNoise(Noise):
     """
 
     offered = ("logistic", "gaussian")
-    _kinds: ClassVar[dict[str, int]] = {"gaussian": kinds.GAUSSIAN_ESCAPE, "logistic": kinds.LOGISTIC_ESCAPE}
+    _kinds: ClassVar[dict[str, int]] = {"logistic": kinds.LOGISTIC_ESCAPE}
 
     def quantile(self, u: Tensor) -> Tensor:
-        """What ``fires`` decides by: the uniform numbers in (−1, 1) themselves."""
+        """The uniform numbers in (−1, 1) themselves: ``fires`` decides by them."""
         return u
 
     def fires(self, p: Tensor, u: Tensor) -> Tensor:
-        """Spikes, zeros and ones, that have the probability p, from what ``sample`` returned."""
+        """Spikes, zeros and ones, of probability p, from the uniform numbers of ``sample``."""
         return (u > 1 - 2 * p).to(p.dtype)
 
     def location_score(self, z: Tensor, p: Tensor, spikes: Tensor) -> Tensor:
@@ -296,9 +281,9 @@ class NoisyInput(Noise):
     share it.
 
     Args:
-        sigma: noise level, in units of the input: a float, or a tensor that broadcasts against one sample.
+        sigma: noise level, in units of the input: a float, or a tensor that broadcasts against one sample, such as
+            ``torch.full((1, 28, 28), 0.3)`` for a level of each pixel.
         learn: whether σ is a parameter; otherwise it is a buffer.
-        per_pixel: each element of a sample has a level of its own; its shape is taken from the first input.
         frozen: one draw for each presentation, in place of one for each call: the next draw is made after
             ``slr.reset(net)``. With one draw for each call, call the module in each time step.
         floor: the least level that learning may reach, as a fraction of ``sigma``, in [0, 1).
@@ -309,7 +294,7 @@ class NoisyInput(Noise):
         TypeError: if sigma is neither a number nor a tensor.
         ValueError: if sigma is not positive and finite, or another argument is wrong; in a call, if σ does not fit the
             input.
-        RuntimeError: in a call, if a frozen draw was not renewed since σ was updated.
+        RuntimeError: in a call, if σ was updated after a frozen draw, and ``reset(net)`` was not called since.
 
     Examples:
         >>> net = torch.nn.Sequential(slr.NoisyInput(sigma=0.3), torch.nn.Linear(784, 10), slr.Leaky(beta=0.9))
@@ -324,7 +309,7 @@ class NoisyInput(Noise):
 
     offered = MembraneNoise.offered
     transient = (*Noise.transient, "_drawn")
-    # A frozen draw, and how often σ had been changed then.
+    # A frozen draw, and the version of σ then.
     _drawn: tuple[Tensor, int] | None = None
     lowest: Tensor
 
@@ -332,7 +317,6 @@ class NoisyInput(Noise):
         self,
         sigma: float | Tensor = 0.3,
         learn: bool = True,
-        per_pixel: bool = False,
         frozen: bool = False,
         floor: float = 0.5,
         distribution: str | None = None,
@@ -341,65 +325,41 @@ class NoisyInput(Noise):
         super().__init__(sigma, learn, distribution, at_eval)
         if not 0 <= floor < 1:
             raise ValueError(f"floor must be in [0, 1), as a fraction of sigma, got {floor}")
-        level = self.log_sigma.detach().exp()
-        self.register_buffer("lowest", floor * level)
+        self.register_buffer("lowest", floor * self.log_sigma.detach().exp())
         with torch.no_grad():
             self.log_sigma.add_(math.log1p(-floor))
-        self.per_pixel = per_pixel
         self.frozen = frozen
 
     @property
     def sigma(self) -> Tensor:
-        """Noise level σ, above the floor, times what ``anneal`` left."""
+        """Noise level σ, above the floor, times the factor of ``anneal``."""
         return (self.lowest + self.log_sigma.exp()) * self.annealed
 
     def forward(self, x: Tensor) -> Tensor:
         """The input with noise, ``[batch, ...]``; the same tensor where the noise is off."""
-        self._fit(x)
-        if not self.active:
-            return x
-        return torch.addcmul(x, self.sigma.to(x.dtype), self._draw(x))
-
-    def reset(self) -> None:
-        """Lets a frozen draw go."""
-        self._drawn = None
-
-    def _draw(self, x: Tensor) -> Tensor:
-        if not self.frozen:
-            return self.sample(x.shape, x)
-        if self._drawn is not None and self._drawn[0].shape == x.shape:
-            noise, count = self._drawn
-            if self.log_sigma._version != count:
-                raise RuntimeError(
-                    "NoisyInput: the same frozen noise would be used after an update of sigma: call "
-                    "snntorch_lr.reset(net), which begins a presentation, at the start of each forward pass"
-                )
-            return noise.to(x.dtype)
-        noise = self.sample(x.shape, x)
-        self._drawn = noise, self.log_sigma._version
-        return noise
-
-    def _fit(self, x: Tensor) -> None:
-        """Gives each pixel its level at the first input, and refuses inputs that σ does not fit."""
-        if self.per_pixel and self.log_sigma.shape != x.shape[1:] and self.log_sigma.numel() == 1:
-            self._expand(x.shape[1:])
         if not self._broadcasts(x.shape[1:]):
             raise ValueError(
                 f"NoisyInput: the noise level has the shape {tuple(self.log_sigma.shape)}, which does not fit samples "
                 f"of the shape {tuple(x.shape[1:])}: give one number, or a level for each element of a sample"
             )
+        return torch.addcmul(x, self.sigma.to(x.dtype), self._draw(x)) if self.active else x
 
-    def _expand(self, shape: tuple[int, ...]) -> None:
-        # In place: an optimizer may hold the parameter already.
-        for values in (self.log_sigma, self.lowest):
-            values.data = values.data.expand(shape).clone()
-            values.grad = None
+    def reset(self) -> None:
+        """Drops a frozen draw: the next call draws anew."""
+        self._drawn = None
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        saved = state_dict.get(f"{prefix}log_sigma")
-        if self.per_pixel and isinstance(saved, Tensor) and self.log_sigma.numel() == 1:
-            self._expand(tuple(saved.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _draw(self, x: Tensor) -> Tensor:
+        if not self.frozen:
+            return self.sample(x.shape, x)
+        if self._drawn is None or self._drawn[0].shape != x.shape:
+            self._drawn = self.sample(x.shape, x), self.log_sigma._version
+        noise, version = self._drawn
+        if self.log_sigma._version != version:
+            raise RuntimeError(
+                "NoisyInput: the same frozen noise would be used after an update of sigma: call "
+                "snntorch_lr.reset(net), which begins a presentation, at the start of each forward pass"
+            )
+        return noise.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Level, distribution and draws, for ``print(net)``."""
@@ -407,12 +367,7 @@ class NoisyInput(Noise):
 
 
 class _Hinted(str):
-    """A key of a state_dict, equal to any other, that says more where torch's error shows it."""
-
-    def __new__(cls, key: str, remedy: str) -> _Hinted:
-        made = super().__new__(cls, key)
-        made.remedy = remedy
-        return made
+    """A key of a state_dict that torch's error shows with a remedy behind it."""
 
     remedy: str
 
@@ -421,27 +376,27 @@ class _Hinted(str):
 
 
 def hint(keys: list[str], key: str, remedy: str) -> None:
-    """Gives a missing or unexpected key of ``load_state_dict`` a remedy, if it is among them."""
-    keys[:] = [_Hinted(each, remedy) if each == key else each for each in keys]
+    """Adds a remedy to one of the missing or unexpected keys of ``load_state_dict``, if it is among them."""
+    if key in keys:
+        keys[keys.index(key)] = hinted = _Hinted(key)
+        hinted.remedy = remedy
 
 
 KINDS: dict[str, type[Noise]] = {"membrane": MembraneNoise, "escape": EscapeNoise}
 
 
 def make_noise(noise: bool | str | Noise | None) -> Noise | None:
-    """The noise that a neuron's ``noise=`` argument asks for, or None for a neuron without noise.
+    """The noise of a neuron's ``noise=`` argument; None for a neuron without noise.
 
     Raises:
         ValueError: if the argument names no noise.
     """
     if noise is None or noise is False:
         return None
-    if noise is True:
-        return MembraneNoise()
     if isinstance(noise, Noise):
         return noise
-    if isinstance(noise, str) and noise in KINDS:
-        return KINDS[noise]()
+    if noise is True or (isinstance(noise, str) and noise in KINDS):
+        return KINDS["membrane" if noise is True else noise]()
     raise ValueError(
         f'noise={noise!r} is not a noise; use True, False, "membrane", "escape", or a MembraneNoise or EscapeNoise'
     )

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from ._messages import place, warn
 from .blocks import new_presentation
 from .copies import running_copies
-from .graph import ancestors, outside_of_graphs, version
+from .graph import Portable, ancestors, outside_of_graphs, version
 from .kernels.kinds import Update
 from .node import Control, Presentation, Sample
 from .noise import DISTRIBUTIONS, EscapeNoise, MembraneNoise, Noise, hint, make_noise
 from .philox import resolved
-from .pickling import Portable
 
 UNSUPPORTED = {
     "LeakyParallel": "it computes all time steps at once, without a reset; use Leaky in a loop over time",
@@ -72,13 +71,13 @@ def check_defects(neuron: nn.Module, noise: Noise | None, name: str = "") -> Non
 class Sampler(Protocol):
     """Gives the spikes of neurons a gradient other than the surrogate one."""
 
-    def step(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def step(self, neuron: NoisyNeuron, input_: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """A time step of a neuron whose noise is on.
 
         Args:
             neuron: the neuron.
             input_: current, ``[rows, ...]``.
-            given: the states that it goes on from, by name.
+            states: the states that it goes on from, by name.
 
         Returns:
             Spikes and new states, in the order of ``neuron.state_names``.
@@ -174,12 +173,12 @@ def _draw(noise: Noise, like: Tensor, sets: int) -> Tensor:
     return noise.sample(shape, like).view(like.shape)
 
 
-def _sampled(neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def _sampled(neuron: NoisyNeuron, input_: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """A time step by the sampler of a neuron."""
     assert neuron.sampler is not None
     if torch._C._current_graph_task_id() != -1:
-        _check_rerun(neuron, given["mem"])
-    return neuron.sampler.step(neuron, input_, given)
+        _check_rerun(neuron, states["mem"])
+    return neuron.sampler.step(neuron, input_, states)
 
 
 def _check_rerun(neuron: NoisyNeuron, mem: Tensor) -> None:
@@ -288,12 +287,13 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
 
     def forward(self, input_: Tensor, *states: Any, **named_states: Any) -> Any:
         """One time step with snnTorch's arguments, shapes and return values."""
-        noise, names = self.noise, self.all_states
+        noise = self.noise
         if noise is None:
             return super().forward(input_, *states, **named_states)
         outputs = None if named_states else self._go_on(input_, states)
         if outputs is not None:
             return outputs if self.output or not self.init_hidden else outputs[0]
+        names = self.all_states
         passed = dict(zip(names, states, strict=False)) | named_states
         if passed and (self.init_hidden or len(states) > len(names) or not passed.keys() <= set(names)):
             # snnTorch says what is wrong.
@@ -303,11 +303,11 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
             copies.ran = True
             input_ = copies.repeat(input_, f"what enters {type(self).__name__}")
             passed = {name: copies.repeat_state(state) for name, state in passed.items()}
-        given = self._given(input_, passed)
+        before = self._states(input_, passed)
         if self.sampler is None or not noise.active:
-            return self._plain_step(input_, given)
+            return self._plain_step(input_, before)
         run = _apart if torch.compiler.is_compiling() else _sampled
-        spikes, *new = run(self, input_, given)
+        spikes, *new = run(self, input_, before)
         if self.output or not self.init_hidden:
             return (spikes, *new)
         return spikes
@@ -316,48 +316,48 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         """A fused time step that follows another one; None if it is not known to be one."""
         if bool(states) == self.init_hidden or torch.compiler.is_compiling():
             return None
-        given = states or tuple(self._buffers.get(name) for name in self.state_names)
-        carried: Carried | None = getattr(given[-1], CARRIED, None)
-        if carried is None or carried.state is None or len(given) != len(self.state_names):
+        states = states or tuple(self._buffers.get(name) for name in self.state_names)
+        carried: Carried | None = getattr(states[-1], CARRIED, None)
+        if carried is None or carried.state is None or len(states) != len(self.state_names):
             return None
         if torch._C._current_graph_task_id() != -1 or self.noise is None or not self.noise.active:
             return None
-        state = carried.state.next(self, input_, given[-1], given[0] if len(given) == 2 else None)
+        state = carried.state.next(self, input_, states[-1], states[0] if len(states) == 2 else None)
         return None if state is None else state.step(self, input_)
 
     def hold(self, name: str, state: Tensor) -> None:
         """Keeps a state, where snnTorch does."""
         self._buffers[name] = state
 
-    def _given(self, input_: Tensor, passed: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _states(self, input_: Tensor, passed: Mapping[str, Any]) -> dict[str, Tensor]:
         """States by name, from those that were passed and those that the neuron holds; zeros where they do not fit."""
         shape = self._state_shape(input_)
         assert self.noise is not None
         if self.noise.log_sigma.dim():
             self.noise.check_fits(shape, type(self).__name__)
-        given = {}
+        states = {}
         for name in self.all_states:
             state = passed.get(name)
             state = getattr(self, name) if state is None else state
-            given[name] = state if state.shape == shape else input_.new_zeros(shape)
-        return given
+            states[name] = state if state.shape == shape else input_.new_zeros(shape)
+        return states
 
     def _state_shape(self, input_: Tensor) -> tuple[int, ...]:
         """Shape of the states."""
         return tuple(input_.shape)
 
-    def _plain_step(self, input_: Tensor, given: Mapping[str, Tensor]) -> Any:
+    def _plain_step(self, input_: Tensor, states: Mapping[str, Tensor]) -> Any:
         """snnTorch's forward, with reparameterised noise where it is on."""
-        self._reset_by = self.train_resets(given["mem"])
-        output = self._snn_forward(input_, given)
+        self._reset_by = self.train_resets(states["mem"])
+        output = self._snn_forward(input_, states)
         if isinstance(self.noise, EscapeNoise) and self.noise.active:
             spikes = (output[0] if isinstance(output, tuple) else output).detach() != 0
             self.carry(spikes.to(self.mem.dtype))
         return output
 
-    def _snn_forward(self, input_: Tensor, given: Mapping[str, Tensor]) -> Any:
-        before = {name: getattr(self, name) for name in given}
-        for name, state in given.items():
+    def _snn_forward(self, input_: Tensor, states: Mapping[str, Tensor]) -> Any:
+        before = {name: getattr(self, name) for name in states}
+        for name, state in states.items():
             setattr(self, name, state)
         try:
             return super().forward(input_)
@@ -372,7 +372,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
     def sample(
         self,
         input_: Tensor,
-        given: Mapping[str, Tensor],
+        states: Mapping[str, Tensor],
         fired: Tensor | None,
         sets: int = 1,
         told: Sample | None = None,
@@ -381,7 +381,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
 
         Args:
             input_: current, in the shape of the states.
-            given: states by name, ``[rows, ...]`` or ``[2, batch, ...]``.
+            states: states by name, ``[rows, ...]`` or ``[2, batch, ...]``.
             fired: the spikes that reset the membrane potential; None to compare that with the threshold.
             sets: 2 for a train and its shadow.
             told: what was sampled in this step before, to be sampled again.
@@ -389,7 +389,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         inside = self._inside = _Inside(sets, told)
         self._reset_by = fired
         try:
-            self._snn_forward(input_, given)
+            self._snn_forward(input_, states)
         finally:
             self._inside = None
         assert inside.sample is not None
@@ -406,11 +406,12 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         if self.resets_at_once and fired is not None:
             # The spike has reset the membrane already; without escape noise snnTorch compares it once more.
             fired = torch.zeros_like(fired) if isinstance(self.noise, EscapeNoise) else None
-        setattr(mem, CARRIED, Carried(fired, version(mem), mem.grad_fn is not None, **more))
+        own_version = version(mem)
+        setattr(mem, CARRIED, Carried(fired, own_version, mem.grad_fn is not None, **more))
         train = fired[0] if fired is not None and fired.dim() > mem.dim() else fired
         node = None if mem.grad_fn is None else mem.grad_fn._sequence_nr()
         last: deque[_Last] = self.__dict__.setdefault("_last", deque(maxlen=_REMEMBERED))
-        last.append(_Last(mem.detach() if isinstance(self.noise, EscapeNoise) else None, version(mem), train, node))
+        last.append(_Last(mem.detach() if isinstance(self.noise, EscapeNoise) else None, own_version, train, node))
 
     def carried(self, mem: Tensor) -> tuple[Carried | None, Tensor | None]:
         """What hangs on a membrane potential that comes back, and the spikes that are to reset it."""
@@ -420,10 +421,10 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
         if not isinstance(self.noise, EscapeNoise):
             return None, None
         last: deque[_Last] = vars(self).get("_last", deque())
-        for each in reversed(last):
-            same = each.mem is not None and each.mem.data_ptr() == mem.data_ptr()
-            if same and each.version == version(mem) and each.fired is not None and each.fired.shape == mem.shape:
-                return None, _spikes(each.fired, mem)
+        for recent in reversed(last):
+            same = recent.mem is not None and recent.mem.data_ptr() == mem.data_ptr()
+            if same and recent.version == version(mem) and recent.fired is not None and recent.fired.shape == mem.shape:
+                return None, _spikes(recent.fired, mem)
         origin = self.computed_from(mem) if mem.grad_fn is not None else next(reversed(last), None)
         if origin is None or origin.fired is None or origin.fired.shape != mem.shape:
             return None, None
@@ -440,7 +441,7 @@ class NoisyNeuron(Portable, snn.SpikingNeuron):
     def computed_from(self, mem: Tensor) -> Any:
         """Which membrane potential, handed out a short while ago, this one was computed from; None if from none."""
         last: deque[_Last] = vars(self).get("_last", deque())
-        numbers = {each.node: each for each in last if each.node is not None}
+        numbers = {recent.node: recent for recent in last if recent.node is not None}
         if not numbers:
             return None
         earliest = min(numbers)

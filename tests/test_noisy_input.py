@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 import pytest
@@ -132,20 +131,15 @@ def test_estimators_draw_frozen_noise_anew() -> None:
     assert not torch.equal(drawn[-1], drawn[-2])
 
 
-def test_each_pixel_has_a_level() -> None:
-    net = nn.Sequential(slr.NoisyInput(0.5, per_pixel=True), nn.Flatten(), nn.Linear(6, 2))
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+def test_each_pixel_may_have_a_level() -> None:
+    noise = slr.NoisyInput(torch.full((1, 2, 3), 0.5))
+    optimizer = torch.optim.Adam(noise.parameters(), lr=0.1)
     # Noise does harm in some pixels, and good in others.
-    (net[0](torch.zeros(4, 1, 2, 3)).square() * torch.tensor([1.0, -1.0, 1.0])).sum().backward()
+    (noise(torch.zeros(4, 1, 2, 3)).square() * torch.tensor([1.0, -1.0, 1.0])).sum().backward()
     optimizer.step()
-    assert net[0].sigma.shape == (1, 2, 3)
-    assert net[0].sigma.min() < 0.5 < net[0].sigma.max()
-    loaded = nn.Sequential(slr.NoisyInput(per_pixel=True), nn.Flatten(), nn.Linear(6, 2))
-    loaded.load_state_dict(net.state_dict())
-    assert torch.equal(loaded[0].sigma, net[0].sigma)
-    assert torch.equal(copy.deepcopy(net)[0].sigma, net[0].sigma)
+    assert noise.sigma.min() < 0.5 < noise.sigma.max()
     with pytest.raises(ValueError, match="does not fit"):
-        net[0](torch.zeros(4, 1, 3, 3))
+        noise(torch.zeros(4, 1, 3, 3))
 
 
 def test_a_rollout_draws_in_each_step_unless_frozen() -> None:

@@ -42,7 +42,7 @@ _ROUNDING = 1e-4
 class MeanInputCredit(CounterfactualCredit):
     """Counterfactual credit in neurons between which ``rollout`` runs each block backward at its mean input."""
 
-    def step(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def step(self, neuron: NoisyNeuron, input_: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """A time step outside of ``rollout``, which only passes without a graph may have.
 
         Raises:
@@ -55,7 +55,7 @@ class MeanInputCredit(CounterfactualCredit):
                 "inputs, num_steps), hand the loop to optimizer.step(slr.closure(loss_fn, inputs, targets)), or choose "
                 'slr.use_gradient(net, "counterfactual")'
             )
-        return super().step(neuron, input_, given)
+        return super().step(neuron, input_, states)
 
 
 @contextmanager
@@ -307,7 +307,7 @@ class _Rates(SamplerOfOnePass):
         self.changing: dict[NoisyNeuron, None] = {}
         self._seen: dict[NoisyNeuron, int] = {}
 
-    def step(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def step(self, neuron: NoisyNeuron, input_: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """A time step of a neuron; see ``snntorch_lr.noisy_neuron.Sampler``."""
         current = input_.detach()
         if neuron not in self.currents:
@@ -323,12 +323,12 @@ class _Rates(SamplerOfOnePass):
             raise _SeenEnoughError
         rate = self._rates[neuron] if self._rates else torch.full_like(current, self._rate)
         spikes = neuron.graded(rate)
-        states = {name: torch.full_like(current, self._mem) for name in neuron.state_names}
-        for name, state in states.items():
+        new = {name: torch.full_like(current, self._mem) for name in neuron.state_names}
+        for name, state in new.items():
             setattr(neuron, name, state)
-        if "spk" in given:
+        if "spk" in states:
             neuron.spk = spikes
-        return (spikes, *states.values())
+        return (spikes, *new.values())
 
 
 @cache
@@ -376,14 +376,14 @@ class _Sums:
         if current is None:
             current = self.current if self.current is None else self.current / self.steps
         sigma = self.sigma.detach()
-        found = []
+        roots = []
         if current is not None:
-            found.append((current, (self.scores[None] * weight / sigma).to(current.dtype)))
+            roots.append((current, (self.scores[None] * weight / sigma).to(current.dtype)))
         if self.scale is not None:
-            found.append((self.sigma, _summed(self.scale * weight / sigma, self.sigma)))
+            roots.append((self.sigma, _summed(self.scale * weight / sigma, self.sigma)))
         for name, (_, parameter) in self.parameters.items():
-            found.append((parameter, _summed(self.scores[name] * weight / sigma, parameter)))
-        return found
+            roots.append((parameter, _summed(self.scores[name] * weight / sigma, parameter)))
+        return roots
 
 
 def _summed(value: Tensor, like: Tensor) -> Tensor:
@@ -401,7 +401,7 @@ class _Summing(SamplerOfOnePass):
         self._internal = internal
         self.sums: dict[NoisyNeuron, _Sums] = {}
 
-    def step(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def step(self, neuron: NoisyNeuron, input_: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """A time step of a neuron; see ``snntorch_lr.noisy_neuron.Sampler``."""
         if neuron not in self.sums:
             self.sums[neuron] = _Sums(dict(_elementwise(neuron)))
@@ -411,7 +411,7 @@ class _Summing(SamplerOfOnePass):
         assert neuron.noise is not None
         sums.sigma = neuron.noise.sigma.to(input_.dtype)
         with torch.no_grad():
-            sample, outputs = self._derive(neuron, input_.detach(), given, sums)
+            sample, outputs = self._derive(neuron, input_.detach(), states, sums)
             spikes = sample.spikes
             sums.fired = sums.fired + spikes
             sums.steps += 1
@@ -423,14 +423,14 @@ class _Summing(SamplerOfOnePass):
         return (emitted, *outputs)
 
     def _derive(
-        self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor], sums: _Sums
+        self, neuron: NoisyNeuron, input_: Tensor, states: dict[str, Tensor], sums: _Sums
     ) -> tuple[Sample, list[Tensor]]:
         """A time step, and the derivatives of what it samples around by current and parameters."""
         _start_forward_mode()
-        fired = neuron.train_resets(given["mem"])
+        fired = neuron.train_resets(states["mem"])
         if fired is None:
             # Surrogates do not know forward mode.
-            fired = neuron.mem_reset(given["mem"].detach())
+            fired = neuron.mem_reset(states["mem"].detach())
         sample: Sample | None = None
         outputs: list[Tensor] = []
         for direction in (None, *sums.parameters):
@@ -438,7 +438,7 @@ class _Summing(SamplerOfOnePass):
             with forward_ad.dual_level(), _dual(sums.parameters, direction):
                 dual = {
                     name: _make_dual(state.detach(), tangents[name]) if name in tangents else state.detach()
-                    for name, state in given.items()
+                    for name, state in states.items()
                 }
                 current = _make_dual(input_, torch.ones_like(input_)) if direction is None else input_
                 run = neuron.sample(current, dual, fired, told=sample)
@@ -459,7 +459,7 @@ class _Summing(SamplerOfOnePass):
         assert sample is not None
         for name, state in zip(neuron.state_names, outputs, strict=True):
             setattr(neuron, name, state)
-        if "spk" in given:
+        if "spk" in states:
             neuron.spk = neuron.graded(sample.spikes)
         neuron.carry(sample.spikes)
         return sample, outputs

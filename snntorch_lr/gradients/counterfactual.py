@@ -51,17 +51,17 @@ class CounterfactualCredit:
                 hint = ", or None to fit it" if name == "control" else ""
                 raise ValueError(f"{name} must be in [0, 1]{hint}, got {value!r}")
 
-    def step(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def step(self, neuron: NoisyNeuron, input_: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """A time step of a neuron; see ``snntorch_lr.noisy_neuron.Sampler``."""
-        mem = given["mem"]
+        mem = states["mem"]
         if input_.dtype != mem.dtype and torch.promote_types(input_.dtype, mem.dtype) == mem.dtype:
             # As snnTorch's update does; a presentation goes on in the dtype of its states.
             input_ = input_.to(mem.dtype)
-        state = fused.going_on(neuron, input_, given)
+        state = fused.going_on(neuron, input_, states)
         if state is not None:
             return state.step(neuron, input_)
         if not torch.is_grad_enabled():
-            return self._step_without_shadow(neuron, input_, given)
+            return self._step_without_shadow(neuron, input_, states)
         carried, fired = neuron.carried(mem)
         known = carried is not None
         if carried is not None and (carried.inside is None or carried.attached != (mem.grad_fn is not None)):
@@ -76,35 +76,35 @@ class CounterfactualCredit:
                 train = fired[0] if fired.dim() > mem.dim() else fired
                 fired = train.expand(2, *train.shape)
         assert presentation is not None
-        plan = None if carried is not None else fused.planned(neuron, input_, given)
+        plan = None if carried is not None else fused.planned(neuron, input_, states)
         if plan is not None:
-            state = fused.begin(plan, neuron, given, None if fired is None else fired[0], presentation)
+            state = fused.begin(plan, neuron, states, None if fired is None else fired[0], presentation)
             return state.step(neuron, input_)
         pairs = {
             name: state.expand(2, *state.shape) if carried is None else carried.pair(name, state)
-            for name, state in given.items()
+            for name, state in states.items()
             if name != "spk"
         }
-        with _Recurrence(neuron, given, carried) as fed_back:
+        with _Recurrence(neuron, states, carried) as fed_back:
             sample = neuron.sample(input_.expand(2, *input_.shape), pairs | fed_back, fired, sets=2)
         inside = {name: getattr(neuron, name) for name in neuron.state_names}
         if link is None:
             link = sample.z.new_zeros(()).expand(sample.z.shape)
         reads = Reads(neuron.resets_at_once, [self._difference(neuron, name, inside[name]) for name in inside])
-        spikes, link, *states = CounterfactualSpike.apply(
+        spikes, link, *new = CounterfactualSpike.apply(
             sample, presentation, reads, sample.margin, sample.sigma, link, *inside.values()
         )
         spikes = neuron.graded(spikes)
-        for name, state in zip(inside, states, strict=True):
+        for name, state in zip(inside, new, strict=True):
             setattr(neuron, name, state)
-        others = {name: weakref.ref(state) for name, state in zip(inside, states, strict=True) if name != "mem"}
-        if given.get("spk") is not None:
+        others = {name: weakref.ref(state) for name, state in zip(inside, new, strict=True) if name != "mem"}
+        if states.get("spk") is not None:
             neuron.spk = spikes
             others["spk"] = weakref.ref(spikes)
             inside["spk"] = neuron.graded(sample.spikes)
         neuron.reset = neuron.reset[0]
         neuron.carry(sample.spikes, inside=inside, others=others, link=link, presentation=presentation)
-        return (spikes, *states)
+        return (spikes, *new)
 
     def sequence(self, neuron: NoisyNeuron, current: Tensor, steps: int, constant: bool) -> tuple[Tensor, ...] | None:
         """Time steps that follow the state which the neuron holds; None if they cannot be fused.
@@ -123,21 +123,21 @@ class CounterfactualCredit:
             copies.ran = True
             current = copies.repeat(current, "a current", dim=0 if constant else 1)
         shape = current.shape if constant else current.shape[1:]
-        given = {name: getattr(neuron, name) for name in neuron.state_names}
-        if any(state.shape != shape for state in given.values()):
-            given = dict.fromkeys(given, current.new_zeros(shape))
+        states = {name: getattr(neuron, name) for name in neuron.state_names}
+        if any(state.shape != shape for state in states.values()):
+            states = dict.fromkeys(states, current.new_zeros(shape))
         state = None
         if constant:
-            state = fused.going_on(neuron, current, given)
+            state = fused.going_on(neuron, current, states)
         elif steps:
-            state = fused.going_on(neuron, current[0], given)
+            state = fused.going_on(neuron, current[0], states)
         if state is None:
-            plan = fused.planned(neuron, current if constant else current[0], given)
-            carried, fired = neuron.carried(given["mem"])
+            plan = fused.planned(neuron, current if constant else current[0], states)
+            carried, fired = neuron.carried(states["mem"])
             if plan is None or carried is not None or fired is not None:
                 return None
             presentation = self._present(neuron) if torch.is_grad_enabled() else None
-            state = fused.begin(plan, neuron, given, None, presentation)
+            state = fused.begin(plan, neuron, states, None, presentation)
         state, spikes, mem, syn = fused.advance(state, neuron, current, steps, all_states=neuron.output)
         # No views: snnTorch detaches states in place.
         last, last_syn = (value[-1].clone() if neuron.output and value is not None else value for value in (mem, syn))
@@ -145,14 +145,16 @@ class CounterfactualCredit:
         state.hang(neuron, spikes, last, last_syn)
         return (spikes, mem) if syn is None else (spikes, syn, mem)
 
-    def _step_without_shadow(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        fired = neuron.train_resets(given["mem"])
-        plan = fused.planned(neuron, input_, given)
+    def _step_without_shadow(
+        self, neuron: NoisyNeuron, input_: Tensor, states: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        fired = neuron.train_resets(states["mem"])
+        plan = fused.planned(neuron, input_, states)
         if plan is not None:
-            return fused.begin(plan, neuron, given, fired).step(neuron, input_)
-        sample = neuron.sample(input_, given, fired)
+            return fused.begin(plan, neuron, states, fired).step(neuron, input_)
+        sample = neuron.sample(input_, states, fired)
         spikes = neuron.graded(sample.spikes.clone())
-        if "spk" in given:
+        if "spk" in states:
             neuron.spk = spikes
         neuron.carry(sample.spikes)
         return (spikes, *(getattr(neuron, name) for name in neuron.state_names))
@@ -196,13 +198,13 @@ class _Recurrence:
     others see. One-to-one recurrence belongs to the neuron, as its reset does: each gets its own spikes.
     """
 
-    def __init__(self, neuron: NoisyNeuron, given: dict[str, Tensor], carried: Carried | None) -> None:
+    def __init__(self, neuron: NoisyNeuron, states: dict[str, Tensor], carried: Carried | None) -> None:
         self._neuron = neuron
-        self._given = given
+        self._states = states
         self._carried = carried
 
     def __enter__(self) -> dict[str, Tensor]:
-        neuron, spikes = self._neuron, self._given.get("spk")
+        neuron, spikes = self._neuron, self._states.get("spk")
         if spikes is None:
             return {}
         if neuron.mixes_spikes:

@@ -28,6 +28,9 @@ from ..philox import new_keys
 _FIT_ROWS = 16
 
 
+_Watched = tuple[dict[str, Any], str, Any, tuple[int, bool] | None]
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What the kernels are told about a neuron in one presentation, as long as nothing about it changes.
@@ -42,7 +45,8 @@ class Plan:
         apart: train and shadow decay differently: the reset multiplies.
         plain: spikes are handed out as zeros and ones.
         made_of: what leak, share and alpha were made of, and its versions.
-        watched: what the plan follows from: where it is looked up, under which name, and what was there.
+        watched: what the plan follows from: where it is looked up, under which name, what was there, and of a tensor
+            its version, and whether it is learned.
     """
 
     module: Any
@@ -54,7 +58,7 @@ class Plan:
     apart: bool
     plain: bool
     made_of: tuple[tuple[Tensor, int], ...]
-    watched: tuple[tuple[dict[str, Any], str, Any, int | None], ...]
+    watched: tuple[_Watched, ...]
 
     @classmethod
     @torch.no_grad()
@@ -89,13 +93,11 @@ class Plan:
         if kernels.fused_on(self.levels.device, self.levels.dtype) is not self.module:
             return False
         for place, name, value, mark in self.watched:
-            if place.get(name) is not value or (isinstance(value, Tensor) and _mark(value) != mark):
+            if mark is not None and (version(value), value.requires_grad) != mark:
+                return False
+            if place.get(name) is not value:
                 return False
         return True
-
-    def traces(self, pairs: bool) -> int:
-        """How many gradients of membrane potentials go on from a step to the one before it."""
-        return 0 if not self.escapes else 2 if self.apart and pairs else 1
 
     def fits(self, other: Plan) -> bool:
         """Time steps of this plan may follow those of another one: what decays between them decays alike."""
@@ -110,17 +112,12 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def _mark(value: Tensor) -> int:
-    """Changes when a tensor is changed in place, or begins to be learned."""
-    return 2 * version(value) + value.requires_grad
-
-
-def _watch(module: torch.nn.Module, names: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, Any, int | None]]:
+def _watch(module: torch.nn.Module, names: Sequence[str]) -> Iterator[_Watched]:
     for name in names:
         for place in (module._parameters, module._buffers, module._modules, module.__dict__):
             if name in place:
                 value: Any = place[name]
-                yield place, name, value, _mark(value) if isinstance(value, Tensor) else None
+                yield place, name, value, (version(value), value.requires_grad) if isinstance(value, Tensor) else None
 
 
 class Chain:
@@ -138,13 +135,14 @@ class Chain:
         sampler: of the neuron; a weak reference, for what it has seen may refer to the chain.
         sets: 2 with a shadow, otherwise 1.
         learns: there is a graph.
+        traces: how many gradients of membrane potentials go on from a step to the one before it.
         settings: λ and γ, for the kernels.
         zero: a tensor of no dimension.
     """
 
     __slots__ = (
-        "_sums", "_task", "learns", "neuron", "plan", "presentation", "sampler", "sets", "settings", "sigma", "weights",
-        "zero",
+        "_sums", "_task", "learns", "neuron", "plan", "presentation", "sampler", "sets", "settings", "sigma", "traces",
+        "weights", "zero",
     )  # fmt: skip
 
     def __init__(
@@ -160,6 +158,7 @@ class Chain:
         self.sampler: Callable[[], Any] = weakref.ref(neuron.sampler)
         self.sets = 1 if presentation is None else 2
         self.learns = presentation is not None or weights is not None
+        self.traces = 0 if not plan.escapes else 2 if plan.apart and self.sets == 2 else 1
         self.zero = plan.levels.new_zeros(())
         self.settings: Tensor | None = None
         if presentation is not None:
@@ -175,7 +174,7 @@ class Chain:
     @property
     def channels(self) -> int:
         """Numbers of each neuron that the link carries back: togo, what λ multiplies in it, and traces."""
-        return 2 * (self.sets - 1) + self.plan.traces(self.sets == 2) + self.plan.has_syn
+        return 2 * (self.sets - 1) + self.traces + self.plan.has_syn
 
     def sums(self, rows: int) -> tuple[Tensor, Tensor]:
         """What all time steps of a backward pass add to: the gradient of σ, and the sums that λ is fitted by."""
@@ -259,17 +258,17 @@ class State:
         self.code, self.fired, self.link, self.bytes, self.run = code, fired, link, bytes_, run
 
     @classmethod
-    def before(cls, chain: Chain, given: Mapping[str, Tensor], fired: Tensor | None) -> State:
+    def before(cls, chain: Chain, states: Mapping[str, Tensor], fired: Tensor | None) -> State:
         """The state in which a chain begins.
 
         Args:
             chain: that begins.
-            given: states of the train, ``[batch, ...]``.
+            states: states of the train, ``[batch, ...]``.
             fired: spikes that are to reset it, ``[sets, batch, ...]``; None if there are none.
         """
         memory.pool.count_presentation()
-        mem = given["mem"].detach().contiguous()
-        syn = given["syn"].detach().contiguous() if "syn" in given else None
+        mem = states["mem"].detach().contiguous()
+        syn = states["syn"].detach().contiguous() if "syn" in states else None
         fired = None if fired is None else fired.to(mem.dtype).contiguous()
         link = chain.zero.expand(chain.channels, *mem.shape)
         return cls(chain, True, mem, mem if chain.sets == 2 else None, syn, None, fired, link)
@@ -393,11 +392,14 @@ class FusedSpikes(torch.autograd.Function):
         if ctx.needs_input_grad[6]:
             added = ctx.run.take()
             to_current = memory.empty(size, like.dtype, like.device) if added is None else added
-        b, b_syn = (_of_all_steps(gradient, steps, seen) for gradient in (*states, None)[:2])
-        traces, start = plan.traces(sets == 2), 2 * (sets - 1)
+        b, b_syn, *_ = (*states, None)
+        if steps > 1:
+            b, b_syn = _of_all_steps(b, steps, seen), _of_all_steps(b_syn, steps, seen)
+        traces, start = chain.traces, 2 * (sets - 1)
         plan.steps.backward(
             shape[0], sets, steps, 1 if to_current is None else to_current.numel() // shape.numel(),
-            None if a is None else a.contiguous(), b, b_syn, code, noise_code, fired_before, code_before,
+            None if a is None else a.contiguous(), None if b is None else b.contiguous(),
+            None if b_syn is None else b_syn.contiguous(), code, noise_code, fired_before, code_before,
             chain.settings, togo, parted, min(shape[0], _FIT_ROWS) if sets == 2 else 0,
             held[start] if traces else None, traces, held[start + traces] if plan.has_syn else None, to_current,
             added is not None, chain.sums(shape[0]),
@@ -412,10 +414,9 @@ class FusedSpikes(torch.autograd.Function):
 
 def _of_all_steps(gradient: Tensor | None, steps: int, seen: tuple[int, ...]) -> Tensor | None:
     """The gradient of the states of all steps, of which the last one alone may have been handed out."""
-    if gradient is None or steps == 1 or seen == (steps,):
-        return None if gradient is None else gradient.contiguous()
-    last = gradient.reshape(1, *gradient.shape[len(seen) :])
-    return torch.cat([last.new_zeros(steps - 1, *last.shape[1:]), last])
+    if gradient is None or seen:
+        return gradient
+    return torch.cat([gradient.new_zeros(steps - 1, *gradient.shape), gradient.unsqueeze(0)])
 
 
 def advance(
@@ -465,24 +466,24 @@ def advance(
     return after, spikes, mem, syn
 
 
-def going_on(neuron: NoisyNeuron, input_: Tensor, given: Mapping[str, Tensor]) -> State | None:
+def going_on(neuron: NoisyNeuron, input_: Tensor, states: Mapping[str, Tensor]) -> State | None:
     """The state from which fused time steps go on; None if they do not, or a presentation begins."""
-    carried = getattr(given["mem"], CARRIED, None)
+    carried = getattr(states["mem"], CARRIED, None)
     if carried is None or carried.state is None:
         return None
-    state: State | None = carried.state.next(neuron, input_, given["mem"], given.get("syn"))
+    state: State | None = carried.state.next(neuron, input_, states["mem"], states.get("syn"))
     return state
 
 
-def planned(neuron: NoisyNeuron, input_: Tensor, given: Mapping[str, Tensor]) -> Plan | None:
+def planned(neuron: NoisyNeuron, input_: Tensor, states: Mapping[str, Tensor]) -> Plan | None:
     """How the time steps of a presentation that begins are fused; None if they are not."""
-    if any(state.requires_grad or state.dtype != input_.dtype for state in given.values()):
+    if any(state.requires_grad or state.dtype != input_.dtype for state in states.values()):
         return None
     return Plan.of(neuron, input_.shape, input_.dtype, input_.device)
 
 
 def begin(
-    plan: Plan, neuron: NoisyNeuron, given: Mapping[str, Tensor], fired: Tensor | None,
+    plan: Plan, neuron: NoisyNeuron, states: Mapping[str, Tensor], fired: Tensor | None,
     presentation: Presentation | None = None, weights: list[Tensor] | None = None,
 ) -> State:  # fmt: skip
     """The state in which the time steps of a presentation begin.
@@ -490,13 +491,13 @@ def begin(
     Args:
         plan: of the neuron.
         neuron: see there.
-        given: states of the train, ``[batch, ...]``.
+        states: states of the train, ``[batch, ...]``.
         fired: spikes that are to reset it, alike; None to compare the membrane potential with the threshold.
         presentation: of counterfactual credit; None without a shadow.
         weights: of the rows, of ``Vanilla``.
     """
     if fired is None:
         # By the threshold, as in snnTorch.
-        fired = neuron.mem_reset(given["mem"].detach())
-    chain = Chain(plan, neuron, _sigma(neuron, given["mem"].dtype), presentation, weights)
-    return State.before(chain, given, fired.expand(chain.sets, *fired.shape))
+        fired = neuron.mem_reset(states["mem"].detach())
+    chain = Chain(plan, neuron, _sigma(neuron, states["mem"].dtype), presentation, weights)
+    return State.before(chain, states, fired.expand(chain.sets, *fired.shape))

@@ -37,25 +37,25 @@ class Scores(SamplerOfOnePass):
         if token.requires_grad:
             self.tokens[id(token)] = token
 
-    def step(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def step(self, neuron: NoisyNeuron, input_: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """A time step of a neuron; see ``snntorch_lr.noisy_neuron.Sampler``."""
-        state = fused.going_on(neuron, input_, given)
+        state = fused.going_on(neuron, input_, states)
         if state is None:
-            fired = neuron.train_resets(given["mem"])
-            plan = fused.planned(neuron, input_, given) if torch.is_grad_enabled() else None
+            fired = neuron.train_resets(states["mem"])
+            plan = fused.planned(neuron, input_, states) if torch.is_grad_enabled() else None
             if plan is None:
-                return self._generic_step(neuron, input_, given, fired)
-            state = fused.begin(plan, neuron, given, fired, weights=self.weights)
+                return self._generic_step(neuron, input_, states, fired)
+            state = fused.begin(plan, neuron, states, fired, weights=self.weights)
         return state.step(neuron, input_)
 
     def _generic_step(
-        self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor], fired: Tensor | None
+        self, neuron: NoisyNeuron, input_: Tensor, states: dict[str, Tensor], fired: Tensor | None
     ) -> tuple[Tensor, ...]:
-        sample = neuron.sample(input_, given, fired)
+        sample = neuron.sample(input_, states, fired)
         if sample.margin.requires_grad or sample.sigma.requires_grad:
             self.replace(None, Score.apply(sample, self.weights, sample.margin, sample.sigma))
         spikes = neuron.graded(sample.spikes.clone())
-        if "spk" in given:
+        if "spk" in states:
             neuron.spk = spikes
         neuron.carry(sample.spikes)
         return (spikes, *(getattr(neuron, name) for name in neuron.state_names))
@@ -192,9 +192,9 @@ class _SecondCopyForced(Scores):
         super().__init__()
         self._value = float(fires)
 
-    def step(self, neuron: NoisyNeuron, input_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def step(self, neuron: NoisyNeuron, input_: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """A time step of a neuron; see ``snntorch_lr.noisy_neuron.Sampler``."""
-        outputs = super().step(neuron, input_, given)
+        outputs = super().step(neuron, input_, states)
         for output in outputs:
             output[len(output) // 2 :] = self._value
         return outputs

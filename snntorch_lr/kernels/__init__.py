@@ -26,7 +26,7 @@ def off() -> Iterator[None]:
 
 
 def fused_on(device: torch.device, dtype: torch.dtype) -> Any:
-    """The module with ``step``, ``pack`` and ``unpack`` for a device and a dtype; None without one, and in ``off``."""
+    """The module with ``TimeSteps`` for a device and a dtype; None without one, and in ``off``."""
     return noise_on(device, dtype) if _enabled else None
 
 

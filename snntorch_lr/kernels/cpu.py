@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 import threading
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,18 +32,6 @@ _CLAIMS_OF_A_THREAD = 4
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-class _Noise(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in numba_steps.NOISE]
-
-
-class _Forward(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in numba_steps.FORWARD]
-
-
-class _Backward(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in numba_steps.BACKWARD]
-
-
 CODES = {torch.float32: torch.int16, torch.float64: torch.int64}
 """Of what the backward pass keeps, by the dtype of the membrane potential."""
 
@@ -56,7 +45,7 @@ def _noise(out: Tensor, key: int, kind: int) -> None:
     assert out.is_contiguous()
     rows, numbers = out.shape
     threads, claim = _share(rows, numbers)
-    record = _Noise(0, rows, claim, out.data_ptr(), numbers, key)
+    record = (0, rows, claim, out.data_ptr(), numbers, key)
     _run(_compiled(numba_steps.noise, _NUMPY[out.dtype], kind), record, threads)
 
 
@@ -78,7 +67,8 @@ class TimeSteps:
         # They must not go away.
         self._kept = constants
         self._neurons = leak.numel()
-        self._constants = (self._neurons, mechanism, *map(_at, constants))
+        places = [0 if constant is None else constant.data_ptr() for constant in constants]
+        self._constants = (self._neurons, mechanism, *places)
         plain = mechanism in (SUBTRACT, NONE) and constants[2] is None
         self._kernel = (_NUMPY[leak.dtype], kind, plain)
         self._dtype = leak.dtype
@@ -91,11 +81,11 @@ class TimeSteps:
     ) -> None:  # fmt: skip
         """See ``numba_steps.FORWARD``; tensors are contiguous, and read or filled."""
         threads, claim = _share(rows, self._neurons * sets * steps)
-        record = _Forward(
-            0, rows, claim, *self._constants, sets, steps, currents, seen, keys.data_ptr(), current.data_ptr(),
-            _at(mem), _at(shadow), _at(syn), _at(fired), _at(before), _at(new_shadow), spikes.data_ptr(),
-            seen_mem.data_ptr(), _at(seen_syn), _at(code), _at(noise_code),
+        tensors = (
+            keys, current, mem, shadow, syn, fired, before, new_shadow, spikes, seen_mem, seen_syn, code, noise_code,
         )  # fmt: skip
+        places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        record = (0, rows, claim, *self._constants, sets, steps, currents, seen, *places)
         _run(_compiled(numba_steps.forward, *self._kernel), record, threads)
 
     def backward(
@@ -109,11 +99,12 @@ class TimeSteps:
         threads, claim = _share(rows, self._neurons * sets * steps)
         # No more chunks than there were when the sums began.
         claim = max(claim, -(-rows // len(fit)))
-        record = _Backward(
-            0, rows, claim, *self._constants, steps, currents, _at(a), _at(b), _at(b_syn), code.data_ptr(),
-            _at(noise_code), _at(fired), _at(before), _at(settings), togo.data_ptr(), _at(parted), fit_rows, _at(trace),
-            traces, _at(syn_trace), _at(to_current), adds, to_sigma.data_ptr(), fit.data_ptr(),
+        tensors = (
+            a, b, b_syn, code, noise_code, fired, before, settings, togo, parted, trace, syn_trace, to_current,
+            to_sigma, fit,
         )  # fmt: skip
+        places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        record = (0, rows, claim, *self._constants, steps, currents, fit_rows, traces, adds, *places)
         _run(_compiled(numba_steps.backward, *self._kernel, sets == 2), record, threads)
 
     def sums_of(self, rows: int) -> tuple[Tensor, Tensor]:
@@ -122,22 +113,19 @@ class TimeSteps:
         return torch.zeros(parts, self._neurons, dtype=self._dtype), torch.zeros(parts, 2, dtype=self._dtype)
 
 
-def _at(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _share(rows: int, size: int) -> tuple[int, int]:
     """Among how many threads rows of so many numbers are shared, and how many rows each of them claims at once."""
     threads = max(1, min(torch.get_num_threads(), rows * size // _WORTH_A_THREAD))
     return threads, rows if threads == 1 else max(1, rows // (threads * _CLAIMS_OF_A_THREAD))
 
 
-def _run(function: Any, record: Any, threads: int) -> None:
+def _run(function: Any, record: tuple[int, ...], threads: int) -> None:
     """Has threads claim the rows of a record; of torch, if their library can be asked.
 
     Two sets of threads would get into each other's way: OpenMP's go on for a while, looking for work.
     """
-    address = ctypes.addressof(record)
+    numbers = array("q", record)
+    address, _ = numbers.buffer_info()
     if threads == 1:
         function.ctypes(address)
         return

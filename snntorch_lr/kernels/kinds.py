@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE, GAUSSIAN, LAPLACE, LOGISTIC, UNIFORM = range(6)
-"""Kinds of noise; escape noise needs uniform numbers of 16 bits; those of ``UNIFORM`` are for any other noise."""
+LOGISTIC_ESCAPE, GAUSSIAN, UNIFORM = range(3)
+"""Kinds of noise that kernels know: escape and membrane noise, and uniform numbers of which torch makes any other."""
 
 
 def numbers_of_counter(kind: int) -> int:
-    """How many uniform numbers are made of the four random words of a counter."""
-    return 8 if kind in (LOGISTIC_ESCAPE, GAUSSIAN_ESCAPE) else 4
+    """How many numbers are made of the four random words of a counter."""
+    return 8 if kind == LOGISTIC_ESCAPE else 4
 
 
 SUBTRACT, ZERO, ERASE, NONE = range(4)

@@ -15,6 +15,8 @@ from torch import Tensor
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int16: np.int16, torch.int64: np.int64}
 # Smaller blocks come back from the C library as they were.
 _WORTH_KEEPING = 1 << 16
+# As torch's own: by where numbers lie, libraries for matrices add them in another order.
+_ALIGNMENT = 64
 
 
 class _Loan(weakref.ref):  # type: ignore[type-arg]
@@ -48,14 +50,13 @@ class Pool:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on the CPU, with any numbers in it."""
         size = math.prod(shape) * dtype.itemsize
-        if size < _WORTH_KEEPING:
-            return torch.empty(tuple(shape), dtype=dtype)
         self._used[size] = self._presentations
         free = self._free.setdefault(size, [])
         try:
             block = free.pop()
         except IndexError:
-            block = np.empty(size, np.uint8)
+            block = np.empty(size + _ALIGNMENT, np.uint8)
+            block = block[-block.ctypes.data % _ALIGNMENT :][:size]
         # Shaped by NumPy: of a tensor that is a view snnTorch could not detach states in place.
         lent = block.view(_NUMPY[dtype]).reshape(tuple(shape))
         loan = _Loan(lent, self._take_back)
@@ -82,6 +83,6 @@ pool = Pool()
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A contiguous tensor with any numbers in it."""
-    if device.type == "cpu":
-        return pool.empty(shape, dtype)
-    return torch.empty(tuple(shape), dtype=dtype, device=device)
+    if device.type != "cpu" or math.prod(shape) * dtype.itemsize < _WORTH_KEEPING:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    return pool.empty(shape, dtype)

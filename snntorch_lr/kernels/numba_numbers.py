@@ -7,18 +7,20 @@ whose errors are below 2 · 10⁻⁶. In double precision, which is for tests, a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from .kinds import GAUSSIAN, GAUSSIAN_ESCAPE, LAPLACE, LOGISTIC, LOGISTIC_ESCAPE, MILLS, NORMAL, NORMAL_TAIL, UNIFORM
+from .kinds import MILLS, NORMAL, NORMAL_TAIL
 
 # No leave to reorder sums, on which rounding to an integer and the exactness of the uniform numbers depend, nor to take
 # for granted that there is no NaN, which has to reach the gradient to be found.
-OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
+OPTIONS: Any = {
+    "nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"},
+    "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
+}  # fmt: skip
 # A loop in which LLVM leaves a call in place is not vectorised, and takes eight times as long.
 INLINE: Any = OPTIONS | {"forceinline": True}
 
@@ -34,7 +36,9 @@ _TANH_END = np.float32(8.4)
 # (log(1 + f) − f + f²/2) / f³ for 1 + f between √½ and √2.
 _LOG = tuple(np.float32(c) for c in (
     0.33333332, -0.25000821, 0.20001227, -0.16623356, 0.14201762, -0.13160195, 0.1276155, -0.0763443))  # fmt: skip
-_NORMAL, _NORMAL_TAIL, _MILLS = (tuple(np.float32(c) for c in each) for each in (NORMAL, NORMAL_TAIL, MILLS))
+_NORMAL, _NORMAL_TAIL, _MILLS = (
+    tuple(np.float32(c) for c in coefficients) for coefficients in (NORMAL, NORMAL_TAIL, MILLS)
+)
 _INV_SQRT_2PI = np.float32(1 / math.sqrt(2 * math.pi))
 _LOG2E, _LN2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
 # ln 2 in two parts, of which the first times a small integer is exact.
@@ -98,7 +102,8 @@ def _overload_log(x: Any) -> Any:
 
 
 @njit(**INLINE)
-def _normal_quantile(u: Any) -> Any:
+def normal_quantile(u: Any) -> Any:
+    """Standard Gaussian noise of a uniform number."""
     w = -_log((_1 - u) * (_1 + u))
     near = _polynomial(w - np.float32(2.5), _NORMAL)
     far = _polynomial(math.sqrt(w) - np.float32(3.5), _NORMAL_TAIL)
@@ -106,22 +111,20 @@ def _normal_quantile(u: Any) -> Any:
 
 
 def normal(z: Any) -> Any:
-    """φ(z), the tail 1 − Φ(|z|), and the Mills ratio at |z|."""
+    """φ(z), and the tail 1 − Φ(|z|)."""
 
 
 @overload(normal)
 def _overload_normal(z: Any) -> Any:
     def double(z: Any) -> Any:
         density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-        tail = 0.5 * math.erfc(abs(z) / math.sqrt(2.0))
-        return density, tail, tail / density
+        return density, 0.5 * math.erfc(abs(z) / math.sqrt(2.0))
 
     def single(z: Any) -> Any:
         x = abs(z)
         density = exp(-_HALF * x * x) * _INV_SQRT_2PI
         t = _1 / (_1 + x * np.float32(0.25))
-        mills = t * _polynomial(t - _HALF, _MILLS)
-        return density, density * mills, mills
+        return density, density * t * _polynomial(t - _HALF, _MILLS)
 
     return double if z == types.float64 else single
 
@@ -144,15 +147,6 @@ def _overload_half_tanh_parts(z: Any) -> Any:
         return y * _polynomial(square, _TANH), _polynomial(square, _TANH_BELOW)
 
     return double if z == types.float64 else single
-
-
-@njit(**INLINE)
-def half_tanh(z: Any) -> Any:
-    """tanh(z / 2)."""
-    over, under = _half_tanh_parts(z)
-    value = over / under
-    value = _1 if value > _1 else value
-    return -_1 if value < -_1 else value
 
 
 @njit(**INLINE)
@@ -243,42 +237,24 @@ def _overload_recall(code: Any) -> Any:
 
 
 @njit(**INLINE)
-def _itself(u: Any) -> Any:
-    return u
-
-
-@njit(**INLINE)
-def _laplace(u: Any) -> Any:
-    size = -_log(_1 - abs(u))
-    return size if u > _0 else -size
-
-
-@njit(**INLINE)
-def _logistic(u: Any) -> Any:
-    return _log(_1 + u) - _log(_1 - u)
-
-
-@njit(**INLINE)
-def _logistic_fires(z: Any, u: Any) -> Any:
+def logistic_fires(z: Any, u: Any) -> Any:
+    """A neuron with logistic escape noise fires at a distance z to the threshold, by a uniform number."""
     # u > −tanh(z / 2), without a division.
     over, under = _half_tanh_parts(z)
     return u * under > -over
 
 
 @njit(**INLINE)
-def _normal_fires(z: Any, u: Any) -> Any:
-    _, tail, _ = normal(z)
-    return u > _1 - _2 * (_1 - tail if z > _0 else tail)
-
-
-@njit(**INLINE)
-def _logistic_chance(z: Any) -> Any:
-    p = _HALF + _HALF * half_tanh(z)
+def logistic_chance(z: Any) -> Any:
+    """Probability of a spike at a distance z to the threshold, and its derivative."""
+    over, under = _half_tanh_parts(z)
+    p = _HALF + _HALF * (over / under)
     return p, p * (_1 - p)
 
 
 @njit(**INLINE)
-def _logistic_chances(z0: Any, z1: Any) -> Any:
+def logistic_chances(z0: Any, z1: Any) -> Any:
+    """The same at two distances, of the second one without the derivative."""
     # With one division for both.
     over0, under0 = _half_tanh_parts(z0)
     over1, under1 = _half_tanh_parts(z1)
@@ -288,74 +264,14 @@ def _logistic_chances(z0: Any, z1: Any) -> Any:
 
 
 @njit(**INLINE)
-def _laplace_chance(z: Any) -> Any:
-    tail = _HALF * exp(-abs(z))
-    return (_1 - tail if z > _0 else tail), tail
-
-
-@njit(**INLINE)
-def _normal_chance(z: Any) -> Any:
-    density, tail, _ = normal(z)
+def normal_chance(z: Any) -> Any:
+    """As ``logistic_chance``, of Gaussian membrane noise."""
+    density, tail = normal(z)
     return (_1 - tail if z > _0 else tail), density
 
 
 @njit(**INLINE)
-def _laplace_chances(z0: Any, z1: Any) -> Any:
-    p0, slope = _laplace_chance(z0)
-    return p0, slope, _laplace_chance(z1)[0]
-
-
-@njit(**INLINE)
-def _normal_chances(z0: Any, z1: Any) -> Any:
-    p0, slope = _normal_chance(z0)
-    return p0, slope, _normal_chance(z1)[0]
-
-
-@njit(**INLINE)
-def _logistic_escape_score(z: Any, p: Any, spike: Any) -> Any:
-    return spike - p
-
-
-@njit(**INLINE)
-def _normal_escape_score(z: Any, p: Any, spike: Any) -> Any:
-    slope, tail, mills = normal(z)
-    # φ over the probability of what happened, which neither cancels nor underflows this way.
-    size = slope / (_1 - tail) if (spike > _0) == (z > _0) else _1 / mills
-    return size if spike > _0 else -size
-
-
-@njit(**INLINE)
-def _laplace_score(epsilon: Any) -> Any:
-    return _1 if epsilon > _0 else -_1
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What one kind of noise does with one number; functions for Numba.
-
-    Attributes:
-        escapes: it decides about a spike at a given membrane potential, and is not added to that.
-        noise: standard noise, of a uniform number in (−1, 1).
-        chance: probability of a spike at a distance z to the threshold, and its derivative.
-        chances: the same at two distances, of the second one without the derivative.
-        score: of escape noise ∂ log P(s) / ∂z, from z, p and the spike s; of membrane noise ε that of its mean, from ε.
-        fires: whether a neuron with escape noise fires at z, with a uniform number.
-    """
-
-    escapes: bool
-    noise: Any
-    chance: Any
-    chances: Any
-    score: Any
-    fires: Any = None
-
-
-RULES = {
-    LOGISTIC_ESCAPE: Rule(True, _itself, _logistic_chance, _logistic_chances, _logistic_escape_score, _logistic_fires),
-    GAUSSIAN_ESCAPE: Rule(True, _itself, _normal_chance, _normal_chances, _normal_escape_score, _normal_fires),
-    GAUSSIAN: Rule(False, _normal_quantile, _normal_chance, _normal_chances, _itself),
-    LAPLACE: Rule(False, _laplace, _laplace_chance, _laplace_chances, _laplace_score),
-    LOGISTIC: Rule(False, _logistic, _logistic_chance, _logistic_chances, half_tanh),
-    UNIFORM: Rule(False, _itself, _logistic_chance, _logistic_chances, _itself),
-}
-"""By kind; uniform numbers are for noise that is shaped elsewhere."""
+def normal_chances(z0: Any, z1: Any) -> Any:
+    """As ``logistic_chances``."""
+    p0, slope = normal_chance(z0)
+    return p0, slope, normal_chance(z1)[0]

@@ -23,8 +23,23 @@ from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
 from . import kinds, numba_numbers
-from .kinds import ERASE, SUBTRACT, ZERO
-from .numba_numbers import INLINE, OPTIONS, RULES, SINGLES, assign, keep, recall, uniform, words_of_rows
+from .kinds import ERASE, GAUSSIAN, LOGISTIC_ESCAPE, SUBTRACT, ZERO
+from .numba_numbers import (
+    INLINE,
+    OPTIONS,
+    SINGLES,
+    assign,
+    keep,
+    logistic_chance,
+    logistic_chances,
+    logistic_fires,
+    normal_chance,
+    normal_chances,
+    normal_quantile,
+    recall,
+    uniform,
+    words_of_rows,
+)
 
 _0, _HALF, _1, _ = SINGLES
 # Numba looks at the age of this file alone when it takes compiled code from its cache, and at what a function closes
@@ -60,8 +75,8 @@ in their place. Filled are: ``new_shadow``; ``spikes`` of the train, ``[steps, r
 backward pass, and ``noise_code``, the noise on the membrane potential.
 """
 BACKWARD = (
-    *_CLAIMS, "neurons", "mechanism", *_CONSTANTS, "steps", "currents", "a", "b", "b_syn", "code", "noise_code",
-    "fired", "before", "settings", "togo", "parted", "fit_rows", "trace", "traces", "syn_trace", "to_current", "adds",
+    *_CLAIMS, "neurons", "mechanism", *_CONSTANTS, "steps", "currents", "fit_rows", "traces", "adds", "a", "b",
+    "b_syn", "code", "noise_code", "fired", "before", "settings", "togo", "parted", "trace", "syn_trace", "to_current",
     "to_sigma", "sums",
 )  # fmt: skip
 """The same of ``backward``; see ``snntorch_lr.node.CounterfactualSpike``, and for what is not named here ``FORWARD``.
@@ -218,8 +233,8 @@ def _take_constants(to: Any, source: Any, first: int, neurons: int) -> None:
 
 def noise(dtype: Any, kind: int) -> Any:
     """A function that fills rows with noise of a kind; see ``snntorch_lr.philox.draw``."""
-    zero, rule = dtype(0), RULES[kind]
-    shaped, per_counter = rule.noise, kinds.numbers_of_counter(kind)
+    zero, per_counter = dtype(0), kinds.numbers_of_counter(kind)
+    is_gaussian = kind == GAUSSIAN
     word_type = _WORDS[per_counter]
 
     def fill(record: Any, start: int, stop: int) -> None:
@@ -234,7 +249,8 @@ def noise(dtype: Any, kind: int) -> Any:
                 number = numbers[:size]
                 word = _random(words[:size], drawn, memory, counters, np.uint64(record.key), row, first, neurons)
                 for i in range(size):
-                    number[i] = shaped(uniform(word[i], zero))
+                    u = uniform(word[i], zero)
+                    number[i] = normal_quantile(u) if is_gaussian else u
                 _give(out, row * neurons + first, number)
 
     return _function(fill, _NOISE, "noise", dtype, kind)
@@ -243,8 +259,7 @@ def noise(dtype: Any, kind: int) -> Any:
 def forward(dtype: Any, kind: int, plain: bool) -> Any:
     """A function that takes time steps with noise of a kind; see ``FORWARD``."""
     zero, kept = dtype(0), _KEPT[dtype]
-    rule = RULES[kind]
-    escapes, shaped, fires = rule.escapes, rule.noise, rule.fires
+    escapes = kind == LOGISTIC_ESCAPE
     per_counter = kinds.numbers_of_counter(kind)
     word_type = _WORDS[per_counter]
     size_of, size_of_kept = np.dtype(dtype).itemsize, np.dtype(kept).itemsize
@@ -324,10 +339,10 @@ def forward(dtype: Any, kind: int, plain: bool) -> Any:
                                 mean = mean * (_1 - erases * fire[i]) - fire[i] * resets[i]
                             z = (mean - threshold[i]) * inverse[i]
                             if escapes:
-                                spike = _1 if fires(z, u) else _0
+                                spike = _1 if logistic_fires(z, u) else _0
                                 here[i] = mean
                             else:
-                                epsilon = shaped(u)
+                                epsilon = normal_quantile(u)
                                 here[i] = mean + sigma[i] * epsilon
                                 spike = _1 if here[i] > threshold[i] else _0
                                 own_noise[i] = keep(epsilon, spike)
@@ -353,8 +368,8 @@ def forward(dtype: Any, kind: int, plain: bool) -> Any:
 def backward(dtype: Any, kind: int, plain: bool, pairs: bool) -> Any:
     """A function that goes back through them, with a shadow (``pairs``) or without; see ``BACKWARD``."""
     zero, kept = dtype(0), _KEPT[dtype]
-    rule = RULES[kind]
-    escapes, chance, chances, score = rule.escapes, rule.chance, rule.chances, rule.score
+    escapes = kind == LOGISTIC_ESCAPE
+    chance, chances = (logistic_chance, logistic_chances) if escapes else (normal_chance, normal_chances)
     size_of, size_of_kept = np.dtype(dtype).itemsize, np.dtype(kept).itemsize
     sets = 1 + pairs
 
@@ -472,11 +487,11 @@ def backward(dtype: Any, kind: int, plain: bool, pairs: bool) -> Any:
                         else:
                             p0, d0 = chance(z0)
                         e0 = recall(n0[i])[0]
-                        q0 = score(z0, p0, s0) if escapes else score(e0)
+                        q0 = s0 - p0 if escapes else e0
                         known = later[i]
                         if pairs:
                             e1 = recall(n1[i])[0]
-                            q1 = score(z1, p1, s1) if escapes else score(e1)
+                            q1 = s1 - p1 if escapes else e1
                             half = _HALF * effect[i]
                             parting = half * ((s1 - p1) - (s0 - p0))
                             known = discount * known + half * (s0 - s1) + control * parting
@@ -572,8 +587,11 @@ def _function(part: Any, layout: Any, *options: Any) -> Any:
     # Code from the cache is found by its name alone where another one calls it: no two functions may share one.
     for function in part, run:
         function.__qualname__ += "_{:x}_{:x}".format(*identity)
-    # The key of the cache is what a function closes over. Compiled functions look different in each process there.
-    known = globals() | {"_part": njit(**OPTIONS)(part)}
+    # Inlined before it is compiled. Numba optimises a compiled function once more where another one calls it: code just
+    # compiled would call the former, code from the cache the latter, and the two round differently.
+    inlined = njit(inline="always", **OPTIONS)(part)
+    # The key of the cache is what a function closes over, and compiled functions look different in each process there.
+    known = globals() | {"_part": inlined}
     apart = FunctionType(run.__code__, known, run.__name__, None, run.__closure__)
     apart.__qualname__ = run.__qualname__
     return cfunc(_ENTRY, cache=True)(apart)

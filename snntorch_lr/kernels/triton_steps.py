@@ -25,8 +25,7 @@ CODES = {torch.float32: torch.int16}
 # Of a program at most: counters forward, each of four numbers or eight, and numbers backward.
 _BLOCK = 128
 
-_LOGISTIC_ESCAPE, _GAUSSIAN_ESCAPE = tl.constexpr(kinds.LOGISTIC_ESCAPE), tl.constexpr(kinds.GAUSSIAN_ESCAPE)
-_GAUSSIAN, _LAPLACE, _LOGISTIC = tl.constexpr(kinds.GAUSSIAN), tl.constexpr(kinds.LAPLACE), tl.constexpr(kinds.LOGISTIC)
+_LOGISTIC_ESCAPE, _GAUSSIAN = tl.constexpr(kinds.LOGISTIC_ESCAPE), tl.constexpr(kinds.GAUSSIAN)
 _SUBTRACT, _ZERO, _ERASE = tl.constexpr(kinds.SUBTRACT), tl.constexpr(kinds.ZERO), tl.constexpr(kinds.ERASE)
 # Triton's interpreter has no length of a tuple.
 _NORMAL, _NORMAL_COUNT = tl.constexpr(kinds.NORMAL), tl.constexpr(len(kinds.NORMAL))
@@ -72,61 +71,29 @@ def _to_noise(u, KIND: tl.constexpr):
         near = _polynomial(w - 2.5, _NORMAL, _NORMAL_COUNT)
         far = _polynomial(tl.sqrt(w) - 3.5, _NORMAL_TAIL, _NORMAL_TAIL_COUNT)
         return u * tl.where(w < 5, near, far)
-    elif KIND == _LAPLACE:
-        size = -tl.log(1 - tl.abs(u))
-        return tl.where(u > 0, size, -size)
-    elif KIND == _LOGISTIC:
-        return tl.log(1 + u) - tl.log(1 - u)
     else:
         return u
 
 
 @triton.jit
 def _normal(z):
-    """φ(z), the tail 1 − Φ(|z|), and the Mills ratio at |z|."""
+    """φ(z) and the tail 1 − Φ(|z|)."""
     x = tl.abs(z)
     density = tl.exp(-0.5 * x * x) * _INV_SQRT_2PI
     t = 1 / (1 + x * 0.25)
-    mills = t * _polynomial(t - 0.5, _MILLS, _MILLS_COUNT)
-    return density, density * mills, mills
+    return density, density * t * _polynomial(t - 0.5, _MILLS, _MILLS_COUNT)
 
 
 @triton.jit
 def _chances(z, KIND: tl.constexpr):
     """Probability of a spike at a distance z to the threshold, and its derivative."""
-    if KIND == _LOGISTIC or KIND == _LOGISTIC_ESCAPE:
+    if KIND == _LOGISTIC_ESCAPE:
         p = 1 / (1 + tl.exp(-z))
         density = p * (1 - p)
-    elif KIND == _LAPLACE:
-        density = 0.5 * tl.exp(-tl.abs(z))
-        p = tl.where(z > 0, 1 - density, density)
     else:
-        density, tail, _ = _normal(z)
+        density, tail = _normal(z)
         p = tl.where(z > 0, 1 - tail, tail)
     return p, density
-
-
-@triton.jit
-def _escape_score(z, p, spike, KIND: tl.constexpr):
-    """Score of z, of spikes of escape noise."""
-    if KIND == _LOGISTIC_ESCAPE:
-        return spike - p
-    else:
-        # φ over the probability of what happened, which neither cancels nor underflows this way.
-        density, tail, mills = _normal(z)
-        size = tl.where((spike > 0) == (z > 0), density / (1 - tail), 1 / mills)
-        return tl.where(spike > 0, size, -size)
-
-
-@triton.jit
-def _membrane_score(epsilon, KIND: tl.constexpr):
-    """Score of the mean, times σ, from standard noise."""
-    if KIND == _GAUSSIAN:
-        return epsilon
-    elif KIND == _LAPLACE:
-        return tl.where(epsilon > 0, 1.0, -1.0)
-    else:
-        return 2 / (1 + tl.exp(-epsilon)) - 1
 
 
 @triton.jit
@@ -172,7 +139,7 @@ def _forward(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Some neurons of one row of one set in all time steps; None for what is not wanted, or is zero."""
-    escapes: tl.constexpr = KIND == _LOGISTIC_ESCAPE or KIND == _GAUSSIAN_ESCAPE
+    escapes: tl.constexpr = KIND == _LOGISTIC_ESCAPE
     row = tl.program_id(0)
     is_train = row < batch
     column, neuron, inside = _places(neurons, BLOCK, PER_COUNTER)
@@ -235,7 +202,7 @@ def _backward(
     MECHANISM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Some neurons of one row in all time steps, the last one first; None for what is not wanted, or is zero."""
-    escapes: tl.constexpr = KIND == _LOGISTIC_ESCAPE or KIND == _GAUSSIAN_ESCAPE
+    escapes: tl.constexpr = KIND == _LOGISTIC_ESCAPE
     clears: tl.constexpr = MECHANISM == _ZERO or MECHANISM == _ERASE
     row = tl.program_id(0)
     neuron = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -267,20 +234,20 @@ def _backward(
         z0, s0 = _recall(tl.load(code + kept, inside, 0))
         p0, d0 = _chances(z0, KIND)
         if escapes:
-            q0 = _escape_score(z0, p0, s0, KIND)
+            q0 = s0 - p0
         else:
             e0 = _recall(tl.load(noise_code + kept, inside, 0))[0]
-            q0 = _membrane_score(e0, KIND)
+            q0 = e0
         # Of the shadow; what comes back from the next step is kept apart where the two decay differently.
         others = zero
         if PAIRS:
             z1, s1 = _recall(tl.load(code + kept + whole, inside, 0))
             p1 = _chances(z1, KIND)[0]
             if escapes:
-                q1 = _escape_score(z1, p1, s1, KIND)
+                q1 = s1 - p1
             else:
                 e1 = _recall(tl.load(noise_code + kept + whole, inside, 0))[0]
-                q1 = _membrane_score(e1, KIND)
+                q1 = e1
             later *= discount
             part *= discount
             direct = zero
@@ -447,7 +414,7 @@ def _blocks(numbers: int) -> tuple[int, int]:
 def _launch(kernel: Any, rows: int, numbers: int, **arguments: Any) -> None:
     """Runs a kernel on the device of its tensors, in the stream that torch uses there now."""
     block, count = _blocks(numbers)
-    device = next(each.device for each in arguments.values() if isinstance(each, Tensor))
+    device = next(argument.device for argument in arguments.values() if isinstance(argument, Tensor))
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[rows, count](**arguments, BLOCK=block, num_warps=max(1, block // 32))
