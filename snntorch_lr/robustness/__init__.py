@@ -1,6 +1,6 @@
 """Robustness of spiking networks: an attackable view, attacks, and an evaluation that checks itself."""
 
-from .attacks import Attack, Budget, Descent, gradient_attack, perturb
+from .attacks import Attack, Budget, Descent, Procedure, gradient_attack, perturb, worst_of
 from .certify import Certificate, certify
 from .evaluate import evaluate
 from .input_gradient import likelihood_ratio_input_gradient
@@ -21,6 +21,7 @@ __all__ = [
     "Gate",
     "Headline",
     "McNemar",
+    "Procedure",
     "Protocol",
     "RobustnessReport",
     "Row",
@@ -39,4 +40,5 @@ __all__ = [
     "suite",
     "verdict",
     "wilson",
+    "worst_of",
 ]

@@ -118,7 +118,15 @@ class Attack:
 
 @dataclass(frozen=True)
 class Procedure:
-    """Base of the functions behind attacks that are dataclasses of their settings."""
+    """Base of attacks that are dataclasses of their settings; ``named`` makes an ``Attack`` of one.
+
+    Examples:
+        >>> class Darker(Procedure):
+        ...     def __call__(self, target, x, y, budget, seed):
+        ...         return budget.project(0 * x, x)
+        >>> Darker().named("darker").access
+        'black-box'
+    """
 
     package: ClassVar[str] = "snntorch_lr"
     access: ClassVar[str] = "black-box"
@@ -248,7 +256,13 @@ class Best:
 
 @torch.no_grad()
 def worst_of(candidates: Iterable[Tensor], view: AttackableView, x: Tensor, y: Tensor, looks: int = 1) -> Tensor:
-    """Of several perturbed versions of each image the one with the largest margin, by the mean of so many looks."""
+    """Of several perturbed versions of each image the one with the largest margin, by the mean of so many looks.
+
+    Examples:
+        >>> x, view = torch.tensor([[[[0.6, 0.4]]]]), AttackableView(torch.nn.Flatten())  # pixels are the logits
+        >>> worst_of([x + 0.1, x.flip(3)], view, x, torch.tensor([0]))
+        tensor([[[[0.4000, 0.6000]]]])
+    """
     best = Best(x)
     for images in candidates:
         best.offer(images, margin(torch.stack([view(images) for _ in range(looks)]).mean(0), y))

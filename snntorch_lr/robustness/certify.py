@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._messages import markdown, positive_integer
-from ..convert import noise_off
-from ..network import left_as_found, reset
+from ..network import left_as_found
 from ..philox import mix
-from .scoring import ROWS, Share, clopper_pearson, seeded, share_of
-from .view import Forward, Target, device_of, evaluating
+from .scoring import ROWS, Share, clopper_pearson, logits_of, share_of
+from .view import Forward, Target, device_of, plain
 
 ABSTAINED = -1
 """In place of a class, where the draws do not tell."""
@@ -133,19 +132,17 @@ def certify(
     return Certificate(sigma, draws, selection, alpha, predictions, radii, predictions == labels)
 
 
-@torch.no_grad()
 def _votes(target: Target, image: Tensor, sigma: float, draws: int, seed: int, rows: int) -> Tensor:
     """Number of draws that choose each class, ``[classes]``."""
-    device = device_of(target.net)
-    generator = torch.Generator(device).manual_seed(seed)
-    x = image.to(device)
-    view, total = target.view(draws=1), torch.zeros((), device=device)
-    with evaluating(target.net), noise_off(target.net), seeded(seed):
-        for done in range(0, draws, rows):
-            batch = x.expand(min(rows, draws - done), *x.shape)
-            batch = batch + torch.empty(batch.shape, device=device).normal_(0, sigma, generator=generator)
-            reset(target.net)
-            logits = view.run(batch)
-            total = total + torch.bincount(logits.argmax(1), minlength=logits.shape[1])
-        reset(target.net)
+    generator = torch.Generator(device_of(target.net)).manual_seed(seed)
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        noise = torch.empty(x.shape, device=x.device).normal_(0, sigma, generator=generator)
+        return (target.forward or plain)(net, x + noise)
+
+    noisy, total = replace(target, noise=False, forward=forward), torch.zeros(())
+    for done in range(0, draws, rows):
+        x = image.to(device_of(target.net)).expand(min(rows, draws - done), *image.shape)
+        logits = logits_of(noisy, x, mix(seed, done))
+        total = total.to(logits) + torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     return total

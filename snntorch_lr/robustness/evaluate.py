@@ -8,8 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -19,23 +18,18 @@ from torch import Tensor, nn
 
 from .. import _files as atomic
 from .._messages import first_line, versions, warn
-from ..anneal import noise_gap
-from ..network import left_as_found, noises, noisy_neurons, not_finite, reset, searched_once, spiking_neurons
+from ..convert import noise_gap
+from ..network import left_as_found, noises, not_finite, reset, searched_once
 from ..philox import mix
 from . import gates
 from .attacks import COUNTERFACTUAL, Attack, Budget, perturb
-from .figures import Example
 from .input_gradient import likelihood_ratio_input_gradient, with_noise
-from .report import PACKAGES, Gate, GateFindings, Protocol, RobustnessReport, Row, Subject
-from .scoring import Scores, batch_size, count_votes, is_random, logits_of, pieces, seeded, share_of
+from .report import PACKAGES, Protocol, RobustnessReport, Row, Subject
+from .scoring import Scores, batch_size, count_votes, is_random, pieces, seeded, share_of
 from .suites import SUITES, suite
 from .view import Forward, Target, device_of
 
 FINGERPRINT_IMAGES = 8
-EXAMPLES, EXAMPLES_OF_AN_ATTACK = 8, 4
-"""Images that an attack broke, kept to be looked at: of a network, and of one attack at one budget."""
-RECORDED_NEURONS = 100
-"""Neurons of a layer whose spikes are kept with such an image."""
 Progress = Callable[[str, int, int], None]
 """Called with the name of the next piece, the number of pieces done, and their total."""
 
@@ -59,10 +53,10 @@ def evaluate(
 
     Every attack runs at every budget, from the smallest, on what is right clean and under the same attack at smaller
     budgets, and is scored with noise draws that it has not seen: an accuracy under attack is a fraction of all images.
-    Adversarial images of every other network, and of the same network with its noise switched over, are tried too. An
-    image is right in the worst case if it is right clean and under all of these attacks, those of the gates included;
-    with noise, each has a fresh chance at an image near the decision boundary: it errs on the attacker's side. An
-    attack that fails does not count, and fails the gate G9. ``docs/robustness.md`` explains the protocol.
+    Adversarial images of every other network, with its noise off, are tried too. An image is right in the worst case if
+    it is right clean and under all of these attacks, those of the gates included; with noise, each has a fresh chance
+    at an image near the decision boundary: it errs on the attacker's side. An attack that fails does not count, and
+    fails the gate G9. ``docs/robustness.md`` explains the protocol.
 
     The result is a function of the seed. Modes, states, gradients and torch's global random state are left as found.
 
@@ -78,8 +72,8 @@ def evaluate(
         protocol: norm, noise draws and votes, gates and so on; the defaults of ``Protocol`` if it is None.
         sources: networks by name that adversarial images are transferred from, and that are not evaluated themselves.
         name: of the network in the report.
-        cache: folder for finished pieces; the same call goes on from there. An attack of yours is known by its name and
-            settings, so change these with its code.
+        cache: folder for finished attacks; the same call goes on from there. An attack of yours is known by its name
+            and settings, so change these with its code.
         progress: called with the name of the next piece, the number of pieces done, and their total.
 
     Raises:
@@ -112,14 +106,10 @@ def evaluate(
         uses = [use for key, model in models.items() for use in _subjects(key, model, images)]
         attacked = ("off", "on", "none") if protocol.noise == "both" else (protocol.noise, "none")
         subjects = [use for use in uses if use.network not in sources and use.noise in attacked]
-        transfer_sources = [use for use in uses if use.network in sources]
-        if protocol.noise == "on":
-            # Adversarial images that are found without noise are tried on the network with noise too.
-            transfer_sources += [use for use in uses if use.network not in sources and use.noise == "off"]
+        # Without noise, where a gradient costs less.
+        silent = [use for use in uses if use.noise != "on"]
         folder = None if cache is None else Path(cache)
-        evaluation = _Evaluation(
-            protocol, budgets, seed, chosen, subjects, transfer_sources, images, labels, folder, progress
-        )
+        evaluation = _Evaluation(protocol, budgets, seed, chosen, subjects, silent, images, labels, folder, progress)
         rows = tuple(evaluation.row(subject) for subject in subjects)
     _warn_about_noise_gaps(rows)
     return RobustnessReport(protocol, budgets, seed, chosen, rows)
@@ -211,7 +201,7 @@ def _collect(loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 class AttackFailedError(RuntimeError):
-    """An attack that raised an error, or whose images were refused."""
+    """An attack raised an error, or its images were refused."""
 
 
 @dataclass
@@ -223,53 +213,45 @@ class _Evaluation:
     seed: int
     suite: tuple[Attack, ...]
     subjects: Sequence[Subject]
-    transfer_sources: Sequence[Subject]
+    sources: Sequence[Subject]
     images: Tensor
     labels: Tensor
     cache: Path | None
     progress: Progress
 
     def __post_init__(self) -> None:
-        self.sources = [*self.subjects, *self.transfer_sources]
         self.attacks = {subject.label: self._attacks_on(subject) for subject in self.subjects}
         # Transfers run on the networks that they come from.
-        self.size = min(batch_size(subject.target, self.protocol.rows) for subject in self.sources)
-        self.marks = {} if self.cache is None else {subject.label: self._mark(subject) for subject in self.sources}
+        every = {subject.label: subject for subject in (*self.subjects, *self.sources)}
+        self.size = min(batch_size(subject.target, self.protocol.rows) for subject in every.values())
+        self.marks = {} if self.cache is None else {label: self._mark(subject) for label, subject in every.items()}
         # Beside the attacks: clean, and the gates.
         self.total = sum(2 + len(attacks) * len(self.epsilons) for attacks in self.attacks.values())
         self.done = 0
-        self.broken: dict[str, list[Example]] = {}
 
     def row(self, subject: Subject) -> Row:
         """Clean accuracy, all attacks and gates of one subject."""
-        clean = self._piece(subject, "clean", (), lambda: asdict(self._score(subject, self.images, self.labels)))
+        self._tell(subject, "clean")
+        clean = self._score(subject, self.images, self.labels)
         right: dict[str, dict[float, Tensor]] = {}
         unchanged: dict[str, float] = {}
         failures: dict[str, str] = {}
         for attack in self.attacks[subject.label]:
             try:
-                right[attack.name], unchanged[attack.name] = self._attacked(subject, attack, clean["right"])
+                right[attack.name], unchanged[attack.name] = self._attacked(subject, attack, clean.right)
             except AttackFailedError as error:
                 # One attack that fails must not cost hours of the others; the gate G9 tells.
                 failures[attack.name] = str(error)
         ran = tuple(attack for attack in self.attacks[subject.label] if attack.name in right)
-        row = Row(subject, clean["right"], share_of(clean["single"]), ran, right)
-        return replace(row, findings=self._findings(row, unchanged, failures), examples=tuple(self._examples(subject)))
-
-    def _examples(self, subject: Subject) -> list[Example]:
-        """A few images that attacks broke, different ones: those of the smallest budgets, and of the first attacks."""
-        different: dict[int, Example] = {}
-        for example in sorted(self.broken.pop(subject.label, []), key=lambda example: (example.epsilon, example.place)):
-            different.setdefault(example.index, example)
-        shown = [*different.values()][:EXAMPLES]
-        if not shown:
-            return []
-        # In two passes, so that both have the same noise.
-        images = [example.original for example in shown], [example.adversarial for example in shown]
-        layer, spikes = _recorded(subject.target, [torch.stack(part) for part in images], self.seed)
-        return [
-            replace(example, layer=layer, spikes=both) for example, both in zip(shown, spikes.unbind(2), strict=True)
-        ]
+        row = Row(subject, clean.right, share_of(clean.single), ran, right)
+        self._tell(subject, "gates")
+        protocol, chosen = self.protocol, row.clean.nonzero()[: self.protocol.gate_images, 0]
+        probe = gates.Probe(
+            subject.target, self.images[chosen], self.labels[chosen], protocol.norm, protocol.votes, self.seed,
+            protocol.rows, subject.random,
+        )  # fmt: skip
+        findings = gates.judge(probe, row, self.epsilons, chosen, unchanged, failures, protocol.gates)
+        return replace(row, findings=findings)
 
     def _attacks_on(self, subject: Subject) -> tuple[Attack, ...]:
         """The attacks that have the norm; transfers are always among them, one for each source."""
@@ -280,15 +262,10 @@ class _Evaluation:
         transfers = [attack for attack in usable if attack.needs_sources] or [
             attack for attack in SUITES["standard"] if attack.needs_sources and self.protocol.norm in attack.norms
         ]
-        # Other networks without noise, whose gradient costs less, and the same with its noise switched over.
-        sources = [
-            other
-            for other in self.sources
-            if other.noise != (subject.noise if other.network == subject.network else "on")
-        ]
+        others = [source for source in self.sources if source.network != subject.network]
         return (
             *(attack for attack in usable if not attack.needs_sources),
-            *(_from_source(attack, source) for attack in transfers for source in sources),
+            *(_from_source(attack, source) for attack in transfers for source in others),
         )
 
     def _has_likelihood_ratio(self, target: Target) -> bool:
@@ -304,24 +281,16 @@ class _Evaluation:
         """Images that are right by budget, each attacked where smaller ones failed, and the fraction left unchanged."""
         under: dict[float, Tensor] = {}
         unchanged, attacked = 0, 0
-        depends = [attack.name, dict(attack.settings)]
-        source = self.marks.get(str(attack.settings.get("source")))
         for epsilon in self.epsilons:
-            compute = partial(self._attack, subject, attack, epsilon, still)
-            piece = self._piece(subject, f"{attack.name} {epsilon:g}", [*depends, epsilon, source], compute, still)
+            self._tell(subject, f"{attack.name} {epsilon:g}")
             attacked += int(still.sum())
-            unchanged += piece["unchanged"]
-            under[epsilon] = still = piece["right"]
-            for place, (index, predicted, adversarial) in enumerate(piece["broken"]):
-                image, label = self.images[index], int(self.labels[index])
-                example = Example(index, image, adversarial, label, predicted, attack.name, epsilon, place)
-                self.broken.setdefault(subject.label, []).append(example)
+            finished = self._finished(subject, attack, epsilon, still)
+            unchanged += finished["unchanged"]
+            under[epsilon] = still = finished["right"]
         return under, unchanged / max(1, attacked)
 
     def _attack(self, subject: Subject, attack: Attack, epsilon: float, still: Tensor) -> dict[str, Any]:
-        right, unchanged = [], 0
-        broken: list[tuple[int, int, Tensor]] = []
-        rows = still.nonzero()[:, 0]
+        right, unchanged = [still[:0]], 0
         seed = mix(self.seed, crc32(f"{attack.name} {epsilon:g}".encode()))
         budget = Budget(epsilon, self.protocol.norm)
         for index, (x, y) in enumerate(pieces(subject.target, self.images[still], self.labels[still], self.size)):
@@ -329,31 +298,11 @@ class _Evaluation:
                 adversarial = perturb(attack, subject.target, x, y, budget, mix(seed, index), self.protocol.rows)
             except (RuntimeError, ValueError) as error:
                 raise AttackFailedError(first_line(error)) from error
-            scores = self._score(subject, adversarial, y, seed, index, 1)
-            for wrong in (~scores.right).nonzero()[: max(0, EXAMPLES_OF_AN_ATTACK - len(broken)), 0].tolist():
-                image = adversarial[wrong].detach().cpu().clone()
-                broken.append((int(rows[index * self.size + wrong]), int(scores.predicted[wrong]), image))
-            right.append(scores.right)
+            right.append(self._score(subject, adversarial, y, seed, index, 1).right)
             unchanged += int((adversarial == x).flatten(1).all(1).sum())
         after = still.clone()
-        after[still] = torch.cat([*right, still[:0]])
-        return {"right": after, "unchanged": unchanged, "broken": broken}
-
-    def _findings(self, row: Row, unchanged: Mapping[str, float], failures: Mapping[str, str]) -> GateFindings:
-        protocol, subject, chosen = self.protocol, row.subject, row.clean.nonzero()[: self.protocol.gate_images, 0]
-        probe = gates.Probe(
-            subject.target, self.images[chosen], self.labels[chosen], protocol.norm, protocol.votes, self.seed,
-            protocol.rows, subject.random,
-        )  # fmt: skip
-        attacks = [(attack.name, attack.access, dict(attack.settings)) for attack in row.attacks]
-        depends = [attacks, unchanged, failures, protocol.gate_images, protocol.gates]
-        tensors = [right for under in row.right.values() for right in under.values()]
-
-        def judge() -> dict[str, Any]:
-            return asdict(gates.judge(probe, row, self.epsilons, chosen, unchanged, failures, protocol.gates))
-
-        piece = self._piece(subject, "gates", depends, judge, row.clean, *tensors)
-        return GateFindings(**piece | {"gates": tuple(Gate(**gate) for gate in piece["gates"])})
+        after[still] = torch.cat(right)
+        return {"right": after, "unchanged": unchanged}
 
     def _score(self, subject: Subject, images: Tensor, labels: Tensor, *seeds: int) -> Scores:
         votes = self.protocol.votes if subject.random else 1
@@ -370,41 +319,28 @@ class _Evaluation:
             (gradient,) = torch.autograd.grad(logits.square().sum(), x)
         return fingerprint(*state, logits, gradient, target.noise, target.draws, target.scale)
 
-    def _piece(
-        self, subject: Subject, what: str, depends: Any, compute: Callable[[], dict[str, Any]], *tensors: Tensor
-    ) -> dict[str, Any]:
-        """A piece of the evaluation of a subject, from the cache if it is there."""
+    def _finished(self, subject: Subject, attack: Attack, epsilon: float, still: Tensor) -> dict[str, Any]:
+        """Result of an attack, from the cache if it is there."""
+        if self.cache is None:
+            return self._attack(subject, attack, epsilon, still)
+        mark = fingerprint(
+            self.marks[subject.label], self.marks.get(str(attack.settings.get("source"))), self.images, self.labels,
+            still, self.protocol.norm, self.protocol.votes, self.protocol.rows, self.seed, versions(*PACKAGES),
+            attack.name, dict(attack.settings), epsilon,
+        )  # fmt: skip
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{subject.label} {attack.name} {epsilon:g}")
+        path = self.cache / f"{name}-{mark}.pt"
+        finished: dict[str, Any]
+        try:
+            finished = atomic.load(path)
+        except (OSError, ValueError):  # Absent, or damaged.
+            finished = self._attack(subject, attack, epsilon, still)
+            atomic.save(path, finished)
+        return finished
+
+    def _tell(self, subject: Subject, what: str) -> None:
         self.progress(f"{subject.label}: {what}", self.done, self.total)
         self.done += 1
-        if self.cache is None:
-            return compute()
-        mark = fingerprint(
-            self.marks[subject.label], self.images, self.labels, self.protocol.norm, self.protocol.votes, self.seed,
-            self.protocol.rows, versions(*PACKAGES), what, depends, *tensors,
-        )  # fmt: skip
-        return cached(self.cache, f"{subject.label} {what}", mark, compute)
-
-
-def _recorded(target: Target, passes: Sequence[Tensor], seed: int) -> tuple[str, Tensor]:
-    """Name of the first neurons, noisy ones if there are any, and some of their spikes.
-
-    They are ``[time, passes, images, neurons]``, of no time if the neurons do not run on one row for each image.
-    """
-    neurons: dict[str, nn.Module] = dict(noisy_neurons(target.net)) or dict(spiking_neurons(target.net))
-    name, neuron = next(iter(neurons.items()), ("", nn.Module()))
-    spikes: list[Tensor] = []
-
-    def keep(neuron: nn.Module, inputs: Any, output: Any) -> None:
-        fired = output[0] if isinstance(output, tuple) else output
-        if len(fired) == len(passes[0]):
-            spikes.append(fired.detach().flatten(1)[:, :RECORDED_NEURONS].cpu())
-
-    with neuron.register_forward_hook(keep):
-        for images in passes:
-            logits_of(target, images.to(device_of(target.net)), seed)
-    if not spikes:
-        return name, torch.zeros(0, len(passes), len(passes[0]), 0)
-    return name, torch.stack(spikes).view(len(passes), -1, *spikes[0].shape).transpose(0, 1)
 
 
 def _from_source(attack: Attack, source: Subject) -> Attack:
@@ -417,7 +353,7 @@ def _from_source(attack: Attack, source: Subject) -> Attack:
 
 def fingerprint(*parts: Any) -> str:
     """Hash of tensors, and of what JSON can hold; other objects count by their ``str``."""
-    digest = hashlib.sha256()
+    digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, Tensor):
             values = part.detach().cpu().contiguous()
@@ -428,23 +364,3 @@ def fingerprint(*parts: Any) -> str:
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
         digest.update(b"|")
     return digest.hexdigest()
-
-
-def cached(folder: Path, name: str, mark: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What an earlier run computed and kept in a folder, or else what ``compute`` returns, which is then kept.
-
-    The mark, a fingerprint of everything that it depends on, is part of the file's name and is checked again, so that
-    nothing stale is used; files of other settings stay beside it, and a damaged one is written anew.
-    """
-    path = folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{mark[:16]}.pt"
-    value: dict[str, Any]
-    try:
-        kept = atomic.load(path)
-        if kept["fingerprint"] == mark:
-            value = kept["value"]
-            return value
-    except Exception:  # Absent, damaged, or of another program.
-        pass
-    value = compute()
-    atomic.save(path, {"fingerprint": mark, "value": value})
-    return value

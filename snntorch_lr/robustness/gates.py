@@ -26,23 +26,20 @@ from .attacks import COUNTERFACTUAL, Budget, Descent
 from .input_gradient import alignment
 from .report import Gate, GateFindings, Row
 from .scoring import LOSSES, ROWS, batch_size, count_votes, pieces, seeded, share_of
-from .surrogates import SURROGATES
-from .view import Forward, Target, device_of
+from .view import Target, device_of, plain
 
-FEW = 0.01
-"""Fraction of images that a gate lets pass as exceptions."""
-ALMOST_NONE = 0.05
-"""The same where the attack is not given every advantage."""
+FEW, ALMOST_NONE = 0.01, 0.05
+"""Fraction of images that a gate lets pass as exceptions; the second where the attack has not every advantage."""
 LADDER = (0.25, 0.5, 1.0)
 """Budgets, as fractions of the one that holds every image, where robustness has to end."""
 ASCENT = Descent(loss="margin", steps=20, length=0.125, random_start=False)
 """From the image itself: a network without gradient stays there, while a random start could break it by chance."""
-CURVE_STEPS = (1, 5)
-"""Steps of plain ascent for the curve of the report; those of G3 and G4 go on with it."""
 LONGER = 80
 """Twice the steps of the longest attack that averages over noise."""
 FEW_IMAGES = 16
 """Images for checks that are slow or need no more."""
+SURROGATES = ("training", "gaussian", "rga", "assg")
+"""The derivatives of a spike that a suite has to attack through."""
 COSINE_FLOOR = 0.6
 RESOLVED = 0.2
 
@@ -93,18 +90,10 @@ class Probe:
         target, budget = frozen(self.target, self.seed), Budget(epsilon, self.norm)
         for x, y in pieces(self.target, self.images, self.labels, self.rows):
             candidates = descent.candidates(target, x, y, budget, self.seed, until_wrong=True)
+            # One by one: the draw of a larger batch would be another one.
             with torch.no_grad():
                 right.append(torch.stack([target.view()(z).argmax(1) == y for z in candidates]).all(0).cpu())
         return torch.cat(right)
-
-    def curve(self, runs: Sequence[tuple[float, Descent]]) -> list[Tensor]:
-        """Right images after each of some attacks of growing budget or length, each on those that are still right."""
-        still = torch.ones(len(self.images), dtype=torch.bool)
-        after = []
-        for epsilon, descent in runs:
-            still[still.clone()] = self.only(still).right_after(epsilon, descent)
-            after.append(still.clone())
-        return after
 
     def vanishing(self) -> dict[str, float]:
         """Fraction of the images at which the gradient of a loss is zero, by loss."""
@@ -133,45 +122,33 @@ def judge(
     failures: Mapping[str, str],
     may_attack: bool,
 ) -> GateFindings:
-    """Gates of one network, and the curves that they are read from.
-
-    ``chosen`` are the indices of the probe's images among all, ``unchanged`` the fractions of images that attacks left
-    unchanged, ``failures`` what was wrong with those that failed. Those that attack may be left out.
-    """
+    """Gates of one network, and what their attacks broke; ``chosen`` are the indices of the probe's images."""
     if not len(chosen):
         return GateFindings((Gate("G0 forward pass", None, "no image is right clean: there is nothing to attack"),))
     middle = min(epsilons, key=lambda e: abs(float(row.worst(e).double().mean()) - 0.5))
     white = [attack.name for attack in row.attacks if attack.access == "white-box"]
     others = [attack.name for attack in row.attacks if attack.access != "white-box"]
     findings = GateFindings(epsilon=middle, survived={e: torch.ones_like(row.clean) for e in epsilons})
-    after_ascent: dict[float, Tensor] = {}
 
-    def share(epsilon: float, right: Tensor) -> float:
-        """Fraction that is right after an attack of a gate, which counts for larger budgets too."""
+    def record(epsilon: float, right: Tensor) -> None:
+        """Counts what an attack of a gate broke, at larger budgets too."""
         for budget, survived in findings.survived.items():
             survived[chosen] &= right | (budget < epsilon)
-        return float(right.double().mean())
 
     def climb() -> Measured:
-        rungs = sorted({*epsilons, *(part * probe.span for part in LADDER)})
-        after_ascent.update(zip(rungs, probe.curve([(rung, ASCENT) for rung in rungs]), strict=True))
-        findings.ladder.update({rung: share(rung, right) for rung, right in after_ascent.items()})
+        right = torch.ones(len(chosen), dtype=torch.bool)
+        for rung in sorted({*epsilons, *(part * probe.span for part in LADDER)}):
+            right[right.clone()] = probe.only(right).right_after(rung, ASCENT)
+            findings.ladder[rung] = float(right.double().mean())
+            record(rung, right)
         return ladder(findings.ladder)
 
     def converge() -> Measured:
-        runs = [(middle, replace(ASCENT, steps=steps, length=2.5 / max(steps, 2.5))) for steps in CURVE_STEPS]
-        curve = probe.curve(runs)
-        findings.steps.update({run.steps: share(middle, right) for (_, run), right in zip(runs, curve, strict=True)})
-        # The ladder has a rung at this budget.
-        still = curve[-1] & after_ascent.get(middle, curve[-1])
-        findings.steps[ASCENT.steps] = float(still.double().mean())
         before, longest = row.worst(middle)[chosen], longer(probe.target.draws)
-        attacked = before | still
-        after = attacked.clone()
-        after[attacked] = probe.only(attacked).right_after(middle, longest)
-        share(middle, after | ~attacked)
-        findings.steps[longest.steps] = float((still & after).double().mean())
-        return convergence(before, before & after, middle, longest)
+        after = before.clone()
+        after[before] = probe.only(before).right_after(middle, longest)
+        record(middle, after | ~before)
+        return convergence(before, after, middle, longest)
 
     def under(names: Sequence[str]) -> dict[float, Tensor]:
         return {e: row.under(names, e) for e in epsilons if names}
@@ -191,7 +168,9 @@ def judge(
     measured["G5 black box"] = black_box(under(white), under(others))
     by_surrogate = {name: right[middle] for name, right in row.by_surrogate().items()}
     measured["G6 surrogates"] = surrogate_sweep(probe.target.net, by_surrogate)
-    measured["G9 budget"] = assertions(failures)
+    failed = "; ".join(f"{name}: {message}" for name, message in failures.items())
+    asserted = "budget, range and finiteness asserted for every adversarial image"
+    measured["G9 budget"] = (not failures, failed or asserted)
     return replace(findings, gates=tuple(Gate(name, *measured[name]) for name in sorted(measured)))
 
 
@@ -209,18 +188,14 @@ def frozen(target: Target, seed: int) -> Target:
     def forward(net: nn.Module, images: Tensor) -> Any:
         generator = torch.Generator(images.device).manual_seed(seed)
         with noise_on(net, generator) if target.noise else nullcontext(), seeded(seed):
-            return _forward(target)(net, images)
+            return (target.forward or plain)(net, images)
 
     return replace(target, forward=forward, draws=1)
 
 
 def masked(target: Target) -> Target:
     """The same network with an input gradient of zero."""
-    return replace(target, forward=lambda net, images: _forward(target)(net, images.detach()))
-
-
-def _forward(target: Target) -> Forward:
-    return target.forward or (lambda net, images: net(images))
+    return replace(target, forward=lambda net, images: (target.forward or plain)(net, images.detach()))
 
 
 def forward_pass(target: Target, images: Tensor) -> Measured:
@@ -278,10 +253,7 @@ def convergence(survived: Tensor, after: Tensor, epsilon: float, attack: Descent
 
 
 def black_box(white: Mapping[float, Tensor], black: Mapping[float, Tensor]) -> Measured:
-    """G5: attacks without the gradient break no more images that the white-box attacks miss than the interval allows.
-
-    Both are images that are right under all of these attacks together, by budget, Boolean, ``[images]``.
-    """
+    """G5: attacks without the gradient break no more that the white-box attacks miss than the interval allows."""
     if not white or not black:
         return None, f"the suite has no {'black-box' if white else 'white-box'} attack"
     missed = {epsilon: share_of(white[epsilon] & ~black[epsilon]).accuracy for epsilon in white}
@@ -333,9 +305,3 @@ def canary(probe: Probe) -> Measured:
     if missed:
         return False, f"a copy without gradient passes {', '.join(missed)}"
     return True, "G1, G2, G3 call out a masked copy"
-
-
-def assertions(failures: Mapping[str, str]) -> Measured:
-    """G9: every adversarial image was within its budget, in [0, 1] and finite; failures are given by attack."""
-    failed = "; ".join(f"{name}: {message}" for name, message in failures.items())
-    return not failures, failed or "budget, range and finiteness asserted for every adversarial image"

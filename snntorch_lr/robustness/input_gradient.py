@@ -98,17 +98,10 @@ def with_noise(target: Target) -> Target:
 
 
 def alignment(target: Target, images: Tensor, labels: Tensor, copies: int = 256, seed: int = 0) -> tuple[float, float]:
-    """Agreement of the gradient that attacks follow, through the network's own surrogate, with one that needs none.
+    """Cosine of the gradient through the network's own surrogate to the likelihood-ratio gradient of the margin.
 
-    The likelihood-ratio gradient is that of the expected margin over the noise of the neurons; a copy of a network
-    without noise is given some. It is made twice, independently: the product of the halves is its squared norm without
-    the part that is noise.
-
-    Returns:
-        The cosine of the surrogate gradient to the likelihood-ratio gradient, over all images at once, with the noise
-        of the latter taken out, so that it may exceed 1 by chance; and the repeatability, the cosine between two
-        independent halves of the likelihood-ratio gradient, of ``copies`` noise draws each: near 0, nothing can be
-        said.
+    The latter is made twice: the product of the halves is its squared norm without the part that is noise, so that the
+    cosine may exceed 1 by chance. The second number is the cosine between the halves: near 0, nothing can be said.
     """
     noisy = with_noise(target)
     first, second = (

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .._files import replacing
 from .._messages import aligned, listed, markdown, versions
 from ..network import noises
 from .attacks import NORMS, Attack
-from .figures import Example, colors_of, examples, new_figure, page, percent, with_legend
-from .scoring import ROWS, McNemar, Share, mcnemar, share_of, wilson
+from .figures import colors_of, new_figure, percent, with_legend
+from .scoring import ROWS, McNemar, Share, mcnemar, share_of
 from .view import Target
 
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.figure import Figure
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -43,8 +40,7 @@ class Protocol:
 
     Attributes:
         norm: of the budgets, ``"linf"`` or ``"l2"``.
-        noise: ``"off"``, ``"on"`` or ``"both"``: how networks with noise are evaluated. With ``"on"``, adversarial
-            images of the network without noise are tried too; with ``"off"`` none of the network with noise.
+        noise: ``"off"``, ``"on"`` or ``"both"``: how networks with noise are evaluated.
         draws: noise draws that the gradient of an attack averages over.
         votes: noise draws for each prediction.
         scale: as ``AttackableView``'s.
@@ -149,20 +145,18 @@ def mark(gates: Sequence[Gate]) -> str:
 
 @dataclass(frozen=True)
 class GateFindings:
-    """Gates of one network, and the curves that they are read from.
+    """Gates of one network, and what their attacks broke.
 
     Attributes:
         gates: G0 to G9.
-        epsilon: the budget of the curve of steps and of G4: where the worst case is nearest to half.
+        epsilon: the budget of G4 and G6: where the worst case is nearest to half.
         ladder: fraction of the probed images that is right after ascent from the image, by budget.
-        steps: the same by number of steps; the last is the attack of G4, with twice the noise draws.
         survived: images that no attack of a gate broke, by budget, Boolean, ``[images]``.
     """
 
     gates: tuple[Gate, ...] = ()
     epsilon: float = 0.0
     ladder: dict[float, float] = field(default_factory=dict)
-    steps: dict[int, float] = field(default_factory=dict)
     survived: dict[float, Tensor] = field(default_factory=dict, compare=False)
 
 
@@ -176,8 +170,7 @@ class Row:
         single: expected accuracy of a single noise draw.
         attacks: the attacks that ran, transfers included.
         right: images that are right under an attack, by its name and budget, Boolean, ``[images]``.
-        findings: gates and curves.
-        examples: a few images that attacks broke.
+        findings: gates, and what their attacks broke.
     """
 
     subject: Subject
@@ -186,12 +179,6 @@ class Row:
     attacks: tuple[Attack, ...]
     right: Mapping[str, Mapping[float, Tensor]]
     findings: GateFindings = GateFindings()
-    examples: tuple[Example, ...] = ()
-
-    @property
-    def marked(self) -> str:
-        """Name for figures, with the sign of its gates."""
-        return f"{self.subject.label}{mark(self.findings.gates)}"
 
     def under(self, attacks: Iterable[str], epsilon: float) -> Tensor:
         """Images that are right clean and under all of these attacks at a budget, Boolean, ``[images]``."""
@@ -237,7 +224,6 @@ class Row:
             "verdict": verdict(findings.gates),
             "gates": [asdict(gate) for gate in findings.gates],
             "ladder": {f"{epsilon:g}": share for epsilon, share in findings.ladder.items()},
-            "steps": {"epsilon": findings.epsilon, "right": {str(n): share for n, share in findings.steps.items()}},
         }
 
 
@@ -375,133 +361,35 @@ class RobustnessReport:
             ],
         }
 
-    def to_dataframe(self) -> pandas.DataFrame:
-        """All accuracies as a pandas ``DataFrame``, a line for each network, its noise, attack and budget.
-
-        Columns: network, noise, attack, epsilon, accuracy, low, high, images, gates.
-
-        Raises:
-            ImportError: if pandas is not installed.
-        """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("pandas is missing: pip install pandas") from error
-        records = []
-        for row in self.rows:
-            clean = ("clean", None, share_of(row.clean)), ("clean, single draw", None, row.single)
-            attacked = ((name, e, share) for e in self.epsilons for name, share in row.shares(e).items())
-            of_row, gates = {"network": row.subject.network, "noise": row.subject.noise}, verdict(row.findings.gates)
-            records += [
-                of_row | {"attack": name, "epsilon": epsilon} | asdict(share) | {"gates": gates}
-                for name, epsilon, share in (*clean, *attacked)
-            ]
-        return pandas.DataFrame(records)
-
-    def html(
-        self,
-        path: str | Path,
-        title: str = "Robustness",
-        head: str = "",
-        note: str = "",
-        figures: Mapping[str, Figure] | None = None,
-    ) -> None:
-        """Writes one HTML page that needs nothing else: tables, gates, figures, and images that attacks broke.
-
-        Args:
-            path: file to write.
-            title: heading of the page.
-            head: Markdown for its beginning.
-            note: Markdown for its end, such as the command that made it.
-            figures: by the file names under which ``head`` shows them, as in ``![caption](name.png)``.
-        """
-        own = {f"{name}.png": figure for name, figure in self.figures().items()}
-        shown = [f"![]({name})" for name in (*own, "examples")]
-        summary, _, rest = self.to_markdown().partition("\n\n")
-        text = "\n\n".join([f"# {title}", head, summary, *shown, rest, note])
-        cards = examples({row.subject.label: row.examples for row in self.rows})
-        with replacing(Path(path)) as temporary:
-            written = page(title, text, {**(figures or {}), **own, "examples": cards})
-            temporary.write_text(written, encoding="utf-8")
-
-    def figures(self) -> dict[str, Figure]:
-        """The figures by name."""
-        return {"epsilon": self.plot_epsilon(), "steps": self.plot_steps(), "surrogates": self.plot_surrogates()}
-
     def plot_epsilon(self) -> Figure:
-        """Figure of the worst case against the budget; beyond the largest, of plain ascent, which has to reach zero."""
+        """Figure of the worst case against the budget; beyond the largest, of plain ascent, which has to reach zero.
+
+        A network has one colour; with its noise on it is hollow and dashed.
+        """
         figure, (axes,) = new_figure()
-        for row, look in self._looks():
+        colors, largest = colors_of(row.subject.network for row in self.rows), self.epsilons[-1]
+        rungs = sorted({e for row in self.rows for e in row.findings.ladder if e > largest})
+        for row in self.rows:
             worst = [share_of(row.clean), *(share_of(row.worst(e)) for e in self.epsilons)]
             middle, bars = percent(worst)
-            axes.errorbar([0.0, *self.epsilons], middle, bars, label=row.marked, capsize=2, elinewidth=0.8, **look)
+            color = colors[row.subject.network]
+            look: dict[str, Any] = {"ls": "--", "mfc": "white"} if row.subject.noise == "on" else {"ls": "-"}
+            look |= {"label": f"{row.subject.label}{mark(row.findings.gates)}", "color": color, "marker": "o"}
+            axes.errorbar([0.0, *self.epsilons], middle, bars, capsize=2, elinewidth=0.8, **look)
             # Both bound the accuracy at a larger budget: what is wrong within a smaller one, and what ascent breaks.
             # The ladder was measured on images that are right clean.
-            beyond = {e: share for e, share in row.findings.ladder.items() if e > self.epsilons[-1]}
+            beyond = {e: share for e, share in row.findings.ladder.items() if e > largest}
             heights = [100 * min(worst[-1].accuracy, worst[0].accuracy * share) for share in beyond.values()]
-            line = {"color": look["color"], "marker": ".", "lw": 1, "ls": ":"}
-            axes.plot([self.epsilons[-1], *beyond], [middle[-1], *heights], **line)
+            axes.plot([largest, *beyond], [middle[-1], *heights], color=color, marker=".", lw=1, ls=":")
         axes.set_xscale("symlog", linthresh=self.epsilons[0])
-        rungs = {e for row in self.rows for e in row.findings.ladder if e > self.epsilons[-1]}
-        ticks = sorted({0.0, *self.epsilons, *rungs})
+        ticks = [0.0, *self.epsilons, *rungs]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45, ha="right")
         axes.minorticks_off()
         axes.set(xlabel=f"ε ({self.protocol.norm})", ylabel="accuracy (%)", ylim=(-2, 103))
         dotted = "; beyond, plain ascent (dotted)" if rungs else ""
         axes.set_title(f"Worst case over all attacks, with 95 % intervals{dotted}", fontsize="medium")
-        return with_legend(figure, axes, title=self._signs())
-
-    def plot_steps(self) -> Figure:
-        """Figure of the accuracy under plain ascent against its steps; flat at the end if the attack has converged."""
-        figure, (axes,) = new_figure()
-        for row, look in self._looks():
-            probed = min(self.protocol.gate_images, int(row.clean.sum()))
-            curve = {steps: wilson(round(share * probed), probed) for steps, share in row.findings.steps.items()}
-            label = f"{row.marked}, ε = {row.findings.epsilon:g}, {probed} images"
-            middle, bars = percent([*curve.values()])
-            axes.errorbar([*curve], middle, bars, label=label, capsize=2, elinewidth=0.8, **look)
-        if not any(row.findings.steps for row in self.rows):
-            axes.text(0.5, 0.5, "not measured: the gates were left out", ha="center", transform=axes.transAxes)
-        counts = sorted({count for row in self.rows for count in row.findings.steps})
-        axes.set_xscale("log")
-        axes.set_xticks(counts, [str(count) for count in counts])
-        axes.minorticks_off()
-        axes.set(xlabel="steps", ylabel="accuracy on images that are right clean (%)", ylim=(-2, 103))
-        axes.set_title("Plain ascent by its number of steps, with 95 % intervals", fontsize="medium")
-        return with_legend(figure, axes, title=self._signs())
-
-    def plot_surrogates(self) -> Figure:
-        """Figure of the accuracy under the attacks through each surrogate, beside the worst case; a panel a budget."""
-        names = [*dict.fromkeys(name for row in self.rows for name in row.by_surrogate()), "worst case"]
-        height = 1.8 + 0.2 * len(self.rows) * (1 + max(len(row.by_surrogate()) for row in self.rows))
-        figure, panels = new_figure(3 + 2.5 * len(self.epsilons), height, len(self.epsilons), sharey=True)
-        for axes, epsilon in zip(panels, self.epsilons, strict=True):
-            for index, (row, look) in enumerate(self._looks()):
-                shares = {name: share_of(right[epsilon]) for name, right in row.by_surrogate().items()}
-                shares["worst case"] = share_of(row.worst(epsilon))
-                offset = 0.7 * (index + 0.5) / len(self.rows) - 0.35
-                middle, bars = percent([*shares.values()])
-                places = [names.index(name) + offset for name in shares]
-                axes.errorbar(middle, places, xerr=bars, label=row.marked, **look | {"ls": "none", "lw": 1, "ms": 4})
-            axes.set_yticks(range(len(names)), [*(f"through {name}" for name in names[:-1]), names[-1]])
-            axes.set(title=f"ε = {epsilon:g}", xlabel="accuracy (%)", xlim=(-2, 103))
-            axes.grid(axis="x", alpha=0.3)
-        panels[0].invert_yaxis()
-        figure.suptitle("Attacks by the derivative of a spike that they use, with 95 % intervals", fontsize="medium")
-        return with_legend(figure, panels[0], title=self._signs())
-
-    def _looks(self) -> list[tuple[Row, dict[str, Any]]]:
-        """Rows with how they are drawn: the network has the colour; with its noise on it is hollow and dashed."""
-        colors = colors_of(row.subject.network for row in self.rows)
-        styles = {True: {"ls": "--", "mfc": "white"}, False: {"ls": "-"}}
-        return [
-            (row, {"color": colors[row.subject.network], "marker": "o"} | styles[row.subject.noise == "on"])
-            for row in self.rows
-        ]
-
-    def _signs(self) -> str | None:
         marks = {mark(row.findings.gates) for row in self.rows}
-        return "; ".join(words for sign, words in _SIGNS.items() if sign in marks) or None
+        return with_legend(figure, axes, title="; ".join(_SIGNS[sign] for sign in _SIGNS if sign in marks) or None)
 
     def _note(self) -> str:
         return _NOTE.format(votes=self.protocol.votes) + ("" if self.protocol.gates else _WITHOUT_GATES)

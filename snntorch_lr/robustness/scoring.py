@@ -108,23 +108,24 @@ def mcnemar(first: Tensor, second: Tensor) -> McNemar:
         raise ValueError(f"a paired test needs the same images; got {tuple(first.shape)} and {tuple(second.shape)}")
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     discordant = only_first + only_second
-    p_value = float(_scipy().binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
+    p_value = float(_binomial(only_first, discordant).pvalue) if discordant else 1.0
     return McNemar(only_first, only_second, p_value)
 
 
 def _interval(right: int, total: int, confidence: float, method: str) -> Share:
     if not 0 <= right <= total or total == 0:
         raise ValueError(f"right must be in [0, {total}] and there must be images, got {right} of {total}")
-    interval = _scipy().binomtest(right, total).proportion_ci(confidence, method)
+    interval = _binomial(right, total).proportion_ci(confidence, method)
     return Share(right / total, float(interval.low), float(interval.high), total)
 
 
-def _scipy() -> Any:
+def _binomial(successes: int, trials: int) -> Any:
+    """Exact two-sided test that successes and failures are as likely."""
     try:
-        from scipy import stats
+        from scipy.stats import binomtest
     except ImportError as error:
         raise ImportError(f"scipy is missing: {install('experiments')}") from error
-    return stats
+    return binomtest(successes, trials)
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -149,12 +150,10 @@ class Scores:
     Attributes:
         right: True where the majority of the votes is right, ``[images]``.
         single: expected accuracy of a single noise draw: fraction of the draws that are right, ``[images]``.
-        predicted: class that the majority of the votes has, ``[images]``.
     """
 
     right: Tensor
     single: Tensor
-    predicted: Tensor
 
 
 def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed: int = 0, rows: int = ROWS) -> Scores:
@@ -184,9 +183,7 @@ def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed:
 
 def count_votes(target: Target, images: Tensor, labels: Tensor, votes: int, seed: int, rows: int) -> Scores:
     """As ``score``, with so many votes whether the network draws noise or not."""
-    if not len(images):
-        return Scores(torch.zeros(0, dtype=torch.bool), torch.zeros(0), torch.zeros(0, dtype=torch.long))
-    right, single, predicted = [], [], []
+    right, single = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.double)]
     for index, (x, y) in enumerate(pieces(target, images, labels, max(1, rows // votes))):
         logits = logits_of(target, x.repeat(votes, *[1] * (x.dim() - 1)), mix(seed, index))
         logits = logits.view(votes, len(x), -1).float()
@@ -200,10 +197,9 @@ def count_votes(target: Target, images: Tensor, labels: Tensor, votes: int, seed
         chosen = logits.argmax(2)
         tally = torch.zeros_like(logits[0]).scatter_add_(1, chosen.T, torch.ones_like(chosen.T, dtype=logits.dtype))
         # Mean probabilities differ by less than a vote, and so decide ties only.
-        predicted.append((tally + logits.softmax(2).mean(0)).argmax(1).cpu())
-        right.append(predicted[-1] == y.cpu())
+        right.append(((tally + logits.softmax(2).mean(0)).argmax(1) == y).cpu())
         single.append((chosen == y).double().mean(0).cpu())
-    return Scores(torch.cat(right), torch.cat(single), torch.cat(predicted))
+    return Scores(torch.cat(right), torch.cat(single))
 
 
 def is_random(target: Target, images: Tensor) -> bool:
@@ -232,10 +228,8 @@ def logits_of(target: Target, images: Tensor, seed: int) -> Tensor:
 def pieces(target: Target, images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Parts of at most ``size`` images, on the network's device; none of no images."""
     device = device_of(target.net)
-    if not len(images):
-        return
-    for x, y in zip(torch.split(images, size), torch.split(labels, size), strict=True):
-        yield x.to(device), y.to(device)
+    for start in range(0, len(images), size):
+        yield images[start : start + size].to(device), labels[start : start + size].to(device)
 
 
 def batch_size(target: Target, rows: int, draws: int | None = None) -> int:

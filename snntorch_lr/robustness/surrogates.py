@@ -9,21 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .._messages import warn
 from ..network import Derivative, spike_derivatives, spiking_neurons, with_derivative
 from ..philox import resolved
-
-Gain = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""Slope of a neuron's rate from the neuron, its mean input and its mean output over time; element by element."""
 
 UNMATCHED_WIDTH = 0.5
 _STANDARD_DEVIATIONS = {"gaussian": 1.0, "laplace": math.sqrt(2), "logistic": math.pi / math.sqrt(3)}
@@ -50,11 +46,6 @@ class OfMargin:
 def arctangent(alpha: float = 2.0) -> OfMargin:
     """Derivative (α/2) / (1 + (παu/2)²), the default of snnTorch and SpikingJelly at α = 2; more is steeper."""
     return OfMargin(lambda neuron: lambda margin: _arctangent(torch.as_tensor(alpha), margin))
-
-
-def straight_through() -> OfMargin:
-    """Derivative 1 everywhere: nothing vanishes, and nothing knows how far a neuron is from its threshold."""
-    return OfMargin(lambda neuron: torch.ones_like)
 
 
 def gaussian(width: float | None = None) -> OfMargin:
@@ -127,13 +118,11 @@ class AdaptiveSharpness:
         return derivative
 
 
-def rga(neuron: nn.Module, current: Tensor, rate: Tensor, gamma: float = 0.2) -> Tensor:
-    """Slope of the rate gradient approximation.
+def rga(neuron: nn.Module, current: Tensor, gamma: float = 0.2) -> Tensor:
+    """Slope of the rate gradient approximation, from a neuron and its mean input over time; element by element.
 
     With τ the leak and the current x̄ in units of the threshold: γ on [0, 1 − τ), where a constant current never fires;
     (1 − γ + γτ) / (1 + τ) on [1 − τ, 2], so that the integral is 1; 0 elsewhere.
-
-    Source: Bu, Ding, Hao & Yu (2023), "Rate Gradient Approximation Attack Threats Deep Spiking Neural Networks", CVPR.
     """
     threshold, beta = (torch.as_tensor(getattr(neuron, name)).detach() for name in ("threshold", "beta"))
     tau = beta.clamp(0, 1)
@@ -142,24 +131,18 @@ def rga(neuron: nn.Module, current: Tensor, rate: Tensor, gamma: float = 0.2) ->
     return slope * ((drive >= 0) & (drive <= 2)) / threshold
 
 
-def bptr(neuron: nn.Module, current: Tensor, rate: Tensor) -> Tensor:
-    """Slope of backpropagation through rate (BPTR): 1 for a neuron that fired, 0 for one that did not.
-
-    Source: Ding, Bu, Yu, Huang & Liu (2022), "SNN-RAT: Robustness-enhanced Spiking Neural Network through Regularized
-    Adversarial Training", NeurIPS.
-    """
-    return (rate > 0).to(rate.dtype)
-
-
 class RateGradient:
-    """Surrogate that passes the gradient of spikes at a time step on to the input at that step, times the slope.
+    """Rate gradient approximation (RGA): the gradient of spikes at a time step goes to the input at that step.
 
-    Applies to neurons with a leak ``beta`` whose spikes have the shape of their input; others (LSTM cells, pooling
-    inside the neuron) keep their own gradient, and so does a membrane potential that the network reads.
+    It is multiplied by the slope of the rate at the mean input. Applies to neurons with a leak ``beta`` whose spikes
+    have the shape of their input; others (LSTM cells, pooling inside the neuron) keep their own gradient, and so does
+    a membrane potential that the network reads.
+
+    Source: Bu, Ding, Hao & Yu (2023), "Rate Gradient Approximation Attack Threats Deep Spiking Neural Networks", CVPR.
     """
 
-    def __init__(self, gain: Gain) -> None:
-        self.gain = gain
+    def __init__(self, gamma: float = 0.2) -> None:
+        self.gamma = gamma
 
     @contextmanager
     def applied_to(self, net: nn.Module) -> Iterator[None]:
@@ -167,47 +150,35 @@ class RateGradient:
         with ExitStack() as stack:
             for _, neuron in spiking_neurons(net):
                 if isinstance(getattr(neuron, "beta", None), Tensor):
-                    hook = neuron.register_forward_hook(_Rates(self.gain), with_kwargs=True)
-                    stack.callback(hook.remove)
+                    stack.callback(neuron.register_forward_hook(self._hook(neuron), with_kwargs=True).remove)
             yield
 
+    def _hook(self, neuron: nn.Module) -> Callable[..., Any]:
+        """Forward hook of one neuron in one forward pass, with its mean input for the backward pass."""
+        steps, total = 0, torch.zeros(())
 
-class _Rates:
-    """Forward hook of one neuron in one forward pass: keeps its mean input and output for the backward pass."""
+        @cache
+        def slope() -> Tensor:
+            return rga(neuron, total / steps, self.gamma)
 
-    def __init__(self, gain: Gain) -> None:
-        self.gain = gain
-        self.steps = 0
-        self.slope: Tensor | None = None
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            nonlocal steps, total
+            current = args[0] if args else kwargs["input_"]
+            spikes = output[0] if isinstance(output, tuple) else output
+            if current.shape != spikes.shape or not torch.is_grad_enabled():
+                return output
+            steps, total = steps + 1, total.to(current) + current.detach()
+            rated = with_derivative(current, spikes.detach(), slope)
+            return (rated, *output[1:]) if isinstance(output, tuple) else rated
 
-    def __call__(self, neuron: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        current = args[0] if args else kwargs["input_"]
-        spikes = output[0] if isinstance(output, tuple) else output
-        if current.shape != spikes.shape or not torch.is_grad_enabled():
-            return output
-        if self.steps == 0:
-            self.neuron, self.current, self.spikes = neuron, torch.zeros_like(current), torch.zeros_like(spikes)
-        with torch.no_grad():
-            self.steps += 1
-            self.current = self.current + current
-            self.spikes = self.spikes + spikes
-        rated = with_derivative(current, spikes.detach(), self.slope_now)
-        return (rated, *output[1:]) if isinstance(output, tuple) else rated
-
-    def slope_now(self) -> Tensor:
-        """Slope of the rates of the whole forward pass; for the backward pass, when it is over."""
-        if self.slope is None:
-            self.slope = self.gain(self.neuron, self.current / self.steps, self.spikes / self.steps)
-        return self.slope
+        return hook
 
 
 SURROGATES: dict[str, Callable[..., Surrogate]] = {
     "training": OfMargin,
     "gaussian": gaussian,
     "atan": arctangent,
-    "ste": straight_through,
-    "rga": lambda gamma=0.2: RateGradient(partial(rga, gamma=gamma)),
-    "bptr": lambda: RateGradient(bptr),
+    "rga": RateGradient,
     "assg": AdaptiveSharpness,
 }
 """Surrogates by name; each call makes a fresh one."""
@@ -225,12 +196,9 @@ def make_surrogate(which: str | Surrogate) -> Surrogate:
     if not isinstance(which, str):
         return which
     name, _, parameter = which.partition(":")
-    if name not in SURROGATES:
+    if name not in SURROGATES or (name == "training" and parameter):
         raise ValueError(f"unknown surrogate {which!r}; choose one of {', '.join(SURROGATES)}, or give an object")
-    try:
-        return SURROGATES[name](float(parameter)) if parameter else SURROGATES[name]()
-    except TypeError as error:
-        raise ValueError(f"surrogate {name!r} has no parameter, so {which!r} is not one") from error
+    return SURROGATES[name](float(parameter)) if parameter else SURROGATES[name]()
 
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -283,8 +251,8 @@ class SpikePooling(TorchFunctionMode):
         with torch.no_grad():
             maximum = func(*args, **kwargs)
         windows = _windows(_POOLS[func], dict(zip(_NAMES, args, strict=False)) | kwargs)
-        # In a tuple, or torch would return a view of it.
-        return _Maximum.apply(x, (maximum,), height, windows)
+        soft = _any_spike(x, maximum.shape, height, windows)
+        return maximum + (soft - soft.detach())
 
 
 def _height(x: Tensor) -> float | None:
@@ -304,25 +272,6 @@ def _windows(dims: int, arguments: Mapping[str, Any]) -> Windows:
     kernel = arguments["kernel_size"]
     sizes = kernel, arguments.get("stride") or kernel, arguments.get("padding", 0), arguments.get("dilation", 1)
     return [[size] * dims if isinstance(size, int) else list(size) for size in sizes]
-
-
-class _Maximum(torch.autograd.Function):
-    """The maximum of spikes in each window, as it is; backwards, 1 − Π(1 − s)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, maximum: tuple[Tensor], height: float, windows: Windows) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.settings = maximum[0].shape, height, windows
-        return maximum[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            (by_spikes,) = torch.autograd.grad(_any_spike(x, *ctx.settings), x, gradient)
-        return by_spikes, None, None, None
 
 
 def _any_spike(x: Tensor, shape: torch.Size, height: float, windows: Windows) -> Tensor:

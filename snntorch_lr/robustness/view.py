@@ -18,6 +18,11 @@ from .surrogates import SpikePooling, Surrogate, make_surrogate
 Forward = Callable[[Any, Tensor], Tensor]
 
 
+def plain(net: nn.Module, images: Tensor) -> Any:
+    """What a network returns for images."""
+    return net(images)
+
+
 class AttackableView(nn.Module):
     """Module from images in [0, 1] to logits, for torchattacks and other attack libraries.
 
@@ -64,7 +69,7 @@ class AttackableView(nn.Module):
         if draws < 1:
             raise ValueError(f"draws must be at least 1, got {draws}")
         self.net = net
-        self._forward: Forward = forward if forward is not None else lambda net, images: net(images)
+        self._forward = forward or plain
         self.draws = draws if noise else 1
         self.noise = noise
         self.scale = scale

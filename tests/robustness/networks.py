@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import snntorch as snn
 import torch
 from torch import Tensor, nn
@@ -32,3 +34,14 @@ def predictions(net: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad(), slr.noise_off(net):
         labels: Tensor = net(x).argmax(1)
     return labels
+
+
+def counted(rows: list[int]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """A ``forward`` that notes how many images it gets."""
+
+    def forward(net: nn.Module, images: Tensor) -> Tensor:
+        rows.append(len(images))
+        logits: Tensor = net(images)
+        return logits
+
+    return forward

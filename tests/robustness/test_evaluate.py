@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,8 @@ from torch import Tensor, nn
 
 import snntorch_lr as slr
 from snntorch_lr.robustness import (
-    SUITES,
     Attack,
     Budget,
-    Descent,
     Protocol,
     RobustnessReport,
     Target,
@@ -25,9 +22,10 @@ from snntorch_lr.robustness import (
     gradient_attack,
     verdict,
 )
-from snntorch_lr.robustness.evaluate import cached, fingerprint
+from snntorch_lr.robustness.evaluate import fingerprint
 
 from . import canaries
+from .networks import counted
 
 FAST = gradient_attack("fast", canaries.QUICK)
 IMAGES = [canaries.digits(20)]
@@ -36,7 +34,7 @@ IMAGES = [canaries.digits(20)]
 def run(net: nn.Module | None = None, **options: Any) -> RobustnessReport:
     """A small evaluation, without the gates' own attacks, which take most of the time and have tests of their own."""
     net = slr.add_noise(canaries.trained(), 0.3) if net is None else net
-    said = {each.name: options.pop(each.name) for each in fields(Protocol) if each.name in options}
+    said = {field.name: options.pop(field.name) for field in fields(Protocol) if field.name in options}
     settings: dict[str, Any] = {"epsilons": [0.1, 0.3], "attacks": [FAST]} | options
     if isinstance(settings["attacks"], list):
         settings["attacks"] = [*settings["attacks"], canaries.TRANSFER]
@@ -54,14 +52,12 @@ def test_worst_case_is_what_is_right_under_everything() -> None:
         for right in row.right.values():
             assert not (right[0.3] & ~right[0.1]).any()
     assert report.worst_case[0.3].accuracy < report.worst_case[0.1].accuracy < 1
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False)) == report.to_json()
 
 
 def test_what_an_attack_of_a_gate_breaks_is_broken_in_the_worst_case() -> None:
     nothing = Attack("nothing", lambda target, x, y, budget, seed: x.clone(), {}, "white-box")
-    source = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    report = run(
-        canaries.trained(), attacks=[nothing], epsilons=[0.01, 0.1, 0.3], gates=True, sources={"other": source}
-    )
+    report = run(canaries.trained(), attacks=[nothing], epsilons=[0.01, 0.1, 0.3], gates=True)
     row = report.rows[0]
     clean = int(row.clean.sum())
     for epsilon in report.epsilons:
@@ -69,7 +65,6 @@ def test_what_an_attack_of_a_gate_breaks_is_broken_in_the_worst_case() -> None:
         assert left <= row.findings.ladder[epsilon] * clean
         assert left < int(row.under(row.right, epsilon).sum()) or epsilon == 0.01
     assert int(row.worst(0.3).sum()) <= int(row.worst(0.1).sum())
-    assert row.findings.steps[80] * clean >= int(row.worst(row.findings.epsilon).sum())
 
 
 def test_the_counterfactual_attack_is_left_out_where_there_is_no_such_gradient() -> None:
@@ -98,10 +93,6 @@ def test_noise_may_be_evaluated_one_way_only(noise: str) -> None:
     index = ["off", "on"].index(noise)
     assert torch.equal(one.rows[0].clean, both.rows[index].clean)
     assert torch.equal(one.rows[0].right["fast"][0.1], both.rows[index].right["fast"][0.1])
-    # Images that were found without noise see through it.
-    switched = [name for name in one.rows[0].right if name.startswith("transfer from network")]
-    assert len(switched) == (noise == "on")
-    assert all(torch.equal(one.rows[0].right[name][0.1], both.rows[index].right[name][0.1]) for name in switched)
     assert [row.subject.noise for row in run(canaries.trained(), epsilons=0.1, noise=noise).rows] == ["none"]
 
 
@@ -143,35 +134,6 @@ def test_a_seed_decides_everything_and_nothing_is_touched() -> None:
     assert run(net, epsilons=0.3, attacks=[RESEEDING, FAST], seed=1).to_json()["rows"] != first.to_json()["rows"]
 
 
-def test_the_images_kept_are_those_that_an_attack_broke(tmp_path: Path) -> None:
-    net = slr.add_noise(canaries.trained(), 0.3)
-    images, labels = canaries.digits()
-    report = run(net, cache=tmp_path, attacks=[FAST, replace(FAST, name="again")])
-    off, on = report.rows
-    assert 1 < len(off.examples) <= 8
-    assert len({each.index for each in off.examples}) == len(off.examples)
-    assert off.examples[0].epsilon == 0.1
-    for row in off, on:
-        for each in row.examples:
-            smaller = [e for e in report.epsilons if e < each.epsilon]
-            assert row.clean[each.index]
-            assert not row.right[each.attack][each.epsilon][each.index]
-            assert all(row.right[each.attack][e][each.index] for e in smaller)
-            assert each.label == labels[each.index] != each.predicted
-            assert torch.equal(each.original, images[each.index])
-            assert 0 < (each.adversarial - each.original).abs().max() <= each.epsilon + 1e-6
-            assert (each.layer, each.spikes.shape) == ("hidden", (2, 2, 32))
-    for each in off.examples:
-        with slr.noise_off(net.eval()), torch.no_grad():
-            slr.reset(net)
-            assert net(each.adversarial[None]).argmax() == each.predicted
-            slr.reset(net)
-            first = net.hidden(net.first(net.encode(each.adversarial[None])))[0]
-            assert torch.equal(first, each.spikes[0, 1])
-    again = run(net, cache=tmp_path, attacks=[FAST, replace(FAST, name="again")])
-    assert [each.index for each in again.rows[0].examples] == [each.index for each in off.examples]
-
-
 def counting(calls: list[float], name: str = "counting", **settings: Any) -> Attack:
     def attack(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
         calls.append(budget.epsilon)
@@ -198,10 +160,16 @@ def test_an_interrupted_evaluation_goes_on_with_the_attacks_that_are_left(tmp_pa
     calls.clear()
     assert run(attacks=attacks, cache=str(tmp_path)).to_json() == resumed.to_json()
     assert not calls
+    # Files that are damaged are made again.
+    cut, empty = sorted(tmp_path.glob("*second*"))[:2]
+    cut.write_bytes(cut.read_bytes()[:99])
+    empty.write_bytes(b"")
+    assert run(attacks=attacks, cache=tmp_path).to_json() == resumed.to_json()
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
-    "change", ["weights", "noise level", "image", "label", "seed", "settings", "draws", "smaller epsilon"]
+    "change", ["weights", "surrogate", "noise level", "image", "label", "seed", "settings", "draws", "smaller epsilon"]
 )
 def test_nothing_stale_is_read_from_the_cache(change: str, tmp_path: Path) -> None:
     calls: list[float] = []
@@ -212,6 +180,8 @@ def test_nothing_stale_is_read_from_the_cache(change: str, tmp_path: Path) -> No
     calls.clear()
     if change == "weights":
         net.readout.bias.data[0] += 1e-3
+    elif change == "surrogate":
+        net = slr.add_noise(canaries.with_steep_surrogate(), 0.3)
     elif change == "noise level":
         net.hidden.noise.log_sigma.data += 0.1
     elif change == "image":
@@ -226,13 +196,6 @@ def test_nothing_stale_is_read_from_the_cache(change: str, tmp_path: Path) -> No
     attack = counting(calls, steps=3) if change == "settings" else counting(calls)
     run(net, attacks=[attack], noise=noise, cache=tmp_path, loader=[(images, labels)], **options)
     assert 0.3 in calls
-
-
-def test_another_surrogate_is_not_read_from_the_cache(tmp_path: Path) -> None:
-    calls: list[float] = []
-    for net in canaries.trained(), canaries.with_steep_surrogate():
-        run(net, attacks=[counting(calls)], cache=tmp_path)
-    assert calls == [0.1, 0.3] * 2
 
 
 def test_attacks_average_over_the_draws_of_a_network_that_draws_its_own() -> None:
@@ -272,12 +235,11 @@ def test_an_attack_that_cheats_or_breaks_is_named_and_does_not_count() -> None:
 def test_without_the_attacks_of_the_gates_there_is_no_claim() -> None:
     report = run(epsilons=0.1)
     not_run = [gate.name[:2] for gate in report.gates if gate.passed is None]
-    assert not_run == ["G0", "G1", "G2", "G3", "G4", "G6", "G7", "G8"]
-    assert verdict(report.gates) == "masking not ruled out (G0, G1, G2, G3, G4, G6, G7, G8 not run)"
+    assert not_run == [f"G{index}" for index in range(9)]
+    assert verdict(report.gates) == f"masking not ruled out ({', '.join(not_run)} not run)"
     for text in str(report), report.to_markdown():
         assert "(gates=False): no claim of robustness is possible." in text
-    for plot in report.plot_epsilon, report.plot_steps, report.plot_surrogates:
-        assert plot().axes
+    assert report.plot_epsilon().axes
 
 
 class Thresholded(nn.Module):
@@ -307,7 +269,7 @@ def test_a_network_that_is_another_one_without_its_noise_is_warned_of(
         (message,) = said
         assert message.startswith("network: accuracy is 0.0 % without the noise, as after net.eval(), and 100.0 %")
     run(loader=IMAGES, epsilons=0.1)
-    assert len([each for each in recwarn if "another one" in str(each.message)]) == len(said)
+    assert len([warning for warning in recwarn if "another one" in str(warning.message)]) == len(said)
 
 
 def test_every_network_is_a_source_for_the_others() -> None:
@@ -316,13 +278,12 @@ def test_every_network_is_a_source_for_the_others() -> None:
 
     other = canaries.with_steep_surrogate()
     report = run(attacks=(FAST,), baselines={"other": Target(other, record, draws=2)})
-    names = {row.subject.label: [attack.name for attack in row.attacks] for row in report.rows}
-    assert names == {
-        "network, noise off": ["fast", "transfer from network, noise on", "transfer from other"],
-        "network, noise on": ["fast", "transfer from network, noise off", "transfer from other"],
+    assert {row.subject.label: [attack.name for attack in row.attacks] for row in report.rows} == {
+        "network, noise off": ["fast", "transfer from other"],
+        "network, noise on": ["fast", "transfer from other"],
         "other": ["fast", "transfer from network, noise off"],
     }
-    assert [(each.first, each.second) for each in report.comparisons] == [
+    assert [(pair.first, pair.second) for pair in report.comparisons] == [
         ("network, noise off", "other"), ("network, noise on", "other"),
     ]  # fmt: skip
     # The same weights through another surrogate: what breaks one breaks the other.
@@ -337,41 +298,17 @@ def test_attacks_of_another_norm_are_left_out() -> None:
 
 def test_memory_is_bounded() -> None:
     sizes: list[int] = []
-
-    def forward(net: Any, images: Tensor) -> Tensor:
-        sizes.append(len(images))
-        return net(images)
-
-    run(epsilons=0.1, forward=forward, rows=10)
+    run(epsilons=0.1, forward=counted(sizes), rows=10)
     assert max(sizes) == 10
 
 
-def test_without_torchattacks_the_suites_that_need_it_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchattacks", None)
-    with pytest.raises(ImportError, match=r"snntorch-lr\[attacks\]"):
-        run(attacks="paper")
-    assert "PGD-20" in run(canaries.trained(), attacks="quick").rows[0].right
-
-
-def with_mask() -> nn.Module:
-    net = canaries.trained()
-    net.register_buffer("mask", torch.tensor(-torch.inf))
-    return net
-
-
-@pytest.mark.parametrize(
-    ("net", "options"),
-    [
-        (canaries.trained, {"loader": [(IMAGES[0][0].double(), IMAGES[0][1])]}),
-        (canaries.trained, {"loader": [(IMAGES[0][0].half(), IMAGES[0][1])]}),
-        (canaries.trained, {"epsilons": 0.1}),
-        (with_mask, {}),
-    ],
-    ids=["double", "half", "one budget", "infinite buffer"],
-)
-def test_what_does_not_matter_changes_nothing(net: Callable[[], nn.Module], options: dict[str, Any]) -> None:
-    same = {"epsilons": [0.1]} if "epsilons" in options else {}
-    assert run(net(), **options).to_json() == run(canaries.trained(), **same).to_json()
+def test_what_does_not_matter_changes_nothing() -> None:
+    masked, plain = canaries.trained(), run(canaries.trained(), epsilons=[0.1]).to_json()
+    masked.register_buffer("mask", torch.tensor(-torch.inf))
+    assert run(masked, epsilons=0.1).to_json() == plain
+    for precision in torch.double, torch.half:
+        loader = [(images.to(precision), labels) for images, labels in IMAGES]
+        assert run(canaries.trained(), epsilons=[0.1], loader=loader).to_json() == plain
 
 
 def test_a_network_in_bfloat16_is_evaluated() -> None:
@@ -442,44 +379,11 @@ def test_wrong_arguments_are_said_before_any_attack(options: dict[str, Any], mes
     assert not calls
 
 
-def test_every_suite_gives_a_report_that_json_can_hold() -> None:
-    small = tuple(
-        replace(attack, run=replace(attack.run, steps=2)) if isinstance(attack.run, Descent) else attack
-        for attack in SUITES["quick"]
-    )
-    text = json.dumps(run(attacks=small).to_json(), allow_nan=False)
-    assert json.loads(text)["rows"][1]["worst_case"]["0.3"]["images"] == 20
-
-
 def test_fingerprints_tell_apart_what_differs() -> None:
     x = torch.arange(4.0)
     parts: list[tuple[Any, ...]] = [
         (x,), (x.double(),), (x.bfloat16(),), (x.view(2, 2),), (x, 1), (x, "1"), (x.flip(0),), ({"a": 1},), ({"a": 2},),
         ("a", "b"), ("ab",),
     ]  # fmt: skip
-    assert len({fingerprint(*each) for each in parts}) == len(parts)
+    assert len({fingerprint(*part) for part in parts}) == len(parts)
     assert fingerprint(x.clone(), {"a": 1, "b": 2}) == fingerprint(x, {"b": 2, "a": 1})
-
-
-def flipped(content: bytes) -> bytes:
-    damaged = bytearray(content)
-    damaged[content.index(torch.ones(9).numpy().tobytes())] ^= 1
-    return bytes(damaged)
-
-
-@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: b"not a file of torch", flipped])
-def test_a_file_that_is_damaged_is_made_again(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    cached(tmp_path, "A/b, 0.1", "mark", lambda: {"right": torch.ones(100)})
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(damage(path.read_bytes()))
-    assert cached(tmp_path, "A/b, 0.1", "mark", lambda: {"right": 2}) == {"right": 2}
-    assert cached(tmp_path, "A/b, 0.1", "mark", lambda: {"right": 3}) == {"right": 2}
-
-
-def test_an_error_leaves_no_file(tmp_path: Path) -> None:
-    def fail() -> dict[str, Any]:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cached(tmp_path, "a", "mark", fail)
-    assert not list(tmp_path.iterdir())

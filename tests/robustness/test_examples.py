@@ -10,17 +10,14 @@ import pytest
 
 from snntorch_lr import robustness
 
-MODULES = [f"robustness.{found.name}" for found in pkgutil.iter_modules(robustness.__path__)]
 
-
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(robustness.__path__)])
 def test_examples_in_docstrings(name: str) -> None:
-    module = import_module(f"snntorch_lr.{name}")
+    module = import_module(f"snntorch_lr.robustness.{name}")
     assert doctest.testmod(module, raise_on_error=False).failed == 0
 
 
 def test_every_public_name_has_an_example() -> None:
-    made_by_others = {"McNemar", "RobustnessReport", "Row", "Scores", "Share"}
-    for name in set(robustness.__all__) - made_by_others:
+    for name in {*robustness.__all__} - {"McNemar", "RobustnessReport", "Row", "Scores", "Share"}:
         value = getattr(robustness, name)
         assert isinstance(value, (dict, tuple)) or ">>> " in value.__doc__, name

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import snntorch_lr as slr
 from snntorch_lr.robustness import Budget, Descent, Protocol, RobustnessReport, Target, evaluate, gates, score
 
 from . import canaries
+from .networks import counted
 
 SMALL = Protocol(draws=4, votes=8, gate_images=24)
 
@@ -61,9 +62,7 @@ def test_canaries_are_called_out(canary: Callable[[], nn.Module], expected: set[
 
 
 def test_a_network_without_spikes_has_nothing_to_differentiate_through() -> None:
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    report = run(net)
-    passed = {gate.name[:2]: gate.passed for gate in report.gates}
+    passed = {gate.name[:2]: gate.passed for gate in run(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))).gates}
     assert passed["G6"] is passed["G7"] is True
 
 
@@ -76,8 +75,7 @@ def test_a_network_that_has_nothing_right_is_not_judged() -> None:
     assert [gate.passed for gate in report.gates] == [None]
     assert report.worst_case[0.2].accuracy == 0
     assert "nothing to attack" in report.table()
-    for plot in report.plot_epsilon, report.plot_steps, report.plot_surrogates:
-        assert plot().axes
+    assert report.plot_epsilon().axes
 
 
 @pytest.mark.parametrize(("broken", "passed"), [(4, True), (12, False)])
@@ -106,14 +104,9 @@ def test_more_steps_that_break_more_mean_that_the_suite_had_not_converged() -> N
 @pytest.mark.parametrize("epsilon", [0.05, 0.1, 0.5])
 def test_ascent_that_stops_when_nothing_is_left_breaks_the_same_images(epsilon: float) -> None:
     passes: list[int] = []
-
-    def forward(net: nn.Module, images: Tensor) -> Tensor:
-        passes.append(len(images))
-        return net(images)
-
     ran, right = [], []
     for random in (True, False):
-        probe = probe_of(canaries.trained(), random, noise=False, forward=forward)
+        probe = probe_of(canaries.trained(), random, noise=False, forward=counted(passes))
         passes.clear()
         right.append(probe.right_after(epsilon, gates.ASCENT))
         ran.append(len(passes))
@@ -151,7 +144,7 @@ def test_gates_take_few_passes() -> None:
     net.register_forward_pre_hook(count)
     evaluate(net, [canaries.digits(16)], 0.1, "quick")
     # Of these, 80 each are G4's.
-    assert passes <= 420
+    assert passes <= 340
 
 
 @pytest.mark.cuda

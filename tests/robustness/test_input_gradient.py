@@ -30,33 +30,17 @@ class OneSpike(nn.Module):
         return torch.cat([torch.zeros_like(spikes), spikes], 1)
 
 
-def cosine(a: Tensor, b: Tensor) -> float:
-    return F.cosine_similarity(a.flatten(), b.flatten(), 0).item()
-
-
 @pytest.mark.parametrize("kind", ["membrane", "escape"])
 def test_likelihood_ratio_is_the_derivative_of_the_expected_loss(kind: str) -> None:
     """E[ℒ] = P ℒ(1) + (1 − P) ℒ(0) with P = Φ((w·x − 0.2) / σ), for which the derivative is known."""
     net = OneSpike(kind)
     x, y = torch.tensor([0.5, 0.1, 0.2, 0.3]).view(2, 1, 1, 2), torch.tensor([0, 1])
-    found = likelihood_ratio_input_gradient(Target(net), x, y, copies=4000, chunk=1000)
+    gradient = likelihood_ratio_input_gradient(Target(net), x, y, copies=4000, chunk=1000)
     leaf = x.clone().requires_grad_()
     fires = Normal(0.0, 0.5).cdf(net.fc(leaf.flatten(1)) - 0.2).squeeze(1)
     losses = [F.cross_entropy(torch.tensor([[0.0, spike]] * 2), y, reduction="none") for spike in (0.0, 1.0)]
     expected = torch.autograd.grad((fires * losses[1] + (1 - fires) * losses[0]).sum(), leaf)[0]
-    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.01)
-
-
-def test_two_seeds_agree_with_each_other_and_with_the_matched_surrogate() -> None:
-    net, x = slr.add_noise(SmallNet(), sigma=0.5), images()
-    target, y = Target(net), predictions(net, x)
-    first, second = (likelihood_ratio_input_gradient(target, x, y, copies=1024, seed=seed) for seed in (0, 1))
-    assert not torch.equal(first, second)
-    leaf = x.repeat(512, 1, 1, 1).requires_grad_()
-    losses = F.cross_entropy(target.view(draws=1, surrogate="gaussian")(leaf), y.repeat(512), reduction="sum")
-    through = torch.autograd.grad(losses, leaf)[0].view(512, *x.shape).mean(0)
-    assert cosine(first, second) > 0.7
-    assert cosine(first + second, through) > 0.8
+    torch.testing.assert_close(gradient, expected, rtol=0.1, atol=0.01)
 
 
 @pytest.mark.parametrize("gradient", ["surrogate", "counterfactual"])
@@ -80,7 +64,8 @@ def test_the_network_is_left_alone(gradient: str) -> None:
 def test_a_gradient_that_was_chosen_for_training_does_not_matter() -> None:
     net, x = slr.add_noise(SmallNet(), sigma=0.5), images()
     y = predictions(net, x)
-    plain = likelihood_ratio_input_gradient(Target(net), x, y, copies=8)
+    plain, other = (likelihood_ratio_input_gradient(Target(net), x, y, copies=8, seed=seed) for seed in (0, 1))
+    assert not torch.equal(plain, other)
     slr.use_gradient(net, "counterfactual", discount=0.0, control=1.0)
     assert torch.equal(likelihood_ratio_input_gradient(Target(net), x, y, copies=8), plain)
 
@@ -94,12 +79,12 @@ def test_draws_in_chunks_are_averaged(chunk: int) -> None:
         return 0 * net(x)[:, :1] + x.flatten(1)[:, :3] * torch.tensor([1.0, 2.0, 4.0])
 
     y = torch.zeros(6, dtype=torch.long)
-    found = likelihood_ratio_input_gradient(Target(net, forward=linear), x, y, 5, "margin", chunk=chunk)
+    gradient = likelihood_ratio_input_gradient(Target(net, forward=linear), x, y, 5, "margin", chunk=chunk)
     expected = torch.zeros_like(x).flatten(1)
     best = (x.flatten(1)[:, 1:3] * torch.tensor([2.0, 4.0])).argmax(1) + 1
     expected[torch.arange(6), best] = 2.0**best
     expected[:, 0] = -1
-    torch.testing.assert_close(found.flatten(1), expected)
+    torch.testing.assert_close(gradient.flatten(1), expected)
 
 
 def test_reads_records_as_the_view_does() -> None:
@@ -112,11 +97,6 @@ def test_reads_records_as_the_view_does() -> None:
     plain = likelihood_ratio_input_gradient(Target(net), x, y, copies=8)
     recorded = likelihood_ratio_input_gradient(Target(net, forward=record, scale=5.0), x, y, copies=8)
     torch.testing.assert_close(recorded, plain)
-
-
-def test_a_network_without_noise_has_no_likelihood_ratio() -> None:
-    with pytest.raises(ValueError, match="needs noisy neurons"):
-        likelihood_ratio_input_gradient(Target(snn.Leaky(beta=0.9)), images(), torch.zeros(6, dtype=torch.long))
 
 
 class Cell(nn.Module):
@@ -136,13 +116,14 @@ class Cut(SmallNet):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
+        (snn.Leaky(beta=0.9), "needs noisy neurons"),
         (Cell(), r"cell \(SLSTM\): an LSTM cell mixes"),
         (slr.add_noise(SmallNet(inhibition=True), kind="membrane"), r"lif \(Leaky\): inhibition lets only one"),
         (nn.Sequential(nn.Flatten(), snn.Leaky(0.9, init_hidden=True), slr.Leaky(0.9, init_hidden=True, noise=True)),
          r"the spikes of 1 \(Leaky\) have no noise, but feed 2"),
         (slr.add_noise(Cut()), "no derivative by the images"),
     ],
-    ids=["LSTM", "inhibition", "no noise in front", "cut"],
+    ids=["no noise", "LSTM", "inhibition", "no noise in front", "cut"],
 )  # fmt: skip
 def test_what_has_no_such_gradient_is_refused_by_name(net: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -151,19 +132,15 @@ def test_what_has_no_such_gradient_is_refused_by_name(net: nn.Module, message: s
 
 def test_pooled_spikes_are_differentiated_as_what_a_flip_does() -> None:
     """Two neurons, of which one firing is enough: P = 1 − (1 − P₁)(1 − P₂)."""
+    lif = slr.Leaky(beta=0.9, threshold=0.2, init_hidden=True, noise="escape")
 
-    class Pooled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lif = slr.Leaky(beta=0.9, threshold=0.2, init_hidden=True, noise="escape")
-
-        def forward(self, x: Tensor) -> Tensor:
-            fires = F.max_pool1d(self.lif(x.flatten(1)), 2)
-            return torch.cat([torch.zeros_like(fires), fires], 1)
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        fires = F.max_pool1d(net(x.flatten(1)), 2)
+        return torch.cat([torch.zeros_like(fires), fires], 1)
 
     x, y = torch.tensor([[[[0.3, 0.1]]]]), torch.tensor([0])
-    found = likelihood_ratio_input_gradient(Target(Pooled()), x, y, copies=8000, loss="margin", chunk=2000)
+    gradient = likelihood_ratio_input_gradient(Target(lif, forward), x, y, 8000, "margin", chunk=2000)
     leaf = x.clone().requires_grad_()
     chances = torch.sigmoid((leaf - 0.2) / 0.5)
     (expected,) = torch.autograd.grad(1 - (1 - chances).prod(), leaf)
-    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.01)
+    torch.testing.assert_close(gradient, expected, rtol=0.1, atol=0.01)

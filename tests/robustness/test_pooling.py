@@ -41,7 +41,7 @@ def test_derivative_is_what_a_flip_does(kind: str, height: float) -> None:
         pooled = pool(x)
     assert torch.equal(pooled, pool(x))
     weights = torch.rand(pooled.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (found,) = torch.autograd.grad((weights * pooled).sum(), x)
+    (gradient,) = torch.autograd.grad((weights * pooled).sum(), x)
     expected = torch.zeros(x.numel(), dtype=torch.float64)
     for index in range(x.numel()):
         flipped = []
@@ -51,7 +51,7 @@ def test_derivative_is_what_a_flip_does(kind: str, height: float) -> None:
                 changed[index] = value
                 flipped.append(float((weights * pool(changed.view(shape))).sum()))
         expected[index] = (flipped[0] - flipped[1]) / height
-    torch.testing.assert_close(found.view(-1), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(gradient.view(-1), expected, rtol=0, atol=1e-4)
 
 
 def test_windows_that_do_not_fit_are_refused_as_ever() -> None:
@@ -61,14 +61,14 @@ def test_windows_that_do_not_fit_are_refused_as_ever() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_derivative_in_half_precision_is_finite_and_the_same(dtype: torch.dtype) -> None:
-    found = []
+    gradients = []
     for precision in (torch.float32, dtype):
         x = spikes((2, 3, 6, 6)).detach().to(precision).requires_grad_()
         with SpikePooling():
             pooled = F.max_pool2d(x, 2)
         assert pooled.dtype == precision
-        found += [gradient.float() for gradient in torch.autograd.grad(pooled.sum(), x)]
-    torch.testing.assert_close(*found, rtol=0, atol=1e-2)
+        gradients += [gradient.float() for gradient in torch.autograd.grad(pooled.sum(), x)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("silent", [False, True])
@@ -76,9 +76,9 @@ def test_currents_are_pooled_as_ever(silent: bool) -> None:
     x = (torch.rand(2, 3, 6, 6) * (not silent)).requires_grad_()
     with SpikePooling():
         pooled = F.max_pool2d(x, 2)
-    (found,) = torch.autograd.grad(pooled.sum(), x)
+    (gradient,) = torch.autograd.grad(pooled.sum(), x)
     (expected,) = torch.autograd.grad(F.max_pool2d(x, 2).sum(), x)
-    assert torch.equal(found, expected)
+    assert torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize(
@@ -92,5 +92,5 @@ def test_pooling_whose_windows_are_not_known_is_warned_of_for_spikes_only(
     assert not recwarn
     x = spikes((1, 1, 4, 4))
     with SpikePooling(), pytest.warns(UserWarning, match="hides the gradient from attacks"):
-        found = torch.autograd.grad(pool(x).sum(), x)
-    assert torch.equal(*found, *torch.autograd.grad(pool(x).sum(), x))
+        gradients = torch.autograd.grad(pool(x).sum(), x)
+    assert torch.equal(*gradients, *torch.autograd.grad(pool(x).sum(), x))

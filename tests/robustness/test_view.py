@@ -71,18 +71,13 @@ def test_network_keeps_its_mode(images: Tensor, mode: bool) -> None:
     net = slr.add_noise(Net()).train(mode)
     net.dropout.train(not mode)
     view = AttackableView(net)
-    torchattacks.PGD(view, steps=2)(images, LABELS)
+    adversarial = torchattacks.PGD(view, eps=0.1, steps=2)(images, LABELS)
+    assert 0 < (adversarial - images).abs().max() <= 0.1 + 1e-6
     with pytest.raises(ValueError, match="shape"):
         AttackableView(net, forward=lambda net, x: x)(images)
     assert net.training is mode
     assert net.dropout.training is not mode
     assert net.lif.noise.forced is None
-
-
-def test_gradient_reaches_the_images(images: Tensor) -> None:
-    x = images.clone().requires_grad_()
-    AttackableView(slr.add_noise(Net()), draws=3)(x).square().sum().backward()
-    assert (x.grad.flatten(1).norm(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize("surrogate", ["training", "gaussian"])
@@ -100,21 +95,13 @@ def test_a_network_that_trains_by_the_likelihood_ratio_is_attacked_through_surro
         assert (sampler is None) == (gradient == "surrogate")
         assert net.lif.control.steps == 0
     assert torch.equal(*gradients)
-    assert gradients[0].any()
+    assert (gradients[0].flatten(1).norm(dim=1) > 0).all()
 
 
 def test_the_gradient_of_pooled_spikes_reaches_all_that_could_have_fired() -> None:
-    class Pooled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lif = snn.Leaky(beta=0.9, init_hidden=True)
-
-        def forward(self, images: Tensor) -> Tensor:
-            return nn.functional.max_pool1d(self.lif(images.flatten(1)), 2)
-
-    images = torch.tensor([[[[0.5, 0.5, 0.4, 0.5]]], [[[1.0, 1.0, 0.0, 0.0]]]]) * torch.tensor(0.9)
-    net, x = Pooled(), images.clone().requires_grad_()
-    net.lif.threshold.fill_(0.8)
+    lif = snn.Leaky(beta=0.9, threshold=0.8, init_hidden=True)
+    net = nn.Sequential(nn.Flatten(), lif, nn.MaxPool1d(2))
+    x = (0.9 * torch.tensor([[[[0.5, 0.5, 0.4, 0.5]]], [[[1.0, 1.0, 0.0, 0.0]]]])).requires_grad_()
     logits = AttackableView(net)(x)
     assert logits.tolist() == [[0, 0], [1, 0]]
     logits.sum().backward()
@@ -148,6 +135,9 @@ def test_a_view_looks_for_pooled_spikes_where_there_are_some(pooled: str, watche
     torch.nn.init.zeros_(view.net[1].bias)
     counts, gradients = [], []
     # The neurons are silent in the first pass.
+    with torch.no_grad():
+        view(torch.full((1, 1, 1, 4), 0.9))
+    assert not watched, "a pass without a gradient says nothing of later ones"
     for level in (0.1, 0.9):
         x = (level * torch.tensor([[[[0.7, 0.8, 0.9, 1.0]]]])).requires_grad_()
         watched.clear()
@@ -157,17 +147,6 @@ def test_a_view_looks_for_pooled_spikes_where_there_are_some(pooled: str, watche
     assert (counts[1] > 0) == (pooled == "spikes")
     fresh = AttackableView(view.net)
     assert torch.equal(torch.autograd.grad(fresh(x).sum(), x)[0], gradients[1])
-
-
-def test_a_pass_without_a_gradient_says_nothing_of_later_ones(images: Tensor, watched: list[object]) -> None:
-    view = AttackableView(Net(), lambda net, x: nn.functional.max_pool1d(net.record(x).mean(0)[None], 4)[0])
-    with torch.no_grad():
-        view(images)
-    assert not watched
-    view(images)
-    watched.clear()
-    view(images.requires_grad_())
-    assert watched
 
 
 def test_neurons_are_searched_for_once(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,13 +176,6 @@ def test_a_gradient_that_is_cut_is_zero_and_no_error(images: Tensor) -> None:
     x = images.clone().requires_grad_()
     cut = AttackableView(Net(), forward=lambda net, x: net.out(net.record(x).detach().mean(0)))
     assert not torch.autograd.grad(cut(x).sum(), x)[0].any()
-
-
-@pytest.mark.parametrize("attack", ["FGSM", "PGD"])
-def test_attacks_work_within_their_budget(images: Tensor, attack: str) -> None:
-    view = AttackableView(slr.add_noise(Net()), draws=2)
-    adversarial = getattr(torchattacks, attack)(view, eps=0.1)(images, LABELS)
-    assert 0 < (adversarial - images).abs().max() <= 0.1 + 1e-6
 
 
 def test_rates_are_scaled_to_logits(images: Tensor) -> None:
