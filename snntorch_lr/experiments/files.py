@@ -5,81 +5,58 @@ from __future__ import annotations
 import json
 import os
 import platform
-import warnings
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .._files import replacing
-from .._messages import listed, versions
+from .._messages import listed, versions, warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from ..robustness import RobustnessReport
 
 # Windows has none.
 fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None
 
 
 @contextmanager
-def locked(folder: Path, command: str) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes out of a folder until the block ends; leaves no folder in which nothing was written.
 
     The lock is the system's, which frees it when the process is killed. Where there are none, a warning says so.
-    Other processes are told the command.
 
     Raises:
         OSError: if no files can be written to the folder; it names the folder.
         ValueError: if another process has it.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    file = None
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = _lock(folder / ".lock")
-            file.truncate(0)
-            # More than what a full disk still takes; at once, and not when the file is closed.
-            os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}: {command}".ljust(4096).encode())
+            with tempfile.TemporaryFile(dir=folder) as file:
+                os.write(file.fileno(), bytes(4096))
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(folder)) from error
-        yield
+        with ExitStack() as stack:
+            try:
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"{folder} is in use by another process; wait, or choose another --out") from error
+            except (OSError, AttributeError):
+                warn(f"{folder} cannot be locked on this system: give the same --out to no other process")
+            yield
     finally:
-        if file is not None:
-            if fcntl is None:  # Windows, which deletes no open file
-                file.close()
-            # Before it is free: who waits for it would lock a file that is gone.
-            Path(file.name).unlink(missing_ok=True)
-            file.close()
         with suppress(OSError):
             for place in made:
                 place.rmdir()
-
-
-def _lock(path: Path) -> TextIO:
-    """A file, open and locked where the system has locks."""
-    while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise ValueError(f"{path.parent} is in use by {holder}; wait, or choose another --out") from error
-        except (OSError, AttributeError):
-            said = f"{path.parent} cannot be locked on this system: give the same --out to no other process"
-            warnings.warn(said, stacklevel=4)
-        # The process that had it may have deleted it since it was opened here.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
-        file.close()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -112,14 +89,3 @@ def origin_note(results: Mapping[str, Any]) -> str:
     return (
         f"Command: `{results['command']}`\n\nVersions: {listed(results['versions'])}. Machine: {results['machine']}.\n"
     )
-
-
-def write_evaluation(
-    evaluation: RobustnessReport, out: Path, note: str, title: str = "Robustness", head: str = ""
-) -> None:
-    """Writes ``robustness.md``, ``robustness.json``, figures, and ``report.html`` with all of it."""
-    write_text(out / "robustness.md", f"# Robustness\n\n{evaluation.to_markdown()}\n{note}")
-    write_json(out / "robustness.json", evaluation.to_json())
-    for name, figure in evaluation.figures().items():
-        save_figure(out / f"{name}.png", figure)
-    evaluation.html(out / "report.html", title, head, note)

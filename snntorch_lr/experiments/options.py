@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import shlex
+import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Collection, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
@@ -13,12 +14,9 @@ from functools import cached_property
 from inspect import cleandoc
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
-
-if TYPE_CHECKING:
-    from .cli import Watch
 
 T = TypeVar("T", bound="Options")
 C = TypeVar("C", bound="Command")
@@ -30,13 +28,11 @@ def option(
     help: str = "",
     *,
     choices: Collection[str] = (),
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
     flag: str | None = None,
     positional: bool = False,
     recorded: bool = True,
     offered: bool = True,
+    **bounds: float,
 ) -> Any:
     """A field of ``Options``; without a default it is required.
 
@@ -44,15 +40,16 @@ def option(
         default: the value if none is given.
         help: what it is, for ``--help``.
         choices: the names that are allowed, looked up when options are checked: a registry may grow.
-        least, above, most: bounds of the numbers that are allowed.
         flag: name on the command line, if it is not that of the field; of a tuple, the name of one of its values.
         positional: on the command line the value stands alone.
         recorded: results depend on it, and it is saved with them.
         offered: it is an option of the command line, and not of plans alone.
+        bounds: ``least``, ``above`` and ``most``, of the numbers that are allowed.
     """
-    about = {"help": help, "choices": choices, "flag": flag, "least": least, "above": above, "most": most}
-    about |= {"positional": positional, "recorded": recorded, "offered": offered}
-    return dataclass_field(default=default, metadata=about)
+    about = {"help": help, "choices": choices, "flag": flag, "bounds": bounds}
+    return dataclass_field(
+        default=default, metadata=about | {"positional": positional, "recorded": recorded, "offered": offered}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +59,12 @@ class Options:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in fields(self):
-            value = _typed(getattr(self, field.name), _kinds(hints[field.name]))
+            value = _typed(getattr(self, field.name), hints[field.name])
             if value is MISSING:
                 raise ValueError(f"{field.name} must be of type {field.type}, got {getattr(self, field.name)!r}")
             object.__setattr__(self, field.name, value)
             for single in value if isinstance(value, tuple) else (value,):
-                if single is not None and field.metadata:
+                if single is not None:
                     _check(single, field)
 
     @classmethod
@@ -85,17 +82,12 @@ class Options:
         return cls(**table)
 
 
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The types of a hint."""
-    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
-
-
-def _typed(value: Any, kinds: tuple[Any, ...]) -> Any:
-    """The value as one of some types; MISSING if it is none of them."""
-    for kind in kinds:
+def _typed(value: Any, hint: Any) -> Any:
+    """The value as the type of a hint; MISSING if it is of another one."""
+    for kind in get_args(hint) if isinstance(hint, UnionType) else (hint,):
         plain = get_origin(kind) or kind
         if plain is tuple and isinstance(value, list | tuple):
-            values = tuple(_typed(item, get_args(kind)[:1]) for item in value)
+            values = tuple(_typed(item, get_args(kind)[0]) for item in value)
             return MISSING if MISSING in values else values
         if plain is float and type(value) is int:
             return float(value)
@@ -106,13 +98,11 @@ def _typed(value: Any, kinds: tuple[Any, ...]) -> Any:
 
 def _check(value: Any, field: Field[Any]) -> None:
     """Refuses a value that is out of range or none of the choices."""
-    about = field.metadata
-    if about["choices"] and value not in about["choices"]:
-        name = field.name.replace("_", " ")
-        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(about['choices'])}")
-    bounds = [(*_BOUNDS[name], about[name]) for name in _BOUNDS if about[name] is not None]
-    if not all(holds(value, bound) for holds, _, bound in bounds):
-        wanted = " and ".join(f"{words} {bound:g}" for _, words, bound in bounds)
+    choices, bounds = field.metadata["choices"], field.metadata["bounds"]
+    if choices and value not in choices:
+        raise ValueError(f"unknown {field.name.replace('_', ' ')} {value!r}; choose one of {', '.join(choices)}")
+    if not all(_BOUNDS[name][0](value, bound) for name, bound in bounds.items()):
+        wanted = " and ".join(f"{_BOUNDS[name][1]} {bound:g}" for name, bound in bounds.items())
         raise ValueError(f"{field.name} must be {wanted}, got {value}")
 
 
@@ -122,6 +112,24 @@ class Outcome(NamedTuple):
     results: Any
     words: str
     tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
+
+
+class Progress:
+    """A line for each piece of work, with the time left by the pace since the first line."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.first: tuple[float, float] | None = None
+
+    def __call__(self, what: str, done: float, total: int) -> None:
+        """Tells what is done next, or was done last, beside the number of pieces that are done."""
+        self.first = self.first or (time.monotonic(), done)
+        started, before = self.first
+        left = ""
+        if done > before:
+            seconds = (time.monotonic() - started) * (total - done) / (done - before)
+            left = f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"
+        print(f"{self.title}: {done:.3g} of {total} done{left}: {what}", flush=True)
 
 
 class Parser(ArgumentParser):
@@ -149,7 +157,7 @@ class Command(Options):
     json: bool = option(False, "print the results as JSON, and all else to standard error", recorded=False)
     out: Path | None = option(None, "folder for the results; by default PLACE", recorded=False)
 
-    def run(self, watch: Watch) -> Outcome:
+    def run(self) -> Outcome:
         """Does it, in its ``folder``, which no other process uses."""
         raise NotImplementedError
 
@@ -185,7 +193,8 @@ class Command(Options):
         parser = Parser(f"snntorch-lr {cls.__name__.lower()}", description=cleandoc(cls.__doc__ or ""))
         hints = get_type_hints(cls)
         for field in _offered(cls):
-            about, (hint, *_) = field.metadata, _kinds(hints[field.name])
+            about, hint = field.metadata, hints[field.name]
+            hint = get_args(hint)[0] if isinstance(hint, UnionType) else hint
             several = get_origin(hint) is tuple
             kind = get_args(hint)[0] if several else hint
             choices = f": {', '.join(about['choices'])}" if about["choices"] else ""
@@ -216,18 +225,12 @@ def _flag(field: Field[Any]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithData(Command):
-    """A command that needs images."""
+class WithDevice(Command):
+    """A command that needs images, and computes on a device."""
 
     data_root: Path | None = option(
         None, "torchvision root of MNIST and Fashion-MNIST; downloaded there if absent", recorded=False
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class WithDevice(WithData):
-    """A command that computes on a device."""
-
     device: str = option("cpu", "cpu, cuda, cuda:1, ...", recorded=False)
 
     def torch_device(self) -> torch.device:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,14 +16,11 @@ from scipy import stats
 from .._messages import listed, markdown
 from ..robustness import Gate, Share, mcnemar, wilson
 from ..robustness.figures import colors_of, new_figure, percent, with_legend
-from ..robustness.figures import page as html_page
 from . import files
 from .options import Command, Outcome, option
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .cli import Watch
 
 Result = dict[str, Any]
 """Result of a network, as ``study`` writes it."""
@@ -40,8 +37,7 @@ _SWITCHES = ("input_noise_each_step", "learn_input_noise")
 _MARKERS = "osD^v<>PX*"
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """A paired difference of accuracies with its 95 % interval (Student's t over the images)."""
 
     mean: float
@@ -56,36 +52,9 @@ def difference(first: Right, second: Right) -> Difference:
     """Mean difference of two networks on the same images."""
     apart = first - second
     if np.ptp(apart) == 0:
-        return Difference(float(apart[0]), float(apart[0]), float(apart[0]))
+        return Difference(*[float(apart[0])] * 3)
     interval = stats.ttest_1samp(apart, 0).confidence_interval(0.95)
     return Difference(float(apart.mean()), float(interval.low), float(interval.high))
-
-
-class Line:
-    """A network of a study with its noise off or on: a row of its result.
-
-    Attributes:
-        label: family, and the noise of networks that have any.
-        surrogate: True if it was trained by surrogate gradients.
-        clean: accuracies on all test images, by ``"majority vote"`` and ``"single draw"``.
-        worst, reduced: images that are right in the worst case, and in that of the reduced suite, by budget.
-    """
-
-    def __init__(self, result: Result, row: dict[str, Any]) -> None:
-        self.result, self.row = result, row
-        self.name, self.family = result["entry"]["name"], result["entry"]["family"]
-        self.label = self.family + ("" if row["noise"] == "none" else f" (noise {row['noise']})")
-        self.surrogate = result["entry"]["recipe"]["method"] != "likelihood ratio"
-        self.clean = {kind: Share(**share) for kind, share in result["clean"][row["noise"]].items()}
-        self.worst, self.reduced = (
-            {epsilon: np.array([bit == "1" for bit in bits], dtype=np.float64) for epsilon, bits in by_budget.items()}
-            for by_budget in (row["right"]["worst"], row["right"]["reduced"])
-        )
-
-    def point(self, clean: float, images: int, right: Right) -> Point:
-        """Its place by accuracy, on so many images, and robustness."""
-        adversarial = bool(self.result["entry"]["recipe"]["adversary"])
-        return Point(self.name, self.family, self.surrogate, adversarial, clean, images, right)
 
 
 @dataclass(frozen=True)
@@ -148,6 +117,32 @@ def to_the_front(points: Sequence[Point], star: str) -> dict[str, list[str]]:
     return cells
 
 
+class Line:
+    """A network of a study with its noise off or on: a row of its result.
+
+    Attributes:
+        label: family, and the noise of networks that have any.
+        surrogate: True if it was trained by surrogate gradients.
+        clean: accuracies on all test images, by ``"majority vote"`` and ``"single draw"``.
+        worst, reduced: images that are right in the worst case, and in that of the reduced suite, by budget.
+    """
+
+    def __init__(self, result: Result, row: dict[str, Any]) -> None:
+        self.result, self.row, self.recipe = result, row, result["entry"]["recipe"]
+        self.name, self.family = result["entry"]["name"], result["entry"]["family"]
+        self.label = self.family + ("" if row["noise"] == "none" else f" (noise {row['noise']})")
+        self.surrogate = self.recipe["method"] != "likelihood ratio"
+        self.clean = {kind: Share(**share) for kind, share in result["clean"][row["noise"]].items()}
+        self.worst, self.reduced = (
+            {epsilon: np.array([*bits], dtype=np.float64) for epsilon, bits in row["right"][suite].items()}
+            for suite in ("worst", "reduced")
+        )
+
+    def point(self, clean: float, images: int, right: Right) -> Point:
+        """Its place by accuracy, on so many images, and robustness."""
+        return Point(self.name, self.family, self.surrogate, bool(self.recipe["adversary"]), clean, images, right)
+
+
 class Page:
     """Tables and words of the page of a study, from its results."""
 
@@ -162,14 +157,8 @@ class Page:
         self.silent = {name: [Line(r, r["rows"][0]) for r in members] for name, members in groups.items()}
         self.budgets = {name: [*lines[0].row["worst_case"]] if lines else [] for name, lines in self.silent.items()}
         self.reference = next((line for line in self.usual if line.family == "surrogate"), None)
-        # Every study has it, to transfer from.
-        recipe = next((r for r in results if r["entry"]["name"] == "surrogate"), results[0])["entry"]["recipe"]
-        self.title = f"The study: {recipe['dataset']}, {recipe['model']}"
-
-    @property
-    def budget(self) -> str:
-        """Budget of the summary."""
-        return "0.05" if "0.05" in self.budgets["usual"] else self.budgets["usual"][0]
+        # Budget of the summary.
+        self.budget = "0.05" if "0.05" in self.budgets["usual"] else next(iter(self.budgets["usual"]), "")
 
     def against(self, line: Line, epsilon: str) -> str:
         """Difference to the surrogate network on the images that both were attacked on, with McNemar's p."""
@@ -182,14 +171,13 @@ class Page:
 
     def short(self) -> Table:
         """Table A at one budget, noise off."""
-        epsilon = self.budget
         lines = [
-            [line.label, str(line.clean["majority vote"]), _share(line.row["worst_case"][epsilon]),
-             "-" if line.family == "surrogate" else self.against(line, epsilon), _seconds(line.result),
+            [line.label, str(line.clean["majority vote"]), _share(line.row["worst_case"][self.budget]),
+             "-" if line.family == "surrogate" else self.against(line, self.budget), _seconds(line.result),
              line.row["verdict"]]
             for line in self.usual if line.row["noise"] != "on"
         ]  # fmt: skip
-        return ["table A", "clean", f"worst, ε = {epsilon}", "minus the surrogate", "training, s", "gates"], lines
+        return ["table A", "clean", f"worst, ε = {self.budget}", "minus the surrogate", "training, s", "gates"], lines
 
     def extremes(self) -> list[str]:
         """The most accurate networks, and how far those of the likelihood ratio are from the front, in words."""
@@ -271,7 +259,8 @@ class Page:
             lines.append(
                 [result["entry"]["name"], recipe["model"], f"{result['history'][-1]['epoch']:.3g}",
                  f"{recipe['learning_rate']:g}", "-" if recipe["method"] == "surrogate" else noise,
-                 f"{recipe['estimator']}, {copies}" if ratio else "-", recipe["objective"], ", ".join(further) or "-",
+                 f"{recipe['estimator']}, {copies}" if ratio else "-", recipe.get("objective", "cross-entropy"),
+                 ", ".join(further) or "-",
                  str(recipe["seed"]), " and ".join(attacked) or "-", _seconds(result)]
             )  # fmt: skip
         header = ["network", "model", "epochs", "learning rate", "noise", "estimator, copies", "objective", "further"]
@@ -279,7 +268,7 @@ class Page:
 
     def seeds(self) -> Table:
         """Clean accuracy and worst case by family, over its seeds; table A's networks are the first seed."""
-        runs = [*self.silent["usual"], *self.silent["seed"]]
+        runs = [*self.silent["usual"], *self.silent["seed"]] if self.silent["seed"] else []
         budgets = [epsilon for epsilon in self.budgets["seed"] if all(epsilon in line.reduced for line in runs)]
         lines = []
         for family in dict.fromkeys(line.family for line in runs):
@@ -293,21 +282,21 @@ class Page:
         """Every network of tables A and B, noise off, on the images that all of them were attacked on."""
         lines = [line for line in [*self.silent["usual"], *self.silent["front"]] if epsilon in line.reduced]
         shared = min((len(line.reduced[epsilon]) for line in lines), default=0)
-        clean = [line.clean["majority vote"] for line in lines]
         return [
             line.point(share.accuracy, share.images, line.reduced[epsilon][:shared])
-            for line, share in zip(lines, clean, strict=True)
+            for line in lines
+            for share in [line.clean["majority vote"]]
         ]
 
     def fronts(self) -> Table:
         """Table B: every network, and its distance to the front of the surrogate networks."""
         points = [self.points(epsilon) for epsilon in self.budgets["front"]]
         cells = [to_the_front(at_budget, " *") for at_budget in points]
-        named = {result["entry"]["name"]: result for result in self.results}
+        seconds = {result["entry"]["name"]: _seconds(result) for result in self.results}
         lines = [
             [point.family, _short(point.name).removeprefix(point.family).removeprefix(", "), _percent(point.clean),
-             *(cell for by_name in cells for cell in by_name.get(point.name, ["-", "-"])), _seconds(named[point.name])]
-            for point in sorted(points[0], key=lambda p: (p.family, -p.clean))
+             *(cell for by_name in cells for cell in by_name.get(point.name, ["-", "-"])), seconds[point.name]]
+            for point in sorted(next(iter(points), []), key=lambda p: (p.family, -p.clean))
         ]  # fmt: skip
         return ["family", "change", "clean", *_headings(self.budgets["front"]), "training, s"], lines
 
@@ -315,7 +304,7 @@ class Page:
         """Settings that were tried on held-out images, and their distance to the surrogate networks that were tried."""
         tried, cells = self.silent["tune"], []
         for epsilon in self.budgets["tune"]:
-            clean = [(line.result["validation"], line.result["entry"]["recipe"]["validation"]) for line in tried]
+            clean = [(line.result["validation"], line.recipe["validation"]) for line in tried]
             points = [line.point(*share, line.worst[epsilon]) for line, share in zip(tried, clean, strict=True)]
             cells.append(to_the_front(points, ""))
         lines = [
@@ -325,44 +314,60 @@ class Page:
         ]  # fmt: skip
         return ["", "clean", *_headings(self.budgets["tune"]), "training, s"], lines
 
-    def to_markdown(self) -> str:
-        """The whole page."""
-        parts = [f"# {self.title}", _HEAD]
-        if self.usual:
-            parts += ["## In short", markdown(*self.short()), *self.extremes(), _NOTE_SHORT]
-        if self.silent["front"]:
-            parts += ["## Table B, at equal clean accuracy", "![accuracy and robustness](fronts.png)"]
-            parts += [markdown(*self.fronts()), _NOTE_B]
-        for epsilon in self.budgets["usual"]:
-            parts += [f"## Table A, as usually compared: ε = {epsilon}", markdown(*self.table_a(epsilon))]
-        if self.usual:
-            attacks = self.usual[0].result["entry"]["evaluations"][0]["attacks"]
-            suite = f"the suite {attacks!r}" if isinstance(attacks, str) else ", ".join(attacks)
-            suite = "the reduced suite" if attacks == [*REDUCED] else suite
-            parts += [_NOTE_A.format(suite=suite, reduced=", ".join(REDUCED))]
-            parts += ["## Worst case minus that of the surrogate", _NOTE_DIFFERENCES, markdown(*self.differences())]
-            if self.corruptions()[1]:
-                parts += ["## Natural corruptions", "Mean of five severities.", markdown(*self.corruptions())]
-            parts += ["## Noise levels", _NOTE_LEVELS, markdown(*self.levels())]
-        if self.silent["seed"]:
-            parts += ["## Seeds", _NOTE_SEEDS, markdown(*self.seeds())]
-        if self.silent["tune"]:
-            parts += ["## Tried on held-out training images", _NOTE_TUNE, markdown(*self.tuning())]
-        if self.usual:
-            parts += ["## Gates"]
+    def gates(self) -> list[str | Table]:
+        """What every gate measured, a table for each network."""
+        parts: list[str | Table] = []
         for result in (line.result for line in self.silent["usual"]):
             gates = [(row["noise"], Gate(**values)) for row in result["rows"] for values in row["gates"]]
             lines = [[noise, gate.name, gate.verdict, gate.detail] for noise, gate in gates]
-            parts += [f"### {result['entry']['family']}", markdown(["noise", "gate", "", "measured"], lines)]
+            parts += [f"### {result['entry']['family']}", (["noise", "gate", "", "measured"], lines)]
+        return parts
+
+    def foot(self) -> str:
+        """The command, versions and machines."""
         versions = dict.fromkeys(listed(r["versions"]) for r in self.results)
         machines = dict.fromkeys(r["machine"] for r in self.results)
         minutes = sum(entry["seconds"] for r in self.results for entry in r["history"]) / 60
-        foot = (
+        return (
             f"Command: `{self.results[0]['command']}`; this page again from its results: `snntorch-lr report DIR`, DIR "
             f"the folder of `{TOGETHER}`. {len(self.results)} networks, {minutes:.0f} minutes of training. Versions: "
             f"{'; '.join(versions)}. Machine: {'; '.join(machines)}."
         )
-        return "\n\n".join([*parts, "## Settings", markdown(*self.settings()), foot]) + "\n"
+
+    def to_markdown(self) -> str:
+        """The whole page; a section whose table has no lines is left out."""
+        # Every study has it, to transfer from.
+        recipe = next((r for r in self.results if r["entry"]["name"] == "surrogate"), self.results[0])["entry"][
+            "recipe"
+        ]
+        picture = "![accuracy and robustness](fronts.png)"
+        tables_a: list[tuple[str, list[str | Table]]] = [
+            (f"Table A, as usually compared: ε = {epsilon}", [self.table_a(epsilon)])
+            for epsilon in self.budgets["usual"]
+        ]
+        if self.usual:
+            attacks = self.usual[0].result["entry"]["evaluations"][0]["attacks"]
+            suite = f"the suite {attacks!r}" if isinstance(attacks, str) else ", ".join(attacks)
+            suite = "the reduced suite" if attacks == [*REDUCED] else suite
+            tables_a[-1][1].append(_NOTE_A.format(suite=suite, reduced=", ".join(REDUCED)))
+        sections: list[tuple[str, list[str | Table]]] = [
+            ("In short", [self.short(), *self.extremes(), _NOTE_SHORT]),
+            ("Table B, at equal clean accuracy", [picture, self.fronts(), _NOTE_B]),
+            *tables_a,
+            ("Worst case minus that of the surrogate", [_NOTE_DIFFERENCES, self.differences()]),
+            ("Natural corruptions", ["Mean of five severities.", self.corruptions()]),
+            ("Noise levels", [_NOTE_LEVELS, self.levels()]),
+            ("Seeds", [_NOTE_SEEDS, self.seeds()]),
+            ("Tried on held-out training images", [_NOTE_TUNE, self.tuning()]),
+            ("Gates", self.gates()),
+            ("Settings", [self.settings(), self.foot()]),
+        ]
+        parts = [f"# The study: {recipe['dataset']}, {recipe['model']}", _HEAD]
+        for heading, content in sections:
+            if any(table[1] for table in content if not isinstance(table, str)):
+                parts.append(f"## {heading}")
+                parts += [part if isinstance(part, str) else markdown(*part) for part in content]
+        return "\n\n".join(parts) + "\n"
 
     def figure(self) -> Figure:
         """Worst case against clean error, a panel for each budget, a line for each family; surrogates hollow."""
@@ -471,20 +476,19 @@ _NOTE_A = (
 class Report(Command):
     """Write the tables and figures of a study again, from its results alone.
 
-    Example: snntorch-lr report runs/study/digits --html
+    Example: snntorch-lr report runs/study/digits
     """
 
     place = "{results}"
     results: Path = option(help="folder of results of a study", positional=True)
-    html: bool = option(False, "write report.html too, one page that needs nothing else")
 
-    def run(self, watch: Watch) -> Outcome:
+    def run(self) -> Outcome:
         """Writes the page of the results of a folder: of single files, or else of the one with all of them."""
         single = [path for path in sorted(self.results.glob("*.json")) if path.name != TOGETHER]
-        return write(single or [*self.results.glob(TOGETHER)], self.results, self.folder, self.html)
+        return write(single or [*self.results.glob(TOGETHER)], self.results, self.folder)
 
 
-def write(paths: Sequence[Path], source: Path, out: Path, html: bool) -> Outcome:
+def write(paths: Sequence[Path], source: Path, out: Path) -> Outcome:
     """Writes ``index.md``, its figure, and ``results.json``, all that they are made from, from files of a source."""
     results = [result for path in paths for result in _read(path)]
     if not results:
@@ -492,18 +496,14 @@ def write(paths: Sequence[Path], source: Path, out: Path, html: bool) -> Outcome
     names = [result["entry"]["name"] for result in results]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"{source} holds more than one result of {', '.join(sorted(twice))}")
+    page, written = Page(results), ["index.md", TOGETHER]
     # A line for each network.
     lines = ",\n".join(json.dumps(result, ensure_ascii=False, allow_nan=False) for result in results)
     files.write_text(out / TOGETHER, f"[\n{lines}\n]\n")
-    page, figures, written = Page(results), {}, ["index.md", TOGETHER]
     if page.silent["front"]:
-        figures["fronts.png"] = page.figure()
-        files.save_figure(out / "fronts.png", figures["fronts.png"], dpi=120, metadata={"Software": None})
+        files.save_figure(out / "fronts.png", page.figure(), dpi=120, metadata={"Software": None})
         written.append("fronts.png")
     files.write_text(out / "index.md", page.to_markdown())
-    if html:
-        files.write_text(out / "report.html", html_page(page.title, page.to_markdown(), figures))
-        written.append("report.html")
     return Outcome(results, f"Written: {', '.join(str(out / name) for name in written)}")
 
 

@@ -1,4 +1,4 @@
-"""Studies: the networks of a plan, trained and attacked, several at a time; ``reproduce`` is a study of four."""
+"""Studies: the networks of a plan, trained and attacked, several at a time, and their page."""
 
 from __future__ import annotations
 
@@ -10,28 +10,23 @@ import re
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .._messages import markdown
-from ..robustness import SUITES, Gate, Protocol, Row, Scores, Share, Target, evaluate, score, share_of, suite, verdict
+from ..robustness import SUITES, Protocol, Target, evaluate, score, share_of
 from . import data, files
-from .options import Options, Outcome, WithData, WithDevice, option
-from .page import REDUCED, difference, write
+from .options import Options, Outcome, Progress, WithDevice, option
+from .page import REDUCED, write
 from .train import (
-    METHODS,
-    MODELS,
     Recipe,
-    Trained,
     load_trained,
     make_network,
     noise_levels,
@@ -40,14 +35,8 @@ from .train import (
     validation_accuracy,
 )
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .cli import Watch
-
 T = TypeVar("T")
 R = TypeVar("R", bound=Recipe)
-CPU = torch.device("cpu")
 SOURCES = ("surrogate", "ann")
 GROUPS = ("source", "usual", "seed", "front", "tune")
 PLANS = {path.stem: path for path in sorted((Path(__file__).parent / "plans").glob("*.toml"))}
@@ -109,13 +98,6 @@ class Entry:
     def mark(self) -> str:
         """Hash of the entry: another mark, another result. The networks that it depends on have marks of their own."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
-
-    @property
-    def work(self) -> float:
-        """About how long it takes, in epochs of a surrogate-gradient network, by the seconds on committed pages."""
-        epochs = self.recipe.epochs * (3 if self.recipe.method == "likelihood ratio" else 1)
-        attacked = sum(e.images * len(e.epsilons) * (5 if e.noise == "on" else 1) for e in self.evaluations)
-        return epochs * (5 if self.recipe.adversary else 1) + 0.02 * attacked
 
     @property
     def needs(self) -> set[str]:
@@ -256,7 +238,7 @@ def _within(place: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(WithData):
+class Study(WithDevice):
     """Train and attack all networks of a plan, or those that are not finished yet, and write its page.
 
     Example: snntorch-lr study digits --jobs 2
@@ -275,20 +257,22 @@ class Study(WithData):
         """The plan without its folder."""
         return {"plan": plan_path(self.plan).stem}
 
-    def run(self, watch: Watch) -> Outcome:
+    def run(self) -> Outcome:
         """Writes a JSON file in ``results`` for each network, and the page.
 
         Every process computes with one thread. The same call goes on where an earlier one was interrupted: finished
         networks are not touched, and of others finished epochs and attacks are kept.
         """
         out, entries = self.folder, read_plan(self.plan)
-        data.load(entries[0].recipe.dataset, self.data_root)
+        # What is missing is told now, and not by a process that was started for it.
+        data.load(entries[0].recipe.dataset, self.data_root).to(self.torch_device())
         chosen = [entry for entry in entries if not self.groups or entry.group in self.groups]
         names = {entry.name for entry in chosen}.union(*(entry.needs for entry in chosen))
         wanted = [entry for entry in entries if entry.name in names]
         waiting = [entry for entry in wanted if not finished(entry, out)]
         done = names - {entry.name for entry in waiting}
-        started, worked = time.perf_counter(), 0.0
+        tell = Progress("networks")
+        tell("training and attacks", len(done), len(wanted))
         strangers = set(multiprocessing.active_children())
         with ProcessPoolExecutor(self.jobs, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
             running: dict[Future[None], Entry] = {}
@@ -302,12 +286,7 @@ class Study(WithData):
                         entry = running.pop(future)
                         future.result()
                         done.add(entry.name)
-                        worked += entry.work
-                        left = sum(other.work for other in (*waiting, *running.values()))
-                        minutes = (time.perf_counter() - started) * left / worked / 60
-                        watch.say(
-                            f"{len(done)} of {len(wanted)} finished, about {minutes:.0f} minutes left: {entry.name}"
-                        )
+                        tell(entry.name, len(done), len(wanted))
             except BrokenProcessPool as error:
                 raise ChildProcessError(
                     "a process was killed, perhaps for want of memory; start again to go on"
@@ -317,7 +296,7 @@ class Study(WithData):
                     process.terminate()
                 raise
         results = sorted(result_file(entry, out) for entry in entries if finished(entry, out))
-        return write(results, out, out, html=True)
+        return write(results, out, out)
 
 
 @contextmanager
@@ -364,29 +343,22 @@ def checkpoint_file(entry: Entry, out: Path) -> Path:
     return out / "checkpoints" / f"{entry.slug}-{entry.mark}.pt"
 
 
-def trained(
-    entry: Entry, checkpoints: Mapping[str, Path], images: data.Images, device: torch.device, resume: bool = True,
-    **callbacks: Any,
-) -> tuple[Recipe, Trained]:  # fmt: skip
-    """Trains the network of an entry, to the accuracy of the one that it matches; callbacks are those of ``train``."""
-    recipe = entry.recipe
-    if entry.matches:
-        matched, net = load_trained(checkpoints[entry.matches])
-        recipe = replace(recipe, stop_at=validation_accuracy(net.to(device), matched, images.to(device)))
-    return recipe, train(recipe, images, checkpoints[entry.name], device, resume, **callbacks)
-
-
 def work(entry: Entry, entries: Sequence[Entry], options: Study) -> None:
     """Trains and evaluates one network, in a process of its own, and writes its result."""
     torch.set_num_threads(1)
     out = options.folder
-    images = data.load(entry.recipe.dataset, options.data_root)
+    device = options.torch_device()
+    images = data.load(entry.recipe.dataset, options.data_root).to(device)
     checkpoints = {other.name: checkpoint_file(other, out) for other in entries}
-    recipe, run = trained(entry, checkpoints, images, CPU)
+    recipe = entry.recipe
+    if entry.matches:
+        matched, net = load_trained(checkpoints[entry.matches])
+        recipe = replace(recipe, stop_at=validation_accuracy(net.to(device), matched, images))
+    run = train(recipe, images, checkpoints[entry.name], device, resume=True)
     result: dict[str, Any] = {
         "mark": entry.mark,
         "entry": asdict(entry),
-        **files.origin(f"snntorch-lr study {options.plan}", CPU),
+        **files.origin(f"snntorch-lr study {options.plan}", device),
         "seconds_per_epoch": run.seconds_per_epoch,
         "history": run.history,
         "validation": validation_accuracy(run.net, recipe, images),
@@ -395,7 +367,7 @@ def work(entry: Entry, entries: Sequence[Entry], options: Study) -> None:
     if entry.evaluations:
         own = next(other.recipe for other in entries if other.name == "surrogate")
         names = [name for name in SOURCES if name != "surrogate" or recipe != own]
-        sources = {name: load_trained(checkpoints[name])[1].eval() for name in names}
+        sources = {name: load_trained(checkpoints[name])[1].to(device).eval() for name in names}
         rows = [row for how in entry.evaluations for row in _attacked(entry, how, run.net, sources, images, out)]
         result |= {"clean": {}, "rows": rows}
         for noise in dict.fromkeys(row["noise"] for row in rows):
@@ -418,9 +390,6 @@ def _attacked(
         net.eval(), [(x[: evaluation.images], y[: evaluation.images])], evaluation.epsilons, attacks, sources=sources,
         name=entry.name, protocol=Protocol(noise=evaluation.noise), cache=out / "attacks" / entry.slug,
     )  # fmt: skip
-    # With the images that attacks broke, which the results have no room for.
-    made = f"Command: `snntorch-lr study`, {entry.name}"
-    report.html(out / "reports" / f"{entry.slug}-noise-{evaluation.noise}.html", entry.name, note=made)
     rows: list[dict[str, Any]] = report.to_json()["rows"]
     for row, measured in zip(rows, report.rows, strict=True):
         reduced = [name for name in measured.right if name.startswith(REDUCED)]
@@ -434,151 +403,3 @@ def _attacked(
 
 def _bits(right: Tensor) -> str:
     return "".join("1" if value else "0" for value in right.tolist())
-
-
-LIKELIHOOD_RATIO, STOPPED = "likelihood ratio", "surrogate, stopped"
-PASSED = verdict([Gate("", True, "")])
-NOTE = (
-    "Accuracy in percent, with the half-width of its 95 % Wilson interval: clean of all test images, the worst case of "
-    "those attacked. Noise on: majority of 32 draws. The worst case counts an image as right only if it is right clean "
-    "and under every attack of that size, transfers from the other networks included. Unless all gates passed these "
-    "figures compare training methods and are no robustness claim."
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reproduce(WithDevice, Recipe):
-    """Train surrogate baselines and the likelihood-ratio network, attack them, print and save a table.
-
-    Example: snntorch-lr reproduce --dataset digits
-
-    MNIST and Fashion-MNIST are downloaded: --dataset mnist --data-root data.
-    """
-
-    place = "runs/{dataset}-{model}-seed{seed}"
-    kept = "finished epochs are kept: the same command with --resume goes on from there"
-    method: str = option(LIKELIHOOD_RATIO, choices=METHODS, offered=False)
-    model: str = option("mlp", "network", choices=MODELS)
-    epsilons: tuple[float, ...] = option((0.05, 0.1, 0.2), "attack budget, l∞", above=0, most=1, flag="--epsilon")
-    attack_images: int = option(1000, "test images to attack", least=1)
-    draws: int = option(8, "noise draws that attacks average over if noise is on", least=1)
-    suite: str = option("quick", "attacks", choices=SUITES)
-    resume: bool = option(False, "go on from the checkpoints in --out", recorded=False)
-
-    def run(self, watch: Watch) -> Outcome:
-        """Trains the networks, attacks them, and writes ``results.json``, ``table.md``, ``robustness.md`` and figures.
-
-        The likelihood-ratio network stands beside surrogate-gradient networks without noise, with the same noise, and
-        without noise but stopped at its own accuracy on the held-out images: robustness falls while accuracy rises,
-        and is to be compared where accuracy is equal.
-        """
-        out, device = self.folder, self.torch_device()
-        suite(self.suite)  # an attack library that is missing is told now
-        images = data.load(self.dataset, self.data_root).to(device)
-        # A tenth of the training images is held out.
-        sizes = {"batch_size": 32 if self.dataset == "digits" else 128, "validation": len(images.train) // 10}
-        recipe = Recipe.of(vars(self) | sizes)
-        entries = [Entry(name, name, "usual", replace(recipe, method=name)) for name in METHODS]
-        entries.append(Entry(STOPPED, STOPPED, "usual", entries[0].recipe, matches=LIKELIHOOD_RATIO))
-        checkpoints = {entry.name: out / f"{entry.slug}.pt" for entry in entries}
-        there = [path.name for path in checkpoints.values() if path.exists()]
-        if there and not self.resume:
-            raise ValueError(f"{out} holds {', '.join(there)} already: add --resume to go on, or choose another --out")
-        runs = {}
-        # First the one that has the most settings that may be wrong.
-        for entry in sorted(entries, key=lambda entry: entry.name != LIKELIHOOD_RATIO):
-            steps = self.epochs * -(-len(split(entry.recipe, images)[0]) // entry.recipe.batch_size)
-            callbacks = watch.training(entry.name, self.epochs, steps)
-            runs[entry.name] = trained(entry, checkpoints, images, device, self.resume, **callbacks)
-        runs = {name: runs[name] for name in checkpoints}
-        nets = {name: run.net for name, (_, run) in runs.items()}
-        evaluation = evaluate(
-            nets.pop(LIKELIHOOD_RATIO), [(images.test[: self.attack_images], images.test_labels[: self.attack_images])],
-            self.epsilons, self.suite, baselines=nets, seed=self.seed, name=LIKELIHOOD_RATIO,
-            protocol=Protocol(draws=self.draws), cache=out / "attacks", progress=watch.pieces("attacks"),
-        )  # fmt: skip
-        rows = sorted(evaluation.rows, key=lambda row: [*runs].index(row.subject.network))
-        scores = [score(row.subject.target, images.test, images.test_labels, seed=self.seed) for row in rows]
-        measured = [*zip(rows, scores, strict=True)]
-        results = files.origin(self.command_line(), device) | {
-            "settings": self.recorded(),
-            "recipes": {name: asdict(recipe) for name, (recipe, _) in runs.items()},
-            "training": {
-                name: {"seconds_per_epoch": run.seconds_per_epoch, "history": run.history}
-                for name, (_, run) in runs.items()
-            },
-            "rows": [
-                {
-                    "network": row.subject.network,
-                    "noise": row.subject.noise,
-                    "clean": asdict(share_of(scores.right)),
-                    "single draw": asdict(share_of(scores.single)),
-                    "worst case": {f"{e:g}": asdict(share_of(row.worst(e))) for e in sorted(self.epsilons)},
-                    "verdict": verdict(row.findings.gates),
-                }
-                for row, scores in measured
-            ],
-            "conclusions": conclusions(measured, self.suite),
-            "evaluation": evaluation.to_json(),
-        }
-        files.write_json(out / "results.json", results)
-        title = f"{self.dataset}, {self.model}"
-        sentences = "\n".join(f"- {sentence}" for sentence in results["conclusions"])
-        head = f"{sentences}\n\n{markdown(*table(results))}\n\n{NOTE}"
-        note = files.origin_note(results)
-        files.write_text(out / "table.md", f"# {title}, seed {self.seed}\n\n{head}\n\n{note}")
-        files.write_evaluation(evaluation, out, note, f"{title}, seed {self.seed}", f"{head}\n\n## Robustness")
-        written = f"Written: {out}/report.html, table.md, robustness.md, results.json and figures"
-        shown = (f"{title}, accuracy in percent", *table(results))
-        return Outcome(results, "\n".join([*results["conclusions"], written]), [shown])
-
-
-def conclusions(measured: Sequence[tuple[Row, Scores]], suite: str) -> list[str]:
-    """Three sentences: the more accurate network, the more robust one, and what the gates allow.
-
-    The likelihood ratio is held against the best of the surrogate networks in each, all with their noise off.
-    """
-    silent = [(row, scores) for row, scores in measured if row.subject.noise != "on"]
-    own = next(row for row, _ in silent if row.subject.network == LIKELIHOOD_RATIO)
-    epsilon = own.findings.epsilon or min(next(iter(own.right.values())))
-    verdicts: dict[str, list[str]] = {}
-    for row, _ in measured:
-        verdicts.setdefault(verdict(row.findings.gates), []).append(row.subject.label)
-    if [*verdicts] == [PASSED]:
-        gates = f"All gates passed: worst cases over the suite {suite!r} may be claimed."
-    else:
-        failed = [f"{said} for {', '.join(labels)}" for said, labels in verdicts.items() if said != PASSED]
-        reasons = "; ".join(failed if len(verdicts) > 1 else verdicts)
-        more = "" if suite == "standard" else f" The suite {suite} leaves attacks out; --suite standard has them all."
-        gates = f"The gates allow no claim of robustness: {reasons}.{more}"
-    clean = {row.subject.network: scores.right for row, scores in silent}
-    worst = {row.subject.network: row.worst(epsilon) for row, _ in silent}
-    said = compared(f"In the worst case at ε = {epsilon:g}", "robust", worst)
-    return [compared("On clean images", "accurate", clean), said, gates]
-
-
-def compared(where: str, what: str, right: Mapping[str, Tensor]) -> str:
-    """The likelihood ratio and the best of the other networks on the same images, in a sentence."""
-    own = right[LIKELIHOOD_RATIO]
-    name = max((name for name in right if name != LIKELIHOOD_RATIO), key=lambda name: int(right[name].sum()))
-    apart = difference(own.double().numpy(), right[name].double().numpy())
-    shown = {key: f"{key} ({100 * float(right[key].double().mean()):.1f} %)" for key in (LIKELIHOOD_RATIO, name)}
-    paired = f"{apart} points, paired over {len(own)} images"
-    if apart.low <= 0 <= apart.high:
-        first, second = shown.values()
-        return f"{where} there is no difference beyond chance between {first} and {second}: {paired}."
-    better, worse = (LIKELIHOOD_RATIO, name) if apart.mean > 0 else (name, LIKELIHOOD_RATIO)
-    return f"{where} {shown[better]} is more {what} than {shown[worse]}; likelihood ratio minus {name}: {paired}."
-
-
-def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the results, as text: a line for each network and each use of its noise."""
-    lines = []
-    for row in results["rows"]:
-        training = results["training"][row["network"]]
-        noise = "" if row["noise"] == "none" else f" (noise {row['noise']} at test)"
-        cells = [f"{training['history'][-1]['epoch']:.3g}", f"{training['seconds_per_epoch']:.2g}"]
-        shares = row["clean"], row["single draw"], *row["worst case"].values()
-        lines.append([row["network"] + noise, *cells, *(str(Share(**share)) for share in shares), row["verdict"]])
-    worst = [f"worst, ε = {epsilon}" for epsilon in results["rows"][0]["worst case"]]
-    return ["network", "epochs", "s/epoch", "clean", "single draw", *worst, "gates"], lines

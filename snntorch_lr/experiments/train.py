@@ -14,15 +14,15 @@ from typing import Any
 import snntorch as snn
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .._files import load, save
 from .._messages import warn
-from ..anneal import anneal, noise_gap
-from ..convert import add_noise, noise_on
+from ..calibration import anneal
+from ..convert import add_noise, noise_gap, noise_on
 from ..gradients import ESTIMATORS
 from ..network import noises
 from ..noise import KINDS, NoisyInput
-from ..objectives import OBJECTIVES
 from ..optim import attach, closure
 from ..robustness import Budget, Descent, Target, gradient_attack, perturb
 from ..rollout import rollout
@@ -132,7 +132,6 @@ class Recipe(Options):
     batch_size: int = _planned(128, "images per step", least=1)
     validation: int = _planned(0, "training images held out to choose by, drawn by the seed", least=0)
     stop_at: float | None = _planned(None, "validation accuracy, noise off, at which training stops")
-    objective: str = _planned("cross-entropy", "loss; under zero-one the outputs have noise too", choices=OBJECTIVES)
     decay: float = _planned(0.0, "decoupled decay of the first block's weights, in learning rates", least=0)
     input_noise: float = _planned(0.0, "initial level of Gaussian noise on the input; 0 for none", least=0)
     input_noise_each_step: bool = _planned(False, "draw it in each time step, in place of once for each presentation")
@@ -150,13 +149,10 @@ class Recipe(Options):
                 object.__setattr__(self, name, value)
         super().__post_init__()
         KINDS[self.noise](self.sigma, distribution=self.distribution)
-        flat, ratio = self.objective == "zero-one", self.method == "likelihood ratio"
         silent = self.method == "surrogate" and not self.input_noise
         for wrong, message in (
-            (flat and not ratio, "zero-one has no gradient to backpropagate: use the method likelihood ratio"),
-            (flat and self.estimator == "counterfactual",
-             "the objective zero-one has no derivative by a spike: use the estimator vanilla"),
-            (self.late_copies and not ratio, f"late_copies needs the method likelihood ratio, got {self.method}"),
+            (self.late_copies and self.method != "likelihood ratio",
+             f"late_copies needs the method likelihood ratio, got {self.method}"),
             (self.free and not self.adversary, "free needs the budget of an adversary"),
             (self.model == "ann" and not silent,
              "the model ann has no spiking neurons: use the method surrogate, without noise"),
@@ -182,9 +178,6 @@ def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
     if recipe.method == "surrogate" or not isinstance(net, SpikingClassifier):
         return net
     add_noise(net, recipe.sigma, recipe.learn_sigma, net.spiking, recipe.noise, recipe.distribution)
-    if recipe.objective == "zero-one" and not net.counts:
-        # What is learned without a gradient of the loss has to be sampled, and the loss reads membrane potentials.
-        add_noise(net, recipe.sigma, recipe.learn_sigma, ["output"])
     return net
 
 
@@ -274,7 +267,6 @@ def train(
     checkpoint: Path,
     device: torch.device,
     resume: bool = False,
-    after_step: Callable[[int, float], None] = lambda done, loss: None,
     after_epoch: Callable[[dict[str, float], nn.Module], None] = lambda entry, net: None,
 ) -> Trained:
     """Trains a network, or goes on from its checkpoint, which is written after each epoch.
@@ -312,7 +304,6 @@ def train(
             losses.append(take_step(images.train[batch], images.train_labels[batch]) * len(batch))
             for schedule in schedules.values():
                 schedule.step()
-            after_step(epoch * steps + step, losses[-1] / len(batch))
             looks = step == steps or step % max(1, steps // CHECKS) == 0
             if recipe.stop_at is not None and looks:
                 stopped = validation_accuracy(net, recipe, images) >= recipe.stop_at
@@ -341,38 +332,33 @@ def train(
 
 def stepper(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     """One update from a batch, by the method of the recipe; returns the mean loss."""
-    objective = OBJECTIVES[recipe.objective]
 
-    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
-        return objective(net(x), y)
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(net(x), y, reduction="none")
 
     def loop(x: Tensor, y: Tensor) -> float:
         optimizer.zero_grad()
-        loss = loss_fn(x, y).mean()
+        loss = losses(x, y).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return loss.item()
 
-    if recipe.method != "likelihood ratio":
-        return _disturbed(recipe, net, loop)
-    counts = [copies for copies in (recipe.copies, recipe.late_copies) if copies]
-    estimators = [ESTIMATORS[recipe.estimator](net, copies=copies) for copies in counts]
-    hook = attach(optimizer, net, estimators[0])
-    if recipe.estimator == "counterfactual" and counts == [1]:
-        return _disturbed(recipe, net, loop)
-
     def by_copies(x: Tensor, y: Tensor) -> float:
         if optimizer.param_groups[0]["lr"] < recipe.learning_rate / 2:
             hook.estimator = estimators[-1]
-        return float(optimizer.step(closure(loss_fn, x, y)))
+        return float(optimizer.step(closure(losses, x, y)))
 
-    return _disturbed(recipe, net, by_copies)
+    step = loop
+    if recipe.method == "likelihood ratio":
+        counts = [copies for copies in (recipe.copies, recipe.late_copies) if copies]
+        estimators = [ESTIMATORS[recipe.estimator](net, copies=copies) for copies in counts]
+        hook = attach(optimizer, net, estimators[0])
+        step = loop if recipe.estimator == "counterfactual" and counts == [1] else by_copies
+    return _disturbed(recipe, net, step) if recipe.adversary else step
 
 
 def _disturbed(recipe: Recipe, net: nn.Module, step: Step) -> Step:
-    """A step from adversarial images in place of clean ones, if the recipe asks for that."""
-    if not recipe.adversary:
-        return step
+    """A step from adversarial images in place of clean ones."""
     epsilon = recipe.adversary
     target = Target(net, noise=True, draws=1)
     attack = gradient_attack("adversary", Descent("training", steps=7, length=0.25))

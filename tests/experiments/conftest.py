@@ -26,12 +26,11 @@ def few() -> data.Images:
 
 @pytest.fixture(scope="session")
 def checkpoints(few: data.Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with networks by both methods, by the likelihood ratio with convolutions, and of other data."""
+    """A folder with networks by both methods, and of other data."""
     folder = tmp_path_factory.mktemp("checkpoints")
     changes: dict[str, dict[str, Any]] = {
         "lr": {},
         "base": {"method": "surrogate"},
-        "conv": {"model": "conv", "sigma": 0.4},
         "other": {"dataset": "mnist"},
     }
     for name, change in changes.items():

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,32 +14,19 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from snntorch_lr.experiments import benchmark
-from snntorch_lr.experiments.benchmark import Benchmark
-from snntorch_lr.experiments.cli import Watch
-from snntorch_lr.experiments.workloads import (
+from snntorch_lr.experiments.benchmark import (
     FEATURES,
     METHODS,
     REFERENCE,
     RIVAL,
+    Benchmark,
     Method,
     make_step,
     peak_megabytes,
-    slope,
 )
 from snntorch_lr.noise import KINDS
 
 from .commands import run
-
-
-class Silent(Watch):
-    """Tells nobody."""
-
-    def __init__(self) -> None:
-        pass
-
-    def say(self, what: str) -> None:
-        pass
-
 
 TINY: dict[str, Any] = {"num_steps": 4, "width": 20, "batch": 8}
 
@@ -97,18 +86,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # A process for each figure takes minutes; one is measured below.
         patch.setattr(benchmark, "peak_megabytes", lambda make, device: float(make.keywords["num_steps"]))
         patch.setattr(benchmark, "find_spec", lambda name: None)
-        options.run(Silent())
+        options.run()
     return out
-
-
-def test_threads_are_as_before(written: Path) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        Benchmark(parts=("kernels",), repeats=1, threads=1, out=written / "again", **TINY).run(Silent())
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_writes_every_part(written: Path) -> None:
@@ -116,6 +95,9 @@ def test_writes_every_part(written: Path) -> None:
     assert {part for part in benchmark.PARTS if results[part]} == set(benchmark.PARTS)
     assert [row["method"] for row in results["steps"]] == [name for name in METHODS if name != RIVAL]
     assert results["steps"][0]["ratio, escape"] == 1
+    assert results["growth"][0]["exponent"] == pytest.approx(
+        statistics.linear_regression([0, 1, 2], [math.log2(results["growth"][0][f"{n} ×"]) for n in (1, 2, 4)]).slope
+    )
     assert results["memory"][0] == {"method": REFERENCE, "T = 2": 2.0, "T = 3": 3.0}
     assert all(row[key] > 0 for row in results["kernels"] for key in ("by counter", "torch, uniform"))
     assert {row["noise"] for row in results["kernels"]} == {
@@ -128,8 +110,8 @@ def test_writes_every_part(written: Path) -> None:
 
 
 def test_the_command_runs_chosen_parts(tmp_path: Path) -> None:
-    arguments = ["--part", "steps", "--repeats", "1", "--num-steps", "2", "--width", "5"]
-    result = run("benchmark", *arguments, "--batch", "2", "--out", str(tmp_path))
+    arguments = ["--part", "steps", "--repeats", "1", "--num-steps", "2", "--width", "5", "--batch", "2"]
+    result = run("benchmark", *arguments, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert "slr.rollout" in result.output
     assert "memory" not in json.loads((tmp_path / "benchmark.json").read_text())
@@ -147,7 +129,3 @@ def test_memory_is_that_of_a_whole_step() -> None:
 def test_a_process_that_dies_is_an_error() -> None:
     with pytest.raises(ChildProcessError, match=r"no such method.* ended with status"):
         peak_megabytes(partial(make_step, Method(loop="no such method")), torch.device("cpu"))
-
-
-def test_slope_is_the_exponent() -> None:
-    assert slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)

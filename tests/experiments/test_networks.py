@@ -27,7 +27,7 @@ FAMILIES = {
 
 
 def result(name: str) -> dict[str, Any]:
-    return next(each for each in RESULTS if each["entry"]["name"] == f"usual: {FAMILIES[name]}")
+    return next(result for result in RESULTS if result["entry"]["name"] == f"usual: {FAMILIES[name]}")
 
 
 def test_there_are_the_networks_of_the_study() -> None:
@@ -50,9 +50,9 @@ def test_a_network_has_the_accuracy_of_the_results() -> None:
     images = data.load("mnist", ROOT / "data")
     committed = result("mnist/lr-adversarial")["clean"]["off"]["majority vote"]["accuracy"]
     with torch.no_grad():
-        found = load("mnist/lr-adversarial")(images.test).argmax(1) == images.test_labels
+        right = load("mnist/lr-adversarial")(images.test).argmax(1) == images.test_labels
     # A spike more or less at a threshold, where another processor rounds otherwise, changes one image.
-    assert float(found.float().mean()) == pytest.approx(committed, abs=2e-4)
+    assert float(right.float().mean()) == pytest.approx(committed, abs=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,3 @@ def test_a_network_computes_what_it_did_in_version_0_2(name: str, expected: list
 def test_an_unknown_network_is_told_with_those_that_there_are() -> None:
     with pytest.raises(ValueError, match="choose one of mnist/lr, mnist/lr-adversarial"):
         load("mnist/best")
-
-
-def test_a_loaded_network_takes_images() -> None:
-    assert load("mnist/lr-noisy-input")(torch.rand(2, 1, 28, 28)).shape == (2, 10)

@@ -78,12 +78,12 @@ def bits(right: int, of: int) -> str:
 
 def row(right: int, of: int, noise: str = "off", epsilons: tuple[str, ...] = ("0.05",)) -> dict[str, Any]:
     share = asdict(wilson(right, of))
-    each = dict.fromkeys(epsilons, bits(right, of))
+    single = dict.fromkeys(epsilons, bits(right, of))
     return {
-        "noise": noise, "verdict": "all gates passed", "corruptions": {}, "gates": [],
+        "noise": noise, "verdict": "all gates passed", "gates": [],
         "worst_case": dict.fromkeys(epsilons, share),
         "attacks": {"PGD": dict.fromkeys(epsilons, share)},
-        "right": {"clean": bits(of, of), "worst": each, "reduced": each},
+        "right": {"clean": bits(of, of), "worst": single, "reduced": single},
     }  # fmt: skip
 
 
@@ -92,14 +92,14 @@ def result(entry: Entry, clean: float, *rows: dict[str, Any]) -> dict[str, Any]:
     return {
         "entry": asdict(entry), "seconds_per_epoch": 1.0, "validation": clean, "rows": list(rows),
         "history": [{"epoch": epoch, "seconds": 2.0} for epoch in (1, 2)],
-        "clean": {each["noise"]: {"majority vote": share, "single draw": share} for each in rows},
+        "clean": {single["noise"]: {"majority vote": share, "single draw": share} for single in rows},
         "sigma": {"before": {"neurons.0": [0.3]}, "after": {"neurons.0": [0.2]}},
     }  # fmt: skip
 
 
 def cells(table: Table, line: str) -> dict[str, str]:
     header, lines = table
-    return dict(zip(header[1:], next(each[1:] for each in lines if each[0] == line), strict=True))
+    return dict(zip(header[1:], next(single[1:] for single in lines if single[0] == line), strict=True))
 
 
 @pytest.fixture
@@ -110,18 +110,18 @@ def usual() -> list[dict[str, Any]]:
 
 
 def test_networks_are_compared_on_the_images_that_both_were_attacked_on(usual: list[dict[str, Any]]) -> None:
-    found = Page(usual).differences()
-    assert cells(found, "likelihood ratio, escape, vanilla (noise off)")["ε = 0.05"].startswith("+20.0 ")
+    told = Page(usual).differences()
+    assert cells(told, "likelihood ratio, escape, vanilla (noise off)")["ε = 0.05"].startswith("+20.0 ")
     # Of the first twenty images the surrogate has all right.
-    on = cells(found, "likelihood ratio, escape, vanilla (noise on)")
+    on = cells(told, "likelihood ratio, escape, vanilla (noise on)")
     assert on["ε = 0.05"].startswith("-10.0 ")
     assert on["ε = 0.02"] == "-"
 
 
 def test_noise_off_and_on_stand_side_by_side_on_the_same_images(usual: list[dict[str, Any]]) -> None:
-    found = Page(usual).table_a("0.05")
-    assert cells(found, "likelihood ratio, escape, vanilla (noise off)")["worst, first 20 images"] == "100.0"
-    assert cells(found, "likelihood ratio, escape, vanilla (noise on)")["worst, first 20 images"] == "90.0"
+    told = Page(usual).table_a("0.05")
+    assert cells(told, "likelihood ratio, escape, vanilla (noise off)")["worst, first 20 images"] == "100.0"
+    assert cells(told, "likelihood ratio, escape, vanilla (noise on)")["worst, first 20 images"] == "90.0"
     assert [line[0] for line in Page(usual).table_a("0.02")[1]] == [
         "surrogate",
         "likelihood ratio, escape, vanilla (noise off)",
@@ -130,12 +130,12 @@ def test_noise_off_and_on_stand_side_by_side_on_the_same_images(usual: list[dict
 
 def test_no_difference_is_not_shown_as_no_measurement(usual: list[dict[str, Any]]) -> None:
     usual[0]["rows"][0]["right"]["worst"]["0.05"] = bits(40, 100)
-    found = Page(usual).differences()
-    assert cells(found, "likelihood ratio, escape, vanilla (noise off)")["ε = 0.05"] == "+0.0 [+0.0, +0.0], p = 1"
+    told = Page(usual).differences()
+    assert cells(told, "likelihood ratio, escape, vanilla (noise off)")["ε = 0.05"] == "+0.0 [+0.0, +0.0], p = 1"
 
 
 def test_without_the_surrogate_nothing_takes_its_place(usual: list[dict[str, Any]]) -> None:
-    alone = [each for each in usual if each["entry"]["family"] != "surrogate"]
+    alone = [single for single in usual if single["entry"]["family"] != "surrogate"]
     ((_, *line),) = Page(alone).short()[1]
     assert line[2] == "-"
 
@@ -147,11 +147,11 @@ def test_the_front_leaves_the_pgd_trained_out(usual: list[dict[str, Any]]) -> No
         result(MNIST["front: likelihood ratio, 8 epochs"], 0.99, row(40, 100)),
     ]
     header, lines = Page([*usual, *swept]).fronts()
-    found = {", ".join(line[:2]): dict(zip(header, line, strict=True)) for line in lines}
-    assert found["surrogate, decay 5"]["worst, ε = 0.05"] == "70.0 *"
-    assert found["surrogate, PGD-trained, 0.05"]["worst, ε = 0.05"] == "95.0 *"
-    assert found["likelihood ratio, escape, vanilla, "]["to the front"].startswith("-10.0 ")
-    assert found["likelihood ratio, 8 epochs"]["to the front"] == "-"
+    told = {", ".join(line[:2]): dict(zip(header, line, strict=True)) for line in lines}
+    assert told["surrogate, decay 5"]["worst, ε = 0.05"] == "70.0 *"
+    assert told["surrogate, PGD-trained, 0.05"]["worst, ε = 0.05"] == "95.0 *"
+    assert told["likelihood ratio, escape, vanilla, "]["to the front"].startswith("-10.0 ")
+    assert told["likelihood ratio, 8 epochs"]["to the front"] == "-"
     _, said = Page([*usual, *swept]).extremes()
     assert "of 1 likelihood-ratio networks lies -10.0 to -10.0 points" in said
     assert "1 more are more accurate than all of these" in said
@@ -159,11 +159,11 @@ def test_the_front_leaves_the_pgd_trained_out(usual: list[dict[str, Any]]) -> No
 
 def test_the_front_is_of_the_images_that_all_were_attacked_on(usual: list[dict[str, Any]]) -> None:
     header, lines = Page([*usual, result(MNIST["front: surrogate, decay 5"], 0.96, row(30, 50, "none"))]).fronts()
-    found = {", ".join(line[:2]): dict(zip(header, line, strict=True)) for line in lines}
+    told = {", ".join(line[:2]): dict(zip(header, line, strict=True)) for line in lines}
     # Of the first 50 images: 40 of the surrogate, 30 with decay, all of the likelihood ratio.
-    assert found["surrogate, "]["worst, ε = 0.05"] == "80.0 *"
-    assert found["surrogate, decay 5"]["worst, ε = 0.05"] == "60.0"
-    assert found["likelihood ratio, escape, vanilla, "]["to the front"].startswith("+20.0 ")
+    assert told["surrogate, "]["worst, ε = 0.05"] == "80.0 *"
+    assert told["surrogate, decay 5"]["worst, ε = 0.05"] == "60.0"
+    assert told["likelihood ratio, escape, vanilla, "]["to the front"].startswith("+20.0 ")
 
 
 def test_seeds_count_the_network_of_table_a_as_one(usual: list[dict[str, Any]]) -> None:
@@ -171,10 +171,10 @@ def test_seeds_count_the_network_of_table_a_as_one(usual: list[dict[str, Any]]) 
         result(MNIST[f"seed: likelihood ratio, escape, vanilla, seed {seed}"], 0.95, row(right, 100))
         for seed, right in ((1, 62), (2, 64))
     ]
-    found = cells(Page([*usual, *seeds]).seeds(), "likelihood ratio, escape, vanilla")
-    assert found["seeds"] == "3"
+    told = cells(Page([*usual, *seeds]).seeds(), "likelihood ratio, escape, vanilla")
+    assert told["seeds"] == "3"
     # Student's t for two degrees of freedom: 4.303 · 2 / √3.
-    assert found["worst, ε = 0.05"] == "62.0 ± 5.0"
+    assert told["worst, ε = 0.05"] == "62.0 ± 5.0"
 
 
 def test_what_was_tried_is_compared_with_what_was_trained_alike() -> None:
@@ -184,19 +184,19 @@ def test_what_was_tried_is_compared_with_what_was_trained_alike() -> None:
         result(MNIST["tune: likelihood ratio, decay 5"], 0.95, row(60, 100)),
         result(MNIST["tune: likelihood ratio, adversary 0.05"], 0.95, row(85, 100)),
     ]
-    found = Page(tried).tuning()
-    assert cells(found, "likelihood ratio, decay 5")["to the front"].startswith("-10.0 ")
-    assert cells(found, "likelihood ratio, adversary 0.05")["to the front"].startswith("-5.0 ")
-    assert cells(found, "surrogate, decay 5")["to the front"] == "-"
-    assert cells(found, "surrogate, decay 5")["training, s"] == "4"
+    told = Page(tried).tuning()
+    assert cells(told, "likelihood ratio, decay 5")["to the front"].startswith("-10.0 ")
+    assert cells(told, "likelihood ratio, adversary 0.05")["to the front"].startswith("-5.0 ")
+    assert cells(told, "surrogate, decay 5")["to the front"] == "-"
+    assert cells(told, "surrogate, decay 5")["training, s"] == "4"
 
 
 def test_settings_name_what_a_network_has_of_its_own() -> None:
     entry = MNIST["tune: likelihood ratio, 4, then 32 copies"]
-    found = cells(Page([result(entry, 0.95, row(60, 100))]).settings(), entry.name)
-    assert found["estimator, copies"] == "counterfactual, 4, late 32"
-    assert found["noise"] == "escape, logistic, σ = 0.3"
-    assert found["images attacked"] == "500 held out"
+    told = cells(Page([result(entry, 0.95, row(60, 100))]).settings(), entry.name)
+    assert told["estimator, copies"] == "counterfactual, 4, late 32"
+    assert told["noise"] == "escape, logistic, σ = 0.3"
+    assert told["images attacked"] == "500 held out"
 
 
 def point(name: str, clean: float, right: int) -> Point:
@@ -223,7 +223,7 @@ def test_beside_the_front_robustness_is_interpolated_and_never_extrapolated(clea
 
 def test_the_interval_is_students() -> None:
     first, second = np.array([1.0, 1, 0, 1]), np.array([0.0, 1, 0, 1])
-    found = difference(first, second)
+    told = difference(first, second)
     # Mean 1/4, standard error 1/4, quantile 3.182 for three degrees of freedom.
-    assert (found.low, found.high) == pytest.approx((0.25 - 3.182446 / 4, 0.25 + 3.182446 / 4))
+    assert (told.low, told.high) == pytest.approx((0.25 - 3.182446 / 4, 0.25 + 3.182446 / 4))
     assert str(difference(first, first)) == "+0.0 [+0.0, +0.0]"

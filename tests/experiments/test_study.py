@@ -19,8 +19,8 @@ from .commands import quick_gates, run
 
 # A change of these throws away finished results; see Entry.mark.
 MARKS = {
-    "digits": "7e14dd14b918", "fashion-mnist": "fb6486440d03", "fashion-mnist-conv": "6c788363c8d6",
-    "mnist": "14811e69155c", "mnist-conv": "e69f65c566b4",
+    "digits": "adbe283324d2", "fashion-mnist": "d92f34dcc9f1", "fashion-mnist-conv": "f7ed89c5ab64",
+    "mnist": "17517225a1c0", "mnist-conv": "c0e3d7f8b3af",
 }  # fmt: skip
 PLAN = """
 [recipes.surrogate]
@@ -80,28 +80,18 @@ def test_a_plan_of_ones_own_is_read(tmp_path: Path) -> None:
         ('"likelihood ratio"\nnoise', '"magic"\nnoise', "recipes.ratio: unknown method 'magic'; choose one of"),
         ('noise = "escape"', 'nois = "escape"', "recipes.ratio: unknown key 'nois'; use noise"),
         ('noise = "escape"', "sigma = []", r"recipes.ratio: sigma must be of type float, got \[\]"),
-        ('noise = "escape"', "epochs = 1.5", "recipes.ratio: epochs must be of type int, got 1.5"),
         ('like = "surrogate"\nmeth', 'like = "other"\nmeth', "recipes.ratio: 'other' is not among what stands above"),
         ('method = "surrogate"\n', "", "recipes.surrogate: method is missing"),
         (PLAN[: PLAN.index("[usual]")], "", "recipes.surrogate, which attacks are transferred from: method is missing"),
         ("validation = 200", "", "recipes.surrogate: validation must be at least 1"),
         ("[usual]", "[best]", "unknown key 'best'; use one of like, recipes, usual, seed, front, tune"),
-        ("networks = [", "nets = [", "usual: unknown key 'nets'; use networks"),
-        (PLAN[PLAN.index("networks = [") :], "networks = 3", "usual: networks must be of type tuple.dict.*, got 3"),
         (PLAN[PLAN.index("networks = [") :], "", "usual: networks is missing"),
         (PLAN[PLAN.index("[usual]") :], "", "no network: add one of the tables usual, seed, front, tune"),
-        ("\n[recipes.surr", "\nfront = 3\n[recipes.surr", "front must be of type dict.*, got 3"),
         ("[recipes.surrogate]", "[recipes]\nx = 3\n[recipes.surrogate]", "recipes.x: expected a table, got 3"),
         ('attacks = "reduced"', 'attacks = "mild"', "usual, evaluation 1: unknown attack 'mild'; use reduced, quick"),
-        ('"EOT-PGD training"', '"PGD-9"', "usual, evaluation 2: unknown attack 'PGD-9'; use reduced, quick"),
         ('"reduced"', '"quick"', "evaluation 1: attacks must have one of the reduced suite"),
-        ("images = 100", "images = 0", "evaluation 1: images must be at least 1, got 0"),
-        ("images = 100, ", "", "evaluation 1: images is missing"),
-        ("[0.05, 1]", "[0.05, 2]", "evaluation 2: epsilons must be above 0 and at most 1, got 2"),
         ("images = 10,", "images = 201, held_out = true,", "network 1: there are 200 held-out images"),
-        ('{ family = "surrogate", ', "{ ", "network 1: family is missing"),
         ("sigma = 1", 'dataset = "mnist"', "network 2: dataset must be that of recipes.surrogate, digits"),
-        ("sigma = 1", "sigma = 0", "network 2: sigma must be positive"),
         ('ratio", sigma', 'rato", sigma', "network 2: 'rato' is not among what stands above: surrogate, ratio"),
         ('"usual: likelihood ratio"', '"usual: x"', "network 3: 'usual: x' is not among what stands above: surrog"),
         (', stopped", label = "early"', '"', "network 3: there is a network 'usual: surrogate' above: give this"),
@@ -168,7 +158,7 @@ def test_every_network_is_finished(done: Study, entries: list[Entry]) -> None:
 def test_finished_networks_are_not_done_again(done: Study, entries: list[Entry]) -> None:
     before = {path: path.stat().st_mtime_ns for path in done.folder.rglob("*/*") if path.is_file()}
     said = run("study", done.plan, "--out", str(done.folder))
-    assert said.stdout.startswith("Written: ")
+    assert "Written: " in said.stdout
     assert {path: path.stat().st_mtime_ns for path in done.folder.rglob("*/*") if path.is_file()} == before
 
 
@@ -188,8 +178,8 @@ def test_the_stopped_network_matches_the_accuracy(done: Study, entries: list[Ent
     assert stopped["validation"] >= other["validation"] if ended else stopped["validation"] < other["validation"]
 
 
-def report(results: Path, out: Path, *more: str) -> dict[str, bytes]:
-    result = run("report", str(results), "--out", str(out), *more)
+def report(results: Path, out: Path) -> dict[str, bytes]:
+    result = run("report", str(results), "--out", str(out))
     assert result.exit_code == 0, result.output
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
@@ -199,16 +189,6 @@ def test_the_page_is_the_same_bytes_from_the_same_results(done: Study, tmp_path:
     assert set(first) == {"index.md", "fronts.png", "results.json"}
     assert report(done.folder / "results", tmp_path / "two") == first
     assert report(tmp_path / "one", tmp_path / "three") == first
-
-
-def test_html_pages_need_nothing(done: Study, tmp_path: Path) -> None:
-    text = report(done.folder / "results", tmp_path / "out", "--html")["report.html"].decode()
-    assert "<svg" in text
-    assert "fronts.png" not in text
-    assert "Table B" in text
-    reports = [path.read_text() for path in (done.folder / "reports").iterdir()]
-    assert any('class="broken"' in each for each in reports)
-    assert not any("<img src=" in each for each in [text, *reports])
 
 
 def test_each_way_of_attacking_has_a_row(done: Study, entries: list[Entry]) -> None:
@@ -241,13 +221,14 @@ def test_the_page_says_what_was_found(done: Study) -> None:
 
 def test_a_folder_without_results_or_with_two_of_a_network_is_refused(done: Study, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no results"):
-        write([], tmp_path, tmp_path, html=False)
+        write([], tmp_path, tmp_path)
     twice = [next((done.folder / "results").glob("*.json"))] * 2
     with pytest.raises(ValueError, match="more than one result of"):
-        write(twice, tmp_path, tmp_path, html=False)
+        write(twice, tmp_path, tmp_path)
 
 
 def test_processes_share_the_work(tmp_path: Path) -> None:
     words = [str(small_plan(tmp_path)), "--group", "source", "--jobs", "2", "--out", str(tmp_path / "out")]
     said = run("study", *words).stdout
-    assert [line.partition(",")[0] for line in said.splitlines()[:2]] == ["1 of 2 finished", "2 of 2 finished"]
+    told = [line.partition(" done")[0] for line in said.splitlines()]
+    assert told[:3] == ["networks: 0 of 2", "networks: 1 of 2", "networks: 2 of 2"]
