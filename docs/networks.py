@@ -292,8 +292,7 @@ Accuracy on {TEST} test images of MNIST after {results["steps"]} steps from fres
   and 14.2 %).
 
 The ratio is that of the two accuracies. Learning rates and batches are the same for both, and were not tuned; seconds
-are of training, on a machine that did other things too. Weights that are scaled first (`scale_weights=True`) help both
-methods on the events of tutorial 7, and neither on tutorial 6.
+are of training, on a machine that did other things too.
 
 {markdown(header, lines)}
 

@@ -1,11 +1,9 @@
 """Noise in snnTorch neurons, likelihood-ratio training without backpropagation through time, robustness evaluation."""
 
-from .anneal import anneal, update_batch_norm
-from .calibration import Calibration, calibrate
-from .check import Finding, Findings, check
-from .convert import add_noise, export_to_nir, noise_off, noise_on, remove_noise
+from .calibration import Calibration, anneal, calibrate
+from .convert import add_noise, export_to_nir, noise_off, noise_on, remove_noise, update_batch_norm
 from .copies import per_copy
-from .diagnostics import GradientReport, gradient_report
+from .diagnostics import Finding, Findings, GradientReport, check, gradient_report
 from .gradients import Approximate, Counterfactual, Estimator, Vanilla
 from .network import reset
 from .neurons import SLSTM, Alpha, Lapicque, Leaky, RLeaky, RSynaptic, SConv2dLSTM, Synaptic

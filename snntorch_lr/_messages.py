@@ -21,13 +21,13 @@ def first_line(error: BaseException) -> str:
 
 
 def place(name: str, module: object) -> str:
-    """A module in messages: its name in the network, and its class, without which a name like 1 reads as a number."""
+    """A module in messages: its name in the network, and its class, for a name like 1 reads as a number."""
     kind = type(module).__name__
     return f"{name} ({kind})" if name else kind
 
 
 def places(modules: Mapping[str, object]) -> str:
-    """Where modules are, in a row."""
+    """Modules in messages, in a row."""
     return ", ".join(place(name, module) for name, module in modules.items())
 
 
@@ -75,11 +75,11 @@ def warn(message: str) -> None:
 
 def versions(*packages: str) -> dict[str, str]:
     """Versions of Python and of those packages that are installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            installed[package] = metadata.version(package)
+    return installed
 
 
 def positive_integer(name: str, value: Any) -> int:

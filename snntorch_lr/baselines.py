@@ -1,4 +1,4 @@
-"""Baselines: what is subtracted from the loss of a copy without changing the expected gradient."""
+"""Baselines, subtracted from the loss of a copy to lower the variance, without changing the expected gradient."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def leave_one_out(losses: Tensor) -> Tensor:
     """
     if len(losses) < 2:
         raise ValueError("the baseline leaves out a copy: use more copies of each sample")
-    # Rounding would leave dust where all are equal, which Adam blows up to full steps.
+    # Where all are equal, Adam would blow up the rounding errors to full steps.
     advantages = losses - (losses.sum(0) - losses) / (len(losses) - 1)
     return advantages.masked_fill((losses == losses[0]).all(0), 0)
 

@@ -1,10 +1,11 @@
-"""Noise added to a network or removed from it, switched on and off, or left out of an export."""
+"""Noise added to a network or removed from it, switched on and off, left out of statistics or an export."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ._messages import warn
 from .blocks import forget_constant_inputs
 from .calibration import calibrate
-from .network import noises, noisy_neurons, reset, spiking_neurons
+from .network import left_as_found, noises, noisy_neurons, reset, spiking_neurons
 from .neurons import to_noisy, to_plain
 from .noise import KINDS
 from .noisy_neuron import NoisyNeuron
@@ -30,7 +31,6 @@ def add_noise(
     distribution: str | None = None,
     sample: Any = None,
     forward: Callable[[Any], Any] | None = None,
-    scale_weights: bool = False,
 ) -> Net:
     """Gives every snnTorch neuron of a network noise with a learnable level, in place.
 
@@ -48,9 +48,8 @@ def add_noise(
         distribution: of the noise, as these offer it; None for Gaussian membrane noise, or logistic escape noise.
         sample: a batch of inputs; with it the levels of all noisy neurons are set by what it does to the membrane
             potentials, and ``sigma`` is in units of their standard deviation, 0.25 by default: see ``calibrate``,
-            which also shows what it did, and explains ``forward`` and ``scale_weights``.
+            which also prints what it did.
         forward: runs the network on the sample; ``net(sample)`` by default.
-        scale_weights: also scale weights; for fresh networks that hardly fire.
 
     Returns:
         The same network.
@@ -76,30 +75,29 @@ def add_noise(
     if unknown:
         raise ValueError(f"no snnTorch neuron is called {', '.join(map(str, unknown))}; there are {', '.join(neurons)}")
     todo = {name: neurons[name] for name in chosen if name not in noisy_neurons(net)}
-    known = [] if todo else [neurons[name].noise for name in chosen]
+    kept = [] if todo else [neurons[name].noise for name in chosen]
     sets_level = sigma is not None and sample is None
-    if known and (sets_level or any(_is_other(noise, kind, distribution) for noise in known)):
+    if kept and (sets_level or any(_is_other(noise, kind, distribution) for noise in kept)):
         warn(
             f"{', '.join(chosen)} had noise before, which add_noise leaves as it is: call remove_noise(net) first for "
             "noise of another level, kind or distribution"
         )
-    undo: list[Callable[[], None]] = []
-    try:
+    with ExitStack() as undo:
         for name, neuron in todo.items():
+            values = [value for value in (*neuron.parameters(), *neuron.buffers()) if value.is_floating_point()]
             noise = KINDS[kind](0.5 if sigma is None else sigma, learn, distribution).train(neuron.training)
-            undo.append(_undo(neuron))
-            to_noisy(neuron, noise.to(_placement(neuron)), name)
-    except BaseException:
-        for step in undo:
-            step()
-        raise
+            was_ours = isinstance(neuron, NoisyNeuron)
+            # Where the neuron is, in its dtype.
+            to_noisy(neuron, noise.to(values[0]) if values else noise, name)
+            undo.callback(setattr, neuron, "noise", None) if was_ours else undo.callback(to_plain, neuron)
+        undo.pop_all()
     if sample is not None:
-        calibrate(net, sample, forward, 0.25 if sigma is None else sigma, scale_weights)
+        calibrate(net, sample, forward, 0.25 if sigma is None else sigma)
     return net
 
 
 def _is_other(noise: Any, kind: str, distribution: str | None) -> bool:
-    """The noise is not of the kind and distribution that were asked for; a kind by default is not asked for."""
+    """Another kind or distribution of noise was asked for; the default kind does not count."""
     asked = kind != "membrane" and not isinstance(noise, KINDS[kind])
     return asked or distribution not in (None, noise.distribution)
 
@@ -147,9 +145,8 @@ def noise_on(net: nn.Module, generator: torch.Generator | None = None) -> Abstra
 
 @contextmanager
 def _switched(net: nn.Module, forced: bool, generator: torch.Generator | None) -> Iterator[None]:
-    found = noises(net).values()
-    before = [(noise, noise.forced, noise.generator) for noise in found]
-    for noise in found:
+    before = [(noise, noise.forced, noise.generator) for noise in noises(net).values()]
+    for noise, *_ in before:
         noise.forced, noise.generator = forced, generator
     try:
         yield
@@ -158,28 +155,88 @@ def _switched(net: nn.Module, forced: bool, generator: torch.Generator | None) -
             noise.forced, noise.generator = was_forced, was_generator
 
 
-def _undo(neuron: nn.Module) -> Callable[[], None]:
-    """A function that takes the noise of a neuron away again."""
-    if isinstance(neuron, NoisyNeuron):
-        return lambda: setattr(neuron, "noise", None)
-    return lambda: to_plain(neuron) if isinstance(neuron, NoisyNeuron) else None
+def update_batch_norm(net: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any] | None = None) -> None:
+    """Computes the running statistics of BatchNorm again without noise, for a network that is used without.
+
+    In training they follow the currents of the noisy network. This is ``torch.optim.swa_utils.update_bn`` within
+    ``noise_off``, from fresh states for each batch.
+
+    Args:
+        net: the network, whose mode stays.
+        batches: training inputs, or pairs of inputs and labels, as a data loader gives them.
+        forward: called as ``forward(inputs)``; by default ``net(inputs)``.
+
+    Examples:
+        >>> slr.update_batch_norm(net, [images], lambda x: slr.rollout(net, x, num_steps=5))
+    """
+
+    class _Run(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, inputs: Any) -> Any:
+            reset(net)
+            return net(inputs) if forward is None else forward(inputs)
+
+    with noise_off(net), left_as_found(net, modes=True):
+        torch.optim.swa_utils.update_bn(batches, _Run())
+    reset(net)
 
 
-def _placement(neuron: nn.Module) -> Tensor:
-    """A tensor whose device and floating dtype the neuron's own parameters have."""
-    floating = [value for value in (*neuron.parameters(), *neuron.buffers()) if value.is_floating_point()]
-    return floating[0] if floating else torch.zeros(())
+def noise_gap(off: Tensor, on: Tensor) -> str | None:
+    """A warning if the accuracy of a network without its noise differs from that with it.
+
+    An exact McNemar test compares the two, on the samples that only one of them classifies right.
+
+    Args:
+        off: samples that are right without noise, Boolean, ``[samples]``.
+        on: samples that are right with noise, by one draw or by the majority of several.
+
+    Returns:
+        Both accuracies, and the remedies; None where they differ by no more than chance (p ≥ .01).
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Examples:
+        >>> off, on = torch.arange(100) < 70, torch.arange(100) < 89
+        >>> print(noise_gap(off, on))
+        accuracy is 70.0 % without the noise, as after net.eval(), and 89.0 % with it: ...
+        >>> noise_gap(off, off) is None
+        True
+    """
+    if off.shape != on.shape:
+        raise ValueError(
+            f"the same samples are needed without and with noise; got {tuple(off.shape)}, {tuple(on.shape)}"
+        )
+    only_off, only_on = int((off & ~on).sum()), int((on & ~off).sum())
+    differ = only_off + only_on
+    if not differ:
+        return None
+    # Twice the tail of a binomial distribution with probability one half; by logarithms, for there may be thousands.
+    k = torch.arange(min(only_off, only_on) + 1, dtype=torch.float64)
+    chances = math.lgamma(differ + 1) - torch.lgamma(k + 1) - torch.lgamma(differ - k + 1) - differ * math.log(2)
+    if 2 * float(chances.exp().sum()) >= 0.01:
+        return None
+    return (
+        f"accuracy is {100 * float(off.double().mean()):.1f} % without the noise, as after net.eval(), and "
+        f"{100 * float(on.double().mean()):.1f} % with it: a network without its noise is another one. Let the noise "
+        "levels fall during training (snntorch_lr.anneal), or test with the noise on and let several draws vote "
+        "(snntorch_lr.noise_on), or compute the statistics of BatchNorm again without noise "
+        "(snntorch_lr.update_batch_norm)"
+    )
 
 
 def export_to_nir(net: nn.Module, sample_data: Tensor, **options: Any) -> Any:
     """A network in the Neuromorphic Intermediate Representation, without its noise: NIR has no place for σ.
 
     ``snntorch.export_nir.export_to_nir`` of a copy of the network after ``remove_noise``. snnTorch's function accepts a
-    noisy network too, but says nothing of the noise, and what the network computes is random.
+    noisy network too, but says nothing of its noise.
 
     Args:
-        net: the network; its states are reset, and nothing else is changed.
-        sample_data: an input, as its forward pass takes it.
+        net: the network; only its states change: they are reset.
+        sample_data: an input of its forward pass.
         **options: of snnTorch's function; with a batch dimension in the sample pass ``ignore_dims=[0]``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Noise copies of samples: how often the network is run with other noise in one pass, and who repeats what."""
+"""Noise copies: one pass runs the network on K copies of each sample, each with other noise."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .graph import version
 
 
 class Copies:
-    """Context in which the first noisy neuron repeats its input for K copies, and so all that comes after it.
+    """Context in which the first noisy neuron repeats its input for K copies, so that all layers after it run K times.
 
     Args:
         count: K.
-        targets: of the samples, batch first; their number is taken from the first tensor among them, or from what
-            enters the first noisy neuron.
-        neurons: the noisy neurons of the network; those of another one are left alone.
+        targets: of the samples, batch first. The first tensor among them has the batch size; without one it is that of
+            the current of the first noisy neuron.
+        neurons: the noisy neurons of the network; those of another network repeat nothing.
         any_rows: one copy, of any number of rows: nothing is repeated, and no loss belongs to a row.
 
     Attributes:
-        ran: a noisy neuron was run.
+        ran: whether a noisy neuron was run.
     """
 
     def __init__(self, count: int, targets: Any = None, neurons: Iterable[object] = (), any_rows: bool = False) -> None:
@@ -53,15 +53,10 @@ class Copies:
         return self.count * (self.batch or 0)
 
     def repeat(self, x: Tensor, what: str, dim: int = 0) -> Tensor:
-        """A tensor of ``batch`` or ``copies * batch`` rows for all copies, copy-first.
-
-        Args:
-            x: the tensor.
-            what: names it in errors.
-            dim: dimension of the rows.
+        """A tensor of ``batch`` rows in dimension ``dim``, repeated copy-first; one that has been repeated as it is.
 
         Raises:
-            ValueError: if it has another number of rows.
+            ValueError: if it has another number of rows; the error calls it ``what``.
         """
         rows = x.shape[dim]
         if self.batch is None:
@@ -73,16 +68,16 @@ class Copies:
                 f"{what} has {rows} rows, but there are {self.batch} samples in {self.count} copies: the first "
                 "dimension must be the batch; of [time, batch, ...] give one time step"
             )
-        held = self._repeated
-        if held is not None and held[0]() is x and held[1] == (version(x), dim, version(held[2])):
+        last = self._repeated
+        if last is not None and last[0]() is x and last[1] == (version(x), dim, version(last[2])):
             # A current that enters in each time step: its gradients are added up before they go back.
-            return held[2]
+            return last[2]
         repeated = torch.cat([x] * self.count, dim)
         self._repeated = weakref.ref(x), (version(x), dim, version(repeated)), repeated
         return repeated
 
     def repeat_state(self, state: Any) -> Any:
-        """A state for all copies; one of another number of rows as it is, which snnTorch replaces by zeros."""
+        """A state for all copies; with another number of rows it stays, and snnTorch replaces it by zeros."""
         fits = isinstance(state, Tensor) and state.dim() and len(state) == self.batch
         return self.repeat(state, "a state") if fits else state
 
@@ -100,10 +95,10 @@ def running_copies() -> Copies | None:
 
 
 def per_copy(x: Tensor) -> Tensor:
-    """A tensor repeated for the noise copies, to go with what comes after the first noisy neuron; for ``loss_fn``.
+    """A tensor repeated for the noise copies, to meet tensors behind the first noisy neuron; for ``loss_fn``.
 
     For skip connections around a noisy neuron, ``torch.cat`` with its spikes, and losses that compare with the inputs.
-    Targets arrive repeated already. In a loop of your own, and for what has been repeated, it is the identity.
+    Targets arrive repeated already. In a loop of your own, and for repeated tensors, it is the identity.
 
     Args:
         x: ``[batch, ...]``, or without dimensions.

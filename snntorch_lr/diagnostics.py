@@ -1,27 +1,36 @@
-"""Quality and cost of a gradient on a network: cosine, signal-to-noise, bias, time, memory; as table and picture."""
+"""What is wrong with a network, a loss or an optimizer before training, and how good a gradient is, and how costly."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 import statistics
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._messages import aligned, install, positive_integer, warn
-from .gradients import ESTIMATORS, Counterfactual, Estimator, LossFn, Vanilla
+from ._messages import aligned, places, positive_integer, warn
+from .gradients import ESTIMATORS, Approximate, Counterfactual, Estimator, LossFn, Vanilla
+from .gradients.approximate import mixing_neurons
 from .gradients.base import surrogate
+from .gradients.counterfactual import dependent_neurons
 from .network import left_as_found
-from .validate import FirstCall, noisy
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .optim import estimator_called
+from .validate import (
+    FirstCall,
+    check_network,
+    check_optimizer,
+    check_parameters,
+    level_errors,
+    network_errors,
+    noisy,
+    warn_about_batch_norm,
+)
 
 SURROGATE = "surrogate, 1 draw"
 _HEADER = ("parameter", "estimator", "cosine", "at most", "SNR", "bias", "floor")
@@ -35,12 +44,162 @@ The inputs are the same in all calls: noise of the batch is not part of these fi
 
 
 @dataclass(frozen=True)
-class GradientQuality:
-    """Gradient of one parameter tensor by one estimator; None where a figure is not resolved or not available.
+class Finding:
+    """One error or warning of ``check``.
 
-    What each figure is stands below the table of a report. ``snr`` has an unbiased numerator, and may be below zero.
-    ``bias_floor`` is the Monte-Carlo part of the bias, which is subtracted from it; how well ‖E g_ref‖ is known, which
-    scales both, is not part of it.
+    Attributes:
+        is_error: training would raise it; otherwise it would warn.
+        message: the cause, the module, and the remedy.
+
+    Examples:
+        >>> slr.check(slr.remove_noise(net)).errors[0].is_error
+        True
+    """
+
+    is_error: bool
+    message: str
+
+    def __str__(self) -> str:
+        return f"{'error' if self.is_error else 'warning'}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Result of ``check``: true if there is no error; ``print`` lists everything.
+
+    Examples:
+        >>> bool(slr.check(slr.remove_noise(net)))
+        False
+    """
+
+    found: tuple[Finding, ...]
+
+    def __bool__(self) -> bool:
+        return not self.errors
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """Findings that training would raise."""
+        return tuple(finding for finding in self.found if finding.is_error)
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """Findings that it would warn of."""
+        return tuple(finding for finding in self.found if not finding.is_error)
+
+    def __str__(self) -> str:
+        return "\n".join(f"- {finding}" for finding in self.found) or "nothing found"
+
+
+def check(
+    net: nn.Module,
+    loss_fn: LossFn | None = None,
+    inputs: Any = None,
+    targets: Any = None,
+    estimator: str | Callable[..., Estimator] = "counterfactual",
+    optimizer: torch.optim.Optimizer | None = None,
+    **options: Any,
+) -> Findings:
+    """Finds all errors and warnings of a network, loss and optimizer at once, instead of the first one in training.
+
+    Weights, gradients, states, running statistics and random numbers of the network stay as they are. Gradients of
+    other tensors that ``loss_fn`` uses, such as inputs that require one, are added to as by ``backward``.
+
+    Args:
+        net: a network with noisy neurons.
+        loss_fn: forward pass and loss, run on the next two. ``"counterfactual"`` takes any loss that has a derivative,
+            of any shape; the others need one loss per sample, as ``closure`` does. Without it only the network is
+            looked at.
+        inputs: of ``loss_fn``; a small batch is enough.
+        targets: of ``loss_fn``.
+        estimator: name of an estimator, or its class.
+        optimizer: the optimizer that is to train the network.
+        **options: of the estimator.
+
+    Returns:
+        The findings; ``bool`` of them is False if there is an error.
+
+    Raises:
+        ValueError: if the name of the estimator is unknown.
+
+    Examples:
+        >>> findings = slr.check(net, loss_fn, images, labels)
+        >>> print(findings)
+        nothing found
+    """
+    make = estimator_called(estimator) if isinstance(estimator, str) else estimator
+    findings = dict.fromkeys(Finding(True, message) for message in (*network_errors(net), *level_errors(net)))
+    with _collecting(findings):
+        check_parameters(net)
+    # The constructors refuse the first one.
+    refused: dict[Any, Callable[[nn.Module], Iterator[str]]] = {
+        Counterfactual: dependent_neurons,
+        Approximate: mixing_neurons,
+    }
+    if make in refused:
+        findings |= dict.fromkeys(Finding(True, message) for message in refused[make](net))
+    runs = loss_fn is not None and not findings
+    if optimizer is not None:
+        with _collecting(findings):
+            check_optimizer(net, optimizer)
+    with _collecting(findings):
+        made = make(net, **options)
+        if not isinstance(made, Counterfactual):
+            warn_about_batch_norm(net)
+        if runs:
+            _run(made, loss_fn, inputs, targets)
+    return Findings(tuple(findings))
+
+
+@contextmanager
+def _collecting(findings: dict[Finding, None]) -> Iterator[None]:
+    """Context whose error and warnings become findings, the same one once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except Exception as error:
+            known = isinstance(error, (ValueError, TypeError))
+            message = str(error) if known else f"{type(error).__name__} in loss_fn: {error}"
+            findings[Finding(True, "\n  ".join([message, *getattr(error, "__notes__", ())]))] = None
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            findings[Finding(False, str(warning.message))] = None
+
+
+def _run(estimator: Estimator, loss_fn: Any, inputs: Any, targets: Any) -> None:
+    """A first ``backward``, which leaves everything as it was.
+
+    Raises:
+        ValueError: if it went through no noisy neuron.
+    """
+    net = estimator.net
+    with left_as_found(net, gradients=True, modes=True, buffers=True, states=True, random=True), torch.enable_grad():
+        neurons = check_network(net)
+        for neuron in neurons.values():
+            # A neuron warns of a computed state once; here again.
+            neuron.warned = False
+        before = {name: neuron.control.steps for name, neuron in neurons.items()}
+        estimator.backward(loss_fn, inputs, targets)
+        cut = {name: neuron for name, neuron in neurons.items() if neuron.control.steps == before[name]}
+    if not cut or not isinstance(estimator, Counterfactual):
+        return
+    message = (
+        f"loss.backward() did not reach {places(cut)}: the weights before it learn nothing by it. Look for net.eval(), "
+        "noise_off(net), no_grad() or detach() in loss_fn, or for a neuron that is not called"
+    )
+    if len(cut) == len(neurons):
+        raise ValueError(message)
+    warn(message)
+
+
+@dataclass(frozen=True)
+class GradientQuality:
+    """Quality of the gradient of one parameter tensor by one estimator; None where a figure is not resolved.
+
+    The key below the table of a report defines the figures. ``snr`` has an unbiased numerator, and may be below zero.
+    ``bias_floor`` is the Monte-Carlo part of the bias, and is subtracted from it; the error of ‖E g_ref‖, which scales
+    both, is not part of it.
     """
 
     cosine: float | None
@@ -51,7 +210,7 @@ class GradientQuality:
 
 @dataclass(frozen=True)
 class Cost:
-    """Median milliseconds of a call, and its peak memory above that before it in 10⁶ bytes, None if not measured."""
+    """Median milliseconds of a call, and on CUDA its peak memory above that before it, in 10⁶ bytes."""
 
     milliseconds: float
     megabytes: float | None
@@ -59,7 +218,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class GradientReport:
-    """Result of ``gradient_report``; prints as a table. Settings are those of the call.
+    """Result of ``gradient_report``, which prints as a table; its settings are those of the call.
 
     Attributes:
         quality: by name of the parameter, then of the estimator; also of one draw of the surrogate gradient.
@@ -87,70 +246,34 @@ class GradientReport:
     zero: dict[str, str] = field(default_factory=dict)
     control: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def tables(self) -> list[tuple[Sequence[str], list[Sequence[str]]]]:
-        """Headers and lines of text: the quality of the gradients, and what they cost."""
-        rows: list[Sequence[str]] = [
+    def table(self) -> str:
+        """The figures as aligned plain text, with a key."""
+        settings = (
+            f"{self.copies} copies, {self.repeats} calls of each estimator, {self.reference} calls of the reference "
+            f"(vanilla), seed {self.seed}, {self.device}"
+        )
+        rows = [
             (parameter, estimator, _text(quality.cosine), _text(self.reference_cosine[parameter]),
              _text(quality.snr, ".3g"), _text(quality.bias, ".2g"), _text(quality.bias_floor, ".2g"))
             for parameter, by_estimator in self.quality.items()
             for estimator, quality in by_estimator.items()
         ]  # fmt: skip
-        costs: list[Sequence[str]] = [
+        costs = [
             (name, _text(cost.milliseconds, ".3g"), _text(cost.megabytes, ".3g")) for name, cost in self.cost.items()
         ]
-        return [(_HEADER, rows), (("estimator", "ms/call", "peak MB"), costs)]
-
-    def notes(self) -> list[str]:
-        """Words beside the tables: settings, gradients that are exactly zero and why, and a key."""
-        settings = (
-            f"{self.copies} copies, {self.repeats} calls of each estimator, {self.reference} calls of the reference "
-            f"(vanilla), seed {self.seed}, {self.device}"
-        )
         zero = [f"{name}: the gradient is exactly zero, {why}" for name, why in self.zero.items()]
         fitted = [
             f"λ of {name}: {', '.join(f'{neuron} {value:.2f}' for neuron, value in values.items())}"
             for name, values in self.control.items()
         ]
-        return [settings, *("\n".join(lines) for lines in (zero, fitted) if lines), _NOTE]
-
-    def table(self) -> str:
-        """The figures as aligned plain text, with a key."""
-        settings, *notes = self.notes()
-        texts = [aligned(*table, left=left) for table, left in zip(self.tables(), (2, 1), strict=True)]
-        return "\n\n".join((settings, *texts, *notes))
+        parts = settings, aligned(_HEADER, rows, left=2), aligned(("estimator", "ms/call", "peak MB"), costs)
+        return "\n\n".join((*parts, *("\n".join(lines) for lines in (zero, fitted) if lines), _NOTE))
 
     __str__ = table
 
     def to_json(self) -> dict[str, Any]:
         """All figures and settings as plain dicts and numbers, ready for ``json.dump``."""
         return asdict(self)
-
-    def plot(self) -> Figure:
-        """Figure with bars of cosine, signal-to-noise and bias by parameter; a tick is the noise floor of the bias."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(f"matplotlib is missing: {install('experiments')}") from error
-        parameters, estimators = list(self.quality), list(next(iter(self.quality.values())))
-        figure = Figure(figsize=(11, 1.5 + 0.3 * len(parameters) * (1 + len(estimators) / 2)), layout="constrained")
-        panels = figure.subplots(1, 3, sharey=True)
-        height = 0.8 / len(estimators)
-        for index, estimator in enumerate(estimators):
-            places = [place + (index + 0.5) * height - 0.4 for place in range(len(parameters))]
-            shown = [self.quality[parameter][estimator] for parameter in parameters]
-            # A logarithmic axis has no place for what is not resolved.
-            bars = [(q.cosine, max(q.snr or 0, 0) or None, q.bias, q.bias_floor) for q in shown]
-            *columns, floors = zip(*([math.nan if v is None else v for v in values] for values in bars), strict=True)
-            for axes, values in zip(panels, columns, strict=True):
-                axes.barh(places, values, height, label=estimator)
-            panels[2].scatter(floors, places, marker="|", color="black", label="" if index else "noise floor", zorder=3)
-        panels[0].set_yticks(range(len(parameters)), parameters)
-        panels[0].invert_yaxis()
-        panels[0].set(xlabel="cosine to the reference")
-        panels[1].set(xlabel="signal-to-noise of a call", xscale="log")
-        panels[2].set(xlabel="relative bias")
-        figure.legend(*panels[2].get_legend_handles_labels(), loc="outside lower center", ncols=len(estimators) + 1)
-        return figure
 
 
 def _text(value: float | None, form: str = ".2f") -> str:
@@ -168,15 +291,11 @@ def gradient_report(
     reference: int = 128,
     seed: int = 0,
 ) -> GradientReport:
-    """Measures gradients of a network on one batch: how far to trust an estimator, and what it costs.
+    """Measures the quality and the cost of gradients on one batch: how far to trust an estimator.
 
-    ``reference`` calls of ``Vanilla``, which has no bias, give the reference gradient. Each estimator is called once to
-    warm up, once to measure memory, and ``repeats`` times, with other noise than the reference. So is the surrogate
-    gradient of one noise draw, ``reference`` times. The network is left as it was found: gradients, modes, buffers,
-    states, and random numbers.
-
-    Memory on a CUDA device is what torch's allocator counts. On a CPU it is that of the process, sampled each
-    millisecond by a thread, and coarse; it needs psutil.
+    ``reference`` calls of ``Vanilla``, which has no bias, give the reference gradient. Each estimator is called twice
+    to warm up, and ``repeats`` times with other noise than the reference. So is the surrogate gradient of one noise
+    draw, ``reference`` times. The network is left as it was found: gradients, modes, buffers, states, random numbers.
 
     Args:
         net: the network; its noise must be on, as in training mode.
@@ -202,51 +321,55 @@ def gradient_report(
             raise ValueError(f"{name} must be at least 2, got {value}")
     chosen = _named(estimators, net, copies)
     calls = _Calls(net, loss_fn, inputs, targets, seed)
-    measured, control = {}, {}
+    moments, cost, control = {}, {}, {}
     with left_as_found(net, gradients=True, modes=True, buffers=True, states=True, random=True), torch.enable_grad():
         with FirstCall(net, noisy(net)) as first:
-            expected = calls.measure(Vanilla(net, copies).backward, reference).moments
-        zero = {name: calls.why_zero(name, first) for name, moments in expected.items() if not moments.mean.any()}
+            expected, _ = calls.measure(Vanilla(net, copies).backward, reference)
+        zero = {name: calls.why_zero(name, first) for name, moment in expected.items() if not moment.mean.any()}
         for name, estimator in chosen.items():
             # Each fits a λ of its own.
             with left_as_found(net, buffers=True, states=True):
-                measured[name] = calls.measure(estimator.backward, repeats, expected)
+                moments[name], cost[name] = calls.measure(estimator.backward, repeats, expected)
                 if isinstance(estimator, Counterfactual):
                     control[name] = _control(net, estimator)
         try:
-            measured[SURROGATE] = calls.measure(calls.backpropagate, reference, expected)
+            moments[SURROGATE], cost[SURROGATE] = calls.measure(calls.backpropagate, reference, expected)
         except RuntimeError as error:
             # Not enough memory for backpropagation through time is one of the reasons to be here.
             warn(f"there is no surrogate gradient to compare with: {error}")
     return GradientReport(
         quality={
-            parameter: {name: _quality(found, parameter, expected[parameter]) for name, found in measured.items()}
-            for parameter in calls.parameters
+            parameter: {name: by_parameter[parameter].quality(reference) for name, by_parameter in moments.items()}
+            for parameter, reference in expected.items()
         },
-        cost={name: Cost(statistics.median(found.times), found.megabytes) for name, found in measured.items()},
-        reference_cosine={name: moments.reliability for name, moments in expected.items()},
+        cost=cost, reference_cosine={name: moment.reliability for name, moment in expected.items()},
         copies=int(copies), repeats=int(repeats), reference=int(reference), seed=seed, device=str(calls.device),
         zero=zero, control=control,
     )  # fmt: skip
 
 
 class _Moments:
-    """Running mean and total variance of a tensor (Welford's algorithm)."""
+    """Running mean and total variance of a gradient (Welford's algorithm), and its cosines to a reference."""
 
     def __init__(self) -> None:
         self.count = 0
         self.mean = torch.zeros(())
+        self.cosines: list[float] = []
         self._scatter = 0.0
 
-    def add(self, value: Tensor) -> None:
+    def add(self, gradient: Tensor, reference: _Moments | None) -> None:
         self.count += 1
-        before = value - self.mean
+        before = gradient - self.mean
         self.mean = self.mean + before / self.count
-        self._scatter += _dot(before, value - self.mean)
+        self._scatter += _dot(before, gradient - self.mean)
+        if reference is not None:
+            norms = math.sqrt(_dot(gradient, gradient) * _dot(reference.mean, reference.mean))
+            if norms > 0:
+                self.cosines.append(_dot(gradient, reference.mean) / norms)
 
     @property
     def variance(self) -> float:
-        """Trace of the covariance of one value, unbiased."""
+        """Trace of the covariance of one gradient, unbiased."""
         return self._scatter / (self.count - 1)
 
     @property
@@ -255,20 +378,38 @@ class _Moments:
         return self.variance / self.count
 
     @property
+    def square(self) -> float:
+        """Squared norm of the mean."""
+        return _dot(self.mean, self.mean)
+
+    @property
+    def is_resolved(self) -> bool:
+        """The norm of the mean is more than two standard errors."""
+        return self.square > 4 * self.error
+
+    @property
     def reliability(self) -> float | None:
-        """Cosine that the mean has to its expectation; None where it is not resolved."""
-        square = _dot(self.mean, self.mean)
-        return math.sqrt((square - self.error) / square) if _resolved(square, self.error) else None
+        """Cosine of the mean to its expectation; None where it is not resolved."""
+        return math.sqrt((self.square - self.error) / self.square) if self.is_resolved else None
+
+    def quality(self, reference: _Moments) -> GradientQuality:
+        """The figures of this gradient beside those of the reference."""
+        bias = floor = None
+        if reference.is_resolved:
+            error, scale = self.error + reference.error, reference.square - reference.error
+            difference = self.mean - reference.mean
+            bias = math.sqrt(max(0.0, _dot(difference, difference) - error) / scale)
+            floor = math.sqrt(error / scale)
+        return GradientQuality(
+            cosine=statistics.fmean(self.cosines) if self.cosines else None,
+            snr=(self.square - self.error) / self.variance if self.variance > 0 else None,
+            bias=bias,
+            bias_floor=floor,
+        )
 
 
-class _Measured:
-    """What the calls of one estimator gave: moments and cosines to the reference by parameter, milliseconds, memory."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.moments = {name: _Moments() for name in parameters}
-        self.cosines: dict[str, list[float]] = {name: [] for name in parameters}
-        self.times: list[float] = []
-        self.megabytes: float | None = None
+def _dot(first: Tensor, second: Tensor) -> float:
+    return float((first * second).sum())
 
 
 class _Calls:
@@ -290,84 +431,43 @@ class _Calls:
 
     def measure(
         self, backward: Callable[..., Any], count: int, expected: Mapping[str, _Moments] | None = None
-    ) -> _Measured:
-        """Calls ``backward(loss_fn, inputs, targets)`` with independent noise, so many times.
+    ) -> tuple[dict[str, _Moments], Cost]:
+        """Moments of the gradients of ``count`` calls, by parameter, and the cost of a call.
 
-        Gradients are compared with ``expected``; two more calls then warm up and measure memory.
+        With ``expected``, to which they are compared, two more calls warm up, the second of which measures memory.
         """
-        measured = _Measured(self.parameters)
-        if expected is not None:
-            self._call(backward)
-            measured.megabytes = self._peak_megabytes(backward)
+        megabytes = None
+        for _ in range(0 if expected is None else 2):
+            _, megabytes = self._call(backward)
+        moments, times = {name: _Moments() for name in self.parameters}, []
         for _ in range(count):
-            measured.times.append(self._call(backward))
+            milliseconds, _ = self._call(backward)
+            times.append(milliseconds)
             for name, parameter in self.parameters.items():
-                gradient = _gradient(parameter)
-                measured.moments[name].add(gradient)
-                mean = gradient if expected is None else expected[name].mean
-                norms = math.sqrt(_dot(gradient, gradient) * _dot(mean, mean))
-                if norms > 0:
-                    measured.cosines[name].append(_dot(gradient, mean) / norms)
-        return measured
+                moments[name].add(_gradient(parameter), None if expected is None else expected[name])
+        return moments, Cost(statistics.median(times), megabytes)
 
     def backpropagate(self, loss_fn: LossFn, inputs: Any, targets: Any) -> None:
         """The surrogate gradient of one noise draw."""
         with surrogate(self._net):
             loss_fn(inputs, targets).mean().backward()  # type: ignore[no-untyped-call]
 
-    def _call(self, backward: Callable[..., Any]) -> float:
-        """Leaves gradients in ``.grad``, and returns the milliseconds that they took."""
-        self._forget()
-        torch.manual_seed(int(torch.randint(2**62, (), generator=self._seeds)))
-        started = time.perf_counter()
-        backward(*self._data)
-        self._synchronize()
-        return 1000 * (time.perf_counter() - started)
-
-    def _peak_megabytes(self, backward: Callable[..., Any]) -> float | None:
-        """Peak memory of one call above that before it."""
-        self._forget()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            self._call(backward)
-            return (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
-        return _peak_resident(lambda: self._call(backward))
-
-    def _forget(self) -> None:
+    def _call(self, backward: Callable[..., Any]) -> tuple[float, float | None]:
+        """Leaves gradients in ``.grad``; returns milliseconds, and on CUDA the peak memory in 10⁶ bytes."""
+        on_cuda, megabytes = self.device.type == "cuda", None
         for parameter in self.parameters.values():
             parameter.grad = None
-        self._synchronize()
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
+        torch.manual_seed(int(torch.randint(2**62, (), generator=self._seeds)))
+        if on_cuda:
             torch.cuda.synchronize(self.device)
-
-
-def _quality(measured: _Measured, parameter: str, expected: _Moments) -> GradientQuality:
-    own, cosines = measured.moments[parameter], measured.cosines[parameter]
-    error, scale = own.error + expected.error, _dot(expected.mean, expected.mean)
-    bias = floor = None
-    if _resolved(scale, expected.error):
-        scale -= expected.error
-        difference = own.mean - expected.mean
-        bias = math.sqrt(max(0.0, _dot(difference, difference) - error) / scale)
-        floor = math.sqrt(error / scale)
-    return GradientQuality(
-        cosine=statistics.fmean(cosines) if cosines else None,
-        snr=(_dot(own.mean, own.mean) - own.error) / own.variance if own.variance > 0 else None,
-        bias=bias,
-        bias_floor=floor,
-    )
-
-
-def _resolved(square: float, error: float) -> bool:
-    """The norm of a mean is more than two standard errors."""
-    return square > 4 * error
-
-
-def _dot(first: Tensor, second: Tensor) -> float:
-    return float((first * second).sum())
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+        started = time.perf_counter()
+        backward(*self._data)
+        if on_cuda:
+            torch.cuda.synchronize(self.device)
+            megabytes = (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
+        return 1000 * (time.perf_counter() - started), megabytes
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -378,7 +478,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _control(net: nn.Module, estimator: Counterfactual) -> dict[str, float]:
-    """λ that an estimator would use next, by neuron."""
+    """λ of the next call of an estimator, by neuron."""
     fixed = estimator.sampler.control
     return {
         name: float(neuron.control.value(neuron.noise.control.detach())) if fixed is None else fixed
@@ -393,46 +493,17 @@ def _named(
     """The estimators to measure, by name."""
     if not isinstance(estimators, Mapping):
         listed = [estimators] if isinstance(estimators, (str, Estimator)) else estimators
-        names = [item if isinstance(item, str) else type(item).__name__.lower() for item in listed]
+        names = [choice if isinstance(choice, str) else type(choice).__name__.lower() for choice in listed]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two estimators are called {twice.pop()!r}: give a dict with names of your own")
         estimators = dict(zip(names, listed, strict=True))
     if not estimators:
         raise ValueError("there is no estimator to measure")
     named: dict[str, Estimator] = {}
-    for name, item in estimators.items():
-        if isinstance(item, str):
-            if item not in ESTIMATORS:
-                raise ValueError(f"unknown estimator {item!r}; choose one of {', '.join(ESTIMATORS)}")
-            item = ESTIMATORS[item](net, copies=1 if item == "counterfactual" else copies)
-        elif item.net is not net:
+    for name, choice in estimators.items():
+        if isinstance(choice, str):
+            choice = estimator_called(choice)(net, copies=1 if choice == "counterfactual" else copies)
+        elif choice.net is not net:
             raise ValueError(f"the estimator {name!r} was made for another network")
-        named[name] = item
+        named[name] = choice
     return named
-
-
-def _peak_resident(call: Callable[[], object]) -> float | None:
-    """Peak resident memory of the process during a call, in megabytes above its start; None without psutil."""
-    try:
-        import psutil
-    except ImportError:
-        return None
-    process, done = psutil.Process(), threading.Event()
-    # Freed memory that glibc keeps is resident, and a call that uses it again would seem to need none.
-    if psutil.LINUX and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
-    sizes = [process.memory_info().rss]
-
-    def sample() -> None:
-        while not done.wait(0.001):
-            sizes.append(process.memory_info().rss)
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        call()
-        sizes.append(process.memory_info().rss)
-    finally:
-        done.set()
-        thread.join()
-    return float(max(sizes) - sizes[0]) / 1e6

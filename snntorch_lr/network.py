@@ -89,16 +89,15 @@ def noises(net: nn.Module) -> dict[str, Noise]:
 
 def named_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a network and of its neurons, each once, also of neurons in plain lists and dicts."""
-    modules = [("", net), *((f"{name}.", neuron) for name, neuron in spiking_neurons(net) if name)]
     names: dict[nn.Parameter, str] = {}
-    for at, module in modules:
+    for at, module in _parts(net):
         for name, parameter in module.named_parameters():
             names.setdefault(parameter, at + name)
     return {name: parameter for parameter, name in names.items()}
 
 
 def parameters(net: nn.Module) -> list[nn.Parameter]:
-    """The same, without their names."""
+    """The parameters of a network and of its neurons, without their names."""
     return list(named_parameters(net).values())
 
 
@@ -107,10 +106,14 @@ def not_finite(net: nn.Module) -> list[str]:
 
     A buffer may be infinite on purpose, as masks are.
     """
-    found = [name for name, parameter in named_parameters(net).items() if not parameter.isfinite().all()]
-    modules = [("", net), *((f"{name}.", neuron) for name, neuron in spiking_neurons(net) if name)]
-    found += [at + name for at, module in modules for name, b in module.named_buffers() if b.isnan().any()]
-    return list(dict.fromkeys(found))
+    names = [name for name, parameter in named_parameters(net).items() if not parameter.isfinite().all()]
+    names += [at + name for at, module in _parts(net) for name, b in module.named_buffers() if b.isnan().any()]
+    return list(dict.fromkeys(names))
+
+
+def _parts(net: nn.Module) -> list[tuple[str, nn.Module]]:
+    """A network and its neurons, also those in plain lists and dicts, with prefixes of names."""
+    return [("", net), *((f"{name}.", neuron) for name, neuron in spiking_neurons(net) if name)]
 
 
 def reset_state(neuron: nn.Module) -> None:
@@ -149,8 +152,8 @@ Derivative = Callable[[Tensor], Tensor]
 def spike_derivatives(net: nn.Module, of: Callable[[nn.Module], Derivative]) -> Iterator[None]:
     """Context in which the spikes of every snnTorch neuron have another derivative.
 
-    The derivative is asked once for each spike that is emitted while a graph is built: snnTorch calls ``spike_grad``
-    for the reset too, but detaches that.
+    It is computed once in each time step with a graph: snnTorch calls ``spike_grad`` for the reset too, but detaches
+    that.
 
     Args:
         net: the network.
@@ -205,13 +208,7 @@ def _replaced(neuron: nn.Module, derivative: Derivative) -> Iterator[None]:
 
 
 def with_derivative(x: Tensor, spikes: Tensor, derivative: Callable[[], Tensor]) -> Tensor:
-    """Spikes whose derivative with respect to a tensor is given; all of the same shape.
-
-    Args:
-        x: what the spikes are to be differentiated with respect to, element by element.
-        spikes: their values.
-        derivative: asked for in the backward pass.
-    """
+    """Spikes with a derivative by ``x``, element by element, which the backward pass asks for; all of one shape."""
     result: Tensor = _Spike.apply(x, spikes, derivative)
     return result
 
@@ -246,8 +243,8 @@ class RandomState:
     def restore(self) -> None:
         """Goes back to the state that was captured."""
         torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
+        # An empty list changes nothing, also without CUDA.
+        torch.cuda.set_rng_state_all(self.cuda)
         np.random.set_state(self.numpy)
         python_random.setstate(self.python)
 
@@ -307,25 +304,14 @@ def left_as_found(
             if buffers:
                 at_end.callback(Buffers(net).restore)
             for _, neuron in spiking_neurons(net) if states else ():
-                at_end.callback(_restore_attributes, neuron, dict(vars(neuron)), dict(neuron._buffers))
-                # What λ is fitted by is collected in an object, from here on in another one.
+                for held in (vars(neuron), neuron._buffers):
+                    at_end.callback(held.update, dict(held))
+                    at_end.callback(held.clear)
+                # The sums that λ is fitted by are in an object: the context has one of its own.
                 vars(neuron).pop("_control", None)
-            if modes:
-                at_end.callback(_restore_modes, [(module, module.training) for module in net.modules()])
+            for module in net.modules() if modes else ():
+                at_end.callback(setattr, module, "training", module.training)
             for parameter in parameters(net) if gradients else ():
                 at_end.callback(setattr, parameter, "grad", parameter.grad)
                 parameter.grad = None
         yield
-
-
-def _restore_attributes(neuron: nn.Module, attributes: dict[str, Any], states: dict[str, Tensor | None]) -> None:
-    vars(neuron).clear()
-    vars(neuron).update(attributes)
-    neuron._buffers.clear()
-    neuron._buffers.update(states)
-
-
-def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        if module.training != training:
-            module.training = training

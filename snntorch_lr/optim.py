@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,14 +17,14 @@ from .gradients.counterfactual import check_independent
 from .graph import ancestors
 from .network import noisy_neurons
 from .noisy_neuron import NoisyNeuron
-from .validate import FirstCall, check_finite_gradients, check_optimizer, noisy, refuse_thresholds_met_twice
+from .validate import FirstCall, check_finite_gradients, check_optimizer, noisy, refuse, thresholds_met_twice
 
 
 class Closure:
-    """A forward pass and its data, for ``optimizer.step``. Made by ``closure``.
+    """A forward pass and its data, for ``optimizer.step``, made by ``closure``.
 
-    An optimizer that ``attach`` was called on hands it to the estimator. Otherwise it is an ordinary PyTorch closure:
-    called, it clears the gradients of the parameters that the loss reaches, and backpropagates the mean loss.
+    After ``attach`` the optimizer hands it to the estimator. Otherwise it is an ordinary PyTorch closure: it clears the
+    gradients of the parameters that the loss reaches, and backpropagates the mean loss.
     """
 
     def __init__(self, loss_fn: LossFn, inputs: Any, targets: Any) -> None:
@@ -32,7 +33,7 @@ class Closure:
         self.targets = targets
 
     def __call__(self) -> Any:  # a tensor; torch types closures as returning float
-        """Backpropagates, and returns the mean loss, detached."""
+        """Backpropagates; returns the mean loss, detached."""
         with torch.enable_grad():
             loss = self.loss_fn(self.inputs, self.targets).mean()
             for node in ancestors([loss]):
@@ -52,7 +53,7 @@ def closure(loss_fn: LossFn, inputs: Any, targets: Any) -> Closure:
         targets: batch first; with an estimator they arrive repeated for every noise copy.
 
     Raises:
-        TypeError: if ``loss_fn`` cannot be called, as the losses themselves.
+        TypeError: if ``loss_fn`` is no function.
 
     Examples:
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -67,6 +68,17 @@ def closure(loss_fn: LossFn, inputs: Any, targets: Any) -> Closure:
 
 def _kind(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def estimator_called(name: str) -> Callable[..., Estimator]:
+    """The class of an estimator, by its name.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if name not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {name!r}; choose one of {', '.join(ESTIMATORS)}")
+    return ESTIMATORS[name]
 
 
 def use_gradient(
@@ -104,13 +116,14 @@ def use_gradient(
         return
     credits = {"counterfactual": CounterfactualCredit, "approximate": MeanInputCredit}
     if gradient not in credits:
-        needs = ""
-        if gradient in ESTIMATORS:
-            needs = (
-                f'; "{gradient}" needs copies of each sample and runs the forward pass itself: use '
-                f'attach(optimizer, net, estimator="{gradient}") with closure(), or its class'
-            )
-        raise ValueError(f'unknown gradient {gradient!r}; choose "counterfactual", "approximate" or "surrogate"{needs}')
+        hint = (
+            f'; "{gradient}" needs copies of each sample and runs the forward pass itself: use attach(optimizer, net, '
+            f'estimator="{gradient}") with closure(), or its class'
+        )
+        raise ValueError(
+            f'unknown gradient {gradient!r}; choose "counterfactual", "approximate" or "surrogate"'
+            + (hint if gradient in ESTIMATORS else "")
+        )
     choose_credit(net, credits[gradient](**{} if discount is None else {"discount": discount}, control=control))
 
 
@@ -122,7 +135,7 @@ def choose_credit(net: nn.Module, credit: CounterfactualCredit) -> FirstCall:
     """
     neurons = noisy(net)
     check_independent(net)
-    refuse_thresholds_met_twice(neurons)
+    refuse(thresholds_met_twice(neurons))
     done = _steps(neurons)
     first = FirstCall(net, neurons, until=lambda: _steps(neurons) > done)
     first.__enter__()
@@ -133,26 +146,22 @@ def choose_credit(net: nn.Module, credit: CounterfactualCredit) -> FirstCall:
 
 
 def _steps(neurons: dict[str, NoisyNeuron]) -> int:
-    """How many time steps of the neurons have gone back."""
+    """Number of time steps of the neurons in backward passes so far."""
     return sum(neuron.control.steps for neuron in neurons.values())
 
 
 class Hook:
-    """Handle of an optimizer that ``attach`` was called on; ``remove()`` gives it back to backpropagation.
-
-    Args:
-        optimizer: the optimizer.
-        estimator: what computes the gradients of closures.
-        copies: that were asked for, which a loop of the user's own does not have; 1 if none were.
+    """Handle of ``attach``; ``remove()`` gives the optimizer back to backpropagation.
 
     Attributes:
-        estimator: what computes the gradients of closures.
-        optimizer: the optimizer, unchanged and reachable.
+        optimizer: the optimizer, unchanged.
+        estimator: computes the gradients of closures.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, estimator: Estimator, copies: int) -> None:
         self.optimizer = optimizer
         self.estimator = estimator
+        # Only closures have copies.
         self._copies = copies
         self._first: FirstCall | None = None
         if isinstance(estimator, (Counterfactual, Approximate)):
@@ -175,11 +184,12 @@ class Hook:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # args[0] is the optimizer itself.
-        given = args[1] if len(args) > 1 else kwargs.get("closure")
-        if isinstance(given, Closure):
-            replaced: Callable[[], Any] = self._estimate(given)
-        elif self._first is None:
-            got = "step() was called without a closure" if given is None else "step() got an ordinary closure"
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None and self._first is not None:
+            self._check()
+            return None
+        if not isinstance(closure, Closure) and self._first is None:
+            got = "step() was called without a closure" if closure is None else "step() got an ordinary closure"
             name = type(self.estimator).__name__
             raise RuntimeError(
                 f"{got}, but this optimizer takes its gradients from {name}, which runs the forward pass itself: call "
@@ -187,46 +197,38 @@ class Hook:
                 "hook.remove() and estimator.backward(loss_fn, inputs, targets) before step(), or use "
                 'estimator="counterfactual", for which loss.backward() is enough'
             )
-        elif given is None:
-            self._check()
-            return None
-        else:
-            replaced = self._checked(given)
         rest = {key: value for key, value in kwargs.items() if key != "closure"}
-        return (args[0], replaced, *args[2:]), rest
+        run: Callable[..., Any] = self._estimate if isinstance(closure, Closure) else self._checked
+        return (args[0], partial(run, closure), *args[2:]), rest
 
-    def _estimate(self, given: Closure) -> Callable[[], Tensor]:
-        def estimate() -> Tensor:
-            if self._first is not None:
-                # The estimator has its own look.
-                self._first.stop()
-            optimizer = self.optimizer
-            before = [(parameter, parameter.grad) for group in optimizer.param_groups for parameter in group["params"]]
-            optimizer.zero_grad()
-            try:
-                loss = self.estimator.backward(given.loss_fn, given.inputs, given.targets)
-            except BaseException:
-                for parameter, gradient in before:
-                    parameter.grad = gradient
-                raise
-            self._done = _steps(self._neurons)
-            return loss
+    def _estimate(self, closure: Closure) -> Tensor:
+        if self._first is not None:
+            # The estimator has its own look.
+            self._first.stop()
+        before = [(parameter, parameter.grad) for parameter in self._parameters()]
+        self.optimizer.zero_grad()
+        try:
+            loss = self.estimator.backward(closure.loss_fn, closure.inputs, closure.targets)
+        except BaseException:
+            for parameter, gradient in before:
+                parameter.grad = gradient
+            raise
+        self._done = _steps(self._neurons)
+        return loss
 
-        return estimate
+    def _checked(self, closure: Callable[[], Any]) -> Any:
+        loss = closure()
+        self._check()
+        return loss
 
-    def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def checked() -> Any:
-            loss = closure()
-            self._check()
-            return loss
-
-        return checked
+    def _parameters(self) -> Iterator[Tensor]:
+        return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
     def _check(self) -> None:
-        """Looks at gradients that the user's own loop has left, before an update.
+        """Refuses gradients of the user's own loop that are no likelihood-ratio gradients, or not finite.
 
         Raises:
-            ValueError: if they are not what they are taken for.
+            ValueError: if there are some.
         """
         if self._copies > 1:
             raise ValueError(
@@ -235,8 +237,7 @@ class Hook:
             )
         steps = _steps(self._neurons)
         took_part, self._done = steps > self._done, steps
-        held = any(parameter.grad is not None for group in self.optimizer.param_groups for parameter in group["params"])
-        if held and not took_part:
+        if not took_part and any(parameter.grad is not None for parameter in self._parameters()):
             off = [name for name, neuron in self._neurons.items() if neuron.noise is None or not neuron.noise.active]
             cause = (
                 f"the noise of {places({name: self._neurons[name] for name in off})} is off: call net.train(), or "
@@ -248,7 +249,7 @@ class Hook:
                 "no noisy neuron had a part in these gradients, which are no likelihood-ratio gradients; no weight "
                 f"changed. {cause}"
             )
-        # Torch's own scaler looks for overflow in the update then; a captured graph cannot wait for the device.
+        # With found_inf, torch's own scaler skips updates that overflow; a captured graph cannot wait for the device.
         scaled = getattr(self.optimizer, "found_inf", None) is not None
         if not scaled and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             check_finite_gradients(self.estimator.net)
@@ -266,8 +267,8 @@ def attach(
     """Makes ``loss.backward()`` the likelihood-ratio gradient of a network, for an optimizer that trains it.
 
     With ``"counterfactual"``, the default, the training loop stays as it is: any loss with a derivative, accumulation,
-    clipping, autocast, DDP, Lightning. Each ``optimizer.step()`` looks at the gradients first, and refuses what is not
-    finite, or owes nothing to a noisy neuron.
+    clipping, autocast, DDP, Lightning. Each ``optimizer.step()`` first refuses gradients that are not finite, or in
+    which no noisy neuron had a part.
 
     With ``"approximate"`` so does a loop whose forward pass is ``rollout``: layers between neurons go back once, at
     their mean input over time. Another forward pass with a graph is an error.
@@ -303,9 +304,7 @@ def attach(
     if copies is not None:
         options["copies"] = copies
     if isinstance(estimator, str):
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
-        estimator = ESTIMATORS[estimator](net, **options)
+        estimator = estimator_called(estimator)(net, **options)
         asked = copies or 1
     elif not isinstance(estimator, Estimator):
         raise TypeError(

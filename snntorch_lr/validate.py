@@ -1,9 +1,9 @@
-"""Checks of network, losses and gradients, before any weight changes; and what is looked at in a first forward pass."""
+"""Checks of networks, losses, gradients and optimizers before any weight changes, and of the first forward pass."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -20,8 +20,18 @@ from .noisy_neuron import NoisyNeuron
 from .philox import resolved
 
 
+def refuse(errors: Iterable[str]) -> None:
+    """Raises the first of some errors.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for error in errors:
+        raise ValueError(error)
+
+
 def network_errors(net: nn.Module) -> Iterator[str]:
-    """Everything for which a network cannot be trained by the likelihood ratio, but for its noise levels."""
+    """All reasons why a network cannot be trained by the likelihood ratio, except for its noise levels."""
     neurons = noisy_neurons(net)
     if not neurons:
         yield (
@@ -39,7 +49,7 @@ def network_errors(net: nn.Module) -> Iterator[str]:
 
 
 def thresholds_met_twice(neurons: Mapping[str, NoisyNeuron]) -> Iterator[str]:
-    """What is wrong with neurons one sample of whose membrane potential meets a learned threshold twice."""
+    """Errors of neurons that compare one sample of their membrane potential with a learned threshold twice."""
     for name, neuron in neurons.items():
         at_once = neuron.resets_at_once and neuron.reset_mechanism == "subtract"
         if at_once and neuron.threshold.requires_grad and isinstance(neuron.noise, MembraneNoise):
@@ -50,18 +60,8 @@ def thresholds_met_twice(neurons: Mapping[str, NoisyNeuron]) -> Iterator[str]:
             )
 
 
-def refuse_thresholds_met_twice(neurons: Mapping[str, NoisyNeuron]) -> None:
-    """Refuses neurons one sample of whose membrane potential meets a learned threshold twice.
-
-    Raises:
-        ValueError: if there is one.
-    """
-    for error in thresholds_met_twice(neurons):
-        raise ValueError(error)
-
-
 def level_errors(net: nn.Module) -> Iterator[str]:
-    """The noise levels for which a network cannot be trained."""
+    """Errors of the noise levels of a network."""
     for name, noise in noises(net).items():
         sigma = noise.sigma.detach()
         if noise.active and not bool(((sigma > 0) & sigma.isfinite()).all()):
@@ -72,13 +72,8 @@ def level_errors(net: nn.Module) -> Iterator[str]:
 
 
 def check_levels(net: nn.Module) -> None:
-    """Refuses noise levels that are not positive and finite.
-
-    Raises:
-        ValueError: if there is one.
-    """
-    for error in level_errors(net):
-        raise ValueError(error)
+    """Refuses noise levels that are not positive and finite."""
+    refuse(level_errors(net))
 
 
 def _active(neurons: Mapping[str, NoisyNeuron]) -> dict[str, NoisyNeuron]:
@@ -93,7 +88,7 @@ def noisy(net: nn.Module) -> dict[str, NoisyNeuron]:
     """
     neurons = noisy_neurons(net)
     if not neurons:
-        raise ValueError(next(network_errors(net)))
+        refuse(network_errors(net))
     return neurons
 
 
@@ -101,10 +96,9 @@ def check_network(net: nn.Module) -> dict[str, NoisyNeuron]:
     """The noisy neurons of a network whose noise is on, by name.
 
     Raises:
-        ValueError: if there are none, or if a learned threshold is met twice by one sample.
+        ValueError: see ``network_errors``.
     """
-    for error in network_errors(net):
-        raise ValueError(error)
+    refuse(network_errors(net))
     return _active(noisy_neurons(net))
 
 
@@ -114,9 +108,12 @@ def check_parameters(net: nn.Module) -> None:
     Raises:
         ValueError: if there is one.
     """
-    for name, parameter in net.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise ValueError(f"the parameter {name} has values that are not finite; load or initialise it again")
+    for name in _broken_parameters(net):
+        raise ValueError(f"the parameter {name} has values that are not finite; load or initialise it again")
+
+
+def _broken_parameters(net: nn.Module) -> Iterator[str]:
+    return (name for name, parameter in named_parameters(net).items() if not bool(parameter.isfinite().all()))
 
 
 def check_finite_gradients(net: nn.Module, inputs: Any = None) -> None:
@@ -129,34 +126,28 @@ def check_finite_gradients(net: nn.Module, inputs: Any = None) -> None:
     Raises:
         ValueError: if there is one.
     """
-    found = {name: p.grad for name, p in named_parameters(net).items() if p.requires_grad and p.grad is not None}
-    # A sum takes a tenth of the time of a look at each number, and all sums are waited for at once. Sparse gradients
+    gradients = {name: p.grad for name, p in named_parameters(net).items() if p.requires_grad and p.grad is not None}
+    # A sum takes a tenth of the time of a look at each number, and each device is waited for once. Sparse gradients
     # know neither.
-    sums = [gradient.to_dense().sum(dtype=resolved(gradient.dtype)) for gradient in found.values()]
-    if not sums or all(math.isfinite(value) for value in _on_host(sums)):
+    sums: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients.values():
+        sums.setdefault(gradient.device, []).append(gradient.to_dense().sum(dtype=resolved(gradient.dtype)).double())
+    if all(math.isfinite(total) for totals in sums.values() for total in torch.stack(totals).tolist()):
         return
     # The sum of finite numbers may overflow.
-    bad = [name for name, gradient in found.items() if not bool(gradient.to_dense().isfinite().all())]
-    if not bad:
+    broken = [name for name, gradient in gradients.items() if not bool(gradient.to_dense().isfinite().all())]
+    if not broken:
         return
-    tensors = [each for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)]
-    count, total = sum(int((~each.isfinite()).sum()) for each in tensors), sum(each.numel() for each in tensors)
+    tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
+    count, total = sum(int((~x.isfinite()).sum()) for x in tensors), sum(x.numel() for x in tensors)
     cause = ": look for NaN in the inputs, or lower the learning rate"
     if count:
         cause = f". {count} of {total} numbers in the inputs are not finite"
-    raise ValueError(f"the new gradient is not finite in {', '.join(bad)}; no weight changed{cause}")
-
-
-def _on_host(values: Sequence[Tensor]) -> list[float]:
-    """Numbers without dimensions from any devices, waited for once each."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for value in values:
-        by_device.setdefault(value.device, []).append(value.double())
-    return [number for each in by_device.values() for number in torch.stack(each).tolist()]
+    raise ValueError(f"the new gradient is not finite in {', '.join(broken)}; no weight changed{cause}")
 
 
 def use_running_statistics(net: nn.Module) -> None:
-    """Switches BatchNorm layers to evaluation mode: the rows that they couple have a warning of their own."""
+    """Switches BatchNorm layers to evaluation mode: ``warn_about_batch_norm`` warns of the rows that they couple."""
     for module in net.modules():
         if isinstance(module, _BatchNorm):
             module.training = False
@@ -185,7 +176,7 @@ def warn_about_batch_norm(net: nn.Module, known: Set[str] = frozenset()) -> set[
 
 
 def check_loss(loss: Any, net: nn.Module) -> Tensor:
-    """The mean of what ``loss_fn`` returned, which has to have a derivative; for counterfactual credit.
+    """The mean of the loss that ``loss_fn`` returned, which must have a derivative; for counterfactual credit.
 
     Raises:
         TypeError: if it is not a tensor.
@@ -206,16 +197,13 @@ def check_loss(loss: Any, net: nn.Module) -> Tensor:
 
 
 def check_losses(losses: Any, copies: int, batch: int, net: nn.Module) -> Tensor:
-    """One finite loss per copy and sample, or an error that says what loss_fn should return.
+    """The losses ``[copies * batch]`` that ``loss_fn`` returned, one finite number per copy and sample.
 
     Args:
-        losses: what ``loss_fn`` returned.
+        losses: returned by ``loss_fn``.
         copies: number of noise copies.
         batch: number of samples.
-        net: the network, to look for the first layer with numbers that are not finite.
-
-    Returns:
-        The losses, shape ``[copies * batch]``.
+        net: the network, to name the first layer with numbers that are not finite.
 
     Raises:
         TypeError: if it is not a tensor.
@@ -226,10 +214,8 @@ def check_losses(losses: Any, copies: int, batch: int, net: nn.Module) -> Tensor
         raise ValueError("there are no samples: the batch is empty, or loss_fn does not run the network")
     if not isinstance(losses, Tensor):
         raise TypeError(f"loss_fn must return a tensor of per-sample losses, not {type(losses).__name__}")
-    checked: Tensor = losses
-    if not losses.is_floating_point():
-        # A 0-1 loss needs no derivative here: it is a loss like any other.
-        checked = losses.to(torch.get_default_dtype())
+    # A 0-1 loss needs no derivative here: it is a loss like any other.
+    checked: Tensor = losses if losses.is_floating_point() else losses.to(torch.get_default_dtype())
     if losses.numel() == 1 and rows != 1:
         raise ValueError(
             "loss_fn returned one number, a mean or sum over the batch; the plain likelihood ratio needs one loss per "
@@ -261,9 +247,8 @@ def _refuse_if_not_finite(losses: Tensor, net: nn.Module) -> None:
 
 
 def _first_non_finite(net: nn.Module) -> str:
-    for name, value in net.named_parameters():
-        if not bool(value.isfinite().all()):
-            return f", nor is the parameter {name}"
+    for name in _broken_parameters(net):
+        return f", nor is the parameter {name}"
     for name, neuron in spiking_neurons(net):
         mem = getattr(neuron, "mem", None)
         if isinstance(mem, Tensor) and not bool(mem.isfinite().all()):
@@ -272,9 +257,7 @@ def _first_non_finite(net: nn.Module) -> str:
 
 
 def check_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Looks for what the optimizer does not update.
-
-    Warns of noise levels, which did not exist yet when it was built.
+    """Warns of noise levels that an optimizer does not update, as one that was built before ``add_noise``.
 
     Raises:
         ValueError: if it holds none of the parameters that the network has to learn.
@@ -286,11 +269,8 @@ def check_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             f"the optimizer holds none of the parameters of {type(net).__name__} that require a gradient: build it "
             "from net.parameters() of this very network, and no copy"
         )
-    missing = [
-        name
-        for name, noise in noises(net).items()
-        if noise.log_sigma.requires_grad and id(noise.log_sigma) not in updated
-    ]
+    levels = {name: noise.log_sigma for name, noise in noises(net).items() if noise.log_sigma.requires_grad}
+    missing = [name for name, level in levels.items() if id(level) not in updated]
     if missing:
         warn(
             f"the optimizer does not update the noise levels of {', '.join(missing)}: build it after add_noise(net), "
@@ -307,7 +287,7 @@ class FirstCall:
     Args:
         net: the network.
         noisy: its noisy neurons, by name.
-        until: where no context ends it: the first pass after this is true ends it, with the warnings that are due.
+        until: for a loop of the user's own, where no context ends it: the first pass after this is true ends it.
     """
 
     def __init__(
@@ -315,21 +295,21 @@ class FirstCall:
     ) -> None:
         self._until = until
         self._noisy = dict(noisy)
-        ids = {id(neuron) for neuron in noisy.values()}
-        self._plain = {name: neuron for name, neuron in spiking_neurons(net) if id(neuron) not in ids}
-        self._least: dict[str, Tensor] = {}
-        self._most: dict[str, Tensor] = {}
-        # By number of the node that made them, which tells it from all others of the graph.
+        self._noise_free = {name: neuron for name, neuron in spiking_neurons(net) if neuron not in noisy.values()}
+        # By name: some neuron fired in some time step; all of them fired in all.
+        self._some: dict[str, Tensor] = {}
+        self._all: dict[str, Tensor] = {}
+        # Places of noise-free neurons, by the number of the node that made their output: unique in the graph.
         self._spikes: dict[int, str] = {}
         self._membranes: dict[int, str] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> FirstCall:
         for name, neuron in self._noisy.items():
-            self._handles.append(neuron.register_forward_hook(Look(self._fired, name)))
+            self._handles.append(neuron.register_forward_hook(Look(self._after, name)))
             self._handles.append(neuron.register_forward_pre_hook(Look(self._before, name)))
-        for name, plain in self._plain.items():
-            self._handles.append(plain.register_forward_hook(Look(self._emitted, place(name, plain))))
+        for name, module in self._noise_free.items():
+            self._handles.append(module.register_forward_hook(Look(self._emitted, place(name, module))))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -342,21 +322,21 @@ class FirstCall:
         self._handles = []
 
     def finish(self) -> None:
-        """Watches no longer, and says what was seen in a loop of the user's own, whose loss is not known."""
+        """Watches no longer, and gives the warnings that are due without knowing the loss."""
         if self._handles:
             self.stop()
             self.warn_about_noise_free()
             self.warn_about_silence()
 
-    def _fired(self, name: str, neuron: Any, args: Any, output: Any) -> None:
+    def _after(self, name: str, neuron: Any, args: Any, output: Any) -> None:
         if not neuron.noise.active:
-            if any(other.noise is not None and other.noise.active for other in self._noisy.values()):
+            if _active(self._noisy):
                 self._emitted(place(name, neuron), neuron, args, output)
             return
         fired = (output[0] if isinstance(output, tuple) else output).detach() != 0
-        most, least = fired.any(), fired.all()
-        self._most[name] = self._most[name] | most if name in self._most else most
-        self._least[name] = self._least[name] & least if name in self._least else least
+        some, every = fired.any(), fired.all()
+        self._some[name] = self._some.get(name, some) | some
+        self._all[name] = self._all.get(name, every) & every
 
     def _emitted(self, name: str, neuron: Any, _: Any, output: Any) -> None:
         spikes = output[0] if isinstance(output, tuple) else output
@@ -376,21 +356,20 @@ class FirstCall:
             return
         first = min(self._spikes)
         numbers = {node._sequence_nr() for node in ancestors([current], lambda node: node._sequence_nr() < first)}
-        feeding = sorted({self._spikes[number] for number in numbers & self._spikes.keys()})
+        feeding = ", ".join(sorted({self._spikes[number] for number in numbers & self._spikes.keys()}))
         if feeding:
-            names = ", ".join(feeding)
             raise ValueError(
-                f"the spikes of {names} have no noise, but feed {place(name, neuron)}: the likelihood ratio knows no "
-                f"gradient for the weights before {names}. Give it noise too (noise=True, or add_noise(net)), or "
+                f"the spikes of {feeding} have no noise, but feed {place(name, neuron)}: the likelihood ratio knows no "
+                f"gradient for the weights before {feeding}. Give it noise too (noise=True, or add_noise(net)), or "
                 "freeze those weights with requires_grad_(False)"
             )
 
     def check_losses(self, losses: Tensor, *roots: Tensor) -> None:
-        """Warns of a loss that reads what noise-free neurons emit; refuses one that nothing was learned by.
+        """Warns of a loss that reads spikes or membranes without noise; refuses one that teaches nothing.
 
         Args:
             losses: with their graph.
-            *roots: from where else the gradient comes.
+            *roots: other tensors that a gradient goes back from.
 
         Raises:
             ValueError: if no parameter would get a gradient.
@@ -406,20 +385,22 @@ class FirstCall:
         """Warns of noise-free neurons whose spikes or membranes are read.
 
         Args:
-            read: numbers of the nodes that are behind the loss; None if that is not known.
+            read: numbers of the nodes behind the loss; None if the loss is not known.
         """
-        spiking = {name for number, name in self._spikes.items() if read is None or number in read}
-        resetting = {name for number, name in self._membranes.items() if read is None or number in read} - spiking
         if read is None:
-            spiking = {name for name in spiking if name in self._membranes.values()}
-        condition = "if the loss reads them, " if read is None else ""
+            spiking, resetting = set(self._spikes.values()) & set(self._membranes.values()), set[str]()
+            condition = "if the loss reads them, "
+        else:
+            spiking = {name for number, name in self._spikes.items() if number in read}
+            resetting = {name for number, name in self._membranes.items() if number in read} - spiking
+            condition = ""
         if spiking:
             warn(
                 f"the spikes of {', '.join(sorted(spiking))} have no noise: {condition}the weights before it get their "
                 "surrogate gradient, which is biased. Give it noise too, or read its membrane potential with "
                 "reset_mechanism='none'"
             )
-        if resetting and read is not None:
+        if resetting:
             warn(
                 f"the loss reads the membrane potential of {', '.join(sorted(resetting))}, which has no noise and "
                 "resets: the gradient ignores that a weight changes when it resets. Use reset_mechanism='none' for a "
@@ -427,40 +408,40 @@ class FirstCall:
             )
 
     def dead(self) -> dict[str, str]:
-        """Layers whose spikes tell nothing, and why."""
-        found = {}
+        """Noisy layers whose spikes tell nothing, and why."""
+        reasons = {}
         for name, neuron in self._noisy.items():
             where = place(name, neuron)
-            if name not in self._most:
-                found[name] = f"{where} was not called"
-            elif not bool(self._most[name]):
-                found[name] = f"{where} never fired"
-            elif bool(self._least[name]):
-                found[name] = f"all of {where} fired in every step"
-        return found
+            if name not in self._some:
+                reasons[name] = f"{where} was not called"
+            elif not bool(self._some[name]):
+                reasons[name] = f"{where} never fired"
+            elif bool(self._all[name]):
+                reasons[name] = f"all of {where} fired in every step"
+        return reasons
 
     def warn_about_silence(self) -> None:
-        """Warns of layers that tell nothing by their spikes, but for readouts that are not to fire."""
-        dead = [said for name, said in self.dead().items() if self._noisy[name].reset_mechanism != "none"]
-        if dead:
+        """Warns of layers whose spikes tell nothing, except for readouts that never reset."""
+        reasons = [reason for name, reason in self.dead().items() if self._noisy[name].reset_mechanism != "none"]
+        if reasons:
             warn(
-                f"{', '.join(dead)} in the first call: spikes that never change tell nothing, and weights around them "
-                "learn nothing or by chance. Change the threshold, the noise level or the weights in front of it; "
+                f"{', '.join(reasons)} in the first call: spikes that never change tell nothing, and weights around "
+                "them learn nothing or by chance. Change the threshold, the noise level or the weights in front of it; "
                 "where only the membrane potential is read, nothing is wrong"
             )
 
 
 class Look:
-    """Hook of a neuron; a copy or pickle of the neuron has one that looks at nothing."""
+    """Hook of a neuron that looks at calls with a graph; in a copy or pickle of the neuron it does nothing."""
 
     def __init__(self, look: Any = None, name: str = "") -> None:
         self._look = look
         self._name = name
 
-    def __call__(self, neuron: Any, *given: Any) -> None:
-        """Looks at a call, if it has a graph."""
+    def __call__(self, neuron: Any, *arguments: Any) -> None:
+        """Looks at a call."""
         if self._look is not None and torch.is_grad_enabled():
-            self._look(self._name, neuron, *given)
+            self._look(self._name, neuron, *arguments)
 
     def __reduce__(self) -> tuple[type[Look], tuple[()]]:
         return Look, ()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -23,6 +25,10 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "approximate": slr.Approximate,
 }
 every_estimator = pytest.mark.parametrize("estimator", MAKERS)
+NOISES = ["membrane", "escape"]
+every_noise = pytest.mark.parametrize("noise", NOISES)
+# A leak that is learned keeps time steps from being fused.
+every_path = pytest.mark.parametrize("noise", [*NOISES, "membrane, not fused", "escape, not fused"])
 RESETS = ["subtract", "zero", "none"]
 DEVICES = [
     "cpu",
@@ -37,6 +43,10 @@ LOG_DENSITY = {
     "logistic": lambda u, mean, sigma: (
         -(u - mean) / sigma - sigma.log() - 2 * nn.functional.softplus(-(u - mean) / sigma)
     ),
+}
+COPIERS: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda thing: pickle.loads(pickle.dumps(thing)),
 }
 
 POSITIONAL: dict[str, tuple[Any, ...]] = {
@@ -104,34 +114,52 @@ def run(neuron: Any, x: Tensor) -> list[tuple[Tensor, ...]]:
 class Net(nn.Module):
     """Linear, Leaky, Linear, Leaky, Linear readout; two classes from ``[batch, time, features]``."""
 
-    def __init__(self, init_hidden: bool = True, **options: Any) -> None:
+    def __init__(
+        self, init_hidden: bool = True, features: int = FEATURES, hidden: int = 4, last: int = 4, **options: Any
+    ) -> None:
         super().__init__()
         torch.manual_seed(1)
         options.setdefault("noise", True)
-        self.fc1 = nn.Linear(FEATURES, 4)
+        if isinstance(options["noise"], str):
+            options["noise"], _, apart = options["noise"].partition(", ")
+            options["learn_beta"] = bool(apart)
+        self.fc1 = nn.Linear(features, hidden)
         self.lif1 = slr.Leaky(beta=0.8, threshold=0.5, init_hidden=init_hidden, **options)
-        self.fc2 = nn.Linear(4, 4)
+        self.fc2 = nn.Linear(hidden, last)
         self.lif2 = slr.Leaky(beta=0.8, threshold=0.5, init_hidden=init_hidden, **options)
-        self.readout = nn.Linear(4, 2)
+        self.readout = nn.Linear(last, 2)
         self.init_hidden = init_hidden
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fresh(self) -> tuple[Tensor, ...]:
+        """States to begin with; none are handed over where the neurons hold them."""
+        states = self.lif1.reset_mem(), self.lif2.reset_mem()
+        return () if self.init_hidden else states
+
+    def step(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        """What a time step adds to the output, and the new states."""
         if self.init_hidden:
-            slr.reset(self)
-        else:
-            mem1, mem2 = self.lif1.reset_mem(), self.lif2.reset_mem()
-        out = torch.zeros((), device=x.device)
-        for t in range(x.shape[1]):
-            if self.init_hidden:
-                spikes = self.lif2(self.fc2(self.lif1(self.fc1(x[:, t]))))
-            else:
-                spikes, mem1 = self.lif1(self.fc1(x[:, t]), mem1)
-                spikes, mem2 = self.lif2(self.fc2(spikes), mem2)
-            out = out + self.readout(spikes)
+            return (self.readout(self.lif2(self.fc2(self.lif1(self.fc1(x))))),)
+        spikes, mem1 = self.lif1(self.fc1(x), states[0])
+        spikes, mem2 = self.lif2(self.fc2(spikes), states[1])
+        return self.readout(spikes), mem1, mem2
+
+    def forward(self, x: Tensor) -> Tensor:
+        slr.reset(self)
+        states, out = self.fresh(), torch.zeros((), device=x.device)
+        for now in x.unbind(1):
+            added, *states = self.step(now, *states)
+            out = out + added
         return out
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         return nn.functional.cross_entropy(self(x), y, reduction="none")
+
+
+def credited(noise: Any = "escape", init_hidden: bool = True, control: float | None = 0.4, **options: Any) -> Net:
+    """A network with counterfactual credit; with a fixed λ calls differ by nothing but their noise."""
+    net = Net(init_hidden, noise=noise)
+    slr.use_gradient(net, "counterfactual", control=control, **options)
+    return net
 
 
 def data(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -142,6 +170,33 @@ def data(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tenso
 
 def gradients(net: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def backward(net: nn.Module, *losses: Callable[[], Tensor], seed: int = 3) -> dict[str, Tensor]:
+    """Gradients of losses, one after the other, and of nothing before."""
+    net.zero_grad()
+    torch.manual_seed(seed)
+    for loss in losses:
+        loss().backward()
+    return gradients(net)
+
+
+def estimate(estimator: str, net: Any, loss_fn: Any = None, arguments: Any = None, **options: Any) -> dict[str, Tensor]:
+    """Gradients of one call of an estimator, and of nothing before."""
+    net.zero_grad()
+    made = MAKERS[estimator](net, **{"copies": 4, "seed": 0, **options})
+    made.backward(loss_fn or net.loss, *(arguments or data()))
+    return gradients(net)
+
+
+def assert_filled(net: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Every parameter has a gradient, which is finite and not zero."""
+    for name, parameter in net.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None, name
+        assert gradient.isfinite().all(), name
+        assert gradient.any(), name
+        assert gradient.dtype == dtype, name
 
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], **tolerance: float) -> None:

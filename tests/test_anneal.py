@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import snntorch_lr as slr
+from snntorch_lr.convert import noise_gap
+from snntorch_lr.robustness import mcnemar
 
 from .helpers import FEATURES, Net, assert_same, data
 
@@ -27,11 +29,11 @@ def test_levels_fall_geometrically_and_stay_at_the_end(noise: str) -> None:
     net = Net(noise=noise)
     before = levels(net)
     schedule = slr.anneal(net, steps=4, to=1 / 16)
-    found = [levels(net)]
+    seen = [levels(net)]
     for _ in range(6):
         schedule.step()
-        found.append(levels(net))
-    for sigma, factor in zip(found, [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16, 1 / 16], strict=True):
+        seen.append(levels(net))
+    for sigma, factor in zip(seen, [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16, 1 / 16], strict=True):
         assert sigma == pytest.approx([factor * level for level in before])
 
 
@@ -81,8 +83,8 @@ def test_a_schedule_goes_on_from_its_state() -> None:
     loaded = slr.anneal(again, steps=9, to=0.5)
     loaded.load_state_dict(torch.load(file, weights_only=True))
     assert levels(again) == pytest.approx(levels(net))
-    for each in (schedule, loaded):
-        each.step()
+    schedule.step()
+    loaded.step()
     assert levels(again) == pytest.approx(levels(net))
     assert levels(again)[0] == pytest.approx(0.5 * math.sqrt(0.1))
 
@@ -165,12 +167,9 @@ def test_batch_norm_statistics_are_those_of_the_network_without_noise() -> None:
     net[3].train()
     random = torch.get_rng_state()
     slr.update_batch_norm(net, batches(), net.run)
-    found = statistics(net)
-    assert_same(
-        {name: found[name] for name in ("running_mean", "running_var")},
-        {name: statistics(expected)[name] for name in ("running_mean", "running_var")}, rtol=1e-5, atol=1e-6,
-    )  # fmt: skip
-    assert not torch.allclose(found["running_mean"], noisy["running_mean"], rtol=0.1)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(statistics(net)[name], statistics(expected)[name], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(statistics(net)["running_mean"], noisy["running_mean"], rtol=0.1)
     # All else is as it was.
     assert [module.training for module in net.modules()] == [module is net[3] for module in net.modules()]
     assert net[3].momentum == 0.1
@@ -184,3 +183,39 @@ def test_batch_norm_statistics_of_a_network_that_is_its_own_forward_pass() -> No
     slr.update_batch_norm(net, [x for x, _ in batches()])
     slr.update_batch_norm(again, batches(), lambda x: again(x))
     assert_same(statistics(net), statistics(again))
+
+
+def samples(both: int, only_off: int, only_on: int, neither: int) -> tuple[Tensor, Tensor]:
+    counts = torch.tensor([both, only_off, only_on, neither])
+    off, on = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
+    return off.repeat_interleave(counts), on.repeat_interleave(counts)
+
+
+def test_both_accuracies_and_the_remedies_are_said() -> None:
+    message = noise_gap(*samples(60, 10, 29, 1))
+    assert message is not None
+    for part in ("70.0 % without", "89.0 % with", "snntorch_lr.anneal", "noise_on", "update_batch_norm"):
+        assert part in message
+
+
+@pytest.mark.parametrize("only_off", [0, 1, 5, 40, 3000])
+def test_the_limit_is_that_of_an_exact_mcnemar_test(only_off: int) -> None:
+    said = []
+    for only_on in range(only_off, only_off + 12 + 4 * int(only_off**0.5)):
+        off, on = samples(50, only_off, only_on, 50)
+        said.append(noise_gap(off, on) is not None)
+        assert said[-1] == (mcnemar(off, on).p_value < 0.01)
+        assert (noise_gap(on, off) is not None) == said[-1]
+    assert not said[0]
+    assert said[-1]
+
+
+def test_few_samples_tell_nothing() -> None:
+    assert noise_gap(*samples(0, 0, 7, 0)) is None
+    assert noise_gap(*samples(0, 0, 8, 0)) is not None
+    assert noise_gap(torch.zeros(0).bool(), torch.zeros(0).bool()) is None
+
+
+def test_other_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"the same samples .* got \(2,\), \(3,\)"):
+        noise_gap(torch.ones(2).bool(), torch.ones(3).bool())

@@ -13,10 +13,9 @@ import snntorch_lr as slr
 from snntorch_lr import kernels
 from snntorch_lr.node import Score
 
-from .helpers import assert_same, gradients, nothing_changes
-from .statistical.networks import NEURONS, RESETS, STEPS, TwoLayers, data
+from .helpers import RESETS, assert_filled, assert_same, estimate, gradients, nothing_changes
+from .statistical.networks import NEURONS, STEPS, TwoLayers, data
 
-CAN_RESET_AT_ONCE = ["Leaky", "Synaptic", "RLeaky"]
 KINDS = ["membrane", "gaussian", "logistic"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-9}
 X, Y = data()
@@ -29,10 +28,8 @@ def with_noise(net: TwoLayers, kind: str) -> TwoLayers:
     return net
 
 
-def estimated(net: nn.Module, make: Any, copies: int = 8) -> dict[str, Tensor]:
-    net.zero_grad()
-    loss = make(net, copies, seed=1).backward(net.loss, X, Y)
-    return gradients(net) | {"loss": loss}
+def estimated(net: Any, estimator: str, copies: int = 8) -> dict[str, Tensor]:
+    return estimate(estimator, net, arguments=(X, Y), copies=copies)
 
 
 class OneLayer(TwoLayers):
@@ -46,33 +43,17 @@ class OneLayer(TwoLayers):
         return out
 
 
-def recurrent_apart(net: TwoLayers, neuron: str) -> TwoLayers:
-    if neuron == "RLeaky":
-        for name in ("lif1", "lif2"):
-            old = getattr(net, name)
-            lif = slr.RLeaky(
-                beta=0.7, learn_beta=True, V=0.4, all_to_all=False, threshold=0.8, learn_threshold=True,
-                init_hidden=True, noise=old.noise, reset_mechanism=old.reset_mechanism, reset_delay=old.reset_delay,
-            )  # fmt: skip
-            setattr(net, name, lif.double())
-    return net
-
-
-CASES = [*((neuron, True) for neuron in NEURONS), *((neuron, False) for neuron in CAN_RESET_AT_ONCE)]
-
-
 @pytest.mark.filterwarnings("ignore:lif2.*not called")
 @pytest.mark.parametrize(
-    ("neuron", "delay", "kind", "reset"),
-    [(*case, kind, RESETS[(i + j) % 3]) for i, case in enumerate(CASES) for j, kind in enumerate(KINDS)],
+    ("neuron", "kind", "reset"),
+    [(neuron, kind, RESETS[(i + j) % 3]) for i, neuron in enumerate(NEURONS) for j, kind in enumerate(KINDS)],
 )
-def test_equals_vanilla_where_the_input_is_constant(neuron: str, delay: bool, kind: str, reset: str) -> None:
-    net = OneLayer(neuron, reset, **({} if delay else {"reset_delay": False}))
-    net = with_noise(recurrent_apart(net, neuron), kind)
-    for lif in (net.lif1, net.lif2):
-        lif.threshold.requires_grad_(delay or kind != "membrane" or reset != "subtract")
+def test_equals_vanilla_where_the_input_is_constant(neuron: str, kind: str, reset: str) -> None:
+    net = with_noise(OneLayer(neuron, reset), kind)
+    # Membrane noise refuses to learn a threshold that one sample meets twice.
+    net.lif1.threshold.requires_grad_("at once" not in neuron or kind != "membrane" or reset != "subtract")
     net.lif2.requires_grad_(False)
-    assert_same(estimated(net, slr.Approximate), estimated(net, slr.Vanilla), **CLOSE)
+    assert_same(estimated(net, "approximate"), estimated(net, "vanilla"), **CLOSE)
 
 
 def by_hand(net: TwoLayers) -> dict[str, Tensor]:
@@ -96,7 +77,7 @@ def by_hand(net: TwoLayers) -> dict[str, Tensor]:
     # Kernels have no node of this kind.
     with pytest.MonkeyPatch.context() as patch, kernels.off():
         patch.setattr(Score, "forward", staticmethod(keep))
-        slr.Vanilla(net, 8, seed=1).backward(loss_fn, X, Y)
+        slr.Vanilla(net, 8, seed=0).backward(loss_fn, X, Y)
     handle.remove()
     first, second = (sum(samples[id(lif.noise)][-STEPS:]) for lif in (net.lif1, net.lif2))
     table = losses[-1].detach().view(8, -1)
@@ -115,25 +96,23 @@ def test_is_the_definition_in_two_layers_with_an_input_that_changes() -> None:
     for block in (net.fc1, net.fc2):
         block.requires_grad_(True)
     expected = by_hand(net)
-    found = estimated(net, slr.Approximate)
+    found = estimated(net, "approximate")
     assert_same({name: found[name] for name in expected}, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_element_wise_gradients_are_exact_in_two_layers(kind: str) -> None:
     net = with_noise(TwoLayers("Synaptic", "zero"), kind)
-    expected, found = estimated(net, slr.Vanilla), estimated(net, slr.Approximate)
-    exact = {name for name in expected if "lif" in name or "readout" in name} | {"loss"}
+    expected, found = estimated(net, "vanilla"), estimated(net, "approximate")
+    exact = {name for name in expected if "lif" in name or "readout" in name}
     assert_same({name: found[name] for name in exact}, {name: expected[name] for name in exact}, **CLOSE)
     assert not torch.allclose(found["fc2.weight"], expected["fc2.weight"])
 
 
 def test_points_where_vanilla_points() -> None:
     net = TwoLayers("Leaky", "subtract")
-    mean = []
-    for make in (slr.Vanilla, slr.Approximate):
-        found = estimated(net, make, copies=20_000)
-        mean.append(torch.cat([found[name].flatten() for name in ("fc1.weight", "fc2.weight")]))
+    found = [estimated(net, estimator, copies=20_000) for estimator in ("vanilla", "approximate")]
+    mean = [torch.cat([of[name].flatten() for name in ("fc1.weight", "fc2.weight")]) for of in found]
     assert torch.cosine_similarity(*mean, dim=0) > 0.8
 
 
@@ -175,7 +154,7 @@ def test_any_block_and_neuron_gets_a_gradient_from_one_evaluation_each() -> None
         getattr(net, name).register_forward_hook(lambda *a, name=name: count_backward(a[2], name))
     estimator = slr.Approximate(net, 8, seed=0)
     estimator.backward(net.loss, x, y)
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
+    assert_filled(net)
     net.calls = 0
     backwards.clear()
     estimator.backward(net.loss, x, y)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import snntorch_lr as slr
 
-from .helpers import FEATURES, MAKERS, STEPS, data, every_estimator, nothing_changes
+from .helpers import FEATURES, MAKERS, STEPS, assert_filled, data, every_estimator, nothing_changes
 
 COPIES = 4
 SCORES = pytest.mark.parametrize("estimator", ["vanilla", "approximate"])
@@ -72,7 +72,7 @@ def test_counterfactual_credit_takes_it() -> None:
     net = Normalised(nn.BatchNorm1d(4))
     slr.use_gradient(net)
     net.loss(*data()).mean().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+    assert_filled(net)
 
 
 @pytest.mark.filterwarnings("ignore:BatchNorm")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from snntorch_lr import blocks
 from snntorch_lr.blocks import SPIKES, Emitted, forget_constant_inputs, remember_constant_inputs
 from snntorch_lr.graph import version
+
+from .helpers import COPIERS
 
 X = torch.rand(3, 6)
 
@@ -38,14 +39,6 @@ def test_the_same_input_gives_the_same_output_and_one_backward_pass() -> None:
     torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
 
 
-def _other_tensor(layer: nn.Linear, x: Tensor) -> Tensor:
-    return x.clone()
-
-
-def _input_in_place(layer: nn.Linear, x: Tensor) -> Tensor:
-    return x.add_(1)
-
-
 def _weight_in_place(layer: nn.Linear, x: Tensor) -> Tensor:
     with torch.no_grad():
         layer.weight.mul_(2)
@@ -57,17 +50,20 @@ def _other_weight(layer: nn.Linear, x: Tensor) -> Tensor:
     return x
 
 
-def _frozen_input_now_learned(layer: nn.Linear, x: Tensor) -> Tensor:
-    return x.requires_grad_()
+CHANGES: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
+    "another tensor": lambda layer, x: x.clone(),
+    "the input in place": lambda layer, x: x.add_(1),
+    "a weight in place": _weight_in_place,
+    "another weight": _other_weight,
+    "an input that is learned now": lambda layer, x: x.requires_grad_(),
+}
 
 
-@pytest.mark.parametrize(
-    "change", [_other_tensor, _input_in_place, _weight_in_place, _other_weight, _frozen_input_now_learned]
-)
-def test_whatever_changes_the_output_is_noticed(change: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_the_output_is_noticed(change: str) -> None:
     layer, x = remembering(), X.clone()
     first = layer(x)
-    x = change(layer, x)
+    x = CHANGES[change](layer, x)
     second = layer(x)
     assert second is not first
     torch.testing.assert_close(second, nn.functional.linear(x, layer.weight, layer.bias))
@@ -90,17 +86,16 @@ def test_after_a_backward_pass_the_graph_is_new() -> None:
 
 def test_without_a_graph_nothing_is_taken_from_a_pass_with_one() -> None:
     layer = remembering()
-    with torch.no_grad():
-        assert not layer(X).requires_grad
-    assert layer(X).requires_grad
-    with torch.no_grad():
-        assert not layer(X).requires_grad
+    for graph in (False, True, False):
+        with torch.set_grad_enabled(graph):
+            assert layer(X).requires_grad == graph
 
 
 def test_copies_and_pickles_hold_no_output() -> None:
     layer = remembering()
     layer(X)
-    for made in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+    for copier in COPIERS.values():
+        made = copier(layer)
         assert made(X) is not layer(X)
         torch.testing.assert_close(made(X), layer(X))
 

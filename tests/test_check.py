@@ -54,12 +54,9 @@ def test_errors_of_network_and_optimizer_are_found_at_once() -> None:
     other = torch.optim.Adam(Net().parameters())
     findings = slr.check(net, estimator="vanilla", optimizer=other)
     assert not findings
-    assert len(findings.errors) == 3
-    for said, part in zip(
-        findings.errors, ("sigma must be positive", "0.weight has values", "optimizer holds none"), strict=True
-    ):
-        assert part in str(said)
-        assert str(said).startswith("error: ")
+    for error, part in zip(findings.errors, ("sigma must be", "0.weight has", "optimizer holds none"), strict=True):
+        assert part in str(error)
+        assert str(error).startswith("error: ")
     (batch_norm,) = findings.warnings
     assert "BatchNorm 1 is in training mode" in batch_norm.message
 
@@ -179,7 +176,7 @@ def test_what_an_estimator_refuses_and_warns_of_is_found() -> None:
         warnings.simplefilter("error")
         findings = slr.check(net, net.loss, X, Y)
     assert findings
-    assert any("never fired" in each.message for each in findings.warnings)
+    assert any("never fired" in warning.message for warning in findings.warnings)
 
 
 def test_an_error_of_the_optimizer_hides_none_of_the_loss() -> None:
@@ -243,6 +240,6 @@ def test_an_error_of_shapes_says_how_many_rows_there_are() -> None:
         return nn.functional.cross_entropy(net(x), y, reduction="none")
 
     assert not slr.check(net, loss, X, Y).found
-    (found,) = slr.check(net, loss, X, Y, copies=2).errors
-    assert "Sizes of tensors must match" in found.message
-    assert sys.version_info < (3, 11) or "per_copy(x)" in found.message
+    (error,) = slr.check(net, loss, X, Y, copies=2).errors
+    assert "Sizes of tensors must match" in error.message
+    assert sys.version_info < (3, 11) or "per_copy(x)" in error.message

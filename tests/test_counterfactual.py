@@ -13,28 +13,35 @@ from torch.nn import functional as F
 import snntorch_lr as slr
 from snntorch_lr.gradients import CounterfactualCredit
 
-from .helpers import CLASSES, FEATURES, RESETS, Net, assert_same, build, data, gradients, inputs_for, run
+from .helpers import (
+    CLASSES,
+    RESETS,
+    Net,
+    assert_filled,
+    assert_same,
+    backward,
+    build,
+    credited,
+    data,
+    every_noise,
+    inputs_for,
+    run,
+)
 
-NOISES = ["membrane", "escape"]
 X, Y = data()
 
 
-def credited(noise: Any = "escape", init_hidden: bool = True, **options: Any) -> Net:
-    net = Net(init_hidden, noise=noise)
-    slr.use_gradient(net, **options)
-    return net
-
-
-def backward(net: Net, seed: int = 0, x: Tensor = X) -> dict[str, Tensor]:
+def of_loss(net: Net, seed: int = 0, x: Tensor = X) -> dict[str, Tensor]:
     """Gradients of the mean loss alone."""
-    net.zero_grad()
-    torch.manual_seed(seed)
-    net.loss(x, Y[: len(x)]).mean().backward()
-    return gradients(net)
+    return backward(net, lambda: net.loss(x, Y[: len(x)]).mean(), seed=seed)
+
+
+def fitting() -> Net:
+    return credited(control=None)
 
 
 @pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("noise", NOISES)
+@every_noise
 @pytest.mark.parametrize("name", [name for name in CLASSES if "LSTM" not in name])
 def test_every_parameter_of_a_neuron_and_its_input_get_a_gradient(name: str, noise: str, reset: str) -> None:
     neuron = build(slr, name, learn=True, noise=noise, reset_mechanism=reset)
@@ -42,8 +49,9 @@ def test_every_parameter_of_a_neuron_and_its_input_get_a_gradient(name: str, noi
     x = inputs_for(name).requires_grad_()
     torch.manual_seed(0)
     sum(spikes.sum() for spikes, *_ in run(neuron, x)).backward()
-    learned = dict(neuron.named_parameters()) | {"input": x}
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in learned.values())
+    assert_filled(neuron)
+    assert x.grad.isfinite().all()
+    assert x.grad.any()
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "laplace", "logistic"])
@@ -72,50 +80,22 @@ def test_of_one_spike_the_gradient_is_that_of_its_probability_where_lambda_is_on
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("noise", NOISES)
-def test_the_mean_of_two_spikes_is_right_with_the_reset_between_them(noise: str) -> None:
-    """E[s1 − 2 s2] by enumeration of the two trains; membrane noise by a pathwise integral would be the same."""
-    rows, sigma = 200_000, 0.5
-    kind = {"escape": slr.EscapeNoise(sigma), "membrane": slr.MembraneNoise(sigma)}[noise]
-    neuron = slr.Leaky(beta=0.0, threshold=1.0, noise=kind)
-    slr.use_gradient(neuron, discount=1.0)
-    x = torch.tensor(0.8, requires_grad=True)
-    torch.manual_seed(0)
-    first, mem = neuron(x.expand(rows, 1), torch.zeros(rows, 1))
-    second, _ = neuron(x.expand(rows, 1), mem)
-    (first - 2 * second).mean().backward()
-
-    def fires(mean: Tensor) -> Tensor:
-        z = (mean - 1) / sigma
-        return torch.sigmoid(z) if noise == "escape" else torch.special.ndtr(z)
-
-    current = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
-    p = fires(current)
-    expected = p - 2 * (p * fires(current - 1) + (1 - p) * fires(current))
-    expected.backward()
-    assert abs(x.grad.item() - current.grad.item()) < 0.02
-
-
-@pytest.mark.parametrize("noise", NOISES)
-def test_states_may_be_held_by_the_neuron_or_by_the_user(noise: str) -> None:
-    assert_same(backward(credited(noise)), backward(credited(noise, init_hidden=False)))
-
-
-@pytest.mark.parametrize("noise", NOISES)
+@every_noise
 def test_a_backward_pass_may_be_repeated(noise: str) -> None:
-    net = credited(noise, control=0.5)
-    once = backward(net)
-    net.zero_grad()
-    torch.manual_seed(0)
-    loss = net.loss(X, Y).mean()
-    loss.backward(retain_graph=True)
-    loss.backward()
-    assert_same(gradients(net), {name: 2 * value for name, value in once.items()}, rtol=1e-5, atol=1e-7)
+    net = credited(noise)
+    once = of_loss(net)
+
+    def twice() -> Tensor:
+        loss = net.loss(X, Y).mean()
+        loss.backward(retain_graph=True)
+        return loss
+
+    assert_same(backward(net, twice, seed=0), {name: 2 * value for name, value in once.items()}, rtol=1e-5, atol=1e-7)
 
 
 def test_the_discount_is_about_later_time_steps_alone() -> None:
     def found(discount: float, steps: int) -> Tensor:
-        return backward(credited(discount=discount, control=0.5), x=X[:, :steps])["fc1.weight"]
+        return of_loss(credited(discount=discount), x=X[:, :steps])["fc1.weight"]
 
     assert torch.equal(found(0.0, 1), found(1.0, 1))
     assert not torch.allclose(found(0.0, 2), found(1.0, 2))
@@ -125,8 +105,8 @@ class TestControl:
     """The control variate λ."""
 
     def test_the_first_presentation_has_half_and_later_ones_what_earlier_ones_fit(self) -> None:
-        net = credited()
-        assert_same(backward(net), backward(credited(control=0.5)))
+        net = fitting()
+        assert_same(of_loss(net), of_loss(credited(control=0.5)))
         fitted = fit(net)
         assert all(0 < value < 1 and value != 0.5 for value in fitted.values())
         fixed = credited()
@@ -134,9 +114,9 @@ class TestControl:
             fixed.get_submodule(name).sampler = CounterfactualCredit(control=value)
         # Whatever noise the next one has.
         for seed in (1, 2):
-            again = credited()
-            backward(again)
-            assert_same(backward(again, seed), backward(fixed, seed))
+            again = fitting()
+            of_loss(again)
+            assert_same(of_loss(again, seed), of_loss(fixed, seed))
             assert fit(again) != fitted
 
     def test_the_fit_is_where_the_variance_is_least(self) -> None:
@@ -158,19 +138,19 @@ class TestControl:
         assert variance(None) < 1.3 * min(swept) < max(swept) / 1.5
 
     def test_is_saved_with_the_network_and_copied_with_it(self) -> None:
-        net = credited()
-        backward(net)
-        loaded = credited()
+        net = fitting()
+        of_loss(net)
+        loaded = fitting()
         loaded.load_state_dict(net.state_dict())
         copied = copy.deepcopy(net)
-        expected = backward(net, 1)
-        assert_same(expected, backward(loaded, 1))
-        assert_same(expected, backward(copied, 1))
-        assert not torch.equal(expected["fc1.weight"], backward(credited(), 1)["fc1.weight"])
+        expected = of_loss(net, 1)
+        assert_same(expected, of_loss(loaded, 1))
+        assert_same(expected, of_loss(copied, 1))
+        assert not torch.equal(expected["fc1.weight"], of_loss(fitting(), 1)["fc1.weight"])
 
     def test_a_gradient_that_overflows_leaves_it_as_it_was(self) -> None:
-        net = credited()
-        backward(net)
+        net = fitting()
+        of_loss(net)
         before = fit(net)
         (net.loss(X, Y).mean() * torch.inf).backward()
         assert fit(net) == before
@@ -190,7 +170,7 @@ def test_double_backward_is_refused_by_name() -> None:
 
 
 def test_inputs_get_a_gradient_each_row_its_own() -> None:
-    net = credited(control=0.5)
+    net = credited()
     x = X.clone().requires_grad_()
     torch.manual_seed(0)
     (whole,) = torch.autograd.grad(net.loss(x, Y).sum(), x)
@@ -201,47 +181,13 @@ def test_inputs_get_a_gradient_each_row_its_own() -> None:
     assert not first[1:].any()
 
 
-def test_states_of_the_first_step_may_be_learned() -> None:
-    neuron = slr.Synaptic(alpha=0.5, beta=0.9, threshold=0.5, noise=True)
-    slr.use_gradient(neuron)
-    starts = [torch.full((FEATURES,), 0.3, requires_grad=True) for _ in range(2)]
-    syn, mem = (start.expand(5, FEATURES) for start in starts)
-    for t in range(3):
-        spikes, syn, mem = neuron(X[:, t], syn, mem)
-    spikes.sum().backward()
-    assert all(start.grad.all() for start in starts)
-
-
-@pytest.mark.parametrize("noise", NOISES)
-def test_membrane_potentials_may_be_read(noise: str) -> None:
-    """E[mem] after a reset by subtraction: of the current, and of minus the threshold where the spike was."""
-    rows, sigma = 200_000, 0.5
-    neuron = slr.Leaky(beta=0.8, threshold=1.0, noise=slr.EscapeNoise(sigma) if noise == "escape" else True)
-    slr.use_gradient(neuron, discount=1.0)
-    x = torch.tensor(0.8, requires_grad=True)
-    torch.manual_seed(0)
-    _, mem = neuron(x.expand(rows, 1), torch.zeros(rows, 1))
-    _, mem = neuron(x.expand(rows, 1), mem)
-    mem.mean().backward()
-    z = torch.tensor(-0.2 / sigma)
-    density = torch.sigmoid(z) * torch.sigmoid(-z) if noise == "escape" else (-z * z / 2).exp() / (2 * torch.pi) ** 0.5
-    # Reset subtracts the threshold of one, which noise does not change.
-    assert abs(x.grad.item() - (1.8 - density.item() / sigma)) < 0.03
-
-
 @pytest.mark.filterwarnings("error")
 def test_layers_may_be_frozen_and_set_free() -> None:
-    net = credited(control=0.5)
+    net = credited()
     net.fc1.requires_grad_(False)
-    frozen = backward(net)
+    frozen = of_loss(net)
     assert "fc1.weight" not in frozen
     net.fc1.requires_grad_(True)
-    free = backward(net)
+    free = of_loss(net)
     assert free.keys() == dict(net.named_parameters()).keys()
     assert_same(frozen, {name: free[name] for name in frozen}, rtol=1e-4, atol=1e-6)
-
-
-def test_noise_that_layers_share_gets_the_sum() -> None:
-    shared, apart = backward(credited(slr.EscapeNoise(0.5), control=0.5)), backward(credited(control=0.5))
-    total = apart["lif1.noise.log_sigma"] + apart["lif2.noise.log_sigma"]
-    torch.testing.assert_close(shared["lif1.noise.log_sigma"], total)

@@ -16,10 +16,9 @@ from torch.nn import functional as F
 
 import snntorch_lr as slr
 
-from .helpers import FEATURES, STEPS, assert_same, gradients
+from .helpers import FEATURES, NOISES, STEPS, assert_same, every_noise, gradients
 
 RANKS, BATCH, CLASSES = 2, 8, 3
-NOISES = ["membrane", "escape"]
 Result = dict[str, Any]
 
 
@@ -113,7 +112,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@every_noise
 def test_ranks_keep_the_same_weights(ranks: list[Result], noise: str) -> None:
     first, second = (rank[noise]["weights"] for rank in ranks)
     assert_same(first, second)
@@ -121,14 +120,14 @@ def test_ranks_keep_the_same_weights(ranks: list[Result], noise: str) -> None:
     assert all((first[name] - value).abs().max() > 1e-4 for name, value in before.items() if value.requires_grad)
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@every_noise
 def test_ranks_that_were_seeded_alike_have_different_noise(ranks: list[Result], noise: str) -> None:
     first, second = (rank[noise]["spikes"] for rank in ranks)
     assert 0.1 < float(first.mean()) < 0.9
     assert float((first != second).float().mean()) > 0.1
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@every_noise
 def test_gradients_are_the_mean_of_those_of_the_ranks(ranks: list[Result], noise: str) -> None:
     alone = [rank[noise]["alone"] for rank in ranks]
     for rank in ranks:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
-import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -18,13 +17,23 @@ from torch import Tensor, nn
 
 import snntorch_lr as slr
 
-from .helpers import CLASSES, FEATURES, STEPS, Net, assert_same, build, data, gradients, has_option, inputs_for, run
+from .helpers import (
+    CLASSES,
+    COPIERS,
+    FEATURES,
+    STEPS,
+    Net,
+    assert_same,
+    backward,
+    build,
+    data,
+    estimate,
+    every_estimator,
+    inputs_for,
+    run,
+)
 
 NOISES = [False, True, "escape"]
-COPIERS: dict[str, Callable[[Any], Any]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
-}
 SURROGATES = {
     "default": None,
     "atan": surrogate.atan(alpha=3.0),
@@ -46,12 +55,6 @@ def plain(package: Any = snn, **options: Any) -> nn.Sequential:
         lif = package.Leaky(torch.full((fan_out,), 0.9), torch.ones(fan_out), init_hidden=True, output=last, **options)
         layers += [nn.Linear(fan_in, fan_out), lif]
     return nn.Sequential(*layers)
-
-
-def estimate(net: nn.Module, estimator: type = slr.Vanilla, loss_fn: Any = None, **options: Any) -> dict[str, Tensor]:
-    net.zero_grad()
-    estimator(net, copies=4, seed=0, **options).backward(loss_fn or net.loss, *data())
-    return gradients(net)
 
 
 def test_state_dicts_of_converted_networks() -> None:
@@ -83,43 +86,28 @@ def test_state_dicts_that_do_not_fit_say_how_to_load_them() -> None:
 @pytest.mark.parametrize("copier", COPIERS)
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("name", CLASSES)
-def test_copies_of_neurons_compute_the_same(name: str, noise: bool | str, copier: str) -> None:
-    hidden = {"init_hidden": True} if has_option(name, "init_hidden") else {}
-    neuron = build(slr, name, noise=noise, **hidden)
+def test_copies_of_neurons_are_independent_and_compute_the_same(name: str, noise: bool | str, copier: str) -> None:
+    neuron = build(slr, name, learn=True, noise=noise, init_hidden=True)
     x = inputs_for(name)
     # A state with a graph is there to be copied.
     run(neuron, x.requires_grad_())
     copied = COPIERS[copier](neuron)
     assert type(copied) is type(neuron)
-    outputs = []
-    for each in (neuron, copied):
-        torch.manual_seed(5)
-        outputs.append(run(each, x))
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
+    slr.reset(neuron)
+    torch.manual_seed(5)
+    outputs = run(copied, x)
+    assert copied.mem.any()
+    assert not neuron.mem.any()
+    torch.manual_seed(5)
+    torch.testing.assert_close(outputs, run(neuron, x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("copier", COPIERS)
-@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("spike_grad", SURROGATES)
-def test_copies_have_the_same_surrogate_gradient(spike_grad: str, noise: bool | str, copier: str) -> None:
-    net = Net(noise=noise, spike_grad=SURROGATES[spike_grad])
+def test_copies_have_the_same_surrogate_gradient(spike_grad: str, copier: str) -> None:
+    net = Net(noise="escape", spike_grad=SURROGATES[spike_grad])
     copied = COPIERS[copier](net)
-    for each in (net, copied):
-        torch.manual_seed(5)
-        each.loss(*data()).mean().backward()
-    assert_same(gradients(copied), gradients(net))
-
-
-@pytest.mark.parametrize("copier", COPIERS)
-@pytest.mark.parametrize("noise", NOISES[1:])
-def test_copies_are_trained_apart(noise: str, copier: str) -> None:
-    net = Net(noise=noise)
-    expected = estimate(net)
-    copied = COPIERS[copier](net)
-    net.zero_grad()
-    copied.zero_grad()
-    assert_same(estimate(copied), expected)
-    assert not gradients(net)
+    assert_same(*(backward(one, lambda one=one: one.loss(*data()).mean()) for one in (net, copied)))
 
 
 def test_converted_networks_are_copied_after_a_reset() -> None:
@@ -131,9 +119,9 @@ def test_converted_networks_are_copied_after_a_reset() -> None:
     assert_same(dict(copied.state_dict()), dict(net.state_dict()))
 
 
-@pytest.mark.parametrize("estimator", [slr.Vanilla, slr.Approximate, slr.Counterfactual])
+@every_estimator
 @pytest.mark.parametrize("copier", COPIERS)
-def test_copies_leave_the_contexts_that_they_were_made_in(copier: str, estimator: type) -> None:
+def test_copies_are_trained_apart_and_leave_the_contexts_that_they_were_made_in(copier: str, estimator: str) -> None:
     net = Net()
     copies = []
     with slr.noise_off(net):
@@ -146,13 +134,15 @@ def test_copies_leave_the_contexts_that_they_were_made_in(copier: str, estimator
         copies.append(COPIERS[copier](net))
         return losses
 
-    expected = estimate(net, estimator, loss_fn)
+    expected = estimate(estimator, net, loss_fn)
+    net.zero_grad()
     for copied in copies:
         assert copied.lif1.noise.active
         assert not copied.eval().lif1.noise.active
         copied.train()
         assert copied(data()[0]).shape == (5, 2)
-        assert_same(estimate(copied, estimator), expected)
+        assert_same(estimate(estimator, copied), expected)
+    assert net.fc1.weight.grad is None
 
 
 def own_surrogate(scale: float) -> Callable[[Tensor], Tensor]:
@@ -193,13 +183,11 @@ def test_nir_export_leaves_the_noise_out(noise: bool | str) -> None:
     assert noisy[1].noise is not None
 
 
+@pytest.mark.filterwarnings("error:.*noise")
 def test_nir_export_without_noise_does_not_warn_of_it() -> None:
     pytest.importorskip("nir")
     pytest.importorskip("nirtorch")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        slr.export_to_nir(plain(), data()[0][:1, 0], ignore_dims=[0])
-    assert not [warning for warning in caught if "noise" in str(warning.message)]
+    slr.export_to_nir(plain(), data()[0][:1, 0], ignore_dims=[0])
 
 
 def test_nir_export_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,14 +206,9 @@ def test_spikegen_feeds_noisy_networks(noise: bool | str) -> None:
 
 
 def test_estimators_take_random_spike_codes() -> None:
-    net, labels = Net(), data()[1]
-    images = torch.rand(5, FEATURES)
-
-    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
-        return net.loss(spikegen.rate(x, STEPS).transpose(0, 1), y)
-
-    slr.Vanilla(net, copies=4).backward(loss_fn, images, labels)
-    assert gradients(net)["fc1.weight"].any()
+    net, images = Net(), (torch.rand(5, FEATURES), data()[1])
+    found = estimate("vanilla", net, lambda x, y: net.loss(spikegen.rate(x, STEPS).transpose(0, 1), y), images)
+    assert found["fc1.weight"].any()
 
 
 @pytest.mark.parametrize("noise", NOISES)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import snntorch_lr as slr
 
-from .helpers import MAKERS, Net, data
+from .helpers import MAKERS, Net, data, every_noise
 
 ANSWERS = {"_local_scalar_dense", "equal", "allclose"}
 READS = ANSWERS | {"nonzero", "masked_select"}
@@ -64,7 +64,7 @@ def plain_step(net: Net, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor)
     return step
 
 
-@pytest.mark.parametrize("noise", ["membrane", "escape"])
+@every_noise
 @pytest.mark.parametrize(
     # Are all gradients finite? An estimator also looks at two noise levels and the losses, and at what weights them.
     ("way", "expected"),

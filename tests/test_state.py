@@ -4,78 +4,57 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import snntorch as snn
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import snntorch_lr as slr
 
-from .helpers import BATCH, FEATURES, STEPS, assert_same, every_estimator, gradients
+from .helpers import (
+    BATCH,
+    FEATURES,
+    STEPS,
+    Net,
+    assert_same,
+    backward,
+    credited,
+    data,
+    estimate,
+    every_estimator,
+    every_path,
+    gradients,
+)
 
-# A leak that is learned keeps time steps from being fused.
-NOISES = ["membrane", "escape", "membrane, not fused", "escape, not fused"]
-HIDDEN, CLASSES = 6, 3
-
-
-class Net(nn.Module):
-    """Linear, noisy neuron, Linear, noisy neuron, readout; states by hand, or held by the neurons."""
-
-    def __init__(self, noise: str = "escape", init_hidden: bool = False, chosen: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        kind, _, apart = noise.partition(", ")
-        options: dict[str, Any] = {"beta": 0.8, "threshold": 0.5, "noise": kind, "init_hidden": init_hidden}
-        options["learn_beta"] = bool(apart)
-        self.fc1, self.lif1 = nn.Linear(FEATURES, HIDDEN), slr.Leaky(**options)
-        self.fc2, self.lif2 = nn.Linear(HIDDEN, HIDDEN), slr.Leaky(**options)
-        self.readout = nn.Linear(HIDDEN, CLASSES)
-        if chosen:
-            # A fixed λ, so that calls differ by nothing but their noise.
-            slr.use_gradient(self, "counterfactual", control=0.4)
-
-    def step(self, x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        spikes, mem1 = self.lif1(self.fc1(x), states[0])
-        spikes, mem2 = self.lif2(self.fc2(spikes), states[1])
-        return self.readout(spikes), (mem1, mem2)
-
-    def fresh(self) -> tuple[Tensor, Tensor]:
-        return self.lif1.reset_mem(), self.lif2.reset_mem()
-
-    def held(self, x: Tensor) -> Tensor:
-        """A time step of neurons that hold their states."""
-        return self.readout(self.lif2(self.fc2(self.lif1(self.fc1(x)))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        states, out = self.fresh(), torch.zeros(())
-        for t in range(x.shape[1]):
-            if self.lif1.init_hidden:
-                out = out + self.held(x[:, t])
-            else:
-                now, states = self.step(x[:, t], states)
-                out = out + now
-        return out
+HIDDEN = 4
 
 
 def inputs(seed: int = 0, batch: int = BATCH) -> Tensor:
     return 2 * torch.rand(batch, STEPS, FEATURES, generator=torch.Generator().manual_seed(seed))
 
 
-def backward(net: nn.Module, loss: Callable[[], Tensor], seed: int = 3) -> dict[str, Tensor]:
-    """Gradients of a loss, alone."""
-    net.zero_grad()
-    torch.manual_seed(seed)
-    loss().backward()  # type: ignore[no-untyped-call]
-    return gradients(net)
+def go_on(net: Net, x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Time steps after others, without a reset."""
+    out = torch.zeros(())
+    for now in x.unbind(1):
+        added, *states = net.step(now, *states)
+        out = out + added
+    return out, tuple(states)
 
 
 @pytest.fixture(autouse=True)
-def only_own_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
-    """snnTorch detaches the states of all neurons there are, and fails at a DeltaLeaky of another test."""
+def only_own_neurons(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of what is handled well here nothing is to be said."""
+    # snnTorch detaches the states of all neurons there are, and fails at a DeltaLeaky of another test.
     monkeypatch.setattr(snn.SpikingNeuron, "instances", [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
 
 
 @pytest.fixture
@@ -93,32 +72,21 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     return use
 
 
-@pytest.fixture(autouse=True)
-def no_warnings() -> Iterator[None]:
-    """Of what is handled well here nothing is to be said."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
-@pytest.mark.parametrize("noise", NOISES)
+@every_path
 @pytest.mark.parametrize("again", ["reset_mem", "reset", "other size"])
 def test_a_new_presentation_knows_nothing_of_the_last_one(noise: str, again: str) -> None:
-    net = Net(noise, init_hidden=True)
-    x = inputs()
+    net = credited(noise)
 
     def loss() -> Tensor:
-        return torch.stack([net.held(x[:, t]) for t in range(STEPS)]).square().mean()
+        return go_on(net, inputs(), ())[0].square().mean()
 
     net.fresh()
     expected = backward(net, loss)
     net.fresh()
-    before = inputs(1, batch=BATCH - 2).requires_grad_() if again == "other size" else inputs(1).requires_grad_()
-    net.held(before[:, 0])
-    if again == "reset_mem":
-        net.fresh()
-    elif again == "reset":
-        slr.reset(net)
+    before = inputs(1, batch=BATCH - 2 * (again == "other size")).requires_grad_()
+    net.step(before[:, 0])
+    if again != "other size":
+        net.fresh() if again == "reset_mem" else slr.reset(net)
     assert_same(backward(net, loss), expected)
     assert before.grad is None
 
@@ -130,51 +98,40 @@ CUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@every_path
 @pytest.mark.parametrize("cut", CUTS)
 def test_truncated_backpropagation_by_hand_goes_on_with_the_state_and_not_with_the_graph(noise: str, cut: str) -> None:
-    net = Net(noise)
+    net = credited(noise, init_hidden=False)
 
     def two(cut: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         x = inputs().requires_grad_()
         torch.manual_seed(3)
-        states: Any = net.fresh()
-        for t in range(STEPS):
-            if t == 2:
-                states = tuple(map(cut, states))
-            out, states = net.step(x[:, t], states)
-        net.zero_grad()
+        _, states = go_on(net, x[:, :2], net.fresh())
+        out, _ = go_on(net, x[:, 2:], tuple(map(cut, states)))
         out.square().sum().backward()
         assert x.grad is not None
         return out, x.grad[:, :2], x.grad[:, 2:]
 
     out, before, after = two(CUTS[cut])
     whole, reached, _ = two(lambda mem: mem)
-    torch.testing.assert_close(out, whole, rtol=0, atol=0)
+    assert torch.equal(out, whole)
     assert not before.any()
     assert reached.any()
-    torch.testing.assert_close(after, two(CUTS["detach and clone"])[2], rtol=0, atol=0)
+    assert torch.equal(after, two(CUTS["detach and clone"])[2])
     assert after.any()
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@every_path
 def test_detach_hidden_cuts_states_that_are_held_and_kept_across_calls(noise: str) -> None:
-    held, by_hand = Net(noise, init_hidden=True), Net(noise)
-    x = inputs()
-    states: Any = by_hand.fresh()
+    held, by_hand = credited(noise), credited(noise, init_hidden=False)
+    states = by_hand.fresh()
     held.fresh()
-    for chunk in range(2):
-        part = x[:, 2 * chunk : 2 * chunk + 2]
-        if chunk:
-            snn.Leaky.detach_hidden()
-            states = tuple(mem.detach() for mem in states)
-        found = backward(held, lambda part=part: sum(held.held(part[:, t]) for t in range(2)).square().mean())
+    for part in inputs().split(2, 1):
+        snn.Leaky.detach_hidden()
+        found = backward(held, lambda part=part: go_on(held, part, ())[0].square().mean())
         by_hand.zero_grad()
         torch.manual_seed(3)
-        out = torch.zeros(())
-        for t in range(2):
-            now, states = by_hand.step(part[:, t], states)
-            out = out + now
+        out, states = go_on(by_hand, part, [mem.detach() for mem in states])
         out.square().mean().backward()
         assert_same(found, gradients(by_hand))
         assert found["fc1.weight"].any()
@@ -182,24 +139,16 @@ def test_detach_hidden_cuts_states_that_are_held_and_kept_across_calls(noise: st
 
 @every_estimator
 def test_states_are_left_so_that_snntorch_can_detach_them(estimator: str) -> None:
-    net = Net(init_hidden=True, chosen=False)
-    optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    slr.attach(optimizer, net, estimator)
-    optimizer.step(
-        slr.closure(lambda x, y: F.cross_entropy(net(x), y, reduction="none"), inputs(), torch.arange(5) % 3)
-    )
+    net = Net()
+    estimate(estimator, net)
     snn.Leaky.detach_hidden()
     assert net.lif1.mem.grad_fn is None
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@every_path
 def test_a_loss_of_three_presentations_adds_what_each_one_gives(noise: str) -> None:
-    net = Net(noise)
+    net = credited(noise)
     xs = [inputs(seed) for seed in range(3)]
-
-    def triplet() -> Tensor:
-        return F.triplet_margin_loss(*(net(x) for x in xs))
-
     torch.manual_seed(3)
     embedded = [net(x).detach().requires_grad_() for x in xs]
     slopes = torch.autograd.grad(F.triplet_margin_loss(*embedded), embedded)
@@ -210,12 +159,13 @@ def test_a_loss_of_three_presentations_adds_what_each_one_gives(noise: str) -> N
     parts = [backward(net, of_one(index)) for index in range(3)]
     assert all(part["fc1.weight"].any() for part in parts)
     expected = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
-    assert_same(backward(net, triplet), expected, rtol=1e-4, atol=1e-6)
+    triplet = backward(net, lambda: F.triplet_margin_loss(*(net(x) for x in xs)))
+    assert_same(triplet, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@every_path
 def test_two_presentations_whose_time_steps_alternate_are_as_one_after_the_other(noise: str, keys: Any) -> None:
-    net = Net(noise)
+    net = credited(noise, init_hidden=False)
     pair = inputs(0), inputs(1)
     numbers = [[100 * which + call for call in range(2 * STEPS)] for which in range(2)]
 
@@ -229,7 +179,7 @@ def test_two_presentations_whose_time_steps_alternate_are_as_one_after_the_other
         outs = [torch.zeros(()), torch.zeros(())]
         for t in range(STEPS):
             for which in range(2):
-                now, states[which] = net.step(pair[which][:, t], states[which])
+                now, *states[which] = net.step(pair[which][:, t], *states[which])
                 outs[which] = outs[which] + now
         return (outs[0] - outs[1]).square().mean()
 
@@ -237,75 +187,57 @@ def test_two_presentations_whose_time_steps_alternate_are_as_one_after_the_other
 
 
 @pytest.mark.parametrize("init_hidden", [False, True])
-@pytest.mark.parametrize("noise", NOISES)
+@every_path
 def test_a_pass_under_no_grad_between_forward_and_backward_changes_nothing(noise: str, init_hidden: bool) -> None:
-    net = Net(noise, init_hidden)
+    net = credited(noise, init_hidden)
 
     def loss(between: bool) -> Tensor:
         value = net(inputs())
         if between:
             with torch.no_grad(), torch.random.fork_rng():
-                target = net(inputs(1))
-            assert not target.requires_grad
+                assert not net(inputs(1)).requires_grad
         return (value - 1).square().mean() + net(inputs(2)).square().mean()
 
     assert_same(backward(net, lambda: loss(True)), backward(net, lambda: loss(False)))
 
 
 @pytest.mark.parametrize("evaluation", ["eval", "noise_off", "noise_on"])
-@pytest.mark.parametrize("noise", NOISES)
+@every_path
 def test_an_evaluation_between_two_training_steps_changes_no_number(noise: str, evaluation: str) -> None:
     def train(evaluate: bool) -> dict[str, Tensor]:
-        net = Net(noise, init_hidden=True, chosen=False)
+        net = Net(noise=noise)
         optimizer = torch.optim.Adam(net.parameters(), 0.05)
         slr.attach(optimizer, net)
         torch.manual_seed(3)
         for step in range(3):
             optimizer.zero_grad()
-            F.cross_entropy(net(inputs(step)), torch.arange(BATCH) % CLASSES).backward()
+            net.loss(inputs(step), data()[1]).mean().backward()
             optimizer.step()
             if evaluate:
                 look(net)
         return dict(net.state_dict())
 
     def look(net: Net) -> None:
-        with torch.no_grad():
-            if evaluation == "eval":
-                net.eval()
-                net(inputs(9, batch=2))
-                net.train()
-            elif evaluation == "noise_off":
-                with slr.noise_off(net):
-                    net(inputs(9, batch=2))
-            else:
-                with slr.noise_on(net.eval(), torch.Generator().manual_seed(0)):
-                    net(inputs(9, batch=2))
-                net.train()
+        generator = torch.Generator().manual_seed(0)
+        contexts = {"noise_off": partial(slr.noise_off, net), "noise_on": partial(slr.noise_on, net, generator)}
+        net.train(evaluation == "noise_off")
+        with torch.no_grad(), contexts.get(evaluation, nullcontext)():
+            net(inputs(9, batch=2))
+        net.train()
 
     assert_same(train(True), train(False))
 
 
-@pytest.mark.parametrize("noise", NOISES)
-def test_the_last_batch_may_have_another_size(noise: str) -> None:
-    net = Net(noise, init_hidden=True)
-    expected = backward(net, lambda: net(inputs(5, batch=2)).square().mean())
-    backward(net, lambda: net(inputs()).square().mean())
-    assert_same(backward(net, lambda: net(inputs(5, batch=2)).square().mean()), expected)
-
-
-@pytest.mark.parametrize("noise", NOISES)
+@every_path
 def test_a_neuron_that_two_layers_share_is_as_two_neurons(noise: str, keys: Any) -> None:
-    net, shared = Net(noise), Net(noise)
+    net, shared = credited(noise, init_hidden=False), credited(noise, init_hidden=False)
     shared.lif2 = shared.lif1
 
-    def loss(net: Net) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            keys(range(2 * STEPS))
-            return net(inputs()).square().mean()
+    def loss(net: Net) -> Tensor:
+        keys(range(2 * STEPS))
+        return net(inputs()).square().mean()
 
-        return run
-
-    found, expected = backward(shared, loss(shared)), backward(net, loss(net))
+    found, expected = backward(shared, lambda: loss(shared)), backward(net, lambda: loss(net))
     for name in [name for name in expected if name.startswith("lif2")]:
         expected[name.replace("lif2", "lif1")] += expected.pop(name)
     assert_same(found, expected, rtol=1e-5, atol=1e-7)
@@ -321,18 +253,18 @@ COMPUTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@every_path
 @pytest.mark.parametrize("compute", COMPUTED)
 def test_of_a_computed_state_one_warning_says_what_is_lost(noise: str, compute: str) -> None:
-    net = Net(noise)
+    net = credited(noise, init_hidden=False)
     mask = (torch.arange(BATCH) % 2).float()[:, None]
 
     def loss() -> Tensor:
         states, out = net.fresh(), torch.zeros(())
-        for t in range(STEPS):
-            now, (mem1, mem2) = net.step(inputs()[:, t], states)
+        for now in inputs().unbind(1):
+            added, mem1, mem2 = net.step(now, *states)
             states = COMPUTED[compute](mem1, mask), mem2
-            out = out + now
+            out = out + added
         return out.square().mean()
 
     with warnings.catch_warnings(record=True) as said:
@@ -344,16 +276,16 @@ def test_of_a_computed_state_one_warning_says_what_is_lost(noise: str, compute: 
     assert first["fc1.weight"].any()
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@every_path
 def test_a_state_that_was_made_or_detached_is_none_that_was_computed(noise: str) -> None:
-    net = Net(noise)
+    net = credited(noise, init_hidden=False)
     states: Any = torch.zeros(BATCH, HIDDEN), torch.rand(BATCH, HIDDEN)
-    for t in range(STEPS):
-        out, states = net.step(inputs()[:, t], states)
-        states = tuple(0.5 * mem.detach() for mem in states)
+    for now in inputs().unbind(1):
+        out, *states = net.step(now, *states)
+        states = [0.5 * mem.detach() for mem in states]
     out.square().mean().backward()
     initial = torch.zeros(BATCH, HIDDEN, requires_grad=True)
-    out, _ = net.step(inputs()[:, 0], (2 * initial, torch.zeros(BATCH, HIDDEN)))
+    out, *_ = net.step(inputs()[:, 0], 2 * initial, torch.zeros(BATCH, HIDDEN))
     out.square().mean().backward()
     # A learned initial state has a gradient.
     assert initial.grad is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,17 +12,24 @@ import snntorch_lr as slr
 
 STEPS, BATCH, INPUTS, HIDDEN = 4, 2, 3, 2
 
-NEURONS: dict[str, Any] = {
+# Every class whose neurons do not mix their inputs, with everything learned that can be.
+NEURONS: dict[str, Callable[..., Any]] = {
     "Leaky": lambda **k: slr.Leaky(beta=0.7, learn_beta=True, **k),
+    "Leaky, reset at once": lambda **k: slr.Leaky(beta=0.7, learn_beta=True, reset_delay=False, **k),
     "Lapicque": lambda **k: slr.Lapicque(R=1.0, C=2.0, time_step=1, **k),
     "Synaptic": lambda **k: slr.Synaptic(alpha=0.5, beta=0.7, learn_alpha=True, learn_beta=True, **k),
     "Alpha": lambda **k: slr.Alpha(alpha=0.8, beta=0.6, learn_beta=True, **k),
-    "RLeaky": lambda **k: slr.RLeaky(beta=0.7, learn_beta=True, linear_features=HIDDEN, **k),
-    "RSynaptic": lambda **k: slr.RSynaptic(
+    "RLeaky, one to one": lambda **k: slr.RLeaky(beta=0.7, learn_beta=True, all_to_all=False, V=0.4, **k),
+    "RSynaptic, one to one": lambda **k: slr.RSynaptic(
         alpha=0.5, beta=0.7, learn_alpha=True, learn_beta=True, all_to_all=False, V=0.4, **k
     ),
 }
-RESETS = ["subtract", "zero", "none"]
+ALL_TO_ALL: dict[str, Callable[..., Any]] = {
+    "RLeaky": lambda **k: slr.RLeaky(beta=0.7, learn_beta=True, linear_features=HIDDEN, **k),
+    "RSynaptic": lambda **k: slr.RSynaptic(
+        alpha=0.5, beta=0.7, learn_alpha=True, learn_beta=True, linear_features=HIDDEN, **k
+    ),
+}
 
 
 class TwoLayers(nn.Module):
@@ -30,7 +38,7 @@ class TwoLayers(nn.Module):
     def __init__(self, neuron: str, reset: str, noise_level: float = 0.6, **options: Any) -> None:
         super().__init__()
         torch.manual_seed(1)
-        make = NEURONS[neuron]
+        make = (NEURONS | ALL_TO_ALL)[neuron]
         settings = dict(reset_mechanism=reset, learn_threshold=True, init_hidden=True, **options)
         self.fc1 = nn.Linear(INPUTS, HIDDEN)
         self.lif1 = make(threshold=0.8, noise=slr.MembraneNoise(noise_level), **settings)
@@ -57,16 +65,13 @@ class TwoLayers(nn.Module):
 
 
 def groups(net: nn.Module) -> dict[str, list[str]]:
-    """Parameters by kind: those whose gradient has a term of its own."""
+    """Learned parameters by kind: those whose gradient has a term of its own."""
     kinds: dict[str, list[str]] = {}
-    for name, _ in net.named_parameters():
-        head, _, last = name.rpartition(".")
-        kind = last
-        if "recurrent" in head or last == "V":
-            kind = "recurrent"
-        elif head == "readout":
-            kind = "readout"
-        kinds.setdefault(kind, []).append(name)
+    for name, parameter in net.named_parameters():
+        head, _, kind = name.rpartition(".")
+        if parameter.requires_grad:
+            kind = "recurrent" if "recurrent" in head or kind == "V" else "readout" if head == "readout" else kind
+            kinds.setdefault(kind, []).append(name)
     return kinds
 
 

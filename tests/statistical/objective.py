@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,12 @@ def directions(net: Net, groups: dict[str, list[str]]) -> dict[str, dict[str, Te
         norm = math.sqrt(sum(float((v**2).sum()) for v in vectors.values()))
         result[group] = {n: v / norm for n, v in vectors.items()}
     return result
+
+
+def mutate(patch: pytest.MonkeyPatch, place: Any, name: str, change: Callable[..., Any]) -> None:
+    """Calls something else in place of a function or method, with the original one first."""
+    original = getattr(place, name)
+    patch.setattr(place, name, lambda *arguments, **more: change(original, *arguments, **more))
 
 
 def single(values: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 import snntorch_lr as slr
 
+from ..helpers import MAKERS
+
 pytestmark = pytest.mark.statistical
 STEPS, TAPS, INPUTS, HIDDEN = 5, 3, 3, 4
 LIMIT = 0.05
-ESTIMATORS = {"vanilla": slr.Vanilla, "counterfactual": slr.Counterfactual}
 
 
 class Delayed(nn.Conv1d):
@@ -55,28 +56,28 @@ def gradient(estimator: str, **options: float) -> list[Tensor]:
     torch.manual_seed(3)
     net = slr.add_noise(Layered(), sigma=0.8, kind="escape", learn=False)
     x, calls = torch.rand(1, STEPS, INPUTS), 80 if estimator == "vanilla" else 24
-    made = ESTIMATORS[estimator](net, copies=5_000, seed=4, **options)
+    made = MAKERS[estimator](net, copies=5_000, seed=4, **options)
     for _ in range(calls):
         made.backward(lambda x, _: net(x), x, torch.zeros(1))
     return [delay.weight.grad / calls for delay in net.delays]
 
 
-def compare(layer: int, tap: int, **options: float) -> tuple[float, float]:
-    """Error of a tap's counterfactual gradient along the vanilla one, and in all, as parts of the length of that."""
-    expected = gradient("vanilla")[layer][:, :, tap]
-    error = gradient("counterfactual", **options)[layer][:, :, tap] - expected
-    return float((error * expected).sum() / expected.square().sum()), float(error.norm() / expected.norm())
+def errors(layer: int, **options: float) -> tuple[Tensor, Tensor]:
+    """Of each tap's counterfactual gradient along the vanilla one, and in all, as parts of the length of that."""
+    expected = gradient("vanilla")[layer]
+    error = gradient("counterfactual", **options)[layer] - expected
+    square = expected.square().sum((0, 1))
+    return (error * expected).sum((0, 1)).abs() / square, (error.square().sum((0, 1)) / square).sqrt()
 
 
-@pytest.mark.parametrize("tap", range(TAPS))
 @pytest.mark.parametrize("layer", [0, 1])
-def test_every_tap_gets_its_gradient(layer: int, tap: int) -> None:
-    along, error = compare(layer, tap, discount=1.0)
-    assert abs(along) < LIMIT
+def test_every_tap_gets_its_gradient(layer: int) -> None:
+    along, error = errors(layer, discount=1.0)
+    assert along.max() < LIMIT
     # In the first layer the error of the vanilla gradient itself is 3 %.
-    assert error < 2 * LIMIT
+    assert error.max() < 2 * LIMIT
 
 
 def test_a_discount_leaves_a_part_of_the_reset_out() -> None:
-    unbiased, without_reset = (abs(compare(1, TAPS - 1, discount=discount)[0]) for discount in (1.0, 0.0))
+    unbiased, without_reset = (errors(1, discount=discount)[0][-1] for discount in (1.0, 0.0))
     assert without_reset > LIMIT > 4 * unbiased
