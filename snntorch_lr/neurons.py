@@ -51,6 +51,36 @@ class Leaky(NoisyNeuron, snn.Leaky):
         return Update(_LEAKY[self.reset_mechanism], (self.beta,), vectors)
 
 
+def integrates(neuron: nn.Module) -> bool:
+    """A neuron is a ``Leaky`` without noise and without reset, as many readouts are: a linear filter of its current."""
+    if type(neuron) not in (snn.Leaky, Leaky) or getattr(neuron, "noise", None) is not None:
+        return False
+    if neuron.state_quant or neuron.inhibition or "fire" in vars(neuron) or "mem_reset" in vars(neuron):
+        return False
+    return getattr(neuron.state_function, "__func__", None) is snn.Leaky._base_int
+
+
+def integrate(neuron: Any, current: Tensor, steps: int, constant: bool) -> tuple[Tensor, Tensor]:
+    """Spikes and membrane potentials, ``[steps, batch, ...]``, of a neuron that ``integrates``, as in a loop.
+
+    Args:
+        neuron: goes on from its state, and holds that of the last time step afterwards.
+        current: ``[batch, ...]``, the same in all steps, or ``[steps, batch, ...]``.
+        steps: number of time steps.
+        constant: the current is the same.
+    """
+    shape = current.shape if constant else current.shape[1:]
+    beta, mem = neuron.beta.clamp(0, 1), neuron.mem
+    mem = mem if mem.shape == shape else torch.zeros(shape, dtype=current.dtype, device=mem.device)
+    potentials = []
+    for step in range(steps):
+        neuron.reset, mem = mem, beta * mem + (current if constant else current[step])
+        potentials.append(mem)
+    neuron.mem, neuron.reset = mem, neuron.mem_reset(neuron.reset)
+    stacked = torch.stack(potentials)
+    return neuron.fire(stacked), stacked
+
+
 class Lapicque(NoisyNeuron, snn.Lapicque):
     """``snntorch.Lapicque`` with ``noise=``; arguments, shapes and return values are snnTorch's.
 

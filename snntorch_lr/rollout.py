@@ -18,6 +18,7 @@ from .gradients.approximate import BlockAtMeanInput, ExactBlock, in_rollout
 from .gradients.counterfactual import CounterfactualCredit
 from .graph import version
 from .network import noisy_inputs, reset, spiking_neurons
+from .neurons import integrate, integrates
 from .validate import Look
 
 # Modules of torch that treat every row alone and draw nothing: time steps may be rows of one call.
@@ -41,8 +42,8 @@ def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) ->
     coding): all modules in front of the first neuron are run once, and so is their backward pass; from a ``NoisyInput``
     that is not frozen on, in each time step. A block between neurons runs once for all time steps if torch's modules
     in it treat every row alone; otherwise, as BatchNorm in training mode and dropout, in each time step. The time steps
-    of ``Leaky``, ``Lapicque`` and ``Synaptic`` with counterfactual credit are one kernel; neurons that others watch by
-    hooks, and all others, go step by step.
+    of ``Leaky``, ``Lapicque`` and ``Synaptic`` with counterfactual credit are one kernel; those of a ``Leaky`` without
+    noise and reset are a sum. Neurons that others watch by hooks, and all others, go step by step.
 
     With the gradient ``"approximate"`` (``attach``, ``use_gradient``) such a block between neurons goes back at the
     mean of its inputs over 32 time steps, and keeps none of them. What comes before the first neuron or after the last
@@ -219,11 +220,12 @@ def _has_credit(neuron: Any) -> bool:
 def _neuron(neuron: Any, current: Tensor, steps: int, constant: bool) -> Any:
     """What a neuron returns in all time steps."""
     before, after = [*neuron._forward_pre_hooks.values()], [*neuron._forward_hooks.values()]
+    sequence = neuron.sampler.sequence if _has_credit(neuron) else integrate if integrates(neuron) else None
     # Those of the first call look at all time steps as well: it computes what later calls do.
-    if _has_credit(neuron) and all(isinstance(hook, Look) for hook in before + after):
+    if sequence is not None and all(isinstance(hook, Look) for hook in before + after):
         for hook in before:
             hook(neuron, (current,))
-        outputs = neuron.sampler.sequence(neuron, current, steps, constant)
+        outputs = sequence(neuron, current, steps, constant)
         if outputs is not None:
             for hook in after:
                 hook(neuron, (current,), outputs)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 import snntorch_lr as slr
-from snntorch_lr import blocks
+from snntorch_lr import blocks, neurons
 from snntorch_lr.graph import ancestors
 
 from .helpers import assert_same, gradients
@@ -92,6 +93,35 @@ def test_spikes_kept_as_bits_give_the_same_gradients(monkeypatch: pytest.MonkeyP
         outputs.square().sum().backward()
         found.append(gradients(net))
     assert_same(*found, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make_readout", [snn.Leaky, slr.Leaky], ids=["snnTorch", "ours"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_readout_without_reset_is_that_of_a_loop(
+    make_readout: Any, learned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    options = {"reset_mechanism": "none", "learn_beta": learned, "learn_threshold": learned}
+    readout = make_readout(torch.tensor([0.5, 0.7, 0.9]), 0.2, init_hidden=True, output=True, **options)
+    net = nn.Sequential(nn.Linear(6, 3), readout)
+    steps: list[int] = []
+    counted = lambda *args: (steps.append(args[2]), neurons.integrate(*args))[1]  # noqa: E731
+    monkeypatch.setattr(import_module("snntorch_lr.rollout"), "integrate", counted)
+    x = torch.rand(40, BATCH, 6, generator=torch.Generator().manual_seed(1))
+
+    def run(sequence: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        slr.reset(net)
+        net.zero_grad()
+        spikes, mem = slr.rollout(net, x) if sequence else map(torch.stack, zip(*map(net, x), strict=True))
+        (spikes.sum() + (mem * torch.arange(40).view(-1, 1, 1)).mean()).backward()
+        return {"spikes": spikes, "mem": mem, "last": readout.mem, "reset": readout.reset}, gradients(net)
+
+    (own, own_gradients), (loop, loop_gradients) = run(True), run(False)
+    # In pieces, which go on from each other.
+    assert steps == [5] * 8
+    assert own["spikes"].any()
+    assert_same(own, loop)
+    assert_same(own_gradients, loop_gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_neurons_in_nested_modules_are_found() -> None:
