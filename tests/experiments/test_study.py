@@ -19,8 +19,8 @@ from .commands import quick_gates, run
 
 # A change of these throws away finished results; see Entry.mark.
 MARKS = {
-    "digits": "adbe283324d2", "fashion-mnist": "d92f34dcc9f1", "fashion-mnist-conv": "f7ed89c5ab64",
-    "mnist": "17517225a1c0", "mnist-conv": "c0e3d7f8b3af",
+    "digits": "adbe283324d2", "fashion-mnist": "f0c4775926d1", "fashion-mnist-conv": "1938fa5d05f3",
+    "mnist": "852c0398330b", "mnist-conv": "3e47f6830305",
 }  # fmt: skip
 PLAN = """
 [recipes.surrogate]
