@@ -20,7 +20,7 @@ REPOSITORY = TESTS.parent
 WORKFLOW = REPOSITORY / ".github" / "workflows" / "ci.yml"
 # More is a reason to look.
 LINES = 600
-TOP_MODULES, FILES = 20, 56
+TOP_MODULES, FILES = 20, 55
 FOLDERS = ("kernels", "gradients", "robustness", "experiments")
 # Each may know those before it, and none after it.
 LAYERS = ("noise", "node", "noisy_neuron", "validate", "gradients.base", "gradients.counterfactual", "optim")
