@@ -141,6 +141,7 @@ def test_errors_of_the_normal_distribution_are_as_stated() -> None:
 def test_memory_is_given_out_again_only_when_nobody_holds_it() -> None:
     pool = memory.Pool()
     first = pool.empty((1 << 15,), torch.float32)
+    assert first.data_ptr() % 64 == 0
     place, view = first.data_ptr(), first[5:9]
     del first
     assert pool.empty((1 << 15,), torch.float32).data_ptr() != place

@@ -124,6 +124,36 @@ def test_a_readout_without_reset_is_that_of_a_loop(
     assert_same(own_gradients, loop_gradients, rtol=1e-4, atol=1e-6)
 
 
+class Halved(snn.Leaky):
+    """A class of the user's own, with another update."""
+
+    def _base_int(self, input_: torch.Tensor) -> torch.Tensor:
+        return 0.5 * super()._base_int(input_)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reset_mechanism": "subtract"},
+        {"reset_mechanism": "zero"},
+        {"state_quant": lambda mem: mem.mul(4).round().div(4)},
+        {"inhibition": True},
+    ],
+    ids=["subtract", "zero", "quantised", "inhibition"],
+)
+@pytest.mark.parametrize("make_readout", [snn.Leaky, Halved], ids=["snnTorch", "of one's own"])
+def test_a_noise_free_readout_that_is_no_sum_is_that_of_a_loop(make_readout: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    readout = make_readout(0.9, 0.1, init_hidden=True, output=True, **{"reset_mechanism": "none"} | options)
+    net, x = nn.Sequential(nn.Linear(6, 3), readout), 3 * torch.rand(STEPS, BATCH, 6)
+    spikes, mem = slr.rollout(net, x)
+    slr.reset(net)
+    loop = [torch.stack(part) for part in zip(*map(net, x), strict=True)]
+    assert spikes.any()
+    assert torch.equal(spikes, loop[0])
+    assert torch.equal(mem, loop[1])
+
+
 def test_neurons_in_nested_modules_are_found() -> None:
     net = make(output=True)
     nested = nn.Sequential(net[:2], nn.Sequential(net[2], nn.Sequential(net[3], net[4])))

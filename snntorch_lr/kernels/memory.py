@@ -15,7 +15,7 @@ from torch import Tensor
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int16: np.int16, torch.int64: np.int64}
 # Smaller blocks come back from the C library as they were.
 _WORTH_KEEPING = 1 << 16
-# As torch's own: by where numbers lie, libraries for matrices add them in another order.
+# Of torch's own tensors, and of a line of the cache.
 _ALIGNMENT = 64
 
 
