@@ -146,6 +146,8 @@ def test_a_noise_free_readout_that_is_no_sum_is_that_of_a_loop(make_readout: Any
     torch.manual_seed(0)
     readout = make_readout(0.9, 0.1, init_hidden=True, output=True, **{"reset_mechanism": "none"} | options)
     net, x = nn.Sequential(nn.Linear(6, 3), readout), 3 * torch.rand(STEPS, BATCH, 6)
+    # So that several neurons fire at once.
+    net[0].weight.data.abs_()
     spikes, mem = slr.rollout(net, x)
     slr.reset(net)
     loop = [torch.stack(part) for part in zip(*map(net, x), strict=True)]
