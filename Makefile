@@ -55,5 +55,5 @@ check: lint types test test-oldest docs wheel-check
 $(VENV)/installed: pyproject.toml snntorch_lr/__init__.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[fast,attacks,experiments,docs,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[fast,attacks,experiments,events,docs,dev]"
 	touch $@

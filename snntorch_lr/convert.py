@@ -31,6 +31,7 @@ def add_noise(
     distribution: str | None = None,
     sample: Any = None,
     forward: Callable[[Any], Any] | None = None,
+    loss_fn: Callable[..., Any] | None = None,
 ) -> Net:
     """Gives every snnTorch neuron of a network noise with a learnable level, in place.
 
@@ -50,6 +51,7 @@ def add_noise(
             potentials, and ``sigma`` is in units of their standard deviation, 0.25 by default: see ``calibrate``,
             which also prints what it did.
         forward: runs the network on the sample; ``net(sample)`` by default.
+        loss_fn: forward pass and loss, in place of ``forward``: tells what of the output is read; see ``calibrate``.
 
     Returns:
         The same network.
@@ -92,7 +94,7 @@ def add_noise(
             undo.callback(setattr, neuron, "noise", None) if was_ours else undo.callback(to_plain, neuron)
         undo.pop_all()
     if sample is not None:
-        calibrate(net, sample, forward, 0.25 if sigma is None else sigma)
+        calibrate(net, sample, forward, 0.25 if sigma is None else sigma, loss_fn=loss_fn)
     return net
 
 

@@ -20,7 +20,7 @@ from .gradients.approximate import mixing_neurons
 from .gradients.base import surrogate
 from .gradients.counterfactual import dependent_neurons
 from .network import left_as_found
-from .optim import estimator_called
+from .optim import attached, estimator_called
 from .validate import (
     FirstCall,
     check_network,
@@ -96,7 +96,7 @@ def check(
     loss_fn: LossFn | None = None,
     inputs: Any = None,
     targets: Any = None,
-    estimator: str | Callable[..., Estimator] = "counterfactual",
+    estimator: str | Callable[..., Estimator] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     **options: Any,
 ) -> Findings:
@@ -112,7 +112,8 @@ def check(
             looked at.
         inputs: of ``loss_fn``; a small batch is enough.
         targets: of ``loss_fn``.
-        estimator: name of an estimator, or its class.
+        estimator: name of an estimator, or its class; by default that which is attached to the optimizer, with as many
+            copies, or else ``"counterfactual"``.
         optimizer: the optimizer that is to train the network.
         **options: of the estimator.
 
@@ -127,6 +128,9 @@ def check(
         >>> print(findings)
         nothing found
     """
+    if estimator is None and optimizer is not None and (own := attached(optimizer)) is not None:
+        estimator, options = type(own), {"copies": own.copies} | options
+    estimator = estimator or "counterfactual"
     make = estimator_called(estimator) if isinstance(estimator, str) else estimator
     findings = dict.fromkeys(Finding(True, message) for message in (*network_errors(net), *level_errors(net)))
     with _collecting(findings):

@@ -46,11 +46,11 @@ def check_defects(neuron: nn.Module, noise: Noise | None, name: str = "") -> Non
     """
     defect = None
     pooling = vars(neuron).get("max_pool") or vars(neuron).get("avg_pool")
-    if isinstance(noise, EscapeNoise) and (neuron.inhibition or pooling):
-        raise ValueError(
-            f"{place(name, neuron)}: escape noise decides for each neuron alone; with inhibition or pooling "
-            "inside the neuron use membrane noise"
-        )
+    if isinstance(noise, EscapeNoise) and (neuron.inhibition or pooling or neuron.state_quant):
+        wrong = "decides for each neuron alone; with inhibition or pooling inside the neuron"
+        if neuron.state_quant:
+            wrong = "decides by a potential that state_quant clips just above the threshold: gradients would be wrong;"
+        raise ValueError(f"{place(name, neuron)}: escape noise {wrong} use membrane noise")
     if isinstance(neuron, snn.RSynaptic) and not neuron.reset_delay:
         defect = "snnTorch ignores reset_delay=False there, or fails on it; use reset_delay=True, or Synaptic"
     elif isinstance(neuron, snn.Lapicque) and isinstance(neuron.beta, nn.Parameter):

@@ -150,6 +150,10 @@ def _steps(neurons: dict[str, NoisyNeuron]) -> int:
     return sum(neuron.control.steps for neuron in neurons.values())
 
 
+# Updates between two looks for layers that have fallen silent during training.
+_LOOKS = 100
+
+
 class Hook:
     """Handle of ``attach``; ``remove()`` gives the optimizer back to backpropagation.
 
@@ -168,12 +172,17 @@ class Hook:
             self._first = choose_credit(estimator.net, estimator.sampler)
         remember_constant_inputs(estimator.net)
         self._neurons = noisy_neurons(estimator.net)
+        self._updates = 0
+        self._look: FirstCall | None = None
+        self._silent: set[str] = set()
         self._done = _steps(self._neurons)
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
         """Takes the hook off and clears the gradients it left; spikes have their surrogate gradient again."""
         self._handle.remove()
+        if self._look is not None:
+            self._look.stop()
         if self._first is not None:
             self._first.stop()
             use_gradient(self.estimator.net, "surrogate")
@@ -183,6 +192,7 @@ class Hook:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._updates += 1
         # args[0] is the optimizer itself.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None and self._first is not None:
@@ -214,6 +224,7 @@ class Hook:
                 parameter.grad = gradient
             raise
         self._done = _steps(self._neurons)
+        self._look_for_silence()
         return loss
 
     def _checked(self, closure: Callable[[], Any]) -> Any:
@@ -255,6 +266,23 @@ class Hook:
             check_finite_gradients(self.estimator.net)
         if self._first is not None and took_part:
             self._first.finish()
+            self._look_for_silence()
+
+    def _look_for_silence(self) -> None:
+        """Watches one forward pass in a hundred, and warns of layers that have fallen silent."""
+        if self._look is not None:
+            self._look.stop()
+            self._silent |= self._look.warn_about_silence(f"in update {self._updates}", self._silent)
+            self._look = None
+        elif self._updates % _LOOKS == 0:
+            self._look = FirstCall(self.estimator.net, self._neurons)
+            self._look.__enter__()
+
+
+def attached(optimizer: torch.optim.Optimizer) -> Estimator | None:
+    """The estimator that ``attach`` gave an optimizer, if it did."""
+    hooks = (getattr(hook, "__self__", None) for hook in getattr(optimizer, "_optimizer_step_pre_hooks", {}).values())
+    return next((hook.estimator for hook in hooks if isinstance(hook, Hook)), None)
 
 
 def attach(
@@ -317,8 +345,7 @@ def attach(
         raise ValueError("the estimator was made for another network than the one that is attached")
     else:
         asked = estimator.copies
-    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
-    if any(isinstance(getattr(hook, "__self__", None), Hook) for hook in hooks):
+    if attached(optimizer) is not None:
         raise ValueError("this optimizer has a likelihood-ratio hook already; call remove() on it first")
     check_optimizer(net, optimizer)
     return Hook(optimizer, estimator, asked)

@@ -278,6 +278,41 @@ def check_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def comes_near(neuron: Any) -> Tensor:
+    """Whether some membrane potential of a neuron is above half of its threshold now."""
+    above: Tensor = neuron.mem.detach() > neuron.threshold.detach() / 2
+    return above.any()
+
+
+class Credits:
+    """Counts where the loss has a derivative by the spikes of a neuron; to be watched before the backward pass."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        # One count for each time step that a gradient reached, and the number of spikes and silences in a step.
+        self._counts: list[Tensor] = []
+        self._size = 0
+
+    def watch(self, spikes: Tensor, steps: int = 1) -> None:
+        """Counts in the backward pass; ``[batch, ...]``, or ``[steps, batch, ...]``."""
+        self._steps += steps
+        self._size = spikes.numel() // steps
+
+        def count(gradient: Tensor | None) -> None:
+            if gradient is not None:
+                self._counts += (gradient != 0).reshape(steps, -1).sum(1).unbind()
+
+        spikes.register_hook(count)  # type: ignore[no-untyped-call]
+
+    @property
+    def of_first_spikes(self) -> bool:
+        """A loss of first spikes: one time step of each neuron counts, and not the same for all."""
+        if self._steps < 4 or not self._counts:
+            return False
+        counts = torch.stack(self._counts)
+        return bool(counts.sum() <= self._size) and int((counts > 0).sum()) > 1
+
+
 class FirstCall:
     """Context of a first forward pass: watches whether noisy neurons fire, and what noise-free ones feed.
 
@@ -299,9 +334,13 @@ class FirstCall:
         # By name: some neuron fired in some time step; all of them fired in all.
         self._some: dict[str, Tensor] = {}
         self._all: dict[str, Tensor] = {}
+        self._credits: dict[str, Credits] = {}
+        self._rows = 0
         # Places of noise-free neurons, by the number of the node that made their output: unique in the graph.
         self._spikes: dict[int, str] = {}
         self._membranes: dict[int, str] = {}
+        # By place: a membrane potential without noise came near its threshold.
+        self._near: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> FirstCall:
@@ -327,13 +366,19 @@ class FirstCall:
             self.stop()
             self.warn_about_noise_free()
             self.warn_about_silence()
+            self._warn_about_first_spikes()
 
     def _after(self, name: str, neuron: Any, args: Any, output: Any) -> None:
         if not neuron.noise.active:
             if _active(self._noisy):
                 self._emitted(place(name, neuron), neuron, args, output)
             return
-        fired = (output[0] if isinstance(output, tuple) else output).detach() != 0
+        spikes = output[0] if isinstance(output, tuple) else output
+        if spikes.requires_grad:
+            steps = 1 if spikes.shape == neuron.mem.shape else len(spikes)
+            self._credits.setdefault(name, Credits()).watch(spikes, steps)
+        self._rows = max(self._rows, len(neuron.mem))
+        fired = spikes.detach() != 0
         some, every = fired.any(), fired.all()
         self._some[name] = self._some.get(name, some) | some
         self._all[name] = self._all.get(name, every) & every
@@ -346,6 +391,8 @@ class FirstCall:
         resets = getattr(neuron, "reset_mechanism", "none") != "none" or hasattr(neuron, "recurrent")
         if resets and isinstance(mem, Tensor) and mem.grad_fn is not None:
             self._membranes[mem.grad_fn._sequence_nr()] = name
+            near = comes_near(neuron)
+            self._near[name] = self._near.get(name, near) | near
 
     def _before(self, name: str, neuron: Any, args: Any) -> None:
         if self._until is not None and self._until():
@@ -387,12 +434,14 @@ class FirstCall:
         Args:
             read: numbers of the nodes behind the loss; None if the loss is not known.
         """
+        # One that never comes near its threshold is a readout of membrane potentials, which never resets.
+        near = {name for name, came_near in self._near.items() if bool(came_near)}
         if read is None:
-            spiking, resetting = set(self._spikes.values()) & set(self._membranes.values()), set[str]()
+            spiking, resetting = set(self._spikes.values()) & near, set[str]()
             condition = "if the loss reads them, "
         else:
             spiking = {name for number, name in self._spikes.items() if number in read}
-            resetting = {name for number, name in self._membranes.items() if number in read} - spiking
+            resetting = {name for number, name in self._membranes.items() if number in read and name in near} - spiking
             condition = ""
         if spiking:
             warn(
@@ -407,6 +456,19 @@ class FirstCall:
                 "readout"
             )
 
+    def _warn_about_first_spikes(self) -> None:
+        """Warns of much noise where one spike of a neuron counts; after the backward pass of a user's own loop."""
+        for name, credits in self._credits.items():
+            neuron = self._noisy[name]
+            assert neuron.noise is not None
+            sigma, threshold = neuron.noise.sigma.detach().mean(), neuron.threshold.detach().mean()
+            if credits.of_first_spikes and bool(sigma > 0.6 * threshold):
+                warn(
+                    f"the loss reads one spike of each neuron in {place(name, neuron)}, as first-spike codes do, and "
+                    f"noise of σ = {sigma:.2g} often fires too early: set the level with add_noise(net, "
+                    "sample=(inputs, targets), loss_fn=...), or give a sigma of a third of the threshold"
+                )
+
     def dead(self) -> dict[str, str]:
         """Noisy layers whose spikes tell nothing, and why."""
         reasons = {}
@@ -420,15 +482,33 @@ class FirstCall:
                 reasons[name] = f"all of {where} fired in every step"
         return reasons
 
-    def warn_about_silence(self) -> None:
-        """Warns of layers whose spikes tell nothing, except for readouts that never reset."""
-        reasons = [reason for name, reason in self.dead().items() if self._noisy[name].reset_mechanism != "none"]
-        if reasons:
+    def warn_about_silence(self, when: str = "in the first call", known: Set[str] = frozenset()) -> set[str]:
+        """Warns of layers whose spikes tell nothing, except for readouts that never reset; and of a single sample.
+
+        Args:
+            when: the forward pass was.
+            known: names that were warned of already.
+
+        Returns:
+            The names that were warned of now.
+        """
+        dead = {
+            name: reason
+            for name, reason in self.dead().items()
+            if self._noisy[name].reset_mechanism != "none" and name not in known
+        }
+        if dead:
             warn(
-                f"{', '.join(reasons)} in the first call: spikes that never change tell nothing, and weights around "
-                "them learn nothing or by chance. Change the threshold, the noise level or the weights in front of it; "
-                "where only the membrane potential is read, nothing is wrong"
+                f"{', '.join(dead.values())} {when}: spikes that never change tell nothing, and weights around them "
+                "learn nothing or by chance. Change the threshold, the noise level or the weights in front of it; "
+                "where only the membrane potential is read, nothing is wrong, but a prediction by spike counts is"
             )
+        if self._rows == 1 and when == "in the first call":
+            warn(
+                "the batch is one sample, with one draw of noise: its gradient varies much. Repeat the sample in the "
+                "batch, 16 times or so, and let the noise fall during training (snntorch_lr.anneal)"
+            )
+        return set(dead)
 
 
 class Look:

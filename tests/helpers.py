@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Laplace, Normal
 
 import snntorch_lr as slr
+from snntorch_lr.gradients.vanilla import Scores
 
 STEPS, BATCH, FEATURES = 4, 5, 3
 MAKERS: dict[str, Callable[..., Any]] = {
@@ -81,8 +82,21 @@ def build(package: ModuleType, name: str, learn: bool = False, **options: Any) -
     return getattr(package, name)(*POSITIONAL[name], **options)
 
 
+def sampled(neuron: Any) -> Any:
+    """The neuron with sampled spikes: by counterfactual credit, and LSTM cells by the plain likelihood ratio."""
+    if neuron.is_elementwise:
+        slr.use_gradient(neuron)
+    else:
+        neuron.sampler = Scores()
+    return neuron
+
+
 def has_option(name: str, option: str) -> bool:
     return option in inspect.signature(getattr(snn, name)).parameters
+
+
+# RSynaptic fails without a delay.
+WITH_DELAY = [name for name in CLASSES if has_option(name, "reset_delay") and name != "RSynaptic"]
 
 
 def inputs_for(name: str, dtype: torch.dtype = torch.float32, batch: int = BATCH) -> Tensor:
@@ -168,6 +182,10 @@ def data(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tenso
     return x.to(device), torch.tensor([0, 1, 0, 1, 1], device=device)
 
 
+def weights(net: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+
+
 def gradients(net: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
@@ -209,11 +227,10 @@ def nothing_changes(net: nn.Module) -> Iterator[None]:
     """Weights and gradients are the same after the block; gradients are filled before, so that loss shows too."""
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
-    weights = {name: p.detach().clone() for name, p in net.named_parameters()}
-    grads = {name: gradient.clone() for name, gradient in gradients(net).items()}
+    before = weights(net), gradients(net)
     try:
         yield
     finally:
         # Also, and above all, after an error.
-        assert_same(weights, {name: p.detach() for name, p in net.named_parameters()})
-        assert_same(grads, gradients(net))
+        assert_same(before[0], weights(net))
+        assert_same(before[1], gradients(net))

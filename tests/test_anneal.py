@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -108,28 +107,6 @@ def test_noise_of_the_input_falls_too() -> None:
     slr.anneal(net, steps=1, to=0.5).step()
     assert float(net[0].sigma) == pytest.approx(0.2)
     assert float(net[2].noise.sigma) == pytest.approx(0.25)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"steps": 0}, "steps must be a positive integer"),
-        ({"steps": 2.5}, "steps must be a positive integer"),
-        ({"steps": 3, "to": 0}, r"to must be in \(0, 1\]"),
-        ({"steps": 3, "to": 1.5}, r"to must be in \(0, 1\]"),
-        ({"steps": 3, "to": "0.1"}, r"to must be in \(0, 1\]"),
-    ],
-)
-def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
-    net = Net()
-    with pytest.raises(ValueError, match=message):
-        slr.anneal(net, **options)
-    assert levels(net) == [0.5, 0.5]
-
-
-def test_a_network_without_noise_is_refused() -> None:
-    with pytest.raises(ValueError, match="Net has no noise to anneal"):
-        slr.anneal(Net(noise=False), steps=3)
 
 
 class Normed(nn.Sequential):

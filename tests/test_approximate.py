@@ -109,13 +109,6 @@ def test_element_wise_gradients_are_exact_in_two_layers(kind: str) -> None:
     assert not torch.allclose(found["fc2.weight"], expected["fc2.weight"])
 
 
-def test_points_where_vanilla_points() -> None:
-    net = TwoLayers("Leaky", "subtract")
-    found = [estimated(net, estimator, copies=20_000) for estimator in ("vanilla", "approximate")]
-    mean = [torch.cat([of[name].flatten() for name in ("fc1.weight", "fc2.weight")]) for of in found]
-    assert torch.cosine_similarity(*mean, dim=0) > 0.8
-
-
 class Branches(nn.Module):
     """Convolution, normalisation, pooling, a residual branch, and one-to-one recurrence."""
 
@@ -211,28 +204,6 @@ def test_what_sums_over_time_do_not_know_is_refused(kind: str, said: str) -> Non
     slr.Vanilla(net, 4).backward(net.loss, x, y)
     net.kind = "none"
     estimator.backward(net.loss, x, y)
-
-
-class _LearnsMore(slr.Leaky):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.rho = nn.Parameter(torch.ones(()))
-
-
-@pytest.mark.filterwarnings("ignore:Inhibition")
-@pytest.mark.parametrize(
-    ("neuron", "said"),
-    [
-        (slr.SLSTM(3, 3, noise=True), "an LSTM cell mixes its neurons"),
-        (slr.Leaky(beta=0.9, noise=True, inhibition=True), "inhibition lets only one"),
-        (slr.RLeaky(beta=0.9, linear_features=3, noise=True), "all-to-all recurrence"),
-        (_LearnsMore(beta=0.9, noise=True), "its rho is learned"),
-    ],
-    ids=["LSTM", "inhibition", "recurrence", "a parameter of its own"],
-)
-def test_neurons_that_mix_others_are_refused_by_name(neuron: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=rf"^1 \({type(neuron).__name__}\): {said}.*use estimator="):
-        slr.Approximate(nn.Sequential(nn.Linear(3, 3), neuron), 4)
 
 
 @pytest.mark.parametrize(("estimator", "module"), [("approximate", "approximate"), ("vanilla", "fused")])

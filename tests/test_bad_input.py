@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 import snntorch_lr as slr
 from snntorch_lr import objectives, robustness
+from snntorch_lr.baselines import BASELINES, batch_mean, leave_one_out
+from snntorch_lr.network import noisy_neurons
+from snntorch_lr.noisy_neuron import UNSUPPORTED
 
 from .helpers import FEATURES, Net, data, nothing_changes
 
@@ -26,11 +30,21 @@ def plain() -> nn.Sequential:
 
 
 def attach(net: Any, *args: Any, **options: Any) -> slr.optim.Hook:
-    return slr.attach(torch.optim.SGD(net.parameters(), lr=0.1), net, *args, **options)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    try:
+        return slr.attach(optimizer, net, *args, **options)
+    except (TypeError, ValueError):
+        # Nothing is attached: gradients in which no neuron had a part would be refused.
+        optimizer.step()
+        raise
 
 
-def step(net: Net, estimator: str, *closures: Any) -> Tensor:
-    return attach(net, estimator).optimizer.step(*closures)
+def readout(**options: Any) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(FEATURES, 2), slr.Leaky(beta=0.9, **options))
+
+
+def single_loss(net: Net) -> Tensor:
+    return slr.Vanilla(net, 1, baseline="none").backward(lambda x, y: net.loss(x, y).mean(), X[:1], Y[:1])
 
 
 def estimate(make: Any, x: Any = X, y: Any = Y, loss_fn: Any = None, **options: Any) -> Call:
@@ -72,9 +86,38 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "unknown option": (lambda net: attach(net, chunks=3), TypeError, "Counterfactual.*'chunks'"),
     "losses": (lambda net: slr.closure(net.loss(X, Y), X, Y), TypeError, "loss_fn must be a func.* Tensor"),
     "swapped closure": (lambda net: slr.closure(X, net.loss, Y), TypeError, "loss_fn must be a function of"),
+    "options of an instance": (lambda net: attach(net, slr.Vanilla(net), seed=3, baseline="none"), ValueError,
+        "seed, baseline belongs"),
+    "another network's": (lambda net: attach(net, slr.Vanilla(Net())), ValueError, "another network"),
+    "one copy": (lambda net: attach(net, "vanilla", copies=1), ValueError,
+        r"1 copy leaves nothing.*copies >= 2.*'batch-mean' or 'none'"),
+    "one copy, sums": (lambda net: slr.Approximate(net, 1), ValueError, "1 copy leaves nothing"),
+    "no copies": (lambda net: attach(net, copies=0), ValueError, "copies must be a positive integer"),
+    "discount": (lambda net: attach(net, discount=2), ValueError, r"discount must be in \[0, 1\]"),
+    "other parameters": (lambda net: slr.attach(torch.optim.SGD(Net().parameters(), 0.1), net), ValueError,
+        "holds none of the parameters of Net"),
+    # use_gradient
+    "gradient": (lambda net: slr.use_gradient(net, "adam"), ValueError,
+        r"unknown gradient 'adam'; choose \"counterfactual\", \"approximate\" or \"surrogate\"$"),
+    "gradient with copies": (lambda net: slr.use_gradient(net, "vanilla"), ValueError,
+        r"\"vanilla\" needs copies.*attach\(optimizer, net, estimator=\"vanilla\"\) with closure"),
+    "discount, no optimizer": (lambda net: slr.use_gradient(net, discount=1.5), ValueError,
+        r"discount must be in \[0, 1\], got 1.5"),
+    "control": (lambda net: slr.use_gradient(net, control="fit"), ValueError,
+        r"control must be in \[0, 1\], or None to fit it, got 'fit'"),
+    "surrogate's discount": (lambda net: slr.use_gradient(net, "surrogate", 0.5), ValueError,
+        'belong to the gradients "counterfactual" and "approximate"'),
     # estimators
     "seed": (lambda net: slr.Vanilla(net, seed=1.5), ValueError, "seed must be an integer, .* got 1.5"),
     "baseline": (estimate(slr.Vanilla, baseline=None), ValueError, "unknown baseline None; choose .* or a function"),
+    "baseline's name": (estimate(slr.Approximate, baseline="mean"), ValueError,
+        "unknown baseline 'mean'; choose one of none, batch-mean, leave-one-out"),
+    "baseline of one copy": (estimate(slr.Vanilla, copies=1, baseline=BASELINES["leave-one-out"]), ValueError,
+        "use more copies of each sample"),
+    "others of one copy": (lambda _: leave_one_out(torch.rand(1, 5)), ValueError, "use more copies of each sample"),
+    "others of one row": (lambda _: batch_mean(torch.rand(1, 1)), ValueError, "use more samples"),
+    "mean of a single row": (single_loss, ValueError, r"shape \(\)"),
+    "margin": (lambda net: objectives.clipped_margin(net(X), Y, margin=0), ValueError, "positive"),
     "baseline's shape": (with_baseline(lambda losses: losses.mean()), ValueError,
         r"baseline must .*\(4, 5\), .* \(\)"),
     "baseline's NaN": (with_baseline(lambda losses: losses / 0 * 0), ValueError,
@@ -89,6 +132,11 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     # noise
     "σ = 0": (lambda _: slr.add_noise(plain(), 0), ValueError,
         "sigma must be positive and finite, got 0; .*noise=False"),
+    **{
+        f"σ = {sigma}": (lambda _, sigma=sigma: slr.MembraneNoise(sigma), ValueError,
+            r"sigma must be positive and finite.*noise=False")
+        for sigma in (-0.1, math.nan, math.inf, torch.tensor([0.5, 0]), torch.tensor([0.5, math.nan]), torch.zeros(0))
+    },
     "σ is text": (lambda _: slr.EscapeNoise("0.5"), TypeError,
         "sigma must be a number or a tensor of numbers, got '0.5'"),
     "σ is true": (lambda _: slr.add_noise(plain(), True), TypeError, "sigma must be a number .*, got True"),
@@ -97,13 +145,58 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "σ of more dimensions": (with_sigma((1, 1, 4), slr.EscapeNoise), ValueError,
         r"sigma of Leaky .*\(1, 1, 4\), which does"),
     "no such neuron": (lambda _: slr.add_noise(plain(), only=["fc", 1]), ValueError, "is called fc, 1; there are 1"),
-    "noise=0.5": (lambda _: slr.Leaky(beta=0.9, noise=0.5), ValueError,
-        "noise=0.5 is not a noise; use True.*MembraneNoise"),
+    **{
+        f"noise={noise}": (lambda _, noise=noise: slr.Leaky(beta=0.9, noise=noise), ValueError,
+            "is not a noise; use True, False, .*MembraneNoise")
+        for noise in ("membran", 0.5, torch.tensor(0.5), slr.MembraneNoise)
+    },
+    "distribution": (lambda _: slr.MembraneNoise(distribution="cauchy"), ValueError,
+        "'cauchy'.*gaussian, laplace, logistic"),
+    "floor": (lambda _: slr.NoisyInput(floor=1.0), ValueError, "floor"),
+    "σ of the input": (lambda _: slr.NoisyInput(sigma=-1.0), ValueError, "positive"),
+    "distribution of the input": (lambda _: slr.NoisyInput(distribution="x"), ValueError, "choose"),
+    "σ for other pixels": (lambda _: slr.NoisyInput(torch.ones(1, 2, 3))(torch.zeros(4, 1, 3, 3)), ValueError,
+        "does not fit"),
+    # neurons
+    **{
+        name: (lambda _, name=name: getattr(slr, name), AttributeError, rf"no {name}: .*; use ") for name in UNSUPPORTED
+    },
+    "no such class": (lambda _: slr.Leeky, AttributeError, "has no attribute 'Leeky'"),
+    "RSynaptic's reset": (lambda _: slr.RSynaptic(0.7, 0.6, linear_features=3, reset_delay=False, noise=True),
+        ValueError, "RSynaptic.*reset_delay=True"),
+    "Lapicque's leak": (lambda _: slr.Lapicque(0.8, learn_beta=True, noise=True), ValueError, "Lapicque.*use Leaky"),
+    **{
+        f"Alpha, noise={noise}": (lambda _, noise=noise: slr.Alpha(0.8, 0.5, learn_alpha=True, noise=noise), ValueError,
+            "learn_alpha=True; use ")
+        for noise in (False, True)
+    },
+    "inhibition": (lambda _: readout(inhibition=True, noise="escape"), ValueError,
+        "escape noise decides for each neuron alone"),
+    "pooling": (lambda _: slr.SConv2dLSTM(1, 1, 3, max_pool=2, noise="escape"), ValueError,
+        "escape noise decides for each neuron alone"),
+    # anneal
+    **{
+        f"steps={steps}": (lambda net, steps=steps: slr.anneal(net, steps), ValueError,
+            "steps must be a positive integer")
+        for steps in (0, 2.5)
+    },
+    **{
+        f"to={to!r}": (lambda net, to=to: slr.anneal(net, 3, to), ValueError, r"to must be in \(0, 1\]")
+        for to in (0, 1.5, "0.1")
+    },
+    "nothing to anneal": (lambda _: slr.anneal(plain(), 3), ValueError, "Sequential has no noise to anneal"),
     # rollout
     "any module": (lambda net: slr.rollout(net, X, 3), TypeError,
         r"nn.Sequential, not Net: .*snntorch_lr.reset\(net\)"),
     "steps": (lambda _: slr.rollout(plain(), X[:, 0], 2.5), ValueError,
         "num_steps must be a positive integer, got 2.5"),
+    "no steps": (lambda _: slr.rollout(plain(), X[:, 0], 0), ValueError,
+        "num_steps must be a positive integer, got 0"),
+    "states by hand": (lambda _: slr.rollout(readout(), X[:, 0], 2), ValueError,
+        r"1 \(Leaky\) does not hold.*init_hidden=True"),
+    "output on the way": (lambda _: slr.rollout(nn.Sequential(
+        snn.Leaky(beta=0.9, init_hidden=True, output=True), nn.Linear(FEATURES, 2)), X[:, 0], 2), ValueError,
+        r"0 \(Leaky\) returns its state.*output=False"),
     "no time": (lambda _: slr.rollout(plain(), X[:0]), ValueError,
         r"shape \(0, 4, 3\) have no time step: .*num_steps="),
     # evaluate
@@ -122,6 +215,7 @@ def test_bad_input_is_named_and_nothing_changes(kind: str) -> None:
     with nothing_changes(net), pytest.raises(error) as caught:
         call(net)
     assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
+    assert all(neuron.sampler is None for neuron in noisy_neurons(net).values())
 
 
 def test_input_that_looks_bad_has_its_result() -> None:

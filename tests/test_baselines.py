@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from snntorch_lr.baselines import BASELINES, Baseline, batch_mean, leave_one_out
+from snntorch_lr.baselines import BASELINES, batch_mean, leave_one_out
 
 COPIES, BATCH = 6, 3
 
@@ -38,15 +38,6 @@ def test_baseline_does_not_depend_on_the_loss_of_its_own_noise(name: str) -> Non
     subtracted = torch.autograd.functional.jacobian(lambda x: x - BASELINES[name](x), losses())
     own = subtracted.view(COPIES * BATCH, COPIES * BATCH).diagonal()
     assert own.abs().max() < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("baseline", "shape", "remedy"),
-    [(leave_one_out, (1, 5), "use more copies of each sample"), (batch_mean, (1, 1), "use more samples")],
-)
-def test_nothing_to_compare_with_is_an_error(baseline: Baseline, shape: tuple[int, int], remedy: str) -> None:
-    with pytest.raises(ValueError, match=remedy):
-        baseline(torch.rand(shape))
 
 
 def test_batch_mean_of_single_copies_is_enough() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import snntorch as snn
 import torch
+from snntorch import functional as SF
 from torch import Tensor, nn
 
 import snntorch_lr as slr
@@ -35,13 +36,106 @@ def levels(net: nn.Sequential) -> list[float]:
     return [float(net[index].noise.sigma) for index in (1, 3, 5)]
 
 
-def test_levels_are_relative_to_the_spread_of_membranes_and_that_of_a_readout_is_its_threshold() -> None:
+def test_levels_are_relative_to_the_spread_of_membranes() -> None:
     net = deep(threshold=2.0)
-    with pytest.warns(UserWarning, match=r"^3 \(Leaky\) never fired on the sample.*larger weights"):
+    with pytest.warns(UserWarning, match=r"^3 \(Leaky\), 5 \(Leaky\) never fired on the sample.*larger weights"):
         calibration = slr.calibrate(slr.add_noise(net, kind="escape"), data(), over_time(net), sigma=0.3, min_rate=0)
     assert [layer.name for layer in calibration.layers] == ["1", "3", "5"]
     assert [layer.readout for layer in calibration.layers] == [False, False, True]
-    assert levels(net) == pytest.approx([0.3 * calibration.layers[0].spread, 0.3 * calibration.layers[1].spread, 2.0])
+    assert levels(net) == pytest.approx([0.3 * layer.spread for layer in calibration.layers])
+
+
+def test_a_silent_readout_gets_its_threshold_but_no_more_than_ten_spreads() -> None:
+    net = deep(threshold=2.0)
+    readout = slr.calibrate(slr.add_noise(net, kind="escape"), data(), over_time(net)).layers[-1]
+    assert readout.rate_off < 0.05
+    assert readout.spread > 0.2
+    assert readout.sigma == pytest.approx(2)
+    net[5].threshold.fill_(20000)
+    with pytest.warns(UserWarning, match="5 .Leaky. never fired on the sample"):
+        far = slr.calibrate(net, data(), over_time(net)).layers[-1]
+    assert far.sigma == pytest.approx(10 * far.spread)
+    assert "fires at 0 even with noise: little can be learned before it" in far.note
+
+
+def test_a_readout_that_fires_is_left_in_peace() -> None:
+    net = deep(threshold=0.1)
+    readout = slr.calibrate(slr.add_noise(net), data(), over_time(net)).layers[-1]
+    assert readout.rate_off > 0.05
+    assert readout.sigma == pytest.approx(0.25 * readout.spread)
+
+
+class Readout(nn.Module):
+    """States by hand; returns spikes and membrane potentials over time, ``[time, batch, 4]``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.lif1 = nn.Linear(20, 30), snn.Leaky(beta=0.8, threshold=0.3)
+        self.fc2, self.lif2 = nn.Linear(30, 4), snn.Leaky(beta=0.8, **options)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mem1, mem2, record = self.lif1.reset_mem(), self.lif2.reset_mem(), []
+        for _ in range(8):
+            spk, mem1 = self.lif1(self.fc1(x), mem1)
+            out, mem2 = self.lif2(self.fc2(spk), mem2)
+            record.append((out, mem2))
+        spikes, potentials = zip(*record, strict=True)
+        return torch.stack(spikes), torch.stack(potentials)
+
+
+READS: dict[str, Any] = {
+    "spikes": lambda net, x: net(x)[0].mean(),
+    "membrane": lambda net, x: net(x)[1].square().mean(),
+    "both": lambda net, x: net(x)[0].mean() + net(x)[1].square().mean(),
+    "first spike": lambda net, x: SF.ce_temporal_loss()(net(x)[0], torch.arange(len(x)) % 4),
+    "unknown": lambda net, x: (net(x)[0].sum(0).argmax(1) == 0).float().mean(),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_what_a_loss_reads_is_found(read: str) -> None:
+    net = slr.add_noise(Readout(threshold=0.2), kind="escape")
+    hidden, readout = slr.calibrate(net, data(), loss_fn=lambda x: READS[read](net, x)).layers
+    assert (hidden.read, readout.read) == ("unknown" if read == "unknown" else "spikes", read)
+    assert readout.sigma > 0
+    assert readout.note.startswith("the loss reads only its membrane potential") == (read == "membrane")
+
+
+def test_a_loss_of_first_spikes_gets_less_noise_than_its_threshold() -> None:
+    sigma = {}
+    for read in ("spikes", "first spike"):
+        net = slr.add_noise(Readout(threshold=2.0), kind="escape")
+        sigma[read] = slr.calibrate(net, (data(),), loss_fn=lambda x, r=read, n=net: READS[r](n, x)).layers[1].sigma
+    assert 0.1 < sigma["first spike"] < 1.4
+    assert sigma["spikes"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize("options", [{"reset_mechanism": "none"}, {"threshold": 20000.0}])
+@pytest.mark.parametrize("kind", ["membrane", "escape"])
+def test_a_readout_of_membrane_potentials_that_nothing_resets_gets_no_noise(kind: str, options: Any) -> None:
+    class Membranes(Readout):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[1]
+
+    net = Membranes(**options)
+    with pytest.warns(UserWarning, match=r"lif2 \(Leaky\) got no noise: only the membrane potential is read"):
+        slr.add_noise(net, kind=kind, sample=data())
+    assert net.lif2.noise is None
+    assert net.lif1.noise is not None
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    slr.attach(optimizer, net)
+    # It resets in principle, but no warning says so.
+    net(data()).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(net.fc1.weight, before["fc1.weight"])
+
+
+def test_forward_and_a_loss_are_not_given_both() -> None:
+    net = slr.add_noise(Readout())
+    with pytest.raises(ValueError, match="give forward, which returns the output, or loss_fn"):
+        slr.calibrate(net, data(), net, loss_fn=lambda x: net(x)[0].mean())
 
 
 @pytest.mark.parametrize("kind", ["membrane", "escape"])
@@ -52,7 +146,6 @@ def test_a_layer_that_hardly_fires_gets_as_much_noise_as_it_takes(kind: str) -> 
         assert 0.3 * layer.spread < layer.sigma < 2
         # Measured once more, with other noise.
         assert 0.018 < layer.rate_on < 0.06
-    assert calibration.layers[2].sigma == pytest.approx(2)
     more = slr.calibrate(net, data(), over_time(net), sigma=0.3, min_rate=0.1)
     assert all(layer.rate_on > 0.09 for layer in more.layers)
     with pytest.raises(ValueError, match=r"min_rate is in spikes per neuron and time step, in \[0, 0.5\), got 20"):

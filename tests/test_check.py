@@ -46,6 +46,18 @@ def test_a_network_that_is_well_has_no_findings_and_is_left_as_it_was() -> None:
     assert bool((net[0].weight.grad == 1).all())
 
 
+def test_the_estimator_is_that_of_the_optimizer() -> None:
+    net = Net()
+    optimizer = torch.optim.Adam(net.parameters())
+    mean = {"loss_fn": lambda x, y: net.loss(x, y).mean(), "inputs": X, "targets": Y, "optimizer": optimizer}
+    assert slr.check(net, **mean)
+    hook = slr.attach(optimizer, net, "vanilla", copies=2)
+    assert "one loss" in str(slr.check(net, **mean).errors[0])
+    assert slr.check(net, estimator="counterfactual", **mean)
+    hook.remove()
+    assert slr.check(net, **mean)
+
+
 def test_errors_of_network_and_optimizer_are_found_at_once() -> None:
     net = Net()
     with torch.no_grad():

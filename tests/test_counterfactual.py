@@ -14,18 +14,12 @@ import snntorch_lr as slr
 from snntorch_lr.gradients import CounterfactualCredit
 
 from .helpers import (
-    CLASSES,
-    RESETS,
     Net,
-    assert_filled,
     assert_same,
     backward,
-    build,
     credited,
     data,
-    every_noise,
-    inputs_for,
-    run,
+    every_path,
 )
 
 X, Y = data()
@@ -36,22 +30,8 @@ def of_loss(net: Net, seed: int = 0, x: Tensor = X) -> dict[str, Tensor]:
     return backward(net, lambda: net.loss(x, Y[: len(x)]).mean(), seed=seed)
 
 
-def fitting() -> Net:
-    return credited(control=None)
-
-
-@pytest.mark.parametrize("reset", RESETS)
-@every_noise
-@pytest.mark.parametrize("name", [name for name in CLASSES if "LSTM" not in name])
-def test_every_parameter_of_a_neuron_and_its_input_get_a_gradient(name: str, noise: str, reset: str) -> None:
-    neuron = build(slr, name, learn=True, noise=noise, reset_mechanism=reset)
-    slr.use_gradient(neuron)
-    x = inputs_for(name).requires_grad_()
-    torch.manual_seed(0)
-    sum(spikes.sum() for spikes, *_ in run(neuron, x)).backward()
-    assert_filled(neuron)
-    assert x.grad.isfinite().all()
-    assert x.grad.any()
+def fitting(noise: str = "escape") -> Net:
+    return credited(noise, control=None)
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "laplace", "logistic"])
@@ -80,19 +60,6 @@ def test_of_one_spike_the_gradient_is_that_of_its_probability_where_lambda_is_on
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@every_noise
-def test_a_backward_pass_may_be_repeated(noise: str) -> None:
-    net = credited(noise)
-    once = of_loss(net)
-
-    def twice() -> Tensor:
-        loss = net.loss(X, Y).mean()
-        loss.backward(retain_graph=True)
-        return loss
-
-    assert_same(backward(net, twice, seed=0), {name: 2 * value for name, value in once.items()}, rtol=1e-5, atol=1e-7)
-
-
 def test_the_discount_is_about_later_time_steps_alone() -> None:
     def found(discount: float, steps: int) -> Tensor:
         return of_loss(credited(discount=discount), x=X[:, :steps])["fc1.weight"]
@@ -104,17 +71,18 @@ def test_the_discount_is_about_later_time_steps_alone() -> None:
 class TestControl:
     """The control variate λ."""
 
-    def test_the_first_presentation_has_half_and_later_ones_what_earlier_ones_fit(self) -> None:
-        net = fitting()
-        assert_same(of_loss(net), of_loss(credited(control=0.5)))
+    @every_path
+    def test_the_first_presentation_has_half_and_later_ones_what_earlier_ones_fit(self, noise: str) -> None:
+        net = fitting(noise)
+        assert_same(of_loss(net), of_loss(credited(noise, control=0.5)))
         fitted = fit(net)
         assert all(0 < value < 1 and value != 0.5 for value in fitted.values())
-        fixed = credited()
+        fixed = credited(noise)
         for name, value in fitted.items():
             fixed.get_submodule(name).sampler = CounterfactualCredit(control=value)
         # Whatever noise the next one has.
         for seed in (1, 2):
-            again = fitting()
+            again = fitting(noise)
             of_loss(again)
             assert_same(of_loss(again, seed), of_loss(fixed, seed))
             assert fit(again) != fitted
@@ -179,15 +147,3 @@ def test_inputs_get_a_gradient_each_row_its_own() -> None:
     (first,) = torch.autograd.grad(net.loss(x, Y)[0], x)
     torch.testing.assert_close(first[0], whole[0])
     assert not first[1:].any()
-
-
-@pytest.mark.filterwarnings("error")
-def test_layers_may_be_frozen_and_set_free() -> None:
-    net = credited()
-    net.fc1.requires_grad_(False)
-    frozen = of_loss(net)
-    assert "fc1.weight" not in frozen
-    net.fc1.requires_grad_(True)
-    free = of_loss(net)
-    assert free.keys() == dict(net.named_parameters()).keys()
-    assert_same(frozen, {name: free[name] for name in frozen}, rtol=1e-4, atol=1e-6)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import snntorch as snn
 import torch
+from snntorch import functional as SF
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -279,3 +280,77 @@ def test_nothing_is_left_on_the_network_after_a_call(estimator: str, fails: bool
     net.zero_grad()
     net.loss(*data()).mean().backward()
     assert net.fc1.weight.grad.any()
+
+
+class FirstSpikes(nn.Module):
+    """Two noisy layers; returns the spikes of the second, ``[time, batch, 3]``."""
+
+    def __init__(self, sigma: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Linear(5, 20), slr.Leaky(beta=0.9, init_hidden=True, noise=slr.EscapeNoise(0.3)),
+            nn.Linear(20, 3), slr.Leaky(beta=0.9, init_hidden=True, noise=slr.EscapeNoise(sigma)),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        slr.reset(self)
+        return torch.stack([self.net(x) for _ in range(8)])
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "sigma", "is_warned"),
+    [("first", 1.0, True), ("first", 0.3, False), ("counts", 1.0, False), ("last step", 1.0, False)],
+)
+@pytest.mark.parametrize("in_rollout", [False, True])
+def test_much_noise_is_warned_of_where_only_first_spikes_count(
+    loss_of: str, sigma: float, is_warned: bool, in_rollout: bool
+) -> None:
+    net = FirstSpikes(sigma)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    slr.attach(optimizer, net)
+    x, y = torch.rand(6, 5), torch.arange(6) % 3
+    spikes = slr.rollout(net.net, x, num_steps=8) if in_rollout else net(x)
+    if loss_of == "first":
+        SF.ce_temporal_loss()(spikes, y).backward()
+    else:
+        F.cross_entropy(spikes.sum(0) if loss_of == "counts" else spikes[-1], y).backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    said = [str(warning.message) for warning in caught]
+    assert any("the loss reads one spike of each neuron in net.3 (Leaky)" in message for message in said) == is_warned
+
+
+def test_a_batch_of_one_sample_is_warned_of() -> None:
+    net = FirstSpikes(1.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    slr.attach(optimizer, net)
+    net(torch.rand(1, 5)).mean().backward()
+    with pytest.warns(UserWarning, match="the batch is one sample, with one draw of noise"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_layer_that_falls_silent_during_training_is_warned_of_once(closure: bool) -> None:
+    net = FirstSpikes(0.3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    slr.attach(optimizer, net)
+    x = torch.rand(6, 5)
+
+    def update() -> None:
+        if closure:
+            optimizer.step(slr.closure(lambda inputs, _: net(inputs).mean((0, 2)), x, x))
+        else:
+            optimizer.zero_grad()
+            net(x).mean().backward()
+            optimizer.step()
+
+    for _ in range(100):
+        update()
+    with torch.no_grad():
+        net.net[2].bias.fill_(-100)
+    with pytest.warns(UserWarning, match=r"net.3 \(Leaky\) never fired in update 101: spikes that never change"):
+        update()
+    for _ in range(110):
+        update()

@@ -229,14 +229,3 @@ def test_an_optimizer_trains_by_it_in_a_plain_loop() -> None:
         losses.append(float(loss.detach()))
         optimizer.step()
     assert losses[-1] < losses[0] / 2
-
-
-def test_copies_are_for_closures() -> None:
-    net = three_layers()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    slr.attach(optimizer, net, "approximate", copies=4)
-    slr.rollout(net, inputs()).sum().backward()
-    before = net[0][0].weight.clone()
-    with pytest.raises(ValueError, match=r"copies=4 is for .*closure"):
-        optimizer.step()
-    assert torch.equal(net[0][0].weight, before)

@@ -12,7 +12,7 @@ from snntorch import utils
 from torch import Tensor, nn
 
 import snntorch_lr as slr
-from snntorch_lr.noisy_neuron import UNSUPPORTED
+from snntorch_lr.gradients.vanilla import Scores
 
 from .helpers import (
     BATCH,
@@ -21,16 +21,15 @@ from .helpers import (
     FEATURES,
     POSITIONAL,
     RESETS,
+    WITH_DELAY,
     assert_filled,
     build,
     every_noise,
-    has_option,
     initial_states,
     inputs_for,
     run,
+    sampled,
 )
-
-WITH_DELAY = [name for name in CLASSES if has_option(name, "reset_delay") and name != "RSynaptic"]
 
 
 def settings() -> list[Any]:
@@ -73,7 +72,11 @@ def test_without_noise_is_snntorchs_bit_for_bit(name: str, options: dict[str, An
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_takes_positional_arguments_as_snntorch(name: str) -> None:
+def test_signature_is_snntorchs_with_noise(name: str) -> None:
+    *parameters, noise = inspect.signature(getattr(slr, name)).parameters.values()
+    assert parameters == list(inspect.signature(getattr(snn, name)).parameters.values())
+    assert (noise.name, noise.default) == ("noise", False)
+    # Positional arguments too mean the same.
     torch.manual_seed(0)
     ours = getattr(slr, name)(*POSITIONAL[name], noise="membrane")
     torch.manual_seed(0)
@@ -82,13 +85,6 @@ def test_takes_positional_arguments_as_snntorch(name: str) -> None:
     assert state.pop("noise.log_sigma").exp().item() == pytest.approx(0.5)
     assert all(torch.equal(state[key], value) for key, value in theirs.state_dict().items())
     assert {key for key in state if not key.startswith("noise.")} == theirs.state_dict().keys()
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_signature_is_snntorchs_with_noise(name: str) -> None:
-    *ours, noise = inspect.signature(getattr(slr, name)).parameters.values()
-    assert ours == list(inspect.signature(getattr(snn, name)).parameters.values())
-    assert (noise.name, noise.default) == ("noise", False)
 
 
 def test_class_of_a_user_has_its_own_signature() -> None:
@@ -128,15 +124,33 @@ def test_reset_is_the_last_spike(name: str, reset: str) -> None:
         last = output[0]
 
 
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @every_noise
-@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("gradient", ["surrogate", "counterfactual"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_surrogate_training_reaches_every_parameter_and_sigma(name: str, reset: str, noise: str) -> None:
-    neuron = build(slr, name, learn=True, noise=noise, reset_mechanism=reset, init_hidden=noise == "escape")
+def test_outputs_and_the_gradients_of_every_parameter_and_the_input_have_the_dtype_of_the_membrane(
+    name: str, gradient: str, noise: str, dtype: torch.dtype, device: str
+) -> None:
+    # Each mechanism with each class, noise and gradient.
+    reset = RESETS[(DTYPES.index(dtype) + CLASSES.index(name) + (noise == "escape")) % 3]
+    options = {"reset_delay": False} if gradient == "surrogate" and name in WITH_DELAY else {}
+    neuron = build(slr, name, learn=True, noise=noise, init_hidden=noise == "escape", reset_mechanism=reset, **options)
+    neuron = neuron.to(device, dtype)
+    x = inputs_for(name, dtype).to(device).requires_grad_()
     torch.manual_seed(0)
-    outputs = run(neuron, inputs_for(name).requires_grad_())
-    torch.stack([output[0] for output in outputs]).square().sum().backward()
-    assert_filled(neuron)
+    outputs = run(sampled(neuron) if gradient == "counterfactual" else neuron, x)
+    assert {value.dtype for output in outputs for value in output} == {dtype}
+    assert {value.device.type for output in outputs for value in output} == {device}
+    if gradient == "surrogate" or neuron.is_elementwise:
+        torch.stack([output[0] for output in outputs]).square().sum().backward()
+        assert_filled(neuron, dtype)
+        assert x.grad is not None
+        assert x.grad.any()
+        assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "laplace", "logistic"])
@@ -163,19 +177,6 @@ def test_membrane_scatters_by_sigma_and_carries_it_on(sigma: Any, steps: int) ->
     assert ((neuron.mem.std(0) / spread - 1).abs() < 5 / (2 * rows) ** 0.5).all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", CLASSES)
-def test_everything_has_the_dtype_of_the_membrane(name: str, dtype: torch.dtype, device: str) -> None:
-    options = {"reset_delay": False} if name in WITH_DELAY else {}
-    neuron = build(slr, name, learn=True, noise=True, **options)
-    neuron = neuron.to(device, dtype)
-    outputs = run(neuron, inputs_for(name, dtype).to(device))
-    assert {value.dtype for output in outputs for value in output} == {dtype}
-    assert {value.device.type for output in outputs for value in output} == {device}
-    outputs[-1][0].sum().backward()
-
-
 @pytest.mark.parametrize("name", CLASSES)
 def test_state_dict_round_trip(name: str) -> None:
     neuron = build(slr, name, learn=True, noise=slr.MembraneNoise(0.2))
@@ -200,48 +201,18 @@ def test_noise_is_made_from_every_way_to_ask_for_it(noise: Any) -> None:
     assert neuron.noise.log_sigma in set(neuron.parameters())
 
 
-@pytest.mark.parametrize("noise", ["membran", 0.5, torch.tensor(0.5), slr.MembraneNoise], ids=str)
-def test_refuses_what_is_no_noise(noise: Any) -> None:
-    with pytest.raises(ValueError, match=r"is not a noise; use True, False, .*MembraneNoise"):
-        slr.Leaky(beta=0.9, noise=noise)
-
-
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_unsupported_class_is_refused_by_name_with_what_to_use(name: str) -> None:
-    with pytest.raises(AttributeError, match=rf"no {name}: .*; use "):
-        getattr(slr, name)
-
-
-def test_other_missing_attributes_are_ordinary_errors() -> None:
-    with pytest.raises(AttributeError, match="has no attribute 'Leeky'"):
-        slr.Leeky  # noqa: B018
-
-
-DEFECTS = {
-    "RSynaptic": ({"alpha": 0.7, "beta": 0.6, "linear_features": 3, "reset_delay": False}, "reset_delay=True"),
-    "Lapicque": ({"beta": 0.8, "learn_beta": True}, "use Leaky"),
-}
-
-
-@pytest.mark.parametrize("name", DEFECTS)
-def test_option_that_is_broken_in_snntorch_is_refused_with_noise_and_warned_of_without(name: str) -> None:
-    options, remedy = DEFECTS[name]
-    with pytest.raises(ValueError, match=f"{name}.*{remedy}"):
-        getattr(slr, name)(**options, noise=True)
-    with pytest.warns(UserWarning, match=f"{name}.*{remedy}"):
-        getattr(slr, name)(**options)
-
-
-@pytest.mark.parametrize("noise", [False, True])
-def test_alpha_with_learned_alpha_is_refused(noise: bool) -> None:
-    with pytest.raises(ValueError, match="learn_alpha=True; use "):
-        slr.Alpha(alpha=0.8, beta=0.5, learn_alpha=True, noise=noise)
-
-
-@pytest.mark.parametrize("noise", [False, True])
-def test_slstm_of_unequal_sizes_is_warned_of(noise: bool) -> None:
-    with pytest.warns(UserWarning, match="input_size == hidden_size.*Linear"):
-        slr.SLSTM(3, 4, noise=noise)
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (lambda: slr.RSynaptic(0.7, 0.6, linear_features=3, reset_delay=False), "RSynaptic.*reset_delay=True"),
+        (lambda: slr.Lapicque(0.8, learn_beta=True), "Lapicque.*use Leaky"),
+        (lambda: slr.SLSTM(3, 4), "input_size == hidden_size.*Linear"),
+        (lambda: slr.SLSTM(3, 4, noise=True), "input_size == hidden_size.*Linear"),
+    ],
+)
+def test_what_is_broken_in_snntorch_is_warned_of_where_it_is_not_refused(make: Any, remedy: str) -> None:
+    with pytest.warns(UserWarning, match=remedy):
+        make()
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -250,16 +221,6 @@ def test_sound_options_are_not_warned_of(name: str, noise: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build(slr, name, learn=True, noise=noise)
-
-
-@pytest.mark.parametrize("make", [
-    lambda: slr.Leaky(beta=0.9, inhibition=True, noise="escape"),
-    lambda: slr.SConv2dLSTM(1, 1, 3, max_pool=2, noise="escape"),
-])  # fmt: skip
-@pytest.mark.filterwarnings("ignore:Inhibition")
-def test_escape_noise_is_refused_where_neurons_do_not_decide_alone(make: Any) -> None:
-    with pytest.raises(ValueError, match="escape noise decides for each neuron alone"):
-        make()
 
 
 def test_the_membrane_potential_is_free_of_escape_noise() -> None:
@@ -271,15 +232,24 @@ def test_the_membrane_potential_is_free_of_escape_noise() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")
+@pytest.mark.parametrize("sampler", [None, Scores])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inhibition_leaves_one_spike(dtype: torch.dtype) -> None:
+def test_inhibition_leaves_one_spike(dtype: torch.dtype, sampler: type[Scores] | None) -> None:
     neuron = slr.Leaky(beta=0.9, inhibition=True, noise=True).to(dtype)
+    neuron.sampler = sampler and sampler()
     spikes, _ = neuron(torch.full((BATCH, FEATURES), 9.0, dtype=dtype), neuron.reset_mem())
     assert torch.equal(spikes.sum(1), torch.ones(BATCH, dtype=dtype))
     assert spikes.dtype == dtype
+    assert sampler is None or len(neuron.sampler.tokens) == 1
 
 
-def test_graded_spikes_keep_their_size() -> None:
-    neuron = slr.Leaky(beta=0.9, graded_spikes_factor=2.5, init_hidden=True, noise=True)
+@pytest.mark.parametrize("gradient", ["surrogate", "counterfactual"])
+@every_noise
+def test_graded_spikes_keep_their_size_and_the_size_learns(noise: str, gradient: str) -> None:
+    neuron = slr.Leaky(beta=0.9, noise=noise, graded_spikes_factor=2.5, learn_graded_spikes_factor=True)
+    slr.use_gradient(neuron, gradient)
     torch.manual_seed(0)
-    assert neuron(torch.ones(50, FEATURES)).unique().tolist() == [0.0, 2.5]
+    spikes, _ = neuron(torch.ones(50, FEATURES), neuron.reset_mem())
+    assert spikes.unique().tolist() == [0.0, 2.5]
+    spikes.sum().backward()
+    assert neuron.graded_spikes_factor.grad == spikes.count_nonzero()

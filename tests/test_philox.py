@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,20 +36,6 @@ UNIFORM = [ESCAPE, Unknown()]
 
 def drawn(rows: int, numbers: int, key: int = 0, dtype: torch.dtype = torch.float32, noise: Drawn = ESCAPE) -> Tensor:
     return draw(noise, torch.Size((rows, numbers)), dtype, torch.device("cpu"), key)
-
-
-@pytest.fixture(params=[True, False], ids=["OpenMP", "own threads"])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Two threads, of either kind."""
-    pytest.importorskip("numba")
-    from snntorch_lr.kernels import cpu
-
-    if not request.param:
-        monkeypatch.setattr(cpu, "_openmp", lambda: None)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 # Of the authors' own file of known answers, for ten rounds.
@@ -126,14 +113,16 @@ def test_numba_and_torch_draw_the_same(noise: Drawn, dtype: torch.dtype, monkeyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_draw_the_same(dtype: torch.dtype, threads: None) -> None:
+def test_threads_draw_the_same(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    threads(2)
     two = drawn(6, 40_000, dtype=dtype)
-    torch.set_num_threads(1)
+    threads(1)
     assert torch.equal(drawn(6, 40_000, dtype=dtype), two)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_process_has_threads_of_its_own(threads: None) -> None:
+def test_a_forked_process_has_threads_of_its_own(threads: Callable[[int], None]) -> None:
+    threads(2)
     numbers = drawn(6, 40_000).tolist()
     reader, writer = os.pipe()
     child = os.fork()

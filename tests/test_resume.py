@@ -11,7 +11,7 @@ from torch import Tensor
 
 import snntorch_lr as slr
 
-from .helpers import COPIERS, Net, assert_same, backward, data, every_estimator, every_noise
+from .helpers import COPIERS, Net, assert_same, backward, data, every_estimator, every_noise, weights
 
 STEPS_IN_ALL = 10
 
@@ -116,14 +116,12 @@ def test_a_moving_average_of_weights_follows_training(noise: str, use_buffers: b
     average = torch.optim.swa_utils.AveragedModel(
         run.net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=use_buffers
     )
-    expected = {name: value.detach().clone() for name, value in run.net.named_parameters()}
+    expected = weights(run.net)
     for step in range(3):
         run.step()
         average.update_parameters(run.net)
-        for name, value in run.net.named_parameters():
-            expected[name] = 0.5 * (expected[name] + value.detach()) if step else value.detach().clone()
-    assert_same(
-        {name: value.detach() for name, value in average.module.named_parameters()}, expected, rtol=1e-5, atol=1e-7
-    )
+        for name, value in weights(run.net).items():
+            expected[name] = 0.5 * (expected[name] + value) if step else value
+    assert_same(weights(average.module), expected, rtol=1e-5, atol=1e-7)
     with torch.no_grad():
         assert average.eval()(data()[0]).shape == (5, 2)

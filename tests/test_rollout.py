@@ -162,23 +162,6 @@ def test_neurons_in_nested_modules_are_found() -> None:
     assert torch.equal(slr.rollout(nested, images(), STEPS)[1], slr.rollout(net, images(), STEPS)[1])
 
 
-@pytest.mark.parametrize(
-    ("net", "num_steps", "message"),
-    [
-        (nn.Sequential(nn.Linear(3, 2), snn.Leaky(beta=0.9)), 2, r"1 \(Leaky\) does not hold.*init_hidden=True"),
-        (
-            nn.Sequential(snn.Leaky(beta=0.9, init_hidden=True, output=True), nn.Linear(3, 2)),
-            2,
-            r"0 \(Leaky\) returns its state.*output=False",
-        ),
-        (nn.Sequential(nn.Linear(3, 2)), 0, "num_steps must be a positive integer, got 0"),
-    ],
-)
-def test_refuses_what_it_cannot_run(net: nn.Sequential, num_steps: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        slr.rollout(net, torch.rand(4, 3), num_steps)
-
-
 def test_an_infinite_current_is_over_after_its_time_step() -> None:
     net = nn.Sequential(slr.Leaky(beta=0.9, init_hidden=True, output=True, reset_mechanism="none", noise=True))
     slr.use_gradient(net)

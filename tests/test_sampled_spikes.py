@@ -19,23 +19,19 @@ from snntorch_lr.gradients.vanilla import Scores
 from snntorch_lr.noisy_neuron import CARRIED
 
 from .helpers import (
-    BATCH,
     CLASSES,
-    DEVICES,
-    FEATURES,
     RESETS,
+    WITH_DELAY,
     Net,
-    assert_filled,
     build,
     data,
     every_noise,
-    has_option,
     initial_states,
     inputs_for,
     run,
+    sampled,
 )
 
-WITH_DELAY = [name for name in CLASSES if has_option(name, "reset_delay") and name != "RSynaptic"]
 CONVENTIONS: dict[str, dict[str, bool]] = {
     "by hand": {},
     "hidden": {"init_hidden": True},
@@ -45,15 +41,6 @@ CONVENTIONS: dict[str, dict[str, bool]] = {
 
 def make_noise(kind: str, sigma: float) -> slr.MembraneNoise | slr.EscapeNoise:
     return slr.EscapeNoise(sigma) if kind == "escape" else slr.MembraneNoise(sigma)
-
-
-def sampled(neuron: Any) -> Any:
-    """The neuron with sampled spikes: by counterfactual credit, and LSTM cells by the plain likelihood ratio."""
-    if neuron.is_elementwise:
-        slr.use_gradient(neuron)
-    else:
-        neuron.sampler = Scores()
-    return neuron
 
 
 @every_noise
@@ -104,20 +91,6 @@ def test_the_shadow_has_noise_of_its_own_and_the_same_currents(noise: str) -> No
     assert 0.05 < (train != shadow).float().mean() < 0.95
     assert (train.float().mean() - shadow.float().mean()).abs() < 0.2
     assert torch.equal(carried.inside["mem"][0], mem)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@every_noise
-@pytest.mark.parametrize("name", CLASSES)
-def test_everything_has_the_dtype_of_the_membrane(name: str, noise: str, dtype: torch.dtype, device: str) -> None:
-    neuron = sampled(build(slr, name, learn=True, noise=noise, init_hidden=True, output=True).to(device, dtype))
-    outputs = run(neuron, inputs_for(name, dtype).to(device))
-    assert {value.dtype for output in outputs for value in output} == {dtype}
-    assert {value.device.type for output in outputs for value in output} == {device}
-    if neuron.is_elementwise:
-        sum(value.sum() for output in outputs for value in output).backward()
-        assert_filled(neuron, dtype)
 
 
 def mask(like: Tensor) -> Tensor:
@@ -251,24 +224,6 @@ def test_noise_that_is_off_leaves_snntorchs_forward_and_surrogate_gradient(name:
         gradient = ours.get_parameter(parameter).grad
         assert (gradient is None) == (value.grad is None)
         assert gradient is None or torch.equal(gradient, value.grad)
-
-
-@every_noise
-def test_graded_spikes_keep_their_size_and_the_size_learns(noise: str) -> None:
-    neuron = sampled(slr.Leaky(beta=0.9, noise=noise, graded_spikes_factor=2.5, learn_graded_spikes_factor=True))
-    spikes, _ = neuron(torch.ones(50, FEATURES), neuron.reset_mem())
-    assert spikes.unique().tolist() == [0.0, 2.5]
-    spikes.sum().backward()
-    assert neuron.graded_spikes_factor.grad == spikes.count_nonzero()
-
-
-@pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")
-def test_inhibition_leaves_one_spike() -> None:
-    neuron = slr.Leaky(beta=0.9, inhibition=True, noise=True)
-    neuron.sampler = Scores()
-    spikes, _ = neuron(torch.full((BATCH, FEATURES), 9.0), neuron.reset_mem())
-    assert torch.equal(spikes.sum(1), torch.ones(BATCH))
-    assert len(neuron.sampler.tokens) == 1
 
 
 def test_no_samples_are_no_problem() -> None:

@@ -12,7 +12,6 @@ import pytest
 import snntorch as snn
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import snntorch_lr as slr
 
@@ -146,24 +145,6 @@ def test_states_are_left_so_that_snntorch_can_detach_them(estimator: str) -> Non
 
 
 @every_path
-def test_a_loss_of_three_presentations_adds_what_each_one_gives(noise: str) -> None:
-    net = credited(noise)
-    xs = [inputs(seed) for seed in range(3)]
-    torch.manual_seed(3)
-    embedded = [net(x).detach().requires_grad_() for x in xs]
-    slopes = torch.autograd.grad(F.triplet_margin_loss(*embedded), embedded)
-
-    def of_one(index: int) -> Callable[[], Tensor]:
-        return lambda: (torch.stack([net(x) for x in xs])[index] * slopes[index]).sum()
-
-    parts = [backward(net, of_one(index)) for index in range(3)]
-    assert all(part["fc1.weight"].any() for part in parts)
-    expected = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
-    triplet = backward(net, lambda: F.triplet_margin_loss(*(net(x) for x in xs)))
-    assert_same(triplet, expected, rtol=1e-4, atol=1e-6)
-
-
-@every_path
 def test_two_presentations_whose_time_steps_alternate_are_as_one_after_the_other(noise: str, keys: Any) -> None:
     net = credited(noise, init_hidden=False)
     pair = inputs(0), inputs(1)
@@ -187,31 +168,20 @@ def test_two_presentations_whose_time_steps_alternate_are_as_one_after_the_other
 
 
 @pytest.mark.parametrize("init_hidden", [False, True])
+@pytest.mark.parametrize("evaluation", ["no_grad", "eval", "noise_off", "noise_on"])
 @every_path
-def test_a_pass_under_no_grad_between_forward_and_backward_changes_nothing(noise: str, init_hidden: bool) -> None:
-    net = credited(noise, init_hidden)
-
-    def loss(between: bool) -> Tensor:
-        value = net(inputs())
-        if between:
-            with torch.no_grad(), torch.random.fork_rng():
-                assert not net(inputs(1)).requires_grad
-        return (value - 1).square().mean() + net(inputs(2)).square().mean()
-
-    assert_same(backward(net, lambda: loss(True)), backward(net, lambda: loss(False)))
-
-
-@pytest.mark.parametrize("evaluation", ["eval", "noise_off", "noise_on"])
-@every_path
-def test_an_evaluation_between_two_training_steps_changes_no_number(noise: str, evaluation: str) -> None:
+def test_an_evaluation_changes_no_number_of_training(noise: str, evaluation: str, init_hidden: bool) -> None:
     def train(evaluate: bool) -> dict[str, Tensor]:
-        net = Net(noise=noise)
+        net = Net(init_hidden, noise=noise)
         optimizer = torch.optim.Adam(net.parameters(), 0.05)
         slr.attach(optimizer, net)
         torch.manual_seed(3)
         for step in range(3):
             optimizer.zero_grad()
-            net.loss(inputs(step), data()[1]).mean().backward()
+            loss = net.loss(inputs(step), data()[1]).mean()
+            if evaluate:
+                look(net)
+            loss.backward()
             optimizer.step()
             if evaluate:
                 look(net)
@@ -219,10 +189,14 @@ def test_an_evaluation_between_two_training_steps_changes_no_number(noise: str, 
 
     def look(net: Net) -> None:
         generator = torch.Generator().manual_seed(0)
-        contexts = {"noise_off": partial(slr.noise_off, net), "noise_on": partial(slr.noise_on, net, generator)}
-        net.train(evaluation == "noise_off")
+        contexts = {
+            "no_grad": torch.random.fork_rng,
+            "noise_off": partial(slr.noise_off, net),
+            "noise_on": partial(slr.noise_on, net, generator),
+        }
+        net.train(evaluation in ("no_grad", "noise_off"))
         with torch.no_grad(), contexts.get(evaluation, nullcontext)():
-            net(inputs(9, batch=2))
+            assert not net(inputs(9, batch=2)).requires_grad
         net.train()
 
     assert_same(train(True), train(False))

@@ -301,13 +301,13 @@ def _deep(options: Benchmark) -> Rows:
     """Median milliseconds of dense and convolutional layers; ratios are to the surrogate's of the same network."""
     device, rows = options.torch_device(), []
     x = torch.rand(options.batch, *_SHAPE, device=device)
-    y = torch.randint(10, (options.batch,), device=device)
+    y = torch.randint(CLASSES, (options.batch,), device=device)
     for model in ("deep-mlp", "conv"):
         _say(f"deep: {model}")
         steps = {}
         for name, change in DEEP.items():
             recipe = Recipe(model=model, num_steps=options.num_steps, **change)
-            steps[name] = partial(_network_and_step(recipe, _SHAPE, device)[1], x, y)
+            steps[name] = partial(_network_and_step(recipe, _SHAPE, CLASSES, device)[1], x, y)
         times = median_milliseconds(steps, device, options.repeats)
         for name, taken in times.items():
             rows.append({"model": model, "method": name, "ms": taken, "ratio": taken / times["surrogate"]})
@@ -376,10 +376,10 @@ def _accuracy(options: Benchmark) -> Rows:
     return rows
 
 
-def _train_to(recipe: Recipe, images: data.Images, options: Benchmark) -> tuple[float | None, int, float]:
+def _train_to(recipe: Recipe, images: data.Dataset, options: Benchmark) -> tuple[float | None, int, float]:
     """Seconds, None if the limit came first; steps; and the best accuracy seen."""
     target, device = TARGETS[recipe.dataset], options.torch_device()
-    net, take_step = _network_and_step(recipe, images.shape, device)
+    net, take_step = _network_and_step(recipe, images.shape, images.classes, device)
     spent, steps, best = 0.0, 0, 0.0
     while spent < options.limit and best < target:
         for rows in torch.split(torch.randperm(len(images.train)).to(device), recipe.batch_size):
@@ -395,10 +395,10 @@ def _train_to(recipe: Recipe, images: data.Images, options: Benchmark) -> tuple[
 
 
 def _network_and_step(
-    recipe: Recipe, shape: tuple[int, int, int], device: torch.device
+    recipe: Recipe, shape: tuple[int, ...], classes: int, device: torch.device
 ) -> tuple[nn.Module, Callable[[Tensor, Tensor], float]]:
     """An untrained network, and its training step."""
-    net = make_network(recipe, shape).to(device)
+    net = make_network(recipe, shape, classes).to(device)
     return net, stepper(recipe, net, torch.optim.Adam(net.parameters(), lr=recipe.learning_rate))
 
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from ..robustness import SUITES, Protocol, RobustnessReport, evaluate, suite
 from . import NETWORKS, data, files
+from .models import MODELS
 from .options import Outcome, Progress, WithDevice, option
-from .train import METHODS, MODELS, Recipe, Trained, load_trained, train, validation_accuracy
+from .train import METHODS, Recipe, Trained, load_trained, train, validation_accuracy
 
 LIKELIHOOD_RATIO, STOPPED = "likelihood ratio", "surrogate, stopped"
 # First the one that the others are compared with, and that has the most settings that may be wrong.
@@ -59,7 +60,7 @@ class Evaluate(WithDevice):
         written = f"Written: {self.folder}/robustness.md, robustness.json, epsilon.png"
         return Outcome(report.to_json(), f"{report.summary()}\n{written}", report.tables())
 
-    def load(self) -> tuple[dict[str, nn.Module], data.Images]:
+    def load(self) -> tuple[dict[str, nn.Module], data.Dataset]:
         """Networks by the names of their files, with the folders where those are not enough; images that they take."""
         short = [path.stem for path in self.checkpoints]
         long = [str(path.with_suffix("")) for path in self.checkpoints]
@@ -88,7 +89,7 @@ def _file(checkpoint: Path) -> Path:
 
 
 def attack(
-    options: Any, nets: Mapping[str, nn.Module], images: data.Images, count: int, protocol: Protocol
+    options: Any, nets: Mapping[str, nn.Module], images: data.Dataset, count: int, protocol: Protocol
 ) -> RobustnessReport:
     """Attacks a network and its baselines on the first test images; writes ``robustness.md`` and ``epsilon.png``."""
     (name, net), *baselines = nets.items()
@@ -109,13 +110,14 @@ class Reproduce(WithDevice, Recipe):
 
     Example: snntorch-lr reproduce --dataset digits
 
-    MNIST and Fashion-MNIST are downloaded: --dataset mnist --data-root data.
+    Data that are downloaded: --dataset mnist --data-root data. Your own images in train/<class>/ and test/<class>/:
+    --dataset folder --data-root FOLDER. Your own tensors: --dataset file --data-root FILE.
     """
 
     place = "runs/{dataset}-{model}-seed{seed}"
     kept = "finished epochs are kept: the same command with --resume goes on from there"
     method: str = option(LIKELIHOOD_RATIO, choices=METHODS, offered=False)
-    model: str = option("mlp", "network", choices=MODELS)
+    model: str = option(None, "network; by default one that fits the data set", choices=MODELS)
     epsilons: tuple[float, ...] = option((0.05, 0.1, 0.2), "attack budget, l∞", above=0, most=1, flag="--epsilon")
     attack_images: int = option(1000, "test images to attack", least=1)
     draws: int = option(8, "noise draws that attacks average over if noise is on", least=1)
@@ -133,7 +135,7 @@ class Reproduce(WithDevice, Recipe):
         suite(self.suite)  # an attack library that is missing is told now
         images = data.load(self.dataset, self.data_root).to(device)
         # A tenth of the training images is held out.
-        sizes = {"batch_size": 32 if self.dataset == "digits" else 128, "validation": len(images.train) // 10}
+        sizes = {"batch_size": 32 if len(images.train) < 10_000 else 128, "validation": len(images.train) // 10}
         recipe = Recipe.of(vars(self) | sizes)
         checkpoints = {name: out / f"{name.replace(', ', '-').replace(' ', '-')}.pt" for name in REPRODUCED}
         there = [path.name for path in checkpoints.values() if path.exists()]

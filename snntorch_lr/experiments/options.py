@@ -226,10 +226,10 @@ def _flag(field: Field[Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class WithDevice(Command):
-    """A command that needs images, and computes on a device."""
+    """A command that needs data, and computes on a device."""
 
     data_root: Path | None = option(
-        None, "torchvision root of MNIST and Fashion-MNIST; downloaded there if absent", recorded=False
+        None, "where the data set is, and is downloaded to if absent; of folder and file the path", recorded=False
     )
     device: str = option("cpu", "cpu, cuda, cuda:1, ...", recorded=False)
 

@@ -49,10 +49,14 @@ class Difference(NamedTuple):
 
 
 def difference(first: Right, second: Right) -> Difference:
-    """Mean difference of two networks on the same images."""
+    """Mean difference of two networks on the same images, with Student's interval.
+
+    Where no image tells them apart, the interval is that of the rule of three (Hanley & Lippman-Hand 1983): ± 3 / n.
+    """
     apart = first - second
     if np.ptp(apart) == 0:
-        return Difference(*[float(apart[0])] * 3)
+        half = min(1.0, 3 / len(apart))
+        return Difference(float(apart[0]), float(apart[0]) - half, float(apart[0]) + half)
     interval = stats.ttest_1samp(apart, 0).confidence_interval(0.95)
     return Difference(float(apart.mean()), float(interval.low), float(interval.high))
 
@@ -166,8 +170,8 @@ class Page:
         if own is None or other is None:
             return "-"
         other = other[: len(own)]
-        p = mcnemar(torch.as_tensor(own == 1), torch.as_tensor(other == 1)).p_value
-        return f"{difference(own, other)}, p = {p:.2g}"
+        test = mcnemar(torch.as_tensor(own == 1), torch.as_tensor(other == 1))
+        return f"{test}, p = {test.p_value:.2g}"
 
     def short(self) -> Table:
         """Table A at one budget, noise off."""
@@ -446,7 +450,8 @@ _NOTE_SHORT = (
     "are given; what another training run gives is under Seeds, where there are any."
 )
 _NOTE_DIFFERENCES = (
-    "In points, with McNemar's p, on the images that both were attacked on: fewer where the noise is on."
+    "In points, with Newcombe's interval for pairs and McNemar's p, on the images that both were attacked on: fewer "
+    "where the noise is on."
 )
 _NOTE_LEVELS = (
     "Noise levels as they were initialised and as they were learned, the networks of the ablation among those tried on "

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..robustness import SUITES, Protocol, Target, evaluate, score, share_of
+from ..robustness import SUITES, Protocol, Target, evaluate, score, share_of, suite
 from . import data, files
 from .options import Options, Outcome, Progress, WithDevice, option
 from .page import REDUCED, write
@@ -62,7 +62,8 @@ class Evaluation(Options):
         if unknown := sorted(chosen - members.keys() - set().union(*members.values())):
             known = ", ".join(members)
             raise ValueError(f"unknown attack {unknown[0]!r}; use reduced, {known}, or a list of their attacks")
-        if not chosen.union(*(members[name] for name in chosen & members.keys())) & {*REDUCED[:-1]}:
+        in_turn = {attack.name for attacks in SUITES.values() for attack in attacks if attack.in_turn}
+        if not chosen.union(*(members[name] for name in chosen & members.keys())) & {*REDUCED[:-1], *in_turn}:
             raise ValueError(
                 f"attacks must have one of the reduced suite, which tables count: {', '.join(REDUCED[:-1])}"
             )
@@ -362,7 +363,10 @@ def work(entry: Entry, entries: Sequence[Entry], options: Study) -> None:
         "seconds_per_epoch": run.seconds_per_epoch,
         "history": run.history,
         "validation": validation_accuracy(run.net, recipe, images),
-        "sigma": {"before": noise_levels(make_network(recipe, images.shape)), "after": noise_levels(run.net)},
+        "sigma": {
+            "before": noise_levels(make_network(recipe, images.shape, images.classes)),
+            "after": noise_levels(run.net),
+        },
     }
     if entry.evaluations:
         own = next(other.recipe for other in entries if other.name == "surrogate")
@@ -378,14 +382,17 @@ def work(entry: Entry, entries: Sequence[Entry], options: Study) -> None:
 
 
 def _attacked(
-    entry: Entry, evaluation: Evaluation, net: nn.Module, sources: dict[str, nn.Module], images: data.Images, out: Path
+    entry: Entry, evaluation: Evaluation, net: nn.Module, sources: dict[str, nn.Module], images: data.Dataset, out: Path
 ) -> list[dict[str, Any]]:
     """Accuracies of one network under attack, and what is right of each image as a string of zeros and ones."""
     x, y = images.test, images.test_labels
     if evaluation.held_out:
         _, held_out = split(entry.recipe, images)
         x, y = images.train[held_out], images.train_labels[held_out]
-    attacks = evaluation.attacks if isinstance(evaluation.attacks, str) else list(evaluation.attacks)
+    attacks = suite(evaluation.attacks)
+    if any(attack.in_turn and attack.name not in REDUCED for attack in attacks):
+        # First those that the reduced worst case counts: in turn, others would leave them nothing to break.
+        attacks = tuple({attack.name: attack for attack in (*suite(REDUCED), *attacks)}.values())
     report = evaluate(
         net.eval(), [(x[: evaluation.images], y[: evaluation.images])], evaluation.epsilons, attacks, sources=sources,
         name=entry.name, protocol=Protocol(noise=evaluation.noise), cache=out / "attacks" / entry.slug,

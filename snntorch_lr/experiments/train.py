@@ -7,11 +7,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import snntorch as snn
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,16 +23,16 @@ from ..network import noises
 from ..noise import KINDS, NoisyInput
 from ..optim import attach, closure
 from ..robustness import Budget, Descent, Target, gradient_attack, perturb
-from ..rollout import rollout
 from . import data
-from .data import Images
+from .data import Dataset
+from .models import MODELS, SURROGATES, SpikingClassifier, build
 from .options import Options, option
 
 METHODS = ("surrogate", "surrogate, noise", "likelihood ratio")
-HIDDEN = {"mlp": (256,), "wide-mlp": (1000,), "deep-mlp": (256, 128), "spiking-mlp": (256,)}
-"""Numbers of hidden neurons of networks without convolutions."""
-MODELS = (*HIDDEN, "conv")
-"""Spiking networks. There is also ``"ann"``, with rectified linear units, to transfer adversarial images from."""
+FITTING = {
+    "cifar10": "vgg", "folder": "vgg", "nmnist": "event-conv", "dvs-gesture": "event-conv", "shd": "recurrent"
+}  # fmt: skip
+"""Models by data set; ``"mlp"`` for the others."""
 CHECKS = 20
 """Times in an epoch at which a run with ``stop_at`` looks at its validation accuracy."""
 Step = Callable[[Tensor, Tensor], float]
@@ -42,65 +40,6 @@ Step = Callable[[Tensor, Tensor], float]
 _planned = partial(option, offered=False)
 # Errors of a checkpoint that lacks something, or has something else in its place.
 _INCOMPLETE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-
-class SpikingClassifier(nn.Module):
-    """Blocks with leaky neurons between them, and a readout by the mean membrane potential or by spike counts.
-
-    The image is the constant input current of every time step (direct coding), so the first block runs once, unless
-    the module ``input`` in front of it draws noise in each time step. Without ``counts`` of spikes as logits, the
-    output neurons integrate and never reset.
-    """
-
-    def __init__(
-        self, blocks: list[nn.Module], readout: nn.Module, num_steps: int = 8, beta: float = 0.9, counts: bool = False
-    ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.neurons = nn.ModuleList(snn.Leaky(beta=beta, init_hidden=True) for _ in blocks)
-        self.input: nn.Module = nn.Identity()
-        self.readout = readout
-        mechanism = "subtract" if counts else "none"
-        self.output = snn.Leaky(beta=beta, init_hidden=True, output=True, reset_mechanism=mechanism)
-        self.num_steps = num_steps
-        self.counts = counts
-
-    @property
-    def spiking(self) -> list[str]:
-        """Names of the neurons whose spikes count: those that get noise."""
-        hidden = [f"neurons.{index}" for index in range(len(self.neurons))]
-        return [*hidden, "output"] if self.counts else hidden
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[batch, classes]`` from images ``[batch, channels, height, width]``."""
-        pairs = zip(self.blocks, self.neurons, strict=True)
-        hidden = [module for pair in pairs for module in pair]
-        spikes, mem = rollout(nn.Sequential(self.input, *hidden, self.readout, self.output), images, self.num_steps)
-        logits: Tensor = spikes.sum(0) if self.counts else mem.mean(0)
-        return logits
-
-
-def build(model: str, shape: tuple[int, int, int], num_steps: int = 8) -> nn.Module:
-    """A network for images of a shape (channels, height, width), with 10 classes.
-
-    The models are those of ``HIDDEN``, of which ``"spiking-mlp"`` has a readout by spike counts; ``"conv"`` (8 and 16
-    channels, 5 × 5 kernels, each with max pooling by 2); and ``"ann"`` (256 rectified linear units).
-    """
-    channels, height, width = shape
-    pixels = channels * height * width
-    if model == "ann":
-        return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 256), nn.ReLU(), nn.Linear(256, 10))
-    if model == "conv":
-        blocks: list[nn.Module] = [
-            nn.Sequential(nn.Conv2d(channels, 8, 5, padding=2), nn.MaxPool2d(2)),
-            nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 16, 5, padding=2)),
-        ]
-        features = 16 * (height // 2 // 2) * (width // 2 // 2)
-        return SpikingClassifier(blocks, nn.Sequential(nn.Flatten(), nn.Linear(features, 10)), num_steps)
-    sizes = HIDDEN[model]
-    first = nn.Sequential(nn.Flatten(), nn.Linear(pixels, sizes[0]))
-    blocks = [first, *(nn.Linear(*pair) for pair in pairwise(sizes))]
-    return SpikingClassifier(blocks, nn.Linear(sizes[-1], 10), num_steps, counts=model == "spiking-mlp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +54,7 @@ class Recipe(Options):
     distribution: str = option("gaussian", "gaussian, logistic; membrane noise also laplace")
     sigma: float = option(0.5, "initial noise level of the hidden neurons")
     dataset: str = option("digits", "data set, digits without a download", choices=data.NAMES)
-    model: str = option("mlp", "network", choices=(*MODELS, "ann"))
+    model: str = option(None, "network; by default one that fits the data set", choices=(*MODELS, "ann"))
     epochs: int = option(None, "passes over the data; 20 for digits, 4 otherwise", least=1)
     copies: int = option(None, "noise copies of each sample; 1 for counterfactual, else 16", least=1)
     seed: int = option(0, "of everything random")
@@ -128,7 +67,7 @@ class Recipe(Options):
         help="surrogate gradients without noise, the same with that of the likelihood ratio, or the likelihood ratio",
         choices=METHODS,
     )
-    num_steps: int = _planned(8, "time steps", least=1)
+    num_steps: int = _planned(None, "time steps of images; recordings have their own; 4 for vgg, else 8", least=1)
     batch_size: int = _planned(128, "images per step", least=1)
     validation: int = _planned(0, "training images held out to choose by, drawn by the seed", least=0)
     stop_at: float | None = _planned(None, "validation accuracy, noise off, at which training stops")
@@ -140,11 +79,20 @@ class Recipe(Options):
     # Shafahi et al. (2019), "Adversarial Training for Free!".
     free: int = _planned(0, "updates of each batch, whose gradients make the next examples; 0 for an attack", least=0)
     learn_sigma: bool = _planned(True, "noise levels are learned")
+    surrogate: str | None = _planned(
+        None, "derivative of a spike in surrogate gradients; snnTorch's default is atan", choices=SURROGATES
+    )
     late_copies: int = _planned(0, "noise copies once the learning rate has fallen by half; 0 for as before", least=0)
 
     def __post_init__(self) -> None:
-        epochs, copies = 20 if self.dataset == "digits" else 4, 1 if self.estimator == "counterfactual" else 16
-        for name, value in (("epochs", epochs), ("copies", copies)):
+        model = self.model or FITTING.get(str(self.dataset), "mlp")
+        defaults = {
+            "model": model,
+            "epochs": 20 if self.dataset == "digits" else 4,
+            "copies": 1 if self.estimator == "counterfactual" else 16,
+            "num_steps": 4 if model == "vgg" else 8,
+        }
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         super().__post_init__()
@@ -153,6 +101,8 @@ class Recipe(Options):
         for wrong, message in (
             (self.late_copies and self.method != "likelihood ratio",
              f"late_copies needs the method likelihood ratio, got {self.method}"),
+            (self.surrogate and self.method == "likelihood ratio",
+             "surrogate is for the methods surrogate and surrogate, noise: the likelihood ratio has none"),
             (self.free and not self.adversary, "free needs the budget of an adversary"),
             (self.model == "ann" and not silent,
              "the model ann has no spiking neurons: use the method surrogate, without noise"),
@@ -168,10 +118,10 @@ class Recipe(Options):
         return cls(**{field.name: values[field.name] for field in fields(Recipe) if field.name in values})
 
 
-def make_network(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
+def make_network(recipe: Recipe, shape: tuple[int, ...], classes: int) -> nn.Module:
     """The untrained network of a recipe; networks of the same seed start from the same weights."""
     torch.manual_seed(recipe.seed)
-    net = build(recipe.model, shape, num_steps=recipe.num_steps)
+    net = build(recipe.model, shape, classes, recipe.num_steps, recipe.surrogate)
     if recipe.input_noise and isinstance(net, SpikingClassifier):
         frozen = not recipe.input_noise_each_step
         net.input = NoisyInput(recipe.input_noise, recipe.learn_input_noise, frozen=frozen)
@@ -200,7 +150,8 @@ def load_trained(checkpoint: Path) -> tuple[Recipe, nn.Module]:
     state = load(checkpoint)
     try:
         recipe = Recipe.of(state["recipe"])
-        net = make_network(recipe, tuple(state["shape"]))
+        # Earlier versions had images of ten classes alone.
+        net = make_network(recipe, tuple(state["shape"]), state.get("classes", 10))
         net.load_state_dict(state["net"])
     except _INCOMPLETE as error:
         raise _not_a_checkpoint(checkpoint, error) from error
@@ -246,7 +197,7 @@ def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float(right(net, images, labels).double().mean())
 
 
-def split(recipe: Recipe, images: Images) -> tuple[Tensor, Tensor]:
+def split(recipe: Recipe, images: Dataset) -> tuple[Tensor, Tensor]:
     """Rows of the training images to train on, and those held out; the same for all recipes of a seed."""
     if not 0 <= recipe.validation < len(images.train):
         raise ValueError(f"validation must be in [0, {len(images.train)}), got {recipe.validation}")
@@ -255,7 +206,7 @@ def split(recipe: Recipe, images: Images) -> tuple[Tensor, Tensor]:
     return order[recipe.validation :].sort().values, order[: recipe.validation]
 
 
-def validation_accuracy(net: nn.Module, recipe: Recipe, images: Images) -> float:
+def validation_accuracy(net: nn.Module, recipe: Recipe, images: Dataset) -> float:
     """Accuracy on the training images that were held out, noise off."""
     _, held_out = split(recipe, images)
     return accuracy(net, images.train[held_out], images.train_labels[held_out])
@@ -263,7 +214,7 @@ def validation_accuracy(net: nn.Module, recipe: Recipe, images: Images) -> float
 
 def train(
     recipe: Recipe,
-    images: Images,
+    images: Dataset,
     checkpoint: Path,
     device: torch.device,
     resume: bool = False,
@@ -279,7 +230,7 @@ def train(
         ValueError: if the recipe cannot be trained, or the checkpoint was written with other settings.
     """
     images = images.to(device)
-    net = make_network(recipe, images.shape).to(device)
+    net = make_network(recipe, images.shape, images.classes).to(device)
     optimizer = make_optimizer(recipe, net)
     rows, _ = split(recipe, images)
     steps = -(-len(rows) // recipe.batch_size)
@@ -320,8 +271,9 @@ def train(
             "seconds": seconds,
         }
         history.append(entry)
-        about = {"recipe": asdict(recipe), "shape": list(images.shape), "history": history, "stopped": stopped}
-        save(checkpoint, about | {name: part.state_dict() for name, part in parts.items()})
+        about = {"recipe": asdict(recipe), "shape": list(images.shape), "classes": images.classes}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        save(checkpoint, about | {"history": history, "stopped": stopped} | states)
         after_epoch(entry, net)
     off, on = tests.get("test_accuracy"), tests.get("noisy_test_accuracy")
     # A single draw that costs accuracy is nothing to mend.

@@ -93,6 +93,8 @@ class Attack:
         norms: of the budgets that it keeps to, ``"linf"``, ``"l2"``.
         needs_torchattacks: True if it runs only with the extra ``attacks``.
         needs_sources: True if it runs only on a target with ``sources``.
+        in_turn: in an evaluation it runs on the images that the attacks in turn before it left, as those of
+            ``"standard"`` do; otherwise on all that are right clean, as papers report attacks.
 
     Raises:
         ValueError: if access or a norm is unknown.
@@ -108,12 +110,20 @@ class Attack:
     norms: tuple[str, ...] = ("linf",)
     needs_torchattacks: bool = False
     needs_sources: bool = False
+    in_turn: bool = False
 
     def __post_init__(self) -> None:
         if self.access not in ACCESS:
             raise ValueError(f"{self.name}: unknown access {self.access!r}; choose one of {', '.join(ACCESS)}")
         if not self.norms or any(norm not in NORMS for norm in self.norms):
             raise ValueError(f"{self.name}: norms must be among {', '.join(NORMS)}, got {self.norms}")
+
+    def passes(self, target: Target) -> float:
+        """About how many forward and backward passes it takes an image, by its settings."""
+        said: dict[str, Any] = {**self.settings, **self.settings.get("options", {}), **self.settings.get("descent", {})}
+        draws = (said.get("draws") or target.draws) * said.get("eot_iter", 1) if target.noise else 1
+        # A query has no backward pass.
+        return float(draws * said.get("steps", 1) * max(1, said.get("targets", 0)) + said.get("queries", 0) / 3)
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ def perturb(
     Args:
         attack: to run.
         target: the network.
-        x: images in [0, 1], ``[batch, channels, height, width]``, on the network's device.
+        x: images in [0, 1], ``[batch, ...]``, on the network's device.
         y: labels ``[batch]``.
         budget: how far.
         seed: of everything random.
@@ -173,11 +183,12 @@ def perturb(
         raise ValueError(f"{attack.name} has no {budget.norm} version")
     if attack.needs_sources and not target.sources:
         raise ValueError(f"{attack.name} needs other networks to start from (baselines)")
-    if x.dim() != 4 or len(x) != len(y):
+    if x.dim() < 2 or len(x) != len(y):
         raise ValueError(
-            "images [batch, channels, height, width] and one label each are needed, got shapes "
-            f"{tuple(x.shape)} and {tuple(y.shape)}"
+            f"images [batch, ...] and one label each are needed, got shapes {tuple(x.shape)} and {tuple(y.shape)}"
         )
+    if not len(x):
+        return x.clone()
     chunk = batch_size(target, rows, max(target.draws, attack.settings.get("draws") or 1))
     parts = []
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.enable_grad():
@@ -186,7 +197,7 @@ def perturb(
             adversarial = attack.run(target, images.detach(), labels, budget, seed + index).detach()
             _check(attack.name, adversarial, images, budget)
             parts.append(adversarial)
-    return torch.cat(parts) if parts else x.clone()
+    return torch.cat(parts)
 
 
 def _check(name: str, adversarial: Tensor, clean: Tensor, budget: Budget) -> None:
@@ -323,7 +334,7 @@ class Descent(Procedure):
 
     def __call__(self, target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
         """Adversarial images, in the shape of x."""
-        candidates = self.candidates(target, x, y, budget, seed)
+        candidates = self.candidates(target, x, y, budget, seed, until_wrong=not target.noise)
         if len(candidates) == 1:
             return candidates[0]
         # Draws that no iterate has seen.
@@ -335,7 +346,7 @@ class Descent(Procedure):
     ) -> list[Tensor]:
         """The last iterate and the best on the way, for each class that is aimed at.
 
-        ``until_wrong`` stops once every image has been wrong on the way: no more is to be learned if nothing is random.
+        ``until_wrong`` stops at images that have been wrong on the way: no more is to be learned if nothing is random.
         """
         generator = torch.Generator(x.device).manual_seed(seed)
         candidates = []
@@ -343,13 +354,20 @@ class Descent(Procedure):
             gradient_and_margins = self._gradient(target, y, aim, seed)
             next_step, best = self._steps(budget), Best(x)
             z = budget.random(x, generator) if self.random_start else x.clone()
+            left = torch.arange(len(x), device=x.device)
             for step in range(self.steps):
-                gradient, margins = gradient_and_margins(z)
+                gradient, of_left = gradient_and_margins(z[left], left)
                 if step > 0 or self.random_start:
+                    margins = torch.full_like(best.margins, -torch.inf)
+                    margins[left] = of_left.to(margins)
                     best.offer(z, margins)
-                    if until_wrong and bool((best.margins > 0).all()):
+                    right = best.margins <= 0
+                    if until_wrong and not bool(right.any()):
                         break
-                z = budget.project(z + next_step(gradient), x)
+                    # These have averages for the whole batch.
+                    if until_wrong and self.rule != "sa-pgd" and not self.surrogate.startswith("assg"):
+                        gradient, left = gradient[right[left]], right.nonzero()[:, 0]
+                z[left] = budget.project(z[left] + next_step(gradient), x[left])
             else:
                 candidates.append(z)
             if self.steps > 1 or self.random_start:
@@ -366,30 +384,30 @@ class Descent(Procedure):
 
     def _gradient(
         self, target: Target, y: Tensor, aim: Tensor | None, seed: int
-    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """From images to the gradient that is followed, and to their margins."""
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """From images and their places in the batch to the gradient that is followed, and to their margins."""
         counterfactual = self.surrogate == COUNTERFACTUAL
         view = target.view(draws=self.draws, surrogate=None if counterfactual else self.surrogate, seed=seed)
         if counterfactual:
             noisy, seeds, copies = with_noise(target), torch.Generator().manual_seed(seed), self.draws or target.draws
 
-            def by_likelihood_ratio(z: Tensor) -> tuple[Tensor, Tensor]:
+            def by_likelihood_ratio(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
                 draw, chunk = int(torch.randint(2**62, (), generator=seeds)), max(1, ROWS // len(z))
-                gradient = likelihood_ratio_input_gradient(noisy, z, y, copies, self.loss, draw, chunk, CONTROL)
+                gradient = likelihood_ratio_input_gradient(noisy, z, y[at], copies, self.loss, draw, chunk, CONTROL)
                 with torch.no_grad():
-                    return gradient, margin(view(z), y)
+                    return gradient, margin(view(z), y[at])
 
             return by_likelihood_ratio
 
-        def by_surrogate(z: Tensor) -> tuple[Tensor, Tensor]:
+        def by_surrogate(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
             z = z.detach().requires_grad_()
             logits = view(z)
             if aim is None:
-                losses = LOSSES[self.loss](logits, y)
+                losses = LOSSES[self.loss](logits, y[at])
             else:
-                losses = (logits.gather(1, aim[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+                losses = (logits.gather(1, aim[at, None]) - logits.gather(1, y[at, None])).squeeze(1)
             (gradient,) = torch.autograd.grad(losses.sum(), z)
-            return gradient, margin(logits, y)
+            return gradient, margin(logits, y[at])
 
         return by_surrogate
 

@@ -86,7 +86,7 @@ def certify(
 
     Args:
         net: any network; its neurons' noise is off. A ``Target`` for other ways to read it.
-        loader: batches of images ``[batch, channels, height, width]`` in [0, 1] and labels ``[batch]``.
+        loader: batches of images ``[batch, ...]`` in [0, 1] and labels ``[batch]``.
         sigma: standard deviation of Gaussian noise on the input.
         draws: noise draws that bound the probability; 10,000 allow radii up to 3.2 σ, 1,000 up to 2.5 σ.
         selection: draws that choose the class.

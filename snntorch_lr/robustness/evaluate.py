@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import re
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,13 +27,16 @@ from . import gates
 from .attacks import COUNTERFACTUAL, Attack, Budget, perturb
 from .input_gradient import likelihood_ratio_input_gradient, with_noise
 from .report import PACKAGES, Protocol, RobustnessReport, Row, Subject
-from .scoring import Scores, batch_size, count_votes, is_random, pieces, seeded, share_of
+from .scoring import Scores, count_votes, is_random, seeded, share_of
 from .suites import SUITES, suite
 from .view import Forward, Target, device_of
 
+DONE = "done"
 FINGERPRINT_IMAGES = 8
-Progress = Callable[[str, int, int], None]
-"""Called with the name of the next piece, the number of pieces done, and their total."""
+PROBED = 64
+"""Images of the pass that the estimate of time is made from."""
+Progress = Callable[[str, float, int], None]
+"""Called with the name of the next piece, and how much of the work is done, of 100."""
 
 
 def evaluate(
@@ -47,12 +52,14 @@ def evaluate(
     sources: Mapping[str, nn.Module | Target] | None = None,
     name: str = "network",
     cache: str | Path | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: bool | Progress = True,
+    limit: float = math.inf,
 ) -> RobustnessReport:
     """Robustness of a network and its baselines: the per-example worst case over attacks, beside gates that must pass.
 
     Every attack runs at every budget, from the smallest, on what is right clean and under the same attack at smaller
     budgets, and is scored with noise draws that it has not seen: an accuracy under attack is a fraction of all images.
+    Those of ``"standard"`` run in turn, each on the images that those before it left, which saves most of the time.
     Adversarial images of every other network, with its noise off, are tried too. An image is right in the worst case if
     it is right clean and under all of these attacks, those of the gates included; with noise, each has a fresh chance
     at an image near the decision boundary: it errs on the attacker's side. An attack that fails does not count, and
@@ -62,19 +69,22 @@ def evaluate(
 
     Args:
         net: any snnTorch network, with noise or without.
-        loader: batches of images ``[batch, channels, height, width]`` in [0, 1] and labels ``[batch]``, in the same
-            order each time if a cache is used.
+        loader: batches of images ``[batch, ...]`` in [0, 1] and labels ``[batch]`` from 0, in the same order each time
+            if a cache is used. Images of any shape: pixels, event frames, features of sound.
         epsilons: budgets, positive; one, or several.
-        attacks: ``"quick"``, ``"paper"``, ``"standard"``, or names and ``Attack`` objects.
+        attacks: ``"quick"``, ``"paper"``, ``"standard"``, ``"exhaustive"``, or names and ``Attack`` objects.
         forward: as ``AttackableView``'s, for the network and the baselines.
         baselines: other networks by name; a ``Target`` for one that needs another ``forward``.
         seed: of attacks and noise.
         protocol: norm, noise draws and votes, gates and so on; the defaults of ``Protocol`` if it is None.
         sources: networks by name that adversarial images are transferred from, and that are not evaluated themselves.
         name: of the network in the report.
-        cache: folder for finished attacks; the same call goes on from there. An attack of yours is known by its name
-            and settings, so change these with its code.
-        progress: called with the name of the next piece, the number of pieces done, and their total.
+        cache: folder for finished attacks; the same call goes on from there, also after Ctrl-C. An attack of yours is
+            known by its name and settings, so change these with its code.
+        progress: says on stderr what it will take and the time left, on a terminal or else a line every half minute;
+            or is called with the name of the next piece, the work done, and 100. False for silence.
+        limit: seconds after which no attack and no gate goes on. What was not finished does not count, and the report
+            names it and makes no claim.
 
     Raises:
         ValueError: if an argument, the data or a network cannot be used, said before any attack.
@@ -82,10 +92,11 @@ def evaluate(
 
     Examples:
         >>> images = torch.tensor([[[[0.9, 0.2]]], [[[0.4, 0.5]]]])  # of two pixels, which are the logits
-        >>> report = evaluate(nn.Flatten(), [(images, torch.tensor([0, 1]))], epsilons=[0.1, 0.2], attacks=["FGSM"])
+        >>> report = evaluate(nn.Flatten(), [(images, torch.tensor([0, 1]))], [0.1, 0.2], ["FGSM"], progress=False)
         >>> print(report.worst_case[0.2])
-        50.0 ± 40.5 % (masking not ruled out (G5 not run))
+        50.0 ± 40.5 % (masking not ruled out (G5, G10 not run))
     """
+    started = time.monotonic()
     chosen = suite(attacks)
     protocol = protocol or Protocol()
     budgets = _budgets(epsilons, protocol.norm)
@@ -109,10 +120,14 @@ def evaluate(
         # Without noise, where a gradient costs less.
         silent = [use for use in uses if use.noise != "on"]
         folder = None if cache is None else Path(cache)
-        evaluation = _Evaluation(protocol, budgets, seed, chosen, subjects, silent, images, labels, folder, progress)
-        rows = tuple(evaluation.row(subject) for subject in subjects)
+        tell = _Lines() if progress is True else progress or (lambda what, done, total: None)
+        evaluation = _Evaluation(
+            protocol, budgets, seed, chosen, subjects, silent, images, labels, folder, tell, started + limit
+        )
+        rows = evaluation.rows()
     _warn_about_noise_gaps(rows)
-    return RobustnessReport(protocol, budgets, seed, chosen, rows)
+    suites = attacks if isinstance(attacks, str) else ", ".join(a if isinstance(a, str) else a.name for a in attacks)
+    return RobustnessReport(protocol, budgets, seed, chosen, rows, suites, time.monotonic() - started)
 
 
 def _warn_about_noise_gaps(rows: Sequence[Row]) -> None:
@@ -188,20 +203,47 @@ def _collect(loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     if not batches:
         raise ValueError("the loader gives no images")
     images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
-    if images.dim() != 4 or labels.shape != images.shape[:1] or labels.is_floating_point():
+    if images.dim() < 2 or labels.shape != images.shape[:1] or labels.is_floating_point():
         raise ValueError(
-            f"images [n, channels, height, width] and integer labels [n] are needed, got {tuple(images.shape)} and "
+            f"images [n, ...] and integer labels [n] are needed, got {tuple(images.shape)} and "
             f"{tuple(labels.shape)} ({labels.dtype})"
         )
     if not bool(((images >= 0) & (images <= 1)).all()):
         raise ValueError(
-            f"images must be in [0, 1], got {images.min():.3g} to {images.max():.3g}; normalise inside forward="
+            f"images must be in [0, 1], got {images.min():.3g} to {images.max():.3g}; normalise inside forward=, and "
+            "divide counts of events by their largest"
         )
     return images, labels.long()
 
 
 class AttackFailedError(RuntimeError):
     """An attack raised an error, or its images were refused."""
+
+
+class _Lines:
+    """Progress on stderr with the time left: one line that changes on a terminal, elsewhere a line now and then."""
+
+    def __init__(self) -> None:
+        self.started, self.said = time.monotonic(), -math.inf
+        self.terminal = sys.stderr.isatty()
+
+    def __call__(self, what: str, done: float, total: int) -> None:
+        """Tells what is done next."""
+        now = time.monotonic()
+        if now - self.said < (0 if self.terminal else 30) and what != DONE:
+            return
+        left = f", about {duration((now - self.started) * (total - done) / done)} left" if 1 < done < total else ""
+        start, end = ("\r\033[K", "" if done > 0 and what != DONE else "\n") if self.terminal else ("", "\n")
+        print(f"{start}evaluate: {done:.0f} %{left}: {what}", end=end, file=sys.stderr, flush=True)
+        self.said = now
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours in words."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 1):.0f} s"
 
 
 @dataclass
@@ -218,40 +260,95 @@ class _Evaluation:
     labels: Tensor
     cache: Path | None
     progress: Progress
+    deadline: float
 
     def __post_init__(self) -> None:
         self.attacks = {subject.label: self._attacks_on(subject) for subject in self.subjects}
         # Transfers run on the networks that they come from.
         every = {subject.label: subject for subject in (*self.subjects, *self.sources)}
-        self.size = min(batch_size(subject.target, self.protocol.rows) for subject in every.values())
         self.marks = {} if self.cache is None else {label: self._mark(subject) for label, subject in every.items()}
-        # Beside the attacks: clean, and the gates.
-        self.total = sum(2 + len(attacks) * len(self.epsilons) for attacks in self.attacks.values())
-        self.done = 0
+        self.clean = {subject.label: self._score(subject, self.images, self.labels) for subject in self.subjects}
+        # Passes that are done, and those to come of subjects that have not begun.
+        self.done, self.coming = 0.0, {s.label: self._passes(s, self.clean[s.label].right) for s in self.subjects}
 
-    def row(self, subject: Subject) -> Row:
-        """Clean accuracy, all attacks and gates of one subject."""
-        self._tell(subject, "clean")
-        clean = self._score(subject, self.images, self.labels)
+    def rows(self) -> tuple[Row, ...]:
+        """Measurements of every subject."""
+        seconds = sum(self.coming[subject.label] * self._seconds_of_a_pass(subject) for subject in self.subjects)
+        self._tell(f"{len(self.images)} images and {len(self.subjects)} networks take at most {duration(seconds)}", 0)
+        rows = tuple(self._row(subject) for subject in self.subjects)
+        self.progress(DONE, 100, 100)
+        return rows
+
+    def _row(self, subject: Subject) -> Row:
+        """All attacks and gates of one subject."""
+        clean = self.clean[subject.label]
+        self.coming.pop(subject.label)
         right: dict[str, dict[float, Tensor]] = {}
         unchanged: dict[str, float] = {}
         failures: dict[str, str] = {}
-        for attack in self.attacks[subject.label]:
+        left_out: list[str] = []
+        attacks, standing = self.attacks[subject.label], clean.right
+        before = {attack.name: clean.right for attack in attacks}
+        pieces_left = self._pieces(subject)
+        while pieces_left:
+            epsilon, attack = pieces_left[0]
+            still = before[attack.name] & standing if attack.in_turn else before[attack.name]
+            self._tell(f"{subject.label}: {attack.name} {epsilon:g}", self._passes(subject, still, pieces_left))
+            pieces_left = pieces_left[1:]
+            if attack.name in failures:
+                continue
             try:
-                right[attack.name], unchanged[attack.name] = self._attacked(subject, attack, clean.right)
+                finished = self._finished(subject, attack, epsilon, still)
+            except gates.TimeIsUpError:
+                left_out.append(f"{attack.name} at {epsilon:g}")
+                continue
             except AttackFailedError as error:
                 # One attack that fails must not cost hours of the others; the gate G9 tells.
                 failures[attack.name] = str(error)
-        ran = tuple(attack for attack in self.attacks[subject.label] if attack.name in right)
-        row = Row(subject, clean.right, share_of(clean.single), ran, right)
-        self._tell(subject, "gates")
+                continue
+            self.done += attack.passes(subject.target) * int(still.sum())
+            before[attack.name] = before[attack.name] & (finished["right"] | ~still)
+            standing = standing & before[attack.name] if attack.in_turn else standing
+            share = finished["unchanged"] / max(1, int(clean.right.sum()))
+            unchanged[attack.name] = max(share, unchanged.get(attack.name, 0))
+            # What breaks nothing more, for want of time or by an error, still broke that within smaller budgets.
+            right.setdefault(attack.name, dict.fromkeys(self.epsilons, clean.right))
+            right[attack.name] |= dict.fromkeys(self.epsilons[self.epsilons.index(epsilon) :], before[attack.name])
+        ran = tuple(attack for attack in attacks if attack.name in right)
+        row = Row(subject, clean.right, share_of(clean.single), ran, right, unchanged, failures, tuple(left_out))
+        self._tell(f"{subject.label}: gates", 0)
         protocol, chosen = self.protocol, row.clean.nonzero()[: self.protocol.gate_images, 0]
         probe = gates.Probe(
-            subject.target, self.images[chosen], self.labels[chosen], protocol.norm, protocol.votes, self.seed,
-            protocol.rows, subject.random,
+            gates.until(subject.target, self.deadline), self.images[chosen], self.labels[chosen], protocol.norm,
+            protocol.votes, self.seed, protocol.rows, subject.random,
         )  # fmt: skip
-        findings = gates.judge(probe, row, self.epsilons, chosen, unchanged, failures, protocol.gates)
-        return replace(row, findings=findings)
+        return replace(row, findings=gates.judge(probe, row, self.epsilons, chosen, protocol.gates))
+
+    def _pieces(self, subject: Subject) -> list[tuple[float, Attack]]:
+        return [(epsilon, attack) for epsilon in self.epsilons for attack in self.attacks[subject.label]]
+
+    def _passes(self, subject: Subject, still: Tensor, pieces: Sequence[tuple[float, Attack]] | None = None) -> float:
+        """Passes that pieces and gates take at most: those in turn may break more of the images."""
+        attacks = sum(attack.passes(subject.target) for _, attack in pieces or self._pieces(subject))
+        draws = subject.target.draws if subject.target.noise else 1
+        ascent, longest = gates.ASCENT.steps * len(gates.LADDER) * draws, gates.longer(subject.target)
+        probed = min(len(self.images), self.protocol.gate_images) if self.protocol.gates else 0
+        return int(still.sum()) * attacks + probed * (ascent + longest.steps * (longest.draws or 1) / 4)
+
+    def _seconds_of_a_pass(self, subject: Subject) -> float:
+        """Seconds that one image takes, forward and backward."""
+        few = self.images[: min(PROBED, self.protocol.rows)].to(device_of(subject.target.net)).requires_grad_()
+        view, seconds = subject.target.view(draws=1), math.inf
+        # The first one may compile.
+        for _ in range(2):
+            began = time.perf_counter()
+            try:
+                torch.autograd.grad(view(few).sum(), few)[0].sum().item()
+            except RuntimeError:
+                # The gates say what is wrong with it.
+                return 0.0
+            seconds = min(seconds, (time.perf_counter() - began) / len(few))
+        return seconds
 
     def _attacks_on(self, subject: Subject) -> tuple[Attack, ...]:
         """The attacks that have the norm; transfers are always among them, one for each source."""
@@ -265,7 +362,7 @@ class _Evaluation:
         others = [source for source in self.sources if source.network != subject.network]
         return (
             *(attack for attack in usable if not attack.needs_sources),
-            *(_from_source(attack, source) for attack in transfers for source in others),
+            *(self._from_source(attack, source) for attack in transfers for source in others),
         )
 
     def _has_likelihood_ratio(self, target: Target) -> bool:
@@ -277,32 +374,19 @@ class _Evaluation:
             return False
         return True
 
-    def _attacked(self, subject: Subject, attack: Attack, still: Tensor) -> tuple[dict[float, Tensor], float]:
-        """Images that are right by budget, each attacked where smaller ones failed, and the fraction left unchanged."""
-        under: dict[float, Tensor] = {}
-        unchanged, attacked = 0, 0
-        for epsilon in self.epsilons:
-            self._tell(subject, f"{attack.name} {epsilon:g}")
-            attacked += int(still.sum())
-            finished = self._finished(subject, attack, epsilon, still)
-            unchanged += finished["unchanged"]
-            under[epsilon] = still = finished["right"]
-        return under, unchanged / max(1, attacked)
-
     def _attack(self, subject: Subject, attack: Attack, epsilon: float, still: Tensor) -> dict[str, Any]:
-        right, unchanged = [still[:0]], 0
         seed = mix(self.seed, crc32(f"{attack.name} {epsilon:g}".encode()))
-        budget = Budget(epsilon, self.protocol.norm)
-        for index, (x, y) in enumerate(pieces(subject.target, self.images[still], self.labels[still], self.size)):
-            try:
-                adversarial = perturb(attack, subject.target, x, y, budget, mix(seed, index), self.protocol.rows)
-            except (RuntimeError, ValueError) as error:
-                raise AttackFailedError(first_line(error)) from error
-            right.append(self._score(subject, adversarial, y, seed, index, 1).right)
-            unchanged += int((adversarial == x).flatten(1).all(1).sum())
+        budget, target = Budget(epsilon, self.protocol.norm), gates.until(subject.target, self.deadline)
+        x, y = (values[still].to(device_of(target.net)) for values in (self.images, self.labels))
+        try:
+            adversarial = perturb(attack, target, x, y, budget, seed, self.protocol.rows)
+        except gates.TimeIsUpError:
+            raise
+        except Exception as error:
+            raise AttackFailedError(first_line(error)) from error
         after = still.clone()
-        after[still] = torch.cat(right)
-        return {"right": after, "unchanged": unchanged}
+        after[still] = self._score(subject, adversarial, y, seed, 1).right
+        return {"right": after, "unchanged": int((adversarial == x).flatten(1).all(1).sum())}
 
     def _score(self, subject: Subject, images: Tensor, labels: Tensor, *seeds: int) -> Scores:
         votes = self.protocol.votes if subject.random else 1
@@ -338,17 +422,18 @@ class _Evaluation:
             atomic.save(path, finished)
         return finished
 
-    def _tell(self, subject: Subject, what: str) -> None:
-        self.progress(f"{subject.label}: {what}", self.done, self.total)
-        self.done += 1
+    def _tell(self, what: str, left: float) -> None:
+        """Says what is done next; ``left`` are the passes that the subject has left."""
+        share = self.done / max(1, self.done + left + sum(self.coming.values()))
+        self.progress(what, 100 * share, 100)
 
+    def _from_source(self, attack: Attack, source: Subject) -> Attack:
+        def run(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
+            sources = {source.label: gates.until(source.target, self.deadline)}
+            return attack.run(replace(target, sources=sources), x, y, budget, seed)
 
-def _from_source(attack: Attack, source: Subject) -> Attack:
-    def run(target: Target, x: Tensor, y: Tensor, budget: Budget, seed: int) -> Tensor:
-        return attack.run(replace(target, sources={source.label: source.target}), x, y, budget, seed)
-
-    name, settings = f"{attack.name} from {source.label}", {**attack.settings, "source": source.label}
-    return replace(attack, name=name, run=run, settings=settings, needs_sources=False)
+        name, settings = f"{attack.name} from {source.label}", {**attack.settings, "source": source.label}
+        return replace(attack, name=name, run=run, settings=settings, needs_sources=False)
 
 
 def fingerprint(*parts: Any) -> str:

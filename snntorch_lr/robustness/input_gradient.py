@@ -21,6 +21,8 @@ from .surrogates import SpikePooling
 from .view import Target, device_of, evaluating
 
 TINY = 1e-30
+FIRST_COPIES, CLEAR = 32, 0.5
+"""``alignment`` begins with so many noise draws, and takes more until its halves have this cosine."""
 UNMATCHED_SIGMA = 0.5
 """Noise level at which a network without noise is measured."""
 
@@ -102,17 +104,22 @@ def alignment(target: Target, images: Tensor, labels: Tensor, copies: int = 256,
 
     The latter is made twice: the product of the halves is its squared norm without the part that is noise, so that the
     cosine may exceed 1 by chance. The second number is the cosine between the halves: near 0, nothing can be said.
+    ``copies`` bounds the noise draws; fewer are made if they tell enough.
     """
-    noisy = with_noise(target)
-    first, second = (
-        likelihood_ratio_input_gradient(noisy, images, labels, copies, "margin", mix(seed, half), chunk=128)
-        for half in (1, 2)
-    )
+    noisy, done, more = with_noise(target), 0, min(FIRST_COPIES, copies)
+    first, second = torch.zeros_like(images), torch.zeros_like(images)
+    repeatability = torch.zeros(())
+    while done < copies and repeatability < CLEAR:
+        for half, total in enumerate((first, second)):
+            draw = mix(seed, half, done)
+            total += more * likelihood_ratio_input_gradient(noisy, images, labels, more, "margin", draw, chunk=128)
+        power = (first * second).sum()
+        repeatability = power / (first.norm() * second.norm()).clamp(min=TINY)
+        done, more = done + more, min(done + more, copies - done - more)
+    first, second, power = first / done, second / done, power / done**2
     x = images.detach().clone().requires_grad_()
     with seeded(seed):
         (surrogate,) = torch.autograd.grad(margin(target.view(seed=seed)(x), labels).sum(), x)
-    power = (first * second).sum()
     overlap = (surrogate * (first + second) / 2).sum()
     cosine = overlap / (power.clamp(min=TINY).sqrt() * surrogate.norm()).clamp(min=TINY)
-    repeatability = power / (first.norm() * second.norm()).clamp(min=TINY)
     return float(cosine), float(repeatability)

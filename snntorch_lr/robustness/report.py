@@ -26,12 +26,12 @@ PACKAGES = ("snntorch-lr", "snntorch", "torch", "torchattacks")
 _NOTE = (
     "Accuracy in percent of all images, with the half-width of its 95 % Wilson interval. An image is right under an "
     "attack if it is right clean, under that attack, and under that attack at every smaller budget; 'worst case' asks "
-    "this of every attack, those of the gates included. Noise: predictions by the majority of {votes} fresh draws; "
-    "attacks average over draws of their own. A worst case with '!' has a failed gate: masking suspected, no claim of "
-    "robustness. One with '?' has a gate that the suite could not run: masking not ruled out."
+    "this of every attack, those of the gates included. An attack with '→' ran on what those with '→' above it left, "
+    "and its line says what they left together. A worst case with '!' has a failed gate: masking suspected, no claim "
+    "of robustness. One with '?' has a gate that was not run, or too few images: no claim."
 )
 _WITHOUT_GATES = " The attacks of the gates were left out (gates=False): no claim of robustness is possible."
-_SIGNS = {" !": "! a gate failed: masking suspected", " ?": "? a gate was not run: masking not ruled out"}
+_SIGNS = {" !": "! a gate failed: masking suspected", " ?": "? a gate was not run, or too few images: no claim"}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Gate:
 
 
 def verdict(gates: Sequence[Gate]) -> str:
-    """Verdict of the gates on a headline, in a few words; without gates no claim passes.
+    """Verdict of the gates on a headline, in a few words; without gates, or with too few images, no claim passes.
 
     Examples:
         >>> verdict([Gate("G1 gradients", True, ""), Gate("G6 surrogates", None, "")])
@@ -132,6 +132,8 @@ def verdict(gates: Sequence[Gate]) -> str:
     missing = [gate.name for gate in gates if gate.passed is None]
     if failed:
         return f"MASKING SUSPECTED ({', '.join(name.split()[0] for name in failed)} failed)"
+    if [name.split()[0] for name in missing] == ["G10"]:
+        return "too few images for a claim"
     if missing or not gates:
         return f"masking not ruled out ({', '.join(name.split()[0] for name in missing) or 'gates'} not run)"
     return "all gates passed"
@@ -148,7 +150,7 @@ class GateFindings:
     """Gates of one network, and what their attacks broke.
 
     Attributes:
-        gates: G0 to G9.
+        gates: G0 to G10.
         epsilon: the budget of G4 and G6: where the worst case is nearest to half.
         ladder: fraction of the probed images that is right after ascent from the image, by budget.
         survived: images that no attack of a gate broke, by budget, Boolean, ``[images]``.
@@ -169,7 +171,11 @@ class Row:
         clean: images that the majority of the votes has right, Boolean, ``[images]``.
         single: expected accuracy of a single noise draw.
         attacks: the attacks that ran, transfers included.
-        right: images that are right under an attack, by its name and budget, Boolean, ``[images]``.
+        right: images that are right clean and that an attack did not break, by its name and budget, Boolean,
+            ``[images]``. One in turn does not break what those before it broke.
+        unchanged: fraction of the images that an attack returned as they were, by its name.
+        failures: what went wrong in attacks that failed, by their names.
+        left_out: attacks and budgets that there was no time for.
         findings: gates, and what their attacks broke.
     """
 
@@ -178,6 +184,9 @@ class Row:
     single: Share
     attacks: tuple[Attack, ...]
     right: Mapping[str, Mapping[float, Tensor]]
+    unchanged: Mapping[str, float] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
     findings: GateFindings = GateFindings()
 
     def under(self, attacks: Iterable[str], epsilon: float) -> Tensor:
@@ -202,9 +211,12 @@ class Row:
         return self.with_gates(self.under(self.right, epsilon), epsilon)
 
     def shares(self, epsilon: float) -> dict[str, Share]:
-        """Accuracies at a budget under each attack, and in the worst case, by name."""
-        under = {name: share_of(right[epsilon]) for name, right in self.right.items()}
-        return under | {"worst case": share_of(self.worst(epsilon))}
+        """Accuracies at a budget under each attack, of attacks in turn with those before it, and in the worst case."""
+        shares, in_turn = {}, [attack.name for attack in self.attacks if attack.in_turn]
+        for name in self.right:
+            above = in_turn[: in_turn.index(name) + 1] if name in in_turn else [name]
+            shares[name] = share_of(self.under(above, epsilon))
+        return shares | {"worst case": share_of(self.worst(epsilon))}
 
     def to_json(self, epsilons: Sequence[float]) -> dict[str, Any]:
         """All figures as plain dicts and numbers."""
@@ -221,6 +233,7 @@ class Row:
             "single_draw": asdict(self.single),
             "worst_case": attacks.pop("worst case"),
             "attacks": attacks,
+            "left_out": list(self.left_out),
             "verdict": verdict(findings.gates),
             "gates": [asdict(gate) for gate in findings.gates],
             "ladder": {f"{epsilon:g}": share for epsilon, share in findings.ladder.items()},
@@ -262,6 +275,8 @@ class RobustnessReport:
         seed: of attacks and noise.
         attacks: of the suite.
         rows: one for each network with its noise off and on, the network itself first.
+        suite: name of the suite, or names of the attacks.
+        seconds: that it took.
     """
 
     protocol: Protocol
@@ -269,6 +284,8 @@ class RobustnessReport:
     seed: int
     attacks: tuple[Attack, ...]
     rows: tuple[Row, ...]
+    suite: str = ""
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def headline(self) -> Row:
@@ -300,11 +317,47 @@ class RobustnessReport:
             for row, other in pairs if row.subject.network == own != other.subject.network
         ]  # fmt: skip
 
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.rows[0].clean)
+
     def summary(self) -> str:
-        """The worst case of the headline row, a line for each budget."""
+        """The worst case of the headline row, a line for each budget, and how it was measured."""
         row = self.headline
-        first = f"{row.subject.label}: worst case over {len(row.attacks)} attacks, {self.protocol.norm}"
-        return "\n".join([first, *(f"  ε = {epsilon:g}: {share}" for epsilon, share in self.worst_case.items())])
+        lines = [f"{row.subject.label}: worst case over {len(row.attacks)} attacks, {self.protocol.norm}"]
+        lines += [f"  ε = {epsilon:g}: {share}" for epsilon, share in self.worst_case.items()]
+        return "\n".join([*lines, *(f"  {name}: {value}" for name, value in self.settings().items())])
+
+    def settings(self) -> dict[str, str]:
+        """What stands beside every figure, in words: images, suite, budgets, noise, seed, time, versions."""
+        protocol, states = self.protocol, dict.fromkeys(row.subject.noise for row in self.rows)
+        draws = f"majority of {protocol.votes} draws, attacks average over up to {protocol.draws}"
+        noise = {"off": "off", "on": f"on, {draws}", "none": "none"}
+        late = [f"{row.subject.label}: {', '.join(row.left_out)}" for row in self.rows if row.left_out]
+        return {
+            "images": str(self.images),
+            "suite": f"{self.suite}, seed {self.seed}",
+            "budgets": f"{protocol.norm}, ε = {', '.join(f'{epsilon:g}' for epsilon in self.epsilons)}",
+            "noise": "; ".join(noise[state] for state in states),
+            "time": f"{self.seconds:.0f} s",
+            "versions": listed(versions(*PACKAGES)),
+        } | ({"no time for": "; ".join(late)} if late else {})
+
+    def sentence(self) -> str:
+        """One sentence for a paper: worst case and intervals, images, suite, noise, verdict, seed and versions."""
+        row, noise = self.headline, self.headline.subject.noise
+        judged = {"off": ", noise off,", "on": f", majority of {self.protocol.votes} noise draws,", "none": ""}[noise]
+        worst = [
+            f"{100 * share.accuracy:.1f} % (95 % Wilson interval {100 * share.low:.1f} to {100 * share.high:.1f}) "
+            f"at ε = {epsilon:g}" for epsilon, share in self.worst_case.items()
+        ]  # fmt: skip
+        return (
+            f"Of {self.images} images the {row.subject.network}{judged} has "
+            f"{100 * share_of(row.clean).accuracy:.1f} % right clean, and in the worst case over {len(row.attacks)} "
+            f"{self.protocol.norm} attacks (suite {self.suite}) {' and '.join(worst)}; {verdict(self.gates)} "
+            f"(seed {self.seed}; {listed(versions(*PACKAGES))})."
+        )
 
     def tables(self) -> list[Table]:
         """All figures as titles, headers and lines of text, gates included."""
@@ -320,18 +373,19 @@ class RobustnessReport:
             tables.append((f"Gates: {row.subject.label}", ["gate", "", "measured"], lines))
         tests = [
             [f"{pair.first} / {pair.second}", images, f"{test.only_first}", f"{test.only_second}",
-             f"{test.p_value:.2g}"]
+             f"{test.p_value:.2g}", str(test)]
             for pair in self.comparisons
             for images, test in (("clean", pair.clean), *((f"ε = {e:g}", test) for e, test in pair.worst.items()))
         ]  # fmt: skip
         if tests:
-            tables.append(("Paired McNemar tests", ["", "images", "only the first", "only the second", "p"], tests))
+            header = ["", "images", "only the first", "only the second", "p", "points between them [95 %]"]
+            tables.append(("Paired McNemar tests, and intervals of Newcombe's method 10", header, tests))
         return tables
 
     def table(self) -> str:
         """All figures as aligned plain text, gates included."""
         parts = [f"{title}\n{aligned(header, lines)}" for title, header, lines in self.tables()]
-        return "\n\n".join([self.summary(), *parts, self._note()])
+        return "\n\n".join([self.summary(), *parts, self._note(), self.sentence()])
 
     __str__ = table
 
@@ -343,14 +397,21 @@ class RobustnessReport:
         ]
         tables = [*self.tables(), ("Attacks", ["attack", "access", "settings"], settings)]
         parts = [f"{'#' * level} {title}\n\n{markdown(header, lines)}" for title, header, lines in tables]
-        made = f"Seed {self.seed}. Versions: {listed(versions(*PACKAGES))}."
-        summary = self.summary().replace("\n  ", "\n- ")
-        return "\n\n".join([summary, *parts, self._note(), made]) + "\n"
+        summary = self.summary().replace("\n  ", "\n- ").replace("\n", "\n\n", 1)
+        return "\n\n".join([summary, *parts, self._note(), self.sentence()]) + "\n"
+
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows, as HTML."""
+        return self.to_markdown()
 
     def to_json(self) -> dict[str, Any]:
         """All figures and settings as plain dicts and numbers, ready for ``json.dump``."""
         return {
             "protocol": {"epsilons": list(self.epsilons), "seed": self.seed} | asdict(self.protocol),
+            "images": self.images,
+            "suite": self.suite,
+            "seconds": self.seconds,
+            "sentence": self.sentence(),
             "versions": versions(*PACKAGES),
             "attacks": [{"name": a.name, "access": a.access, "settings": dict(a.settings)} for a in self.attacks],
             "headline": self.headline.subject.label,
@@ -392,12 +453,16 @@ class RobustnessReport:
         return with_legend(figure, axes, title="; ".join(_SIGNS[sign] for sign in _SIGNS if sign in marks) or None)
 
     def _note(self) -> str:
-        return _NOTE.format(votes=self.protocol.votes) + ("" if self.protocol.gates else _WITHOUT_GATES)
+        return _NOTE + ("" if self.protocol.gates else _WITHOUT_GATES)
 
     def _attacked(self, epsilon: float) -> list[list[str]]:
         shares = [row.shares(epsilon) for row in self.rows]
         names = dict.fromkeys(name for under in shares for name in under if name != "worst case")
-        lines = [[name, *(str(under.get(name, "-")) for under in shares)] for name in names]
+        in_turn = {attack.name for row in self.rows for attack in row.attacks if attack.in_turn}
+        lines = [
+            [f"→ {name}" if name in in_turn else name, *(str(under.get(name, "-")) for under in shares)]
+            for name in names
+        ]
         signs = [mark(row.findings.gates) for row in self.rows]
         worst = [f"{under['worst case']}{sign}" for under, sign in zip(shares, signs, strict=True)]
         return [*lines, ["worst case", *worst], ["gates", *(verdict(row.findings.gates) for row in self.rows)]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,34 +83,58 @@ def share_of(right: Tensor) -> Share:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Numbers of images that only one of two networks has right, and the two-sided p-value of their being as good."""
+    """Numbers of images that only one of two networks has right, and the two-sided p-value of their being as good.
+
+    ``difference`` is that of the accuracies, the first minus the second, ``low`` and ``high`` are its 95 % interval.
+    """
 
     only_first: int
     only_second: int
     p_value: float
+    difference: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.difference:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
 
 def mcnemar(first: Tensor, second: Tensor) -> McNemar:
-    """Exact McNemar test that two networks are right equally often, on the images that only one of them has right.
+    """Exact McNemar test that two networks are right equally often, and the interval of their difference.
 
-    It takes the images that each network has right, Boolean, ``[images]``.
+    It takes the images that each network has right, Boolean, ``[images]``. The interval is Newcombe's square-and-add of
+    two Wilson intervals with a continuity correction of their correlation: it has a width also where no image tells the
+    networks apart.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, or there are no images.
 
-    Source: McNemar (1947); in its exact form a binomial test of the discordant pairs.
+    Source: McNemar (1947); in its exact form a binomial test of the discordant pairs. Newcombe (1998), "Improved
+    confidence intervals for the difference between binomial proportions based on paired data", method 10.
 
     Examples:
         >>> import torch
-        >>> mcnemar(torch.tensor([True, True, True]), torch.tensor([True, False, False]))
-        McNemar(only_first=2, only_second=0, p_value=0.5)
+        >>> print(mcnemar(torch.tensor([True, True, True]), torch.tensor([True, False, False])))
+        +66.7 [-5.9, +93.9]
     """
     if first.shape != second.shape:
         raise ValueError(f"a paired test needs the same images; got {tuple(first.shape)} and {tuple(second.shape)}")
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    discordant = only_first + only_second
+    discordant, both = only_first + only_second, int((first & second).sum())
     p_value = float(_binomial(only_first, discordant).pvalue) if discordant else 1.0
-    return McNemar(only_first, only_second, p_value)
+    one, other = share_of(first), share_of(second)
+    product = both * (len(first) - both - discordant) - only_first * only_second
+    rows = one.accuracy * other.accuracy * (1 - one.accuracy) * (1 - other.accuracy)
+    corrected = max(product - len(first) / 2, 0) if product > 0 else product
+    correlation = corrected / (len(first) ** 2 * math.sqrt(rows)) if rows > 0 else 0.0
+
+    def reach(down: float, up: float) -> float:
+        return math.sqrt(max(down**2 - 2 * correlation * down * up + up**2, 0))
+
+    difference = one.accuracy - other.accuracy
+    low = difference - reach(one.accuracy - one.low, other.high - other.accuracy)
+    high = difference + reach(one.high - one.accuracy, other.accuracy - other.low)
+    return McNemar(only_first, only_second, p_value, difference, low, high)
 
 
 def _interval(right: int, total: int, confidence: float, method: str) -> Share:
@@ -164,7 +189,7 @@ def score(target: Target, images: Tensor, labels: Tensor, votes: int = 32, seed:
 
     Args:
         target: the network and how it is read.
-        images: ``[n, channels, height, width]`` in [0, 1].
+        images: ``[n, ...]`` in [0, 1].
         labels: ``[n]``.
         votes: noise draws for each image.
         seed: of the draws.
@@ -192,7 +217,7 @@ def count_votes(target: Target, images: Tensor, labels: Tensor, votes: int, seed
         if len(strange):
             raise ValueError(
                 f"labels must be from 0 to {classes - 1}, for the {classes} logits of an image, got {int(strange[0])}; "
-                "look at the labels, and at what forward= returns"
+                "count labels from 0, and look at what forward= returns"
             )
         chosen = logits.argmax(2)
         tally = torch.zeros_like(logits[0]).scatter_add_(1, chosen.T, torch.ones_like(chosen.T, dtype=logits.dtype))

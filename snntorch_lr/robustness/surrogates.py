@@ -248,11 +248,9 @@ class SpikePooling(TorchFunctionMode):
                 "AvgPool2d, or pool the currents before the neuron"
             )
             return func(*args, **kwargs)
-        with torch.no_grad():
-            maximum = func(*args, **kwargs)
-        windows = _windows(_POOLS[func], dict(zip(_NAMES, args, strict=False)) | kwargs)
-        soft = _any_spike(x, maximum.shape, height, windows)
-        return maximum + (soft - soft.detach())
+        named = dict(zip(_NAMES, args, strict=False)) | kwargs
+        shape = func(**named | {"input": torch.empty_like(x, device="meta")}).shape
+        return _any_spike(x, shape, height, _windows(_POOLS[func], named))
 
 
 def _height(x: Tensor) -> float | None:
@@ -275,7 +273,7 @@ def _windows(dims: int, arguments: Mapping[str, Any]) -> Windows:
 
 
 def _any_spike(x: Tensor, shape: torch.Size, height: float, windows: Windows) -> Tensor:
-    """1 − Π(1 − s) over the windows of a ``max_pool``, times the height of a spike."""
+    """The maximum over the windows of a ``max_pool``, with the derivative of 1 − Π(1 − s); spikes have a height."""
     kernel, stride, _, dilation = windows
     dims = len(kernel)
     # In half precision nearly one is one.
@@ -294,4 +292,7 @@ def _any_spike(x: Tensor, shape: torch.Size, height: float, windows: Windows) ->
     else:
         window = torch.ones(1, 1, *kernel, dtype=silent.dtype, device=x.device)
         summed = _CONVOLUTIONS[dims](silent, window, stride=stride, dilation=dilation)
-    return (-height * torch.expm1(summed)).view(shape).to(x.dtype)
+    soft = (-height * torch.expm1(summed)).view(shape).to(x.dtype)
+    # The logarithm of one spike is about -14.
+    maximum = (summed.detach() < -1).view(shape).to(x.dtype) * height
+    return maximum + (soft - soft.detach())

@@ -26,6 +26,9 @@ def plain(net: nn.Module, images: Tensor) -> Any:
 class AttackableView(nn.Module):
     """Module from images in [0, 1] to logits, for torchattacks and other attack libraries.
 
+    An image is any input with values in [0, 1]: pixels, event frames ``[time, channels, height, width]``, features of
+    sound ``[time, features]``.
+
     Each call resets every neuron's state, draws fresh noise from a generator of its own, averages the logits over the
     draws (which makes its gradient an expectation over transformations, EOT), and leaves the network as it found it. It
     always runs in evaluation mode: ``train()`` of the view, which attack libraries call, does not reach the network.
@@ -36,7 +39,8 @@ class AttackableView(nn.Module):
     Args:
         net: the network.
         forward: called as ``forward(net, images)``; returns logits ``[batch, classes]``, or a record
-            ``[time, batch, classes]`` of output spikes or membrane potentials. ``net(images)`` by default.
+            ``[time, batch, classes]`` of output spikes or membrane potentials. ``net(images)`` by default. A single
+            logit ``[batch, 1]`` is that of class 1, beside a 0 of class 0.
         draws: noise draws to average over, in one batch.
         noise: neurons that have noise draw it; without noise one draw is made.
         seed: of the view's generator.
@@ -83,7 +87,7 @@ class AttackableView(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[batch, classes]`` of images ``[batch, channels, height, width]`` in [0, 1]."""
+        """Logits ``[batch, classes]`` of images ``[batch, ...]`` in [0, 1]."""
         # Attacks clamp in float32: allow for rounding, not for another normalisation.
         low, high = images.detach().aminmax()
         if not bool((low >= -1e-5) & (high <= 1 + 1e-5)):
@@ -132,7 +136,10 @@ class AttackableView(nn.Module):
                 f"forward returned a {type(output).__name__} where logits or a record are needed; say what to read, "
                 "for instance the first of (spikes, membrane potentials) by forward=lambda net, images: net(images)[0]"
             )
-        return self.scale * output.mean(0) if output.dim() == 3 else output
+        logits = self.scale * output.mean(0) if output.dim() == 3 else output
+        if logits.dim() == 2 and logits.shape[1] == 1:
+            return torch.cat([torch.zeros_like(logits), logits], 1)
+        return logits
 
 
 @dataclass(frozen=True)

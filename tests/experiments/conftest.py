@@ -16,7 +16,7 @@ RECIPE = Recipe(method="likelihood ratio", epochs=1, copies=2, learning_rate=5e-
 
 
 @pytest.fixture(scope="session")
-def few() -> data.Images:
+def few() -> data.Dataset:
     digits = data.load("digits")
     return replace(
         digits, train=digits.train[:512], train_labels=digits.train_labels[:512],
@@ -25,7 +25,7 @@ def few() -> data.Images:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(few: data.Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoints(few: data.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with networks by both methods, and of other data."""
     folder = tmp_path_factory.mktemp("checkpoints")
     changes: dict[str, dict[str, Any]] = {

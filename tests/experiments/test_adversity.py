@@ -57,7 +57,7 @@ def net(checkpoints: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def digits_are_few_and_gates_quick(few: data.Images, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def digits_are_few_and_gates_quick(few: data.Dataset, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     load = data.load
     monkeypatch.setattr(data, "load", lambda name, root=None: few if name == "digits" else load(name, root))
     with quick_gates():

@@ -152,7 +152,7 @@ def test_all_columns_that_name_the_lines_are_repeated(
         ("reproduce --epoch 3", "unrecognized arguments: --epoch 3; see snntorch-lr reproduce --help"),
         ("reproduce --epochs many", "argument --epochs: invalid int value: 'many'"),
         ("reproduce --dataset cifar", "digits, mnist, fashion-mnist"),
-        ("reproduce --model rnn", "mlp, wide-mlp, deep-mlp, spiking-mlp, conv"),
+        ("reproduce --model rnn", "mlp, wide-mlp, deep-mlp, spiking-mlp, recurrent, conv"),
         ("reproduce --estimator adam", "counterfactual, vanilla, approximate"),
         ("reproduce --noise escape --distribution laplace", "logistic, gaussian"),
         ("reproduce --copies 1 --estimator vanilla", "copies >= 2"),

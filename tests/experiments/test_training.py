@@ -13,9 +13,9 @@ import torch
 from snntorch_lr import Counterfactual
 from snntorch_lr.experiments import data
 from snntorch_lr.experiments import train as module
+from snntorch_lr.experiments.models import MODELS
 from snntorch_lr.experiments.train import (
     METHODS,
-    MODELS,
     Recipe,
     accuracy,
     load_trained,
@@ -36,12 +36,23 @@ FAST = replace(RECIPE, epochs=2, copies=4, batch_size=32, learning_rate=5e-3)
 
 
 @pytest.fixture(scope="module")
-def images() -> data.Images:
+def images() -> data.Dataset:
     digits = data.load("digits")
     return replace(
         digits, train=digits.train[:256], train_labels=digits.train_labels[:256],
         test=digits.test[:50], test_labels=digits.test_labels[:50],
     )  # fmt: skip
+
+
+def recordings(images: data.Dataset, side: int) -> data.Dataset:
+    """The images, larger, as four frames, of which the last is empty."""
+    frames = [
+        torch.nn.functional.interpolate(part, (side, side)).unsqueeze(1).repeat(1, 4, 1, 1, 1)
+        for part in (images.train, images.test)
+    ]
+    for part in frames:
+        part[:, 3] = 0
+    return replace(images, train=frames[0], test=frames[1])
 
 
 def interrupt() -> None:
@@ -67,15 +78,15 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return made
 
 
-def losses(recipe: Recipe, images: data.Images, path: Path) -> list[float]:
+def losses(recipe: Recipe, images: data.Dataset, path: Path) -> list[float]:
     return [entry["train_loss"] for entry in train(recipe, images, path / "c.pt", CPU).history]
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", MODELS)
-def test_loss_falls(method: str, model: str, images: data.Images, tmp_path: Path) -> None:
+def test_loss_falls(method: str, model: str, images: data.Dataset, tmp_path: Path) -> None:
     recipe = replace(RECIPE, method=method, model=model, learning_rate=1e-2)
-    run = train(recipe, images, tmp_path / "c.pt", CPU)
+    run = train(recipe, images if model != "event-conv" else recordings(images, 16), tmp_path / "c.pt", CPU)
     assert run.history[-1]["train_loss"] < 0.99 * run.history[0]["train_loss"]
     by_credit = isinstance(getattr(run.net.neurons[0], "sampler", None), CounterfactualCredit)
     assert by_credit == (method == "likelihood ratio")
@@ -83,14 +94,14 @@ def test_loss_falls(method: str, model: str, images: data.Images, tmp_path: Path
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("noise", ["membrane", "escape"])
-def test_every_estimator_and_noise_trains(estimator: str, noise: str, images: data.Images, tmp_path: Path) -> None:
+def test_every_estimator_and_noise_trains(estimator: str, noise: str, images: data.Dataset, tmp_path: Path) -> None:
     recipe = replace(RECIPE, model="deep-mlp", copies=4, learning_rate=1e-2, estimator=estimator, noise=noise)
     history = train(recipe, images, tmp_path / "c.pt", CPU).history
     assert history[-1]["train_loss"] < 0.95 * history[0]["train_loss"]
 
 
 def test_networks_of_a_seed_start_from_the_same_weights() -> None:
-    nets = [make_network(replace(RECIPE, method=method), (1, 8, 8)) for method in METHODS]
+    nets = [make_network(replace(RECIPE, method=method), (1, 8, 8), 10) for method in METHODS]
     weights = [net.readout.weight for net in nets]
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[1], weights[2])
@@ -109,7 +120,7 @@ def test_networks_of_a_seed_start_from_the_same_weights() -> None:
     ids=str,
 )
 def test_killed_and_resumed_gives_the_same_weights(
-    change: dict[str, Any], images: data.Images, tmp_path: Path, steps: list[float], monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], images: data.Dataset, tmp_path: Path, steps: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(RECIPE, **change)
     whole = train(recipe, images, tmp_path / "whole.pt", CPU)
@@ -128,7 +139,7 @@ def test_killed_and_resumed_gives_the_same_weights(
 
 
 @pytest.mark.parametrize("method", ["surrogate, noise", "likelihood ratio"])
-def test_noise_levels_fall_to_a_fraction_which_is_saved(method: str, images: data.Images, tmp_path: Path) -> None:
+def test_noise_levels_fall_to_a_fraction_which_is_saved(method: str, images: data.Dataset, tmp_path: Path) -> None:
     recipe = replace(RECIPE, method=method, anneal=0.25, learn_sigma=False)
     seen: list[float] = []
     run = train(
@@ -142,7 +153,7 @@ def test_noise_levels_fall_to_a_fraction_which_is_saved(method: str, images: dat
     assert noise_levels(loaded) == noise_levels(run.net) == {"neurons.0": [pytest.approx(0.125)]}
 
 
-def test_both_accuracies_of_a_network_with_noise_are_recorded(images: data.Images, tmp_path: Path) -> None:
+def test_both_accuracies_of_a_network_with_noise_are_recorded(images: data.Dataset, tmp_path: Path) -> None:
     for method in METHODS:
         run = train(replace(RECIPE, method=method, sigma=2.0, epochs=1), images, tmp_path / f"{method}.pt", CPU)
         entry = run.history[-1]
@@ -160,7 +171,7 @@ def test_both_accuracies_of_a_network_with_noise_are_recorded(images: data.Image
 
 @pytest.mark.parametrize(("off", "on", "told"), [(10, 30, True), (28, 30, False), (30, 10, False)])
 def test_a_network_that_is_another_one_without_its_noise_is_warned_of_at_the_end(
-    off: int, on: int, told: bool, images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    off: int, on: int, told: bool, images: data.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     recwarn: pytest.WarningsRecorder,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(
@@ -173,7 +184,7 @@ def test_a_network_that_is_another_one_without_its_noise_is_warned_of_at_the_end
 
 
 def test_training_stops_where_the_held_out_images_are_right_often_enough(
-    images: data.Images, tmp_path: Path, steps: list[float]
+    images: data.Dataset, tmp_path: Path, steps: list[float]
 ) -> None:
     recipe = replace(RECIPE, method="surrogate", validation=64, learning_rate=5e-3, stop_at=0.5)
     run = train(recipe, images, tmp_path / "c.pt", CPU)
@@ -188,7 +199,7 @@ def test_training_stops_where_the_held_out_images_are_right_often_enough(
     assert again.history == run.history
 
 
-def test_held_out_images_are_not_trained_on(images: data.Images, tmp_path: Path) -> None:
+def test_held_out_images_are_not_trained_on(images: data.Dataset, tmp_path: Path) -> None:
     recipe = replace(RECIPE, method="surrogate", epochs=1, validation=64)
     rows, held_out = split(recipe, images)
     assert sorted([*rows.tolist(), *held_out.tolist()]) == list(range(256))
@@ -199,14 +210,14 @@ def test_held_out_images_are_not_trained_on(images: data.Images, tmp_path: Path)
         train(replace(recipe, validation=256), images, tmp_path / "x.pt", CPU)
 
 
-def test_a_checkpoint_of_other_settings_is_refused(images: data.Images, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_settings_is_refused(images: data.Dataset, tmp_path: Path) -> None:
     train(replace(RECIPE, epochs=1), images, tmp_path / "c.pt", CPU)
     with pytest.raises(ValueError, match=r"copies=1 \(now 4\)"):
         train(replace(RECIPE, epochs=1, copies=4), images, tmp_path / "c.pt", CPU, resume=True)
 
 
 def test_copies_change_once_the_learning_rate_has_fallen(
-    images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: data.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[int] = []
     backward = Counterfactual.backward
@@ -221,17 +232,17 @@ def test_copies_change_once_the_learning_rate_has_fallen(
     assert used.count(4) == pytest.approx(16, abs=1) == used.count(8)
 
 
-def test_noise_levels_are_fixed_on_request(images: data.Images, tmp_path: Path) -> None:
+def test_noise_levels_are_fixed_on_request(images: data.Dataset, tmp_path: Path) -> None:
     recipe = replace(FAST, learn_sigma=False)
     net = train(recipe, images, tmp_path / "c.pt", CPU).net
-    assert noise_levels(net) == noise_levels(make_network(recipe, images.shape))
+    assert noise_levels(net) == noise_levels(make_network(recipe, images.shape, 10))
     learned = train(FAST, images, tmp_path / "d.pt", CPU).net
     assert noise_levels(learned) != noise_levels(net)
 
 
 def test_decay_shrinks_the_first_weights_only() -> None:
     recipe = replace(FAST, decay=2.0, learning_rate=0.1)
-    net = make_network(recipe, (1, 8, 8))
+    net = make_network(recipe, (1, 8, 8), 10)
     before = {name: value.clone() for name, value in net.named_parameters()}
     optimizer = make_optimizer(recipe, net)
     for parameter in net.parameters():
@@ -257,7 +268,7 @@ def test_defaults_depend_on_the_data_and_the_estimator() -> None:
 
 
 @pytest.mark.parametrize("method", ["surrogate", "likelihood ratio"])
-def test_training_images_are_disturbed(method: str, images: data.Images, tmp_path: Path) -> None:
+def test_training_images_are_disturbed(method: str, images: data.Dataset, tmp_path: Path) -> None:
     plain = losses(replace(FAST, method=method), images, tmp_path / "plain")[-1]
     changes = [{"adversary": 0.2}, {"adversary": 0.2, "free": 2}, {"input_noise": 1.0}]
     changes += [{"input_noise": 1.0, "input_noise_each_step": True}, {"input_noise": 0.2, "adversary": 0.2}]
@@ -266,7 +277,7 @@ def test_training_images_are_disturbed(method: str, images: data.Images, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["surrogate", "likelihood ratio"])
-def test_the_level_of_noise_on_the_input_is_learned(method: str, images: data.Images, tmp_path: Path) -> None:
+def test_the_level_of_noise_on_the_input_is_learned(method: str, images: data.Dataset, tmp_path: Path) -> None:
     recipe = replace(FAST, method=method, input_noise=0.5, learn_input_noise=True)
     net = train(recipe, images, tmp_path / "c.pt", CPU).net
     assert 0.25 < noise_levels(net)["input"][0] != pytest.approx(0.5, abs=1e-4)
@@ -278,13 +289,16 @@ def test_the_level_of_noise_on_the_input_is_learned(method: str, images: data.Im
     ("change", "message"),
     [
         ({"method": "magic"}, "unknown method"),
-        ({"model": "rnn"}, "mlp, wide-mlp, deep-mlp, spiking-mlp, conv, ann"),
+        ({"model": "rnn"}, "mlp, wide-mlp, deep-mlp, spiking-mlp, recurrent, conv, event-conv, vgg, ann"),
         ({"sigma": 0.0}, "sigma must be positive"),
         ({"late_copies": -1}, "late_copies"),
         ({"late_copies": 8, "method": "surrogate"}, "late_copies"),
         ({"decay": -1.0}, "decay"),
         ({"free": 4}, "free needs the budget"),
         ({"model": "ann"}, "no spiking neurons"),
+        ({"surrogate": "atan"}, "the likelihood ratio has none"),
+        ({"surrogate": "straight", "method": "surrogate"}, "choose one of atan, fast-sigmoid"),
+        ({"dataset": ["mnist"]}, "dataset must be of type str"),
         ({"stop_at": 0.5}, "validation"),
         ({"anneal": 2.0}, "anneal must be above 0 and at most 1"),
     ],

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -36,20 +37,20 @@ def report() -> Iterator[RobustnessReport]:
     with pytest.MonkeyPatch.context() as patch:
         # Short attacks of the gates, which have tests of their own.
         patch.setattr(gates, "ASCENT", replace(gates.ASCENT, steps=5, length=0.5))
-        patch.setattr(gates, "LONGER", 8)
+        patch.setattr(gates, "LONGER", {True: 8, False: 8})
         yield evaluate(
             slr.add_noise(canaries.trained(), 0.3), [canaries.digits(20)], [0.1, 0.3], [PGD, canaries.TRANSFER],
             baselines={"blind": canaries.with_zero_gradient()},
-            protocol=Protocol(draws=2, votes=4, gate_images=8),
+            protocol=Protocol(draws=2, votes=4, gate_images=8), progress=False,
         )  # fmt: skip
 
 
 def test_no_worst_case_stands_without_its_gates(report: RobustnessReport) -> None:
     blind = report.rows[2]
     assert verdict(blind.findings.gates).startswith("MASKING SUSPECTED (G1")
-    assert verdict(report.gates) == "masking not ruled out (G6 not run)"
+    assert verdict(report.gates) == "masking not ruled out (G6, G10 not run)"
     assert isinstance(report.worst_case[0.3], Headline)
-    assert str(report.worst_case[0.3]).endswith("% (masking not ruled out (G6 not run))")
+    assert str(report.worst_case[0.3]).endswith("% (masking not ruled out (G6, G10 not run))")
     for text in str(report), report.to_markdown():
         (worst,) = (
             line for line in text.splitlines() if "worst case" in line and str(share_of(blind.worst(0.3))) in line
@@ -76,22 +77,55 @@ def test_a_row_is_right_where_it_is_right_under_everything() -> None:
 
 def test_verdict_names_what_failed_before_what_is_missing() -> None:
     passed, missing, failed = (Gate(f"G{i} x", state, "") for i, state in enumerate((True, None, False)))
+    few = Gate("G10 images", None, "")
     for judged, words, sign in (
         ([], "masking not ruled out (gates not run)", " ?"),
         ([passed], "all gates passed", ""),
         ([passed, missing], "masking not ruled out (G1 not run)", " ?"),
         ([passed, missing, failed], "MASKING SUSPECTED (G2 failed)", " !"),
+        ([passed, few], "too few images for a claim", " ?"),
+        ([passed, missing, few], "masking not ruled out (G1, G10 not run)", " ?"),
     ):
         assert (verdict(judged), mark(judged)) == (words, sign)
 
 
-def test_markdown_has_settings_tests_and_versions(report: RobustnessReport) -> None:
+def test_every_form_has_what_a_paper_needs(report: RobustnessReport) -> None:
+    beside = report.settings()
+    assert beside["images"] == "20"
+    assert beside["suite"] == "PGD, transfer, seed 0"
+    assert beside["budgets"] == "linf, ε = 0.1, 0.3"
+    assert beside["noise"] == "off; on, majority of 4 draws, attacks average over up to 2; none"
+    assert re.fullmatch(r"\d+ s", beside["time"])
+    assert "snntorch-lr " in beside["versions"]
+    for text in str(report), report.to_markdown(), report._repr_markdown_():
+        assert all(f"{name}: {value}" in text for name, value in beside.items())
+        assert report.sentence() in text
+    figures = report.to_json()
+    assert figures["sentence"] == report.sentence()
+    assert (figures["images"], figures["suite"], figures["seconds"]) == (20, "PGD, transfer", report.seconds)
+    assert figures["protocol"] == {"epsilons": [0.1, 0.3], "seed": 0} | asdict(report.protocol)
+    sentence = report.sentence()
+    for share in report.worst_case.values():
+        assert f"{100 * share.accuracy:.1f} % (95 % Wilson interval {100 * share.low:.1f} to " in sentence
+    for part in (
+        "Of 20 images",
+        "noise off",
+        "linf",
+        "(suite PGD, transfer)",
+        verdict(report.gates),
+        "seed 0",
+        "torch ",
+    ):
+        assert part in sentence
+
+
+def test_markdown_has_settings_and_tests(report: RobustnessReport) -> None:
     text = report.to_markdown(level=3)
     assert "### Accuracy, ε = 0.3" in text
     assert "| PGD | white-box | " in text
     assert "steps 3" in text
-    assert "Paired McNemar" in text
-    assert "snntorch-lr" in text
+    (pair,) = [pair for pair in report.comparisons if pair.first == "network, noise on"]
+    assert f"| {pair.worst[0.3]} |" in text
     columns = {line.count(" | ") for line in text.splitlines() if line.startswith("| PGD |") and "±" in line}
     assert columns == {len(report.rows)}
 

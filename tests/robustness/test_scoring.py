@@ -96,6 +96,21 @@ def test_mcnemar_is_exact_binomial_of_discordant_pairs() -> None:
     assert mcnemar(*pairs(0, 0, 5)).p_value == 1
 
 
+def test_the_interval_of_a_paired_difference_is_newcombes_and_never_empty() -> None:
+    # The same children: 1 with it both times, 12 never. Fagerland, Lydersen & Laake (2014), "Recommended tests and
+    # confidence intervals for paired binomial proportions": -0.507 to -0.026.
+    first, second = pairs(1, 7, 1)
+    never = torch.zeros(12, dtype=torch.bool)
+    test = mcnemar(torch.cat([first, never]), torch.cat([second, never]))
+    assert test.difference == pytest.approx(-6 / 21)
+    assert (test.low, test.high) == pytest.approx((-0.507, -0.026), abs=5e-4)
+    for right in (torch.ones(8), torch.zeros(8), torch.arange(8) % 2):
+        same = mcnemar(right.bool(), right.bool())
+        assert same.low == pytest.approx(-same.high)
+        assert same.low < -0.1
+    assert str(same) == "+0.0 [-20.1, +20.1]"
+
+
 def test_share_of_fractions_holds_its_mean() -> None:
     share = share_of(torch.tensor([1.0, 0.75, 0.5, 1.0]))
     assert share.accuracy == pytest.approx(0.8125)

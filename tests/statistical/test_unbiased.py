@@ -22,7 +22,6 @@ from .objective import Measured, along, directions, estimates, finite_difference
 
 pytestmark = pytest.mark.statistical
 LIMIT = 4.0  # standard errors
-FEW = 12  # calls that show a mistake, and fewer than what shows that there is none
 NEURONS = ["Leaky", "Lapicque", "Synaptic", "Alpha", "RLeaky", "RSynaptic, one to one"]
 # Each class with one mechanism; escape noise has the other two, with a reference that costs less.
 MEMBRANE = [(neuron, RESETS[i % 3]) for i, neuron in enumerate(NEURONS)]
@@ -41,8 +40,9 @@ def exact(net: TwoLayers, x: Tensor, y: Tensor, direction: dict[str, Tensor]) ->
     return Measured(exact_derivative(net, net.loss, x, y, x.shape[1] * 2 * HIDDEN, direction), 0.0)
 
 
-def estimate(net: Any, x: Tensor, y: Tensor, repeats: int = 24, **options: Any) -> list[dict[str, Tensor]]:
-    return estimates(slr.Vanilla(net, **{"copies": 5000, **options}), net.loss, x, y, repeats)
+def estimate(net: Any, x: Tensor, y: Tensor, **options: Any) -> list[dict[str, Tensor]]:
+    """As many calls as show each of the mistakes below."""
+    return estimates(slr.Vanilla(net, **{"copies": 5000, **options}), net.loss, x, y, repeats=12)
 
 
 def assert_unbiased(
@@ -189,7 +189,7 @@ ESCAPE_MUTANTS: dict[str, tuple[str, str, Any, str, Callable[..., Any]]] = {
 
 
 def assert_noticed(net: TwoLayers, x: Tensor, y: Tensor, kind: str, expected: Measured, **options: Any) -> None:
-    found = along(estimate(net, x, y, FEW, **options), directions(net, groups(net))[kind])
+    found = along(estimate(net, x, y, **options), directions(net, groups(net))[kind])
     print(f"{found.distance(expected):.1f} standard errors")
     assert found.distance(expected) > LIMIT
 
