@@ -32,7 +32,7 @@ from snntorch_lr.experiments import data
 from snntorch_lr.experiments.files import write_json, write_text
 
 OUT = Path(__file__).parent / "results"
-METHODS = PLAIN, OURS = "surrogate", "likelihood ratio"
+METHODS = PLAIN, OURS, ANNEALED = "surrogate", "likelihood ratio", "annealed"
 TEST = 1000
 
 
@@ -425,19 +425,21 @@ def train(case: Case, images: data.Dataset, steps: int, seed: int, method: str) 
             slr.add_noise(net, kind=case.kind)
             result["calibration"] = str(slr.calibrate(net, batch(0), loss_fn=loss_fn))
         optimizer = torch.optim.Adam(net.parameters(), lr=case.rate)
-        if method == OURS:
+        if method != PLAIN:
             slr.attach(optimizer, net, case.estimator)
+        levels = slr.anneal(net, steps) if method == ANNEALED else None
         for number in range(steps):
-            if method == OURS and case.estimator == "vanilla":
+            if method != PLAIN and case.estimator == "vanilla":
                 optimizer.step(slr.closure(loss_fn, *batch(number)))
-                continue
-            loss = loss_fn(*batch(number)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            else:
+                loss = loss_fn(*batch(number)).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            if levels is not None:
+                levels.step()
         result["seconds"] = time.perf_counter() - start
-    own = {str(warning.message) for warning in caught if warning.category is UserWarning}
-    result["warnings"] = sorted(message for message in own if "Converting a tensor" not in message)
+    result["warnings"] = sorted({str(warning.message) for warning in caught if warning.category is UserWarning})
     net.eval()
     inputs, labels = case.encode(images.test[:TEST]), images.test_labels[:TEST]
     with torch.no_grad():
@@ -456,14 +458,15 @@ def to_markdown(results: dict[str, Any]) -> str:
         is_error = name.startswith("error")
         shown = [" ".join(f"{score:.3f}" if is_error else f"{100 * score:.1f}" for score in scores[m]) for m in METHODS]
         seconds = [f"{mean(run['seconds'] for run in runs[method]):.0f}" for method in METHODS]
-        lines.append([name, runs["rate"], *shown, f"{mean(scores[OURS]) / mean(scores[PLAIN]):.2f}", *seconds])
+        ratios = [f"{mean(scores[method]) / mean(scores[PLAIN]):.2f}" for method in (OURS, ANNEALED)]
+        lines.append([name, runs["rate"], *shown, *ratios, *seconds])
         first = runs[OURS][0]
         if "by spike counts" in first:
             parts = [f"{m} {100 * mean(run['by spike counts'] for run in runs[m]):.1f} %" for m in METHODS]
             notes.append(f"- {name}: {', '.join(parts)}")
         said = "".join(f"\n\nWarned: {message}." for message in first["warnings"])
         calibrations.append(f"### {name}\n\n```\n{first['calibration']}\n```{said}")
-    header = ["network, loss", "learning rate", *METHODS, "ratio", *["s"] * len(METHODS)]
+    header = ["network, loss", "learning rate", *METHODS, "ratio", "ratio, annealed", *["s"] * len(METHODS)]
     return f"""# Networks of snnTorch's users
 
 Accuracy in percent on {TEST} test images of MNIST after {results["steps"]} steps from fresh weights, seed by seed;
@@ -475,9 +478,10 @@ chance is 10 %. Of the last ones, the squared error as a fraction of the varianc
   which were chosen by such figures, which favours them: σ, 0.25 times the spread and not 0.5; the rate that noise must
   bring about at least, 0.02, among 0.02, 0.05 and 0.15; and for readouts the threshold, among 0.35, 0.5, 0.7 and 1
   times the threshold.
+- **{ANNEALED}**: the same, and the levels fall to a third over all steps, by `slr.anneal(net, steps)`.
 
-The ratio is that of the two means. Learning rates and batches are the same for both, and were not tuned; seconds are of
-training, on a machine that did other things too.
+A ratio is that of two means, the second by surrogate gradients. Learning rates and batches are the same for all, and
+were not tuned; seconds are of training, on a machine that did other things too.
 
 {markdown(header, lines)}
 

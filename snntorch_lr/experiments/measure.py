@@ -96,7 +96,7 @@ def attack(
     report = evaluate(
         net, [(images.test[:count], images.test_labels[:count])], options.epsilons, options.suite,
         baselines=dict(baselines), seed=options.seed, name=name, protocol=protocol, cache=options.folder / "attacks",
-        progress=Progress("attacks"),
+        progress=Progress("attacks", in_percent=True),
     )  # fmt: skip
     note = files.origin_note(files.origin(options.command_line(), options.torch_device()))
     files.write_text(options.folder / "robustness.md", f"# Robustness\n\n{report.to_markdown()}\n{note}")

@@ -117,8 +117,9 @@ class Outcome(NamedTuple):
 class Progress:
     """A line for each piece of work, with the time left by the pace since the first line."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, in_percent: bool = False) -> None:
         self.title = title
+        self.in_percent = in_percent
         self.first: tuple[float, float] | None = None
 
     def __call__(self, what: str, done: float, total: int) -> None:
@@ -129,7 +130,8 @@ class Progress:
         if done > before:
             seconds = (time.monotonic() - started) * (total - done) / (done - before)
             left = f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"
-        print(f"{self.title}: {done:.3g} of {total} done{left}: {what}", flush=True)
+        share = f"{100 * done / total:.0f} %" if self.in_percent else f"{done:.3g} of {total}"
+        print(f"{self.title}: {share} done{left}: {what}", flush=True)
 
 
 class Parser(ArgumentParser):

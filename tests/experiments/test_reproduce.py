@@ -54,17 +54,25 @@ def test_results_hold_everything_that_is_needed_to_repeat_them(results: dict[str
     assert set(results["training"]) == {row["network"] for row in rows} == set(results["recipes"])
 
 
+def timeless(results: dict[str, Any]) -> str:
+    """Results without what an evaluation took, which is measured anew."""
+    return re.sub(r'"seconds": [0-9.]+', "", json.dumps(results["evaluation"]))
+
+
 def test_a_finished_run_is_kept_resumed_and_printed_as_json(out: Path, results: dict[str, Any]) -> None:
     before = (out / "likelihood-ratio.pt").stat().st_mtime_ns
     refused = run("reproduce", *SMALL, "--out", str(out))
     assert refused.exit_code == 2
     assert "--resume" in refused.stderr
     resumed = run("reproduce", *SMALL, "--out", str(out), "--resume", "--json")
-    assert json.loads(resumed.stdout) == results == json.loads((out / "results.json").read_text())
+    again = json.loads(resumed.stdout)
+    assert again == json.loads((out / "results.json").read_text())
+    assert timeless(again) == timeless(results)
     assert resumed.stdout.count("\n") == 1
     assert "Written:" in resumed.stderr
-    pieces = re.findall(r"^attacks: (\d+) of (\d+) done(?:, about \d+ (?:s|min) left)?: ", resumed.stderr, re.MULTILINE)
-    assert [int(done) for done, _ in pieces] == list(range(int(pieces[0][1])))
+    shares = re.findall(r"^attacks: (\d+) % done(?:, about \d+ (?:s|min) left)?: ", resumed.stderr, re.MULTILINE)
+    assert len(shares) > 3
+    assert all(0 <= int(share) <= 100 for share in shares)
     assert (out / "likelihood-ratio.pt").stat().st_mtime_ns == before
 
 
