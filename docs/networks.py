@@ -465,7 +465,7 @@ def to_markdown(results: dict[str, Any]) -> str:
             parts = [f"{m} {100 * mean(run['by spike counts'] for run in runs[m]):.1f} %" for m in METHODS]
             notes.append(f"- {name}: {', '.join(parts)}")
         said = "".join(f"\n\nWarned: {message}." for message in first["warnings"])
-        calibrations.append(f"### {name}\n\n```\n{first['calibration']}\n```{said}")
+        calibrations.append(f"### {name}\n\n```text\n{first['calibration']}\n```{said}")
     header = ["network, loss", "learning rate", *METHODS, "ratio", "ratio, annealed", *["s"] * len(METHODS)]
     return f"""# Networks of snnTorch's users
 
