@@ -24,7 +24,7 @@ FLAG = "RUN_ON_MNIST = False"
 # Two or more names after a slash, at the beginning of a word, or a drive.
 MACHINE_PATH = re.compile(r"(?<![\w./])(?:/[\w.+-]+){2,}|\b[A-Z]:\\|~/")
 # In tests the cells compute less: numbers that a notebook shows come from `make tutorials`.
-SLOW = ("EOT-PGD gaussian", "RGA", "ASSG", "margin EOT-PGD-40x8")
+SLOW = ("EOT-PGD gaussian", "RGA", "ASSG margin-100x1", "margin EOT-PGD-40x8")
 SMALLER = {
     "1": [("epochs=7", "epochs=1")],
     "2": [
