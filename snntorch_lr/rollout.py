@@ -98,7 +98,7 @@ def rollout(net: nn.Sequential, inputs: Tensor, num_steps: int | None = None) ->
         for first in range(0, steps, length):
             count = min(length, steps - first)
             piece = inputs if constant else inputs[first : first + count]
-            pieces.append(_by_layers(modules, neurons, changing, piece, count, constant, bits_from))
+            pieces.append(_by_layers(modules, neurons, piece, count, constant, bits_from))
     if isinstance(pieces[0], tuple):
         return tuple(torch.cat(part) for part in zip(*pieces, strict=True))
     return torch.cat(pieces)
@@ -118,9 +118,8 @@ def _blocks(modules: list[nn.Module], neurons: set[nn.Module]) -> Iterator[nn.Mo
 
 
 def _by_layers(
-    modules: Iterable[nn.Module], neurons: set[nn.Module], changing: set[nn.Module], value: Any, steps: int,
-    constant: bool, bits_from: int,
-) -> Any:  # fmt: skip
+    modules: Iterable[nn.Module], neurons: set[nn.Module], value: Any, steps: int, constant: bool, bits_from: int
+) -> Any:
     """What the last module returns in some time steps, each layer after the one before it."""
     for module in modules:
         if module in neurons:
@@ -129,7 +128,7 @@ def _by_layers(
             value = module(value)
         elif not constant and _is_row_by_row(module):
             value = _in_rows(module, value, steps, bits_from)
-        elif constant and module not in changing and _is_row_by_row(module):
+        elif constant and _is_row_by_row(module):
             value = module(value)
             continue
         else:

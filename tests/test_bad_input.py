@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import snntorch as snn
 import torch
+from snntorch.functional.quant import state_quant
 from torch import Tensor, nn
 
 import snntorch_lr as slr
@@ -174,6 +175,8 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
         "escape noise decides for each neuron alone"),
     "pooling": (lambda _: slr.SConv2dLSTM(1, 1, 3, max_pool=2, noise="escape"), ValueError,
         "escape noise decides for each neuron alone"),
+    "levels of a state": (lambda _: readout(state_quant=state_quant(num_bits=4), noise="escape"), ValueError,
+        "escape noise decides by a potential that state_quant clips.*use membrane noise"),
     # anneal
     **{
         f"steps={steps}": (lambda net, steps=steps: slr.anneal(net, steps), ValueError,
