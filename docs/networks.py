@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import snntorch as snn
@@ -457,7 +457,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         scores = {method: [run["score"] for run in runs[method]] for method in METHODS}
         is_error = name.startswith("error")
         shown = [" ".join(f"{score:.3f}" if is_error else f"{100 * score:.1f}" for score in scores[m]) for m in METHODS]
-        seconds = [f"{mean(run['seconds'] for run in runs[method]):.0f}" for method in METHODS]
+        seconds = [f"{median(run['seconds'] for run in runs[method]):.0f}" for method in METHODS]
         ratios = [f"{mean(scores[method]) / mean(scores[PLAIN]):.2f}" for method in (OURS, ANNEALED)]
         lines.append([name, runs["rate"], *shown, *ratios, *seconds])
         first = runs[OURS][0]
@@ -481,7 +481,7 @@ chance is 10 %. Of the last ones, the squared error as a fraction of the varianc
 - **{ANNEALED}**: the same, and the levels fall to a third over all steps, by `slr.anneal(net, steps)`.
 
 A ratio is that of two means, the second by surrogate gradients. Learning rates and batches are the same for all, and
-were not tuned; seconds are of training, on a machine that did other things too.
+were not tuned; seconds are of training, medians, on a machine that did other things too.
 
 {markdown(header, lines)}
 
