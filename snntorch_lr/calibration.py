@@ -16,7 +16,7 @@ from ._messages import aligned, places, positive_integer, warn
 from .network import left_as_found, noises, reset_state, spiking_neurons
 from .noise import EscapeNoise
 from .noisy_neuron import NoisyNeuron
-from .validate import Credits, comes_near, noisy
+from .validate import Credits, Look, comes_near, noisy
 
 _STEP_UP = 1.25
 # Spikes per neuron and time step at which a readout learns by itself; fewer are a silent minimum of most losses.
@@ -144,7 +144,12 @@ def calibrate(
         for noise in levels.values():
             at_end.callback(setattr, noise, "forced", noise.forced)
             noise.forced = False
-        order = run.order()
+        order, off = run.order(), run.meters()
+        if broken := {name: neurons[name] for name, meter in off.items() if not math.isfinite(meter.spread)}:
+            raise ValueError(
+                f"the membrane potentials of {places(broken)} are not finite on the sample; no noise level changed. "
+                "Look for NaN in the sample and in the weights"
+            )
         # With noise, for first spikes of silent neurons are no time.
         for noise in levels.values():
             noise.forced = True
@@ -175,9 +180,6 @@ def calibrate(
             mean = float(noise.sigma.mean())
             measured.append(CalibratedLayer(name, readout, read[name], meter.spread, mean, 0, rate_on=least))
         on = run.meters()
-        for noise in levels.values():
-            noise.forced = False
-        off = run.meters()
     run.reset()
     layers = [
         replace(layer, rate_off=off[layer.name].rate, rate_on=on[layer.name].rate, note=_note(layer, on[layer.name]))
@@ -295,8 +297,11 @@ class _Run:
                 neuron.hold("mem", outputs[-1])
             return outputs
 
-        handles = []
+        handles, samplers = [], {neuron: neuron.sampler for neuron in probes}
+        Look.looks = False
         for neuron in probes:
+            # Spikes by the surrogate: λ is not to be fitted by this pass, and "approximate" would refuse a loop.
+            neuron.sampler = None
             handles += [
                 neuron.register_forward_pre_hook(before, with_kwargs=True),
                 neuron.register_forward_hook(after, with_kwargs=True),
@@ -309,6 +314,9 @@ class _Run:
                 pairs = [probe for pair in probes.values() for probe in pair]
                 gradients = torch.autograd.grad(ends, pairs, allow_unused=True) if ends else [None] * len(pairs)
         finally:
+            Look.looks = True
+            for neuron, sampler in samplers.items():
+                neuron.sampler = sampler
             for handle in handles:
                 handle.remove()
             self.reset()

@@ -150,7 +150,7 @@ def _steps(neurons: dict[str, NoisyNeuron]) -> int:
     return sum(neuron.control.steps for neuron in neurons.values())
 
 
-# Updates between two looks for layers that have fallen silent during training.
+# Updates between two looks for layers that have fallen silent, or reset now, during training.
 _LOOKS = 100
 
 
@@ -174,7 +174,7 @@ class Hook:
         self._neurons = noisy_neurons(estimator.net)
         self._updates = 0
         self._look: FirstCall | None = None
-        self._silent: set[str] = set()
+        self._told: set[str] = set()
         self._done = _steps(self._neurons)
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
@@ -224,7 +224,7 @@ class Hook:
                 parameter.grad = gradient
             raise
         self._done = _steps(self._neurons)
-        self._look_for_silence()
+        self._look_again()
         return loss
 
     def _checked(self, closure: Callable[[], Any]) -> Any:
@@ -266,13 +266,14 @@ class Hook:
             check_finite_gradients(self.estimator.net)
         if self._first is not None and took_part:
             self._first.finish()
-            self._look_for_silence()
+            self._look_again()
 
-    def _look_for_silence(self) -> None:
-        """Watches one forward pass in a hundred, and warns of layers that have fallen silent."""
+    def _look_again(self) -> None:
+        """Watches one update in a hundred, and warns of what was right in the first call, and is no longer."""
         if self._look is not None:
             self._look.stop()
-            self._silent |= self._look.warn_about_silence(f"in update {self._updates}", self._silent)
+            self._told |= self._look.warn_about_noise_free(known=self._told)
+            self._told |= self._look.warn_about_silence(f"in update {self._updates}", self._told)
             self._look = None
         elif self._updates % _LOOKS == 0:
             self._look = FirstCall(self.estimator.net, self._neurons)

@@ -279,8 +279,8 @@ def check_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def comes_near(neuron: Any) -> Tensor:
-    """Whether some membrane potential of a neuron is above half of its threshold now."""
-    above: Tensor = neuron.mem.detach() > neuron.threshold.detach() / 2
+    """Whether some membrane potential of a neuron is above a tenth of its threshold now; else that is out of reach."""
+    above: Tensor = neuron.mem.detach() > neuron.threshold.detach() / 10
     return above.any()
 
 
@@ -339,8 +339,10 @@ class FirstCall:
         # Places of noise-free neurons, by the number of the node that made their output: unique in the graph.
         self._spikes: dict[int, str] = {}
         self._membranes: dict[int, str] = {}
-        # By place: a membrane potential without noise came near its threshold.
+        # By place: a membrane potential without noise came near its threshold; what a backward pass went through.
         self._near: dict[str, Tensor] = {}
+        self._read_spikes: set[str] = set()
+        self._read_membranes: set[str] = set()
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> FirstCall:
@@ -387,10 +389,12 @@ class FirstCall:
         spikes = output[0] if isinstance(output, tuple) else output
         if isinstance(spikes, Tensor) and spikes.grad_fn is not None:
             self._spikes[spikes.grad_fn._sequence_nr()] = name
+            _note_gradient(spikes, name, self._read_spikes)
         mem = getattr(neuron, "mem", None)
         resets = getattr(neuron, "reset_mechanism", "none") != "none" or hasattr(neuron, "recurrent")
         if resets and isinstance(mem, Tensor) and mem.grad_fn is not None:
             self._membranes[mem.grad_fn._sequence_nr()] = name
+            _note_gradient(mem, name, self._read_membranes)
             near = comes_near(neuron)
             self._near[name] = self._near.get(name, near) | near
 
@@ -428,25 +432,28 @@ class FirstCall:
             )
         self.warn_about_noise_free({node._sequence_nr() for node in ancestors([losses])})
 
-    def warn_about_noise_free(self, read: set[int] | None = None) -> None:
+    def warn_about_noise_free(self, read: set[int] | None = None, known: Set[str] = frozenset()) -> set[str]:
         """Warns of noise-free neurons whose spikes or membranes are read.
 
         Args:
-            read: numbers of the nodes behind the loss; None if the loss is not known.
+            read: numbers of the nodes behind the loss; None for what backward passes went through since.
+            known: places that were warned of already.
+
+        Returns:
+            The places that were warned of now.
         """
-        # One that never comes near its threshold is a readout of membrane potentials, which never resets.
-        near = {name for name, came_near in self._near.items() if bool(came_near)}
         if read is None:
-            spiking, resetting = set(self._spikes.values()) & near, set[str]()
-            condition = "if the loss reads them, "
+            spiking, membranes = self._read_spikes, self._read_membranes
         else:
             spiking = {name for number, name in self._spikes.items() if number in read}
-            resetting = {name for number, name in self._membranes.items() if number in read and name in near} - spiking
-            condition = ""
+            membranes = {name for number, name in self._membranes.items() if number in read}
+        # One that never comes near its threshold is a readout of membrane potentials, which never resets.
+        resetting = {name for name in membranes - spiking - known if bool(self._near[name])}
+        spiking = spiking - known
         if spiking:
             warn(
-                f"the spikes of {', '.join(sorted(spiking))} have no noise: {condition}the weights before it get their "
-                "surrogate gradient, which is biased. Give it noise too, or read its membrane potential with "
+                f"the spikes of {', '.join(sorted(spiking))} have no noise: the weights before it get their surrogate "
+                "gradient, which is biased. Give it noise too, or read its membrane potential with "
                 "reset_mechanism='none'"
             )
         if resetting:
@@ -455,6 +462,7 @@ class FirstCall:
                 "resets: the gradient ignores that a weight changes when it resets. Use reset_mechanism='none' for a "
                 "readout"
             )
+        return spiking | resetting
 
     def _warn_about_first_spikes(self) -> None:
         """Warns of much noise where one spike of a neuron counts; after the backward pass of a user's own loop."""
@@ -511,8 +519,21 @@ class FirstCall:
         return set(dead)
 
 
+def _note_gradient(tensor: Tensor, name: str, names: set[str]) -> None:
+    """Adds a name once a gradient reaches a tensor."""
+
+    def note(gradient: Tensor | None) -> None:
+        if gradient is not None:
+            names.add(name)
+
+    tensor.register_hook(note)  # type: ignore[no-untyped-call]
+
+
 class Look:
     """Hook of a neuron that looks at calls with a graph; in a copy or pickle of the neuron it does nothing."""
+
+    # False while something else runs the network.
+    looks = True
 
     def __init__(self, look: Any = None, name: str = "") -> None:
         self._look = look
@@ -520,7 +541,7 @@ class Look:
 
     def __call__(self, neuron: Any, *arguments: Any) -> None:
         """Looks at a call."""
-        if self._look is not None and torch.is_grad_enabled():
+        if self._look is not None and Look.looks and torch.is_grad_enabled():
             self._look(self._name, neuron, *arguments)
 
     def __reduce__(self) -> tuple[type[Look], tuple[()]]:

@@ -237,3 +237,26 @@ def test_the_table_says_what_was_done() -> None:
     assert lines[0].split("  ")[0] == "layer"
     assert lines[-1].startswith("5 (readout)  ")
     assert lines[-1].endswith(f"{calibration.layers[-1].sigma:.3g}")
+
+
+@pytest.mark.parametrize("estimator", ["counterfactual", "approximate"])
+def test_a_network_that_is_attached_already_trains_as_if_it_had_not_been_calibrated(estimator: str) -> None:
+    net = slr.add_noise(deep(threshold=0.2), kind="escape")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    hook = slr.attach(optimizer, net, estimator)
+    slr.calibrate(net, data(), lambda x: torch.stack([net(x) for _ in range(5)]))
+    assert all(neuron.control.steps == 0 and neuron.control.pending is None for neuron in (net[1], net[3], net[5]))
+    assert hook._first is not None
+    assert not hook._first._some
+    assert net[1].sampler is net[5].sampler is not None
+    over_time(net)(data()).mean().backward()
+    optimizer.step()
+
+
+def test_a_sample_with_nan_changes_no_level() -> None:
+    net = slr.add_noise(deep(), kind="escape")
+    sample = data()
+    sample[3, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"potentials of 1 \(Leaky\) are not finite on the sample; no noise level"):
+        slr.calibrate(net, sample, over_time(net))
+    assert levels(net) == pytest.approx([0.5] * 3)

@@ -356,3 +356,42 @@ def test_a_layer_that_falls_silent_during_training_is_warned_of_once(closure: bo
         warnings.simplefilter("error")
         for _ in range(210):
             update()
+
+
+@pytest.mark.parametrize("fires", [False, True])
+def test_spikes_without_noise_are_warned_of_though_their_threshold_is_out_of_reach(fires: bool) -> None:
+    net = FirstSpikes(0.3)
+    net.net[3] = snn.Leaky(beta=0.9, threshold=0.01 if fires else 1e4, init_hidden=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    slr.attach(optimizer, net)
+    net(torch.rand(6, 5)).mean().backward()
+    with pytest.warns(UserWarning, match=r"the spikes of net.3 \(Leaky\) have no noise"):
+        optimizer.step()
+
+
+def test_a_readout_that_begins_to_reset_during_training_is_warned_of_once() -> None:
+    net = FirstSpikes(0.3)
+    net.net[3] = snn.Leaky(beta=0.9, threshold=1e4, init_hidden=True, output=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    slr.attach(optimizer, net)
+
+    def update() -> None:
+        slr.reset(net)
+        optimizer.zero_grad()
+        torch.stack([net.net(x)[1] for _ in range(5)]).square().mean().backward()
+        optimizer.step()
+
+    x = torch.rand(6, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(100):
+            update()
+    net.net[3].threshold.fill_(0.1)
+    with pytest.warns(
+        UserWarning, match=r"the loss reads the membrane potential of net.3 \(Leaky\), which has no noise"
+    ):
+        update()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(210):
+            update()
